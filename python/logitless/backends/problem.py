@@ -1,0 +1,78 @@
+"""The vocabulary between the ops and a backend: one call's tensors, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import LogitTransform, TokenStats
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tokens that count, and the head. N may be 0."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [N] int64 in [0, V)
+    transform: LogitTransform
+    chunk_bytes: int | None = None  # budget for a chunk of logits; None: the backend's default
+
+
+class Needs(NamedTuple):
+    """Which gradients somebody asked for."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Upstream(NamedTuple):
+    """Gradients that reach the differentiable statistics, `[N]` each; None means zero."""
+
+    logprob: Tensor | None = None
+    lse: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logit: Tensor | None = None
+
+    def rows(self, rows: slice) -> Upstream:
+        return Upstream(*(None if g is None else g[rows] for g in self))
+
+
+class Forward(NamedTuple):
+    stats: TokenStats  # [N]; always with logprob and lse, which the backward needs
+    unit: Tensor | None  # [N, H] d logprob / d hidden, where asked for
+
+
+class Gradients(NamedTuple):
+    """Gradients in the accumulators' dtype (float32, or float64); None where not needed."""
+
+    hidden: Tensor | None  # [N, H]
+    weight: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class SinglePass(NamedTuple):
+    loss: Tensor  # [] the sum of the per-token losses
+    logprob: Tensor  # [N]
+    gradients: Gradients  # of that sum
+
+
+#: (statistics of a chunk, its rows) -> (sum of its losses, gradients to those statistics)
+Coefficients = Callable[[TokenStats, slice], tuple[Tensor, Upstream]]
+
+
+def empty_gradients(problem: Problem, needs: Needs, dtype: torch.dtype) -> Gradients:
+    """Zeroed accumulators for what is needed."""
+    tensors = (problem.hidden, problem.weight, problem.bias)
+    return Gradients(
+        *(
+            torch.zeros(x.shape, dtype=dtype, device=x.device) if need and x is not None else None
+            for x, need in zip(tensors, needs, strict=True)
+        )
+    )

@@ -1,0 +1,106 @@
+"""The row mathematics of the chunked backend: logits to statistics, exponentials to gradients, in place.
+
+With m_i the largest logit of row i and t its target,
+
+    e_ij = exp(z_ij - m_i) for j != t, and 0 at the target        (replaces z)
+    o_i  = log sum_j e_ij                                         (the others), d_i = z_it - m_i (the target)
+    logprob = -log(1 + exp(o - d)),  lse = m + log_total,  log_total = log(exp(o) + exp(d))
+
+so a confident token keeps all its digits, and the gradient of the logits needs no second exponential:
+
+    dz_ij = e_ij exp(-log_total_i) (b - a - e (log p_ij + entropy_i)) + m_i / V          for j != t
+    dz_it = -a expm1(logprob) + b p_t - e p_t (logprob + entropy) + m / V                (added apart, never as p - 1)
+
+for upstream gradients a (logprob), b (lse), e (entropy) and m (mean_logit), one number a row. Without entropy and
+softcap the bracket is one number a row too, and is left to the products (`row_scale`): the exponentials are the
+gradient as they stand. kernels/README.md derives each line.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import LogitTransform, TokenStats
+from .problem import Upstream
+
+
+class Tile(NamedTuple):
+    """A chunk of rows after `statistics_`."""
+
+    exponentials: Tensor  # [n, V] e_ij
+    log_total: Tensor  # [n]
+    derivative: Tensor | None  # [n, V] dz / d(raw product) under a softcap, else None
+    targets: Tensor  # [n]
+    stats: TokenStats
+
+
+class RowGradient(NamedTuple):
+    """`dL / d(raw product)` of a chunk: `row_scale[:, None] * matrix`, plus `target` at each row's target entry."""
+
+    matrix: Tensor  # [n, V]
+    row_scale: Tensor | None  # [n]; None means 1
+    target: Tensor  # [n]
+
+
+def statistics_(
+    z: Tensor, derivative: Tensor | None, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
+) -> Tile:
+    """Replaces the logits `z [n, V]` by their exponentials; logprob and lse always, the rest where asked for."""
+    column = targets[:, None]
+    target = z.gather(1, column)
+    if mean_logit is None and "mean_logit" in outputs:
+        mean_logit = z.mean(-1)
+    top = z.amax(-1, keepdim=True)
+    e = z.sub_(top).exp_().scatter_(1, column, 0)
+    others, d, top = e.sum(-1).log_(), (target - top)[:, 0], top[:, 0]
+    log_total = torch.logaddexp(others, d)
+    found = {"logprob": -torch.logaddexp(others - d, torch.zeros_like(d)), "lse": top + log_total}
+    if mean_logit is not None:
+        found["mean_logit"] = mean_logit
+    if "entropy" in outputs:
+        # log p_ij = log e_ij - log_total; xlogy takes 0 log 0 for 0, where the logit is -inf or far below the top
+        weighted = torch.xlogy(e, e).sum(-1) + torch.xlogy(d.exp(), d.exp())
+        found["entropy"] = log_total - weighted * (-log_total).exp()
+    if "correct" in outputs:
+        found["correct"] = (d >= 0).to(z.dtype)
+    if "log_sum_sq" in outputs:
+        found["log_sum_sq"] = (torch.linalg.vector_norm(e, dim=-1).square() + (2 * d).exp()).log() - 2 * log_total
+    return Tile(e, log_total, derivative, targets, TokenStats(**found))
+
+
+def gradient_(tile: Tile, upstream: Upstream, transform: LogitTransform) -> RowGradient:
+    """Turns the exponentials into the gradient. Without a softcap the mean logit's part, which is the same for every
+    entry of a row, is left to the caller."""
+    a, b, entropy_grad, mean_grad = upstream
+    stats, log_total = tile.stats, tile.log_total
+    zero = torch.zeros_like(log_total)
+    a, b = zero if a is None else a, zero if b is None else b
+    assert stats.logprob is not None and stats.lse is not None  # `statistics_` always finds both
+    p = stats.logprob.exp()
+    target = b * p - a * torch.expm1(stats.logprob)
+    factor = b - a
+    if entropy_grad is not None:
+        assert stats.entropy is not None
+        target = target - entropy_grad * (torch.xlogy(p, p) + p * stats.entropy)
+        factor = factor - entropy_grad * (stats.entropy - log_total)
+    total = log_total.exp()
+    target = target * transform.derivative_at(stats.logprob + stats.lse)
+    if entropy_grad is None and tile.derivative is None:
+        return RowGradient(tile.exponentials, factor / total * transform.slope, target)
+    e = _bend_(tile.exponentials, factor / total, None if entropy_grad is None else entropy_grad / total)
+    if tile.derivative is None:
+        return RowGradient(e, torch.full_like(total, transform.slope), target)
+    if mean_grad is not None:
+        e.add_((mean_grad / e.shape[1])[:, None])
+    return RowGradient(e.mul_(tile.derivative), None, target)
+
+
+def _bend_(e: Tensor, factor: Tensor, entropy_factor: Tensor | None) -> Tensor:
+    """`e_ij (factor_i - entropy_factor_i log e_ij)` in place."""
+    if entropy_factor is None:
+        return e.mul_(factor[:, None])
+    log_term = torch.xlogy(e, e).mul_(entropy_factor[:, None])
+    return e.mul_(factor[:, None]).sub_(log_term)

@@ -1,0 +1,522 @@
+"""The one-call forms: any loss of the registry on hidden states and a head, with the cheapest exact strategy for it.
+
+    token      each token's loss needs its own statistics alone: one sweep, three GEMMs (`linear_token_loss`)
+    sequence   looks along time: statistics first, then the loss, and recomputation
+    pair       compares two sequences: with a frozen head two GEMMs; else one sweep over whole pairs where a pair's logits
+               fit the chunk budget, recomputation where they do not
+"""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from . import backends, reduce
+from .losses import DFT, DPO, NLL, FDivergenceSFT, Loss, PreferenceResult, get, sequence_logprob
+from .ops import linear_logprobs, linear_token_loss
+from .ops.checks import check_reduction, check_tensor
+from .ops.logprobs import Call, prepare
+from .ops.token_loss import check_token_input, single_pass
+from .types import Head, OptionKeywords, Options, Reduction, TokenStats
+
+OPTION_NAMES = frozenset(OptionKeywords.__annotations__)
+
+
+def linear_loss(
+    loss: Loss | str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    token_weight: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    **inputs_and_options: Any,
+) -> Any:
+    """Any loss of `logitless.losses` from hidden states and the output head, with no `[tokens, vocabulary]` tensor.
+
+    Args:
+        loss: a loss, `losses.DPO(beta=0.2)`, or its name for its defaults, `"dft"`.
+        hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]`, aligned (no shift), as in `linear_logprobs`. A pair loss
+            takes `[2B, T, H]`, the first half chosen and the second rejected, or flat `[N, H]` with `cu_seqlens`.
+        token_weight: `[...]` constants that multiply the per-token losses (not of a pair loss).
+        cu_seqlens: `[S + 1]` boundaries, 0 first and N last, of S sequences that lie behind one another in flat inputs;
+            for a pair loss S = 2B, the chosen ones first. For losses that look at whole sequences.
+        reduction: "mean" divides by the number of tokens that count (of pairs, for a pair loss), or by `normalizer`;
+            "sum"; "none" gives `[...]` (`[B]`).
+        normalizer: number, or tensor of one, that "mean" divides by instead: the global count under gradient
+            accumulation or data parallelism.
+        **inputs_and_options: the loss's own inputs by name (`ref_logprob=`, `ref_lse=`), of the targets' shape, and the
+            options of the head and the backend that `linear_logprobs` documents.
+
+    Returns:
+        A scalar (or `[...]`) for token and sequence losses; for a pair loss its named tuple, `loss` reduced, the
+        metrics `[B]` and detached. float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: an unknown loss (near names are listed), a missing or unknown input, or anything that
+            `linear_logprobs` and `linear_token_loss` refuse.
+    """
+    loss = get(loss)
+    options = {k: v for k, v in inputs_and_options.items() if k in OPTION_NAMES}
+    inputs = _loss_inputs(loss, {k: v for k, v in inputs_and_options.items() if k not in OPTION_NAMES}, hidden)
+    if loss.level == "pair":
+        if token_weight is not None:
+            raise ValueError(f"token_weight: a pair loss ({loss.name}) has no per-token losses to weight")
+        return _pair_loss(loss, hidden, weight, targets, inputs, cu_seqlens, reduction, normalizer, Options(**options))
+    if token_weight is not None:
+        check_token_input("token_weight", token_weight, hidden)
+    if loss.level == "sequence":
+        check_reduction(reduction, normalizer)
+        return _sequence_loss(
+            loss, hidden, weight, targets, inputs, cu_seqlens, token_weight, reduction, normalizer, options
+        )
+    constants = list(inputs.values())
+    function = loss
+    if token_weight is not None:
+        constants.insert(0, token_weight)
+        function = _weighted(loss)
+    return linear_token_loss(
+        hidden,
+        weight,
+        targets,
+        function,
+        token_inputs=constants,
+        outputs=loss.outputs,
+        reduction=reduction,
+        normalizer=normalizer,
+        **options,
+    )
+
+
+def _loss_inputs(loss: Loss, given: dict[str, Any], hidden: Tensor) -> dict[str, Tensor]:
+    """The loss's required inputs in call order; unknown ones and missing ones are errors."""
+    known = ", ".join(loss.inputs) or "none"
+    for name in given:
+        if name not in loss.inputs:
+            raise TypeError(f"linear_loss: {loss.name!r} has no input or option {name!r}; its inputs are {known}")
+    for name in loss.inputs:
+        if given.get(name) is None:
+            raise ValueError(f"{name}: {loss.name!r} needs it, a tensor of shape {list(hidden.shape[:-1])}, got None")
+        check_token_input(name, given[name], hidden)
+    return {name: given[name] for name in loss.inputs}
+
+
+def _weighted(loss: Loss) -> Any:
+    return lambda stats, weight, *inputs: weight * loss(stats, *inputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sequences
+
+
+def _sequence_ids(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """`[N]` int64: the number of the sequence that each token of the flattened input belongs to."""
+    if cu_seqlens is None:
+        if hidden.dim() < 3:
+            raise ValueError(f"cu_seqlens: needed where hidden is flat, got None and hidden {list(hidden.shape)}")
+        count, length = hidden.shape[:-2].numel(), hidden.shape[-2]
+        return torch.arange(count, device=hidden.device).repeat_interleave(length)
+    check_tensor("cu_seqlens", cu_seqlens, "[S + 1]", 1)
+    if cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+        raise ValueError(f"cu_seqlens: expected S + 1 integers, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    count = hidden.shape[:-1].numel()
+    lengths = cu_seqlens.long().diff()
+    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != count or bool((lengths < 0).any()):
+        raise ValueError(f"cu_seqlens: expected to rise from 0 to the number of tokens {count}, got {cu_seqlens.tolist()}")
+    return torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths.to(hidden.device))
+
+
+def _sequence_loss(
+    loss: Loss,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inputs: dict[str, Tensor],
+    cu_seqlens: Tensor | None,
+    token_weight: Tensor | None,
+    reduction: Reduction,
+    normalizer: Tensor | float | None,
+    options: dict[str, Any],
+) -> Tensor:
+    """Statistics of every token, then the loss along time."""
+    stats = linear_logprobs(hidden, weight, targets, outputs=loss.outputs, **options)
+    ignore_index = Options(**options).ignore_index
+    mask = targets != ignore_index
+    sequence = None if cu_seqlens is None else _sequence_ids(hidden, cu_seqlens).reshape(targets.shape)
+    per_token = loss(stats, *inputs.values(), mask=mask, sequence=sequence)
+    if token_weight is not None:
+        per_token = per_token * token_weight
+    return reduce.reduce(per_token, reduction, reduce.count(targets, ignore_index) if normalizer is None else normalizer)
+
+
+def _pair_loss(
+    loss: Loss,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    inputs: dict[str, Tensor],
+    cu_seqlens: Tensor | None,
+    reduction: Reduction,
+    normalizer: Tensor | float | None,
+    options: Options,
+) -> Any:
+    check_reduction(reduction, normalizer)
+    call = prepare(hidden, weight, targets, options)
+    pairs = _Pairs(loss, call, _sequence_ids(hidden, cu_seqlens), inputs["ref_logprob"].reshape(-1))
+    if reduction != "none" and pairs.one_sweep():
+        result = pairs.sweep()
+    else:
+        stats = linear_logprobs(call.hidden, weight, call.targets, **vars(options))
+        assert stats.logprob is not None
+        result = pairs.result(stats.logprob)
+        if reduction != "none":
+            result = result._replace(loss=result.loss.sum())
+    if reduction == "mean":
+        result = result._replace(loss=reduce.mean(result.loss, pairs.count if normalizer is None else normalizer))
+    return result
+
+
+class _Pairs:
+    """Tokens of 2B sequences; sequence i is chosen over sequence B + i."""
+
+    def __init__(self, loss: Loss, call: Call, sequence: Tensor, ref_logprob: Tensor) -> None:
+        assert call.targets is not None
+        self.loss, self.call, self.sequence = loss, call, sequence
+        sequences = int(sequence[-1]) + 1 if len(sequence) else 0
+        if sequences % 2:
+            raise ValueError(f"hidden: expected 2B sequences, the chosen and then the rejected, got {sequences}")
+        self.count = sequences // 2
+        self.mask = call.targets != call.options.ignore_index
+        self.ref_logprob = torch.where(self.mask, ref_logprob.to(torch.promote_types(ref_logprob.dtype, torch.float32)), 0)
+
+    def result(self, logprob: Tensor) -> PreferenceResult:
+        """The loss per pair from the tokens' log-probs `[N]`."""
+        ours, reference = (self._sequences(x, self.sequence, self.mask) for x in (logprob, self.ref_logprob.to(logprob)))
+        b = self.count
+        return self.loss(ours[:b], ours[b:], reference[:b], reference[b:])
+
+    def _sequences(self, logprob: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
+        average = getattr(self.loss, "average_logprob", False)
+        return sequence_logprob(logprob, sequence=sequence, num_sequences=2 * self.count, mask=mask, average=average)
+
+    def one_sweep(self) -> bool:
+        """Whether three GEMMs can do: a trainable head (a frozen one needs but two) and pairs that fit a chunk."""
+        options = self.call.options
+        if options.backend == "reference" or options.backward == "recompute" or not any(self.call.needs()[1:]):
+            return False
+        if options.backward == "single_pass":
+            return True
+        backend = backends.BACKENDS[backends.pick(options.backend, self.call.hidden, self.call.weight)]
+        sizes = torch.zeros_like(self.sequence[: self.count]).index_add_(0, self.sequence % self.count, self.mask.long())
+        return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)
+
+    def sweep(self) -> PreferenceResult:
+        """One sweep over whole pairs; the sum of the losses, and the metrics from the log-probs it leaves behind."""
+        kept = self.mask.nonzero()[:, 0]
+        order = kept[(self.sequence[kept] % self.count).argsort(stable=True)]
+        sequence = self.sequence[order]
+        assert self.call.targets is not None
+        call = self.call._replace(hidden=self.call.hidden[order], targets=self.call.targets[order])
+        total, logprob = single_pass(
+            call, self._of_chunk, [sequence, self.ref_logprob[order]], ("logprob",), groups=sequence % self.count
+        )
+        result = self.result(logprob.new_zeros(len(self.mask)).index_copy_(0, order, logprob))
+        # A pair without a token that counts is in no chunk; its constant belongs to the value all the same.
+        return result._replace(loss=total + (result.loss.sum() - total).detach())
+
+    def _of_chunk(self, stats: TokenStats, sequence: Tensor, ref_logprob: Tensor) -> Tensor:
+        assert stats.logprob is not None
+        ours, reference = (self._sequences(x, sequence, None) for x in (stats.logprob, ref_logprob.to(stats.logprob)))
+        chosen = torch.unique(sequence % self.count)
+        rejected = chosen + self.count
+        return self.loss(ours[chosen], ours[rejected], reference[chosen], reference[rejected]).loss
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cross-entropy
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    normalizer: Tensor | float | None = None,
+    shift: bool = False,
+    **options: Unpack[OptionKeywords],
+) -> Tensor:
+    """Cross-entropy of `softmax(hidden @ weight.T + bias)`, in place of `F.cross_entropy` on logits.
+
+    Per token: NLL with label smoothing as `torch.nn.functional.cross_entropy` defines it, plus `z_loss * lse**2`, times
+    `token_weight`.
+
+    Args:
+        hidden: `[..., H]`; with `shift=True` `[..., T, H]`.
+        weight: `[V, H]`. bias: `[V]`, may be -inf where the vocabulary is masked.
+        targets: `[...]` token ids in [0, V), aligned with `hidden` unless `shift`.
+        ignore_index: tokens with this target do not count.
+        reduction: "mean" divides by the number of tokens that count (with `class_weight`, by the sum of their targets'
+            weights, as torch does), or by `normalizer`; all ignored gives 0, where torch gives NaN. "sum". "none" gives
+            `[...]`, with `shift` `[..., T - 1]`.
+        label_smoothing: in [0, 1]; refused where the bias masks part of the vocabulary, which makes it infinite.
+        z_loss: weight of the squared logsumexp, >= 0.
+        token_weight: `[...]` like `targets`, constants.
+        class_weight: `[V]`, constants, of the NLL (and its smoothing), not of the z-loss. With label smoothing it needs
+            the logits' weighted mean, which is linear in `hidden`: refused under a softcap.
+        normalizer: number, or tensor of one, that "mean" divides by.
+        shift: position t predicts target t + 1, as a causal language model's labels stand.
+        **options: `logit_scale`, `softcap`, `temperature`, `backend`, `backward`, `chunk_bytes`; see `linear_logprobs`.
+
+    Returns:
+        A scalar, or per token for "none"; float32 (float64 for float64 inputs), whatever the reduction differentiable
+        with any upstream gradient.
+    """
+    if shift:
+        targets, token_weight = _shifted(targets, hidden, ignore_index), _shifted_weight(token_weight, targets)
+    options = {**options, "bias": bias, "ignore_index": ignore_index}
+    nll = NLL(label_smoothing=label_smoothing, z_loss=z_loss)
+    if label_smoothing > 0 and bias is not None and not torch.compiler.is_compiling() and bool(bias.isneginf().any()):
+        raise ValueError("label_smoothing: infinite where bias masks part of the vocabulary (-inf); expected 0")
+    if class_weight is None:
+        out = linear_loss(
+            nll, hidden, weight, targets, token_weight=token_weight, reduction=reduction, normalizer=normalizer, **options
+        )
+    else:
+        out = _class_weighted(nll, hidden, weight, targets, class_weight, token_weight, reduction, normalizer, options)
+    return out[..., :-1] if shift and reduction == "none" else out
+
+
+def _shifted(targets: Tensor, hidden: Tensor, ignore_index: int) -> Tensor:
+    """Targets one place to the left; the last position predicts nothing. No copy of the hidden states."""
+    check_tensor("targets", targets, f"{list(hidden.shape[:-1])}")
+    if targets.dim() < 1:
+        raise ValueError("shift: needs a time axis, got a single token")
+    return torch.cat([targets[..., 1:], torch.full_like(targets[..., :1], ignore_index)], dim=-1)
+
+
+def _shifted_weight(token_weight: Tensor | None, targets: Tensor) -> Tensor | None:
+    if token_weight is None:
+        return None
+    if token_weight.shape != targets.shape:
+        raise ValueError(f"token_weight: expected shape {list(targets.shape)} like targets, got {list(token_weight.shape)}")
+    return torch.cat([token_weight[..., 1:], torch.zeros_like(token_weight[..., :1])], dim=-1)
+
+
+def _class_weighted(
+    nll: NLL,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    class_weight: Tensor,
+    token_weight: Tensor | None,
+    reduction: Reduction,
+    normalizer: Tensor | float | None,
+    options: OptionKeywords,
+) -> Tensor:
+    """torch's class weights: `(1 - eps) w_t (-logp_t) + eps / V sum_j w_j (-logp_j)`, "mean" over the sum of the w_t.
+
+    The sum over the vocabulary is `sum(w) lse - hidden @ (weight.T @ w)`: its first part is one of the token's own
+    statistics, its second a product with one vector.
+    """
+    eps, vocabulary = nll.label_smoothing, weight.shape[0]
+    call = prepare(hidden, weight, targets, Options(**options))
+    class_weight = _checked_class_weight(class_weight, weight)
+    if eps > 0 and call.options.softcap is not None:
+        raise ValueError("class_weight: with label_smoothing it is refused under a softcap, got softcap and both")
+    counts = targets != call.options.ignore_index
+    own = torch.where(counts, class_weight[torch.where(counts, targets, 0).clamp(0, vocabulary - 1).long()], 0)
+    scale = torch.ones_like(own) if token_weight is None else token_weight
+    check_token_input("token_weight", scale, hidden)
+    smoothing = eps * float(class_weight.sum()) / vocabulary
+
+    def per_token(stats: TokenStats, own: Tensor, scale: Tensor) -> Tensor:
+        assert stats.logprob is not None and stats.lse is not None
+        return scale * ((1 - eps) * own * -stats.logprob + smoothing * stats.lse + nll.z_loss * stats.lse.square())
+
+    total = linear_token_loss(
+        hidden,
+        weight,
+        targets,
+        per_token,
+        token_inputs=(own, scale),
+        outputs=("logprob", "lse"),
+        reduction="none" if reduction == "none" else "sum",
+        **options,
+    )
+    if eps > 0:
+        row = class_weight.to(call.weight.dtype) @ call.weight
+        linear = (call.hidden @ row).reshape(targets.shape)
+        if call.options.bias is not None:
+            linear = linear + (class_weight * call.options.bias).sum()
+        linear = torch.where(counts, linear * scale, 0) * (eps * call.options.transform.slope / vocabulary)
+        total = total - (linear if reduction == "none" else linear.sum())
+    return reduce.mean(total, own.sum() if normalizer is None else normalizer) if reduction == "mean" else total
+
+
+def _checked_class_weight(class_weight: Tensor, weight: Tensor) -> Tensor:
+    check_tensor("class_weight", class_weight, f"[{weight.shape[0]}]", 1)
+    if len(class_weight) != weight.shape[0]:
+        raise ValueError(f"class_weight: expected shape [{weight.shape[0]}], got {list(class_weight.shape)}")
+    if class_weight.requires_grad:
+        raise ValueError("class_weight: is a constant of the loss and gets no gradient, but requires one; detach it")
+    return class_weight
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shortcuts
+
+
+def linear_dft(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    power: float = 1.0,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    **options: Unpack[OptionKeywords],
+) -> Tensor:
+    """Dynamic fine-tuning, `-sg(p^power) log p` per token: `linear_loss(losses.DFT(power), ...)`.
+
+    Source: arXiv 2508.05629, equation 9. See `losses.DFT` for the formula and `linear_loss` for the arguments.
+    """
+    return linear_loss(
+        DFT(power=power),
+        hidden,
+        weight,
+        targets,
+        token_weight=token_weight,
+        reduction=reduction,
+        normalizer=normalizer,
+        **options,
+    )
+
+
+def linear_f_divergence_sft(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    ref_logprob: Tensor,
+    *,
+    divergence: str = "pearson_chi2",
+    beta: float = 0.1,
+    value: str = "none",
+    ref_lse: Tensor | None = None,
+    alpha: float = 0.5,
+    saturate: bool = False,
+    cu_seqlens: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    **options: Unpack[OptionKeywords],
+) -> Tensor:
+    """f-divergence SFT, `-phi(beta (logprob - ref_logprob)) / beta` per token: `linear_loss(losses.FDivergenceSFT(...), ...)`.
+
+    `ref_logprob`, and with `value="lse"` `ref_lse`, have the targets' shape: the reference model's statistics on the same
+    tokens, constants. Source: arXiv 2507.00018, derived as `losses.FDivergenceSFT` says.
+    """
+    loss = FDivergenceSFT(divergence=divergence, beta=beta, value=value, alpha=alpha, saturate=saturate)
+    inputs = {"ref_logprob": ref_logprob} if ref_lse is None else {"ref_logprob": ref_logprob, "ref_lse": ref_lse}
+    return linear_loss(
+        loss,
+        hidden,
+        weight,
+        targets,
+        token_weight=token_weight,
+        cu_seqlens=cu_seqlens,
+        reduction=reduction,
+        normalizer=normalizer,
+        **inputs,
+        **options,
+    )
+
+
+def linear_dpo(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ref_logprob: Tensor | None = None,
+    ref_hidden: Tensor | None = None,
+    ref_head: Tensor | Head | None = None,
+    beta: float = 0.1,
+    loss_type: str = "sigmoid",
+    label_smoothing: float = 0.0,
+    divergence: str = "reverse_kl",
+    alpha: float = 0.5,
+    cu_seqlens: Tensor | None = None,
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    **options: Unpack[OptionKeywords],
+) -> PreferenceResult:
+    """Direct preference optimisation of B pairs: `linear_loss(losses.DPO(...), ...)`.
+
+    Args:
+        hidden: `[2B, T, H]`, the first half chosen, the second rejected, or flat `[N, H]` with `cu_seqlens`.
+        weight: `[V, H]`.
+        targets: `[2B, T]` (`[N]`); ignore the prompt and the padding.
+        ref_logprob: `[2B, T]` (`[N]`) the reference's log-probs of the same targets, constants; or
+        ref_hidden: `[..., H']` the reference's hidden states, scored here without a gradient, by
+        ref_head: its head, a weight `[V, H']` with the options of the model's head, or a `Head` with its own. None: the
+            model's own head, as under LoRA.
+        beta, loss_type, label_smoothing, divergence, alpha: see `losses.DPO`. IPO averages over tokens.
+        cu_seqlens, reduction, normalizer, **options: see `linear_loss`.
+
+    Returns:
+        `PreferenceResult`: `loss` reduced, and `[B]` detached rewards, margin, accuracy and log-probs.
+
+    Source: arXiv 2305.18290, equation 7.
+    """
+    loss = DPO(beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, divergence=divergence, alpha=alpha)
+    if (ref_logprob is None) == (ref_hidden is None):
+        raise ValueError("ref_logprob: expected either it or ref_hidden, got " + ("both" if ref_hidden is not None else "neither"))
+    if ref_hidden is not None:
+        ref_logprob = _reference_logprob(ref_hidden, weight if ref_head is None else ref_head, targets, options)
+    elif ref_head is not None:
+        raise ValueError("ref_head: goes with ref_hidden, got ref_logprob")
+    return linear_loss(
+        loss,
+        hidden,
+        weight,
+        targets,
+        ref_logprob=ref_logprob,
+        cu_seqlens=cu_seqlens,
+        reduction=reduction,
+        normalizer=normalizer,
+        **options,
+    )
+
+
+def _reference_logprob(hidden: Tensor, head: Tensor | Head, targets: Tensor, options: OptionKeywords) -> Tensor:
+    """The reference's log-probs of the same targets, without a gradient."""
+    if isinstance(head, Head):
+        own = dict(head._asdict())
+        weight = own.pop("weight")
+        options = {**options, **own}  # type: ignore[typeddict-item]
+    else:
+        weight = head
+    with torch.no_grad():
+        logprob = linear_logprobs(hidden, weight, targets, **{**options, "backward": "auto"}).logprob
+    assert logprob is not None
+    return logprob
+
+
+__all__ = [
+    "linear_cross_entropy",
+    "linear_dft",
+    "linear_dpo",
+    "linear_f_divergence_sft",
+    "linear_loss",
+]

@@ -1,0 +1,38 @@
+"""What was found on this machine, and what `backend="auto"` would pick."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from . import backends
+
+
+def info() -> dict[str, str]:
+    """Versions, devices and, per device, the backend that `"auto"` picks; printed by `python -m logitless info`."""
+    found = {
+        "logitless": _version("logitless"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "cpu threads": str(torch.get_num_threads()),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16 units": "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no: multiplied in float32",
+    }
+    devices = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        devices.append(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
+    for device in devices:
+        tensor = torch.empty(1, 1, device=device)
+        found[f"backend on {device.type}"] = backends.pick("auto", tensor, tensor)
+    return found
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,98 @@
+"""What a caller can get wrong, said before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from ..types import OUTPUTS, BackwardName, Options, Reduction
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_tensor(name: str, value: object, shape: str, dims: int | None = None) -> None:
+    """`value` is a tensor, of `dims` dimensions where given; `shape` is for the message."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
+
+
+def check_head(hidden: Tensor, weight: Tensor, options: Options) -> None:
+    """Shapes, dtypes and devices of the hidden states and the head, and the values of the options."""
+    check_tensor("hidden", hidden, "[..., H]")
+    check_tensor("weight", weight, "[V, H]", 2)
+    if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden: expected shape [..., {weight.shape[1]}] to fit weight {list(weight.shape)}, got {list(hidden.shape)}"
+        )
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least one vocabulary entry, got shape {list(weight.shape)}")
+    if hidden.dtype not in FLOATING:
+        raise TypeError(f"hidden: expected a floating dtype of {[str(d) for d in FLOATING]}, got {hidden.dtype}")
+    same_kind("weight", weight, hidden)
+    if options.bias is not None:
+        check_tensor("bias", options.bias, "[V]", 1)
+        if options.bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(options.bias.shape)}")
+        same_kind("bias", options.bias, hidden)
+    check_choice("backward", options.backward, get_args(BackwardName))
+    if options.chunk_bytes is not None and (not isinstance(options.chunk_bytes, int) or options.chunk_bytes <= 0):
+        raise ValueError(f"chunk_bytes: expected a positive number of bytes or None, got {options.chunk_bytes!r}")
+    if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(options.ignore_index).__name__}")
+    options.transform  # noqa: B018  its own checks run when it is made
+
+
+def same_kind(name: str, value: Tensor, hidden: Tensor) -> None:
+    """One device, one dtype: a mixture is either a mistake or autocast's business."""
+    if value.dtype != hidden.dtype:
+        raise TypeError(f"{name}: expected dtype {hidden.dtype} like hidden (outside autocast), got {value.dtype}")
+    if value.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {value.device}")
+
+
+def check_targets(name: str, targets: Tensor, hidden: Tensor) -> None:
+    check_tensor(name, targets, f"{list(hidden.shape[:-1])}")
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like hidden, got {list(targets.shape)}")
+    if targets.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 (or int32) token ids, got {targets.dtype}")
+    if targets.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {targets.device}")
+
+
+def check_outputs(outputs: Iterable[str], *, with_targets: bool) -> tuple[str, ...]:
+    """The names asked for, each known and each computable."""
+    if isinstance(outputs, str):
+        raise TypeError(f"outputs: expected a tuple of names of {list(OUTPUTS)}, got the string {outputs!r}")
+    names = tuple(outputs)
+    for name in names:
+        check_choice("outputs", name, OUTPUTS)
+        if not with_targets and name in ("logprob", "correct"):
+            raise ValueError(f"targets: expected token ids, as outputs asks for {name!r}, got None")
+    return names
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    if value not in tuple(choices):
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+
+
+def check_reduction(reduction: str, normalizer: object) -> None:
+    check_choice("reduction", reduction, get_args(Reduction))
+    if normalizer is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"normalizer: divides reduction='mean' only, got reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}")
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer: expected a number or a tensor of one, got {type(normalizer).__name__}")
+    elif not 0 < normalizer < math.inf:
+        raise ValueError(f"normalizer: expected a positive number, got {normalizer}")

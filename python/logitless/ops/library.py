@@ -1,0 +1,406 @@
+"""The `torch.library` ops: schemas, fakes and autograd formulas. What `torch.compile` sees of this library.
+
+    logitless::logprobs            statistics of every token, and the unit gradient of a frozen head
+    logitless::logprobs_backward   its gradient by recomputation
+    logitless::token_loss          a loss of per-token statistics with its gradients, in one sweep
+
+A custom op has a fixed number of outputs: a statistic or a gradient that nobody asked for is an empty tensor.
+Ignored tokens are dropped here, before a backend sees the problem, since their number is data.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.problem import Coefficients, Needs, Problem, Upstream
+from ..types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats, statistics_dtype
+
+PerTokenLoss = Callable[..., Tensor]
+
+_functions: dict[int, PerTokenLoss] = {}
+_next_handle = itertools.count()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens that count
+
+
+def _kept(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
+    """Indices of the tokens that count, None for all; a target outside the vocabulary is an error."""
+    counts = targets != ignore_index
+    outside = counts & ((targets < 0) | (targets >= vocabulary))
+    if targets.is_cuda:
+        torch._assert_async(~outside.any())
+    elif outside.any():
+        first = int(targets[outside][0])
+        raise ValueError(f"targets: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}, got {first}")
+    return None if counts.all() else counts.nonzero()[:, 0]
+
+
+def _take(x: Tensor | None, kept: Tensor | None) -> Tensor | None:
+    return x if x is None or kept is None else x[kept]
+
+
+def _spread(x: Tensor | None, kept: Tensor | None, count: int) -> Tensor:
+    """The inverse of `_take`: zeros elsewhere, and an empty tensor for None."""
+    if x is None:
+        return torch.empty(0)
+    return x if kept is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, kept, x)
+
+
+def _no_autocast(device: torch.device) -> torch.autocast:
+    """The public functions have cast already; inside, every dtype is chosen."""
+    return torch.autocast(device.type, enabled=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# logprobs
+
+
+@torch.library.custom_op("logitless::logprobs", mutates_args=())
+def logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    outputs: str,
+    unit_gradient: bool,
+    backend: str,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The six statistics `[N]` in the order of `TokenStats` (`outputs` names those wanted, logprob and lse come always),
+    then `d logprob / d hidden [N, H]` where `unit_gradient`."""
+    kept = _kept(targets, ignore_index, weight.shape[0])
+    problem = Problem(
+        hidden if kept is None else hidden[kept],
+        weight,
+        bias,
+        targets if kept is None else targets[kept],
+        LogitTransform(logit_scale, softcap, temperature),
+        chunk_bytes,
+    )
+    with _no_autocast(hidden.device):
+        stats, unit = backends.BACKENDS[backend].forward(problem, tuple(outputs.split()), unit_gradient)
+    unit = None if unit is None else unit.to(hidden.dtype)
+    results = [_spread(x, kept, len(targets)) for x in (*stats, unit)]
+    return results[0], results[1], results[2], results[3], results[4], results[5], results[6]
+
+
+@logprobs.register_fake
+def _logprobs_fake(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, unit_gradient, *_
+):
+    dtype = statistics_dtype(hidden.dtype)
+    wanted = {"logprob", "lse", *outputs.split()}
+    stats = [
+        hidden.new_empty(targets.shape, dtype=dtype) if name in wanted else torch.empty(0, device="cpu")
+        for name in OUTPUTS
+    ]
+    return (*stats, torch.empty_like(hidden) if unit_gradient else torch.empty(0, device="cpu"))
+
+
+@torch.library.custom_op("logitless::logprobs_backward", mutates_args=())
+def logprobs_backward(
+    upstream: Sequence[Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: Sequence[Tensor | None],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: Sequence[bool],
+    backend: str,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, in their dtypes, from those of logprob, lse, entropy and mean logit."""
+    kept = _kept(targets, ignore_index, weight.shape[0])
+    problem = Problem(
+        hidden if kept is None else hidden[kept],
+        weight,
+        bias,
+        targets if kept is None else targets[kept],
+        LogitTransform(logit_scale, softcap, temperature),
+        chunk_bytes,
+    )
+    with _no_autocast(hidden.device):
+        gradients = backends.BACKENDS[backend].backward(
+            problem,
+            TokenStats(*(_take(x, kept) for x in stats)),
+            Upstream(*(_take(g, kept) for g in upstream)),
+            Needs(*needs),
+        )
+    return (
+        _spread(None if gradients.hidden is None else gradients.hidden.to(hidden.dtype), kept, len(targets)),
+        _spread(None if gradients.weight is None else gradients.weight.to(weight.dtype), None, 0),
+        _spread(None if gradients.bias is None else gradients.bias.to(weight.dtype), None, 0),
+    )
+
+
+@logprobs_backward.register_fake
+def _logprobs_backward_fake(  # type: ignore[no-untyped-def]
+    upstream, hidden, weight, bias, targets, stats, logit_scale, softcap, temperature, ignore_index, needs, *_
+):
+    return tuple(
+        torch.empty_like(x) if need and x is not None else torch.empty(0, device="cpu")
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+
+
+def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, unit, *rest = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[4:])
+    ctx.save_for_backward(hidden, weight, bias, targets, *output[:3], output[6])
+    ctx.transform, ctx.ignore_index = (logit_scale, softcap, temperature), ignore_index
+    ctx.outputs, ctx.unit, ctx.rest = outputs.split(), unit, rest
+
+
+def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, targets, logprob, lse, entropy, unit = ctx.saved_tensors
+    upstream = list(grads[: len(DIFFERENTIABLE)])
+    found: list[Tensor | None] = [None] * 12
+    if all(g is None for g in upstream):
+        return tuple(found)
+    if ctx.unit:
+        transform = LogitTransform(*ctx.transform)
+        found[0] = _scale_unit(unit, weight, targets, logprob, lse, transform, ctx.ignore_index, upstream)
+        return tuple(found)
+    needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+    stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
+    gradients = logprobs_backward(
+        upstream, hidden, weight, bias, targets, stats, *ctx.transform, ctx.ignore_index, needs, *ctx.rest
+    )
+    found[:3] = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    return tuple(found)
+
+
+def _scale_unit(
+    unit: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    logprob: Tensor,
+    lse: Tensor,
+    transform: LogitTransform,
+    ignore_index: int,
+    upstream: Sequence[Tensor | None],
+) -> Tensor:
+    """A frozen head's `d_hidden = (a - b) unit + b c_t weight_t + m slope mean(weight)`, a scaling of rows."""
+    a, b, _, m = upstream
+    total = torch.zeros(unit.shape, dtype=logprob.dtype, device=unit.device)
+    counts = targets != ignore_index
+    if a is not None:
+        total = total + a[:, None] * unit
+    if b is not None:
+        slope = transform.derivative_at(logprob + lse) * torch.where(counts, b, 0)
+        total = total - b[:, None] * unit + slope[:, None] * weight[torch.where(counts, targets, 0)]
+    if m is not None:
+        row = weight.mean(0, dtype=total.dtype) * transform.slope
+        total = total + torch.where(counts, m, 0)[:, None] * row
+    return total.to(unit.dtype)
+
+
+logprobs.register_autograd(_differentiate_logprobs, setup_context=_save_logprobs)
+
+
+def _refuse(ctx: Any, *grads: Tensor | None) -> None:
+    raise RuntimeError(
+        "logitless: the fused backward cannot be differentiated again (create_graph=True); use backend='reference'"
+    )
+
+
+logprobs_backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# token_loss
+
+
+@torch.library.custom_op("logitless::token_loss", mutates_args=())
+def token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    token_inputs: Sequence[Tensor],
+    groups: Tensor | None,
+    function: int,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    outputs: str,
+    needs: Sequence[bool],
+    backend: str,
+    chunk_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The sum of `function(stats, *token_inputs)` over the tokens that count, their log-probs `[N]`, and the gradients
+    of that sum for hidden, weight and bias, in the statistics' dtype."""
+    kept = _kept(targets, ignore_index, weight.shape[0])
+    problem = Problem(
+        hidden if kept is None else hidden[kept],
+        weight,
+        bias,
+        targets if kept is None else targets[kept],
+        LogitTransform(logit_scale, softcap, temperature),
+        chunk_bytes,
+    )
+    inputs = [x if kept is None else x[kept] for x in token_inputs]
+    coefficients = _coefficients(_functions[function], inputs)
+    with _no_autocast(hidden.device):
+        loss, logprob, gradients = backends.BACKENDS[backend].single_pass(
+            problem, tuple(outputs.split()), coefficients, _take(groups, kept), Needs(*needs)
+        )
+    return (
+        loss,
+        _spread(logprob, kept, len(targets)),
+        _spread(gradients.hidden, kept, len(targets)),
+        _spread(gradients.weight, None, 0),
+        _spread(gradients.bias, None, 0),
+    )
+
+
+@token_loss.register_fake
+def _token_loss_fake(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, token_inputs, groups, function, logit_scale, softcap, temperature, ignore, outputs, needs, *_
+):
+    dtype = statistics_dtype(hidden.dtype)
+    gradients = [
+        torch.empty_like(x, dtype=dtype) if need and x is not None else torch.empty(0, device="cpu")
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    ]
+    return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *gradients)
+
+
+def _coefficients(function: PerTokenLoss, inputs: Sequence[Tensor]) -> Coefficients:
+    """`function` with its derivative by autograd, chunk by chunk."""
+
+    def of_chunk(stats: TokenStats, rows: slice) -> tuple[Tensor, Upstream]:
+        with _autograd_inside_an_op():
+            leaves = TokenStats(
+                *(
+                    x.detach().requires_grad_(name in DIFFERENTIABLE) if x is not None else None
+                    for name, x in zip(OUTPUTS, stats, strict=True)
+                )
+            )
+            losses = function(leaves, *(x[rows] for x in inputs))
+            _check_losses(losses, leaves)
+            total = losses.sum()
+            wanted = [x for x in leaves[:4] if x is not None]
+            found = iter(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * 4)
+        return total.detach(), Upstream(*(None if x is None else next(found) for x in leaves[:4]))
+
+    return of_chunk
+
+
+def _check_losses(losses: object, leaves: TokenStats) -> None:
+    """A tensor, whose gradient leads to the statistics alone."""
+    if not isinstance(losses, Tensor):
+        raise TypeError(f"per_token_loss: expected it to return a tensor, got {type(losses).__name__}")
+    known = {id(x) for x in leaves if x is not None}
+    for leaf in _graph_leaves(losses):
+        if id(leaf) not in known:
+            raise ValueError(
+                f"per_token_loss: closes over a tensor of shape {list(leaf.shape)} that requires a gradient, which the "
+                "single pass cannot give; detach it, or use linear_logprobs and apply the loss to its result"
+            )
+
+
+def _graph_leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The leaves that autograd would accumulate a gradient into."""
+    if tensor.grad_fn is None:
+        if tensor.requires_grad:
+            yield tensor
+        return
+    stack, seen = [tensor.grad_fn], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        stack.extend(parent for parent, _ in node.next_functions)
+
+
+@contextmanager
+def _autograd_inside_an_op() -> Iterator[None]:
+    """A custom op runs below autograd; the derivative of a per-token loss, on `[chunk]` vectors, wants it back."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for name in ("AutogradFunctionality", "AutogradOther", "AutogradCPU", "AutogradCUDA", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, name))
+    with (
+        torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, *_ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[2:])
+    ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+    ctx.needs, ctx.inputs = inputs[12], len(inputs[4])
+
+
+def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    found: list[Any] = [None] * 15
+    found[4] = [None] * ctx.inputs
+    if grad is None:
+        return tuple(found)
+    for i, (gradient, dtype, need) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)):
+        if need:
+            found[i] = _scaled(gradient, grad).to(dtype)
+    return tuple(found)
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """`gradient * factor`; in place where this backward is the last that can read it, which saves a copy of the head."""
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor or keeps_graph():
+        return gradient * factor
+    return gradient.mul_(factor)
+
+
+token_loss.register_autograd(_differentiate_token_loss, setup_context=_save_token_loss)
+
+
+def _keep(function: PerTokenLoss) -> int:
+    """A handle for the life of the process: a compiled graph calls the function again and again."""
+    for handle, known in _functions.items():
+        if known is function:
+            return handle
+    handle = next(_next_handle)
+    _functions[handle] = function
+    return handle
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing torch._dynamo takes.
+_keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextmanager
+def function_handle(function: PerTokenLoss) -> Iterator[int]:
+    """The function's number, as an op takes no Python object; given up again at the end of an eager call."""
+    handle = next(_next_handle)
+    _functions[handle] = function
+    try:
+        yield handle
+    finally:
+        del _functions[handle]

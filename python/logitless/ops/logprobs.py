@@ -1,0 +1,145 @@
+"""`linear_logprobs`, the primitive: checks, choice of backend and strategy, then the op."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, reference
+from ..types import OUTPUTS, BackendName, BackwardName, Options, TokenStats
+from . import checks, library
+
+
+class Call(NamedTuple):
+    """One call, checked, cast and flattened."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor | None  # [N] int64
+    options: Options
+
+    def needs(self) -> list[bool]:
+        """Whether hidden, weight and bias want a gradient here and now."""
+        tensors = (self.hidden, self.weight, self.options.bias)
+        return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+
+
+def prepare(hidden: Tensor, weight: Tensor, targets: Tensor | None, options: Options) -> Call:
+    """Checks and normalises the arguments that every op shares; follows autocast as `F.linear` does."""
+    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+        hidden, weight, bias = (_autocast(x, hidden) for x in (hidden, weight, options.bias))
+        options = replace(options, bias=bias)
+    checks.check_head(hidden, weight, options)
+    if targets is not None:
+        checks.check_targets("targets", targets, hidden)
+        targets = targets.reshape(-1).long()
+    return Call(hidden.reshape(-1, hidden.shape[-1]), weight, targets, options)
+
+
+def _autocast(x: Tensor, like: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
+        return x
+    return x.to(torch.get_autocast_dtype(like.device.type))
+
+
+def linear_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logprob",),
+    backend: BackendName = "auto",
+    backward: BackwardName = "auto",
+    chunk_bytes: int | None = None,
+) -> TokenStats:
+    """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
+    temperature`, with no `[tokens, vocabulary]` tensor.
+
+    Args:
+        hidden: `[..., H]`, any strides; float64, float32, bfloat16 or float16. Under autocast, cast as `F.linear` casts.
+        weight: `[V, H]`, the dtype and device of `hidden`.
+        targets: `[...]` int64 or int32 ids in [0, V), aligned with `hidden` (no shift), or `ignore_index`. None where
+            `outputs` asks only for `lse`, `entropy`, `mean_logit` or `log_sum_sq`.
+        bias: `[V]`; -inf masks a vocabulary entry.
+        logit_scale, softcap, temperature: see `LogitTransform`. The defaults leave the logits as they are.
+        ignore_index: tokens with this target give 0 and no gradient, and cost nothing. -100 as in PyTorch.
+        outputs: which fields of `TokenStats` to compute. The differentiable ones may all be used together.
+        backend: "reference" (full logits, plain autograd), "chunked", or "auto" for the first that fits.
+        backward: "recompute" computes each chunk's logits again (1 + 3 GEMMs of 2 N H V flops); "single_pass" keeps
+            `d logprob / d hidden` of a frozen head (2 GEMMs in all, for any loss on top; not for `entropy`, nor a
+            trainable bias, nor `mean_logit` under a softcap). "auto" takes the cheapest that is exact.
+        chunk_bytes: budget for a chunk's float32 logits. None: 32 MiB on a CPU, 256 MiB elsewhere.
+
+    Returns:
+        `TokenStats`, each field of `hidden`'s leading shape in float32 (float64 for float64); None where not asked for.
+
+    Raises:
+        TypeError, ValueError: a wrong type, shape, dtype, device or value, before anything is computed, and a target
+            outside [0, V). On a GPU the last is a device-side assertion, so that nothing waits for it.
+        RuntimeError: the gradient is differentiated again (`create_graph=True`) with a backend other than "reference".
+    """
+    options = Options(bias, logit_scale, softcap, temperature, ignore_index, backend, backward, chunk_bytes)
+    outputs = checks.check_outputs(outputs, with_targets=targets is not None)
+    call = prepare(hidden, weight, targets, options)
+    shape = hidden.shape[:-1]
+    stats = _run(call, outputs)
+    return TokenStats(*(None if x is None else x.reshape(shape) for x in stats))
+
+
+def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
+    options, transform = call.options, call.options.transform
+    if options.backend == "reference":
+        return reference.linear_logprobs(
+            call.hidden,
+            call.weight,
+            call.targets,
+            bias=options.bias,
+            transform=transform,
+            ignore_index=options.ignore_index,
+            outputs=outputs,
+        )
+    unit = _takes_unit_gradient(call, outputs)
+    backend = backends.pick(options.backend, call.hidden, call.weight)
+    # Without targets any token id serves: the statistics asked for do not depend on it.
+    targets = call.hidden.new_zeros(len(call.hidden), dtype=torch.long) if call.targets is None else call.targets
+    found = library.logprobs(
+        call.hidden,
+        call.weight,
+        options.bias,
+        targets,
+        float(options.logit_scale),
+        None if options.softcap is None else float(options.softcap),
+        float(options.temperature),
+        -1 if call.targets is None else options.ignore_index,
+        " ".join(outputs),
+        unit,
+        backend,
+        options.chunk_bytes,
+    )
+    return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, found, strict=False)))
+
+
+def _takes_unit_gradient(call: Call, outputs: tuple[str, ...]) -> bool:
+    """Whether the frozen head's strategy applies; an error where it was asked for by name and does not."""
+    hidden, weight, bias = call.needs()
+    obstacle = None
+    if weight or bias:
+        obstacle = "the head is trainable"
+    elif "entropy" in outputs:
+        obstacle = "the entropy's gradient needs a second vector per token"
+    elif "mean_logit" in outputs and call.options.softcap is not None:
+        obstacle = "the mean logit's gradient under a softcap needs a second vector per token"
+    if call.options.backward == "single_pass" and obstacle is not None:
+        raise ValueError(
+            f"backward: 'single_pass' keeps one gradient vector per token of a frozen head, but {obstacle}; "
+            "use backward='recompute', or linear_token_loss"
+        )
+    return hidden and obstacle is None and call.options.backward != "recompute"

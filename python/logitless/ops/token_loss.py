@@ -1,0 +1,138 @@
+"""`linear_token_loss`, the single-pass form: a loss of each token's own statistics, three GEMMs in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Unpack
+
+import torch
+from torch import Tensor
+
+from .. import backends, reduce
+from ..types import OptionKeywords, Options, Reduction, TokenStats
+from . import checks, library
+from .library import PerTokenLoss
+from .logprobs import Call, linear_logprobs, prepare
+
+
+def linear_token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    per_token_loss: PerTokenLoss,
+    *,
+    token_inputs: Sequence[Tensor] = (),
+    outputs: tuple[str, ...] = ("logprob",),
+    reduction: Reduction = "mean",
+    normalizer: Tensor | float | None = None,
+    **options: Unpack[OptionKeywords],
+) -> Tensor:
+    """`sum_i per_token_loss(stats_i, *inputs_i) / normalizer` over the tokens that count, each chunk's logits computed once.
+
+    Where a token's loss depends on that token's own statistics alone, its derivative is known as soon as they are, so a
+    chunk's logits become its gradient at once: three GEMMs of 2 N H V flops in all, two where the head is frozen.
+
+    Args:
+        hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]`, as in `linear_logprobs`.
+        per_token_loss: any function of `(TokenStats of [n] vectors, *[n] token inputs)` that returns `[n]` losses, built
+            from differentiable PyTorch operations. It is called chunk by chunk, on tokens that count only, so it must be
+            elementwise along them. What it closes over gets no gradient.
+        token_inputs: constants of shape `[...]` (such as a reference's log-probs), cut into chunks along with the tokens.
+        outputs: the fields of `TokenStats` that the function reads.
+        reduction: "mean" divides by the number of tokens that count, or by `normalizer` (a number or a tensor of one:
+            the global count under gradient accumulation or data parallelism); all ignored gives 0, connected to the
+            graph. "sum"; "none" returns `[...]`, 0 where ignored.
+        **options: of the head and the backend, as in `linear_logprobs`. `backward="single_pass"` with
+            `reduction="none"` and a trainable head is refused: the upstream gradients come too late; "auto" recomputes.
+
+    Returns:
+        A scalar (or `[...]` for "none"), float32 (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError: as `linear_logprobs`; a token input of another shape, or that requires a gradient; a
+            function that closes over a tensor that requires a gradient.
+
+    Under `torch.compile` the function is called as it stands, inside the op, without a graph break; it must not change
+    between calls of one compiled graph.
+    """
+    checks.check_reduction(reduction, normalizer)
+    outputs = checks.check_outputs(outputs, with_targets=True)
+    if targets is None:
+        raise TypeError("targets: expected a tensor of token ids, got None")
+    call = prepare(hidden, weight, targets, Options(**options))
+    for i, value in enumerate(token_inputs):
+        check_token_input(f"token_inputs[{i}]", value, hidden)
+    if normalizer is None:
+        normalizer = reduce.count(targets, call.options.ignore_index)
+    if reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference":
+        if reduction == "none" and call.options.backward == "single_pass" and any(call.needs()[1:]):
+            raise ValueError(
+                "backward: 'single_pass' cannot serve reduction='none' with a trainable head, whose upstream gradients "
+                "come after the pass; use backward='auto' or 'recompute'"
+            )
+        stats = linear_logprobs(hidden, weight, targets, outputs=outputs, **options)
+        losses = per_token_loss(stats, *token_inputs)
+        counts = targets != call.options.ignore_index
+        return reduce.reduce(torch.where(counts, losses, torch.zeros_like(losses)), reduction, normalizer)
+    flat = [x.reshape(-1) for x in token_inputs]
+    total = single_pass(call, per_token_loss, flat, outputs).loss
+    return total if reduction == "sum" else reduce.mean(total, normalizer)
+
+
+class Total(NamedTuple):
+    """What one sweep leaves behind."""
+
+    loss: Tensor  # [] sum of the losses, differentiable
+    logprob: Tensor  # [N], a constant
+
+
+def single_pass(
+    call: Call,
+    function: PerTokenLoss,
+    inputs: Sequence[Tensor],
+    outputs: tuple[str, ...],
+    groups: Tensor | None = None,
+) -> Total:
+    """The op on a prepared call. `groups [N]`, non-decreasing: tokens that the function must see in one chunk."""
+    assert call.targets is not None
+    options = call.options
+    backend = backends.pick(options.backend, call.hidden, call.weight)
+
+    def run(handle: int) -> Total:
+        loss, logprob, *_ = library.token_loss(
+            call.hidden,
+            call.weight,
+            options.bias,
+            call.targets,
+            list(inputs),
+            groups,
+            handle,
+            float(options.logit_scale),
+            None if options.softcap is None else float(options.softcap),
+            float(options.temperature),
+            options.ignore_index,
+            " ".join(outputs),
+            call.needs(),
+            backend,
+            options.chunk_bytes,
+        )
+        return Total(loss, logprob)
+
+    if torch.compiler.is_compiling():
+        return run(library._keep(function))
+    with library.function_handle(function) as handle:
+        return run(handle)
+
+
+def check_token_input(name: str, value: Tensor, hidden: Tensor) -> None:
+    """A constant of the tokens' shape."""
+    checks.check_tensor(name, value, f"{list(hidden.shape[:-1])}")
+    if value.shape != hidden.shape[:-1]:
+        raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like targets, got {list(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name}: is a constant of the loss and gets no gradient, but requires one; detach it")
+    if value.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {value.device}")
+
+
+__all__ = ["TokenStats", "linear_token_loss"]

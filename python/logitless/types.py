@@ -1,0 +1,138 @@
+"""What every layer shares: the result of a head, its options, and the names of the strategies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict
+
+import torch
+from torch import Tensor
+
+BackendName = Literal["auto", "reference", "chunked"]
+BackwardName = Literal["auto", "recompute", "single_pass"]
+Reduction = Literal["none", "sum", "mean"]
+
+#: The fields of `TokenStats`, in order; the first four carry gradients.
+OUTPUTS = ("logprob", "lse", "entropy", "mean_logit", "correct", "log_sum_sq")
+DIFFERENTIABLE = OUTPUTS[:4]
+
+
+class TokenStats(NamedTuple):
+    """What a loss may know of a token's next-token distribution `p = softmax(z)` over V logits `z`.
+
+    Every field has the leading shape of `hidden`, float32 (float64 for float64 inputs), and is `None` where it was not
+    asked for. Natural logarithms throughout; 0 where the target is ignored.
+    """
+
+    logprob: Tensor | None = None
+    """`z[target] - lse`, in nats; right to rounding for confident tokens too. Differentiable."""
+    lse: Tensor | None = None
+    """`log sum_j exp(z_j)`. Differentiable."""
+    entropy: Tensor | None = None
+    """`-sum_j p_j log p_j`, in nats. Differentiable."""
+    mean_logit: Tensor | None = None
+    """`mean_j z_j`; label smoothing is linear in it. Differentiable."""
+    correct: Tensor | None = None
+    """1 where no logit exceeds the target's (ties count as correct), else 0. Not differentiable."""
+    log_sum_sq: Tensor | None = None
+    """`log sum_j p_j^2`, the logarithm of the collision probability. Not differentiable."""
+
+
+class Head(NamedTuple):
+    """An output head and the options that turn `hidden @ weight.T` into logits (see `LogitTransform`)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """`z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature`, in that order.
+
+    Scale before cap, as Grok has both; Gemma has the cap alone, Cohere and Granite the scale alone; temperature is the
+    sampler's and comes last. Without a softcap the transform is one factor, `slope`. A logit that is -inf before the
+    cap (a masked vocabulary entry) stays -inf.
+    """
+
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_number("logit_scale", self.logit_scale, "a finite number", math.isfinite)
+        _check_number("temperature", self.temperature, "a positive number", lambda x: 0 < x < math.inf)
+        if self.softcap is not None:
+            _check_number("softcap", self.softcap, "a positive number or None", lambda x: 0 < x < math.inf)
+
+    @property
+    def slope(self) -> float:
+        """`d z / d (hidden @ weight.T + bias)` where the cap does not bend it."""
+        return self.logit_scale / self.temperature
+
+    def apply_(self, logits: Tensor, *, may_be_masked: bool) -> Tensor | None:
+        """Transforms raw products in place; returns the derivative per entry, or None where it is `slope` everywhere."""
+        if self.softcap is None:
+            if self.slope != 1.0:
+                logits.mul_(self.slope)
+            return None
+        masked = logits.isneginf() if may_be_masked else None
+        logits.mul_(self.logit_scale / self.softcap).tanh_()
+        derivative = logits.square().neg_().add_(1).mul_(self.slope)
+        logits.mul_(self.softcap / self.temperature)
+        if masked is not None:
+            logits.masked_fill_(masked, -math.inf)
+        return derivative
+
+    def derivative_at(self, logits: Tensor) -> Tensor | float:
+        """The same derivative, from finished logits."""
+        if self.softcap is None:
+            return self.slope
+        capped = (logits * (self.temperature / self.softcap)).clamp(-1, 1)  # tanh; -inf has slope 0
+        return (1 - capped.square()) * self.slope
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of the head and of the backend that every op of the library takes, with their defaults."""
+
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float = 1.0
+    ignore_index: int = -100
+    backend: BackendName = "auto"
+    backward: BackwardName = "auto"
+    chunk_bytes: int | None = None
+
+    @property
+    def transform(self) -> LogitTransform:
+        return LogitTransform(self.logit_scale, self.softcap, self.temperature)
+
+
+class OptionKeywords(TypedDict, total=False):
+    """`Options` as keyword arguments, for the signatures of the functions that pass them on."""
+
+    bias: Tensor | None
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    backend: BackendName
+    backward: BackwardName
+    chunk_bytes: int | None
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for every input but float64: a token's statistics are never rounded to a half type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_number(name: str, value: object, expected: str, accept) -> None:  # type: ignore[no-untyped-def]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
+    if not accept(value):
+        raise ValueError(f"{name}: expected {expected}, got {value}")
