@@ -1,13 +1,14 @@
 """The one-call forms: any loss of the registry on hidden states and a head, with the cheapest exact strategy for it.
 
-    token      each token's loss needs its own statistics alone: one sweep, three GEMMs (`linear_token_loss`)
-    sequence   looks along time: statistics first, then the loss, and recomputation
-    pair       compares two sequences: with a frozen head two GEMMs; else one sweep over whole pairs where a pair's logits
-               fit the chunk budget, recomputation where they do not
+token      each token's loss needs its own statistics alone: one sweep, three GEMMs (`linear_token_loss`)
+sequence   looks along time: statistics first, then the loss, and recomputation
+pair       compares two sequences: with a frozen head two GEMMs; else one sweep over whole pairs where a pair's
+           logits fit the chunk budget, recomputation where they do not
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -19,7 +20,7 @@ from .ops import linear_logprobs, linear_token_loss
 from .ops.checks import check_reduction, check_tensor
 from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input, single_pass
-from .types import Head, OptionKeywords, Options, Reduction, TokenStats
+from .types import Head, OptionKeywords, Options, Reduction, TokenStats, statistics_dtype
 
 OPTION_NAMES = frozenset(OptionKeywords.__annotations__)
 
@@ -75,10 +76,10 @@ def linear_loss(
             loss, hidden, weight, targets, inputs, cu_seqlens, token_weight, reduction, normalizer, options
         )
     constants = list(inputs.values())
-    function = loss
+    function: Any = loss
     if token_weight is not None:
         constants.insert(0, token_weight)
-        function = _weighted(loss)
+        function = _Weighted(loss)
     return linear_token_loss(
         hidden,
         weight,
@@ -105,29 +106,39 @@ def _loss_inputs(loss: Loss, given: dict[str, Any], hidden: Tensor) -> dict[str,
     return {name: given[name] for name in loss.inputs}
 
 
-def _weighted(loss: Loss) -> Any:
-    return lambda stats, weight, *inputs: weight * loss(stats, *inputs)
+@dataclass(frozen=True)
+class _Weighted:
+    """A token loss times a weight; an object, not a closure, which `torch.compile` could not hand to the op."""
+
+    loss: Loss
+
+    def __call__(self, stats: TokenStats, weight: Tensor, *inputs: Tensor) -> Tensor:
+        out: Tensor = weight * self.loss(stats, *inputs)
+        return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sequences
 
 
-def _sequence_ids(hidden: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """`[N]` int64: the number of the sequence that each token of the flattened input belongs to."""
+def _sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor]:
+    """How many sequences there are, and `[N]` int64: the one that each token of the flattened input belongs to."""
+    tokens = torch.arange(hidden.shape[:-1].numel(), device=hidden.device)
     if cu_seqlens is None:
         if hidden.dim() < 3:
             raise ValueError(f"cu_seqlens: needed where hidden is flat, got None and hidden {list(hidden.shape)}")
-        count, length = hidden.shape[:-2].numel(), hidden.shape[-2]
-        return torch.arange(count, device=hidden.device).repeat_interleave(length)
+        return hidden.shape[:-2].numel(), tokens.div(max(hidden.shape[-2], 1), rounding_mode="floor")
     check_tensor("cu_seqlens", cu_seqlens, "[S + 1]", 1)
-    if cu_seqlens.is_floating_point() or len(cu_seqlens) < 2:
+    if cu_seqlens.is_floating_point() or len(cu_seqlens) < 1:
         raise ValueError(f"cu_seqlens: expected S + 1 integers, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    count = hidden.shape[:-1].numel()
-    lengths = cu_seqlens.long().diff()
-    if int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != count or bool((lengths < 0).any()):
-        raise ValueError(f"cu_seqlens: expected to rise from 0 to the number of tokens {count}, got {cu_seqlens.tolist()}")
-    return torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths.to(hidden.device))
+    cu_seqlens = cu_seqlens.to(hidden.device)
+    if not torch.compiler.is_compiling():
+        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
+        if first != 0 or last != len(tokens) or bool((cu_seqlens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seqlens: expected to rise from 0 to the number of tokens {len(tokens)}, got {cu_seqlens.tolist()}"
+            )
+    return len(cu_seqlens) - 1, torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
 
 
 def _sequence_loss(
@@ -146,11 +157,13 @@ def _sequence_loss(
     stats = linear_logprobs(hidden, weight, targets, outputs=loss.outputs, **options)
     ignore_index = Options(**options).ignore_index
     mask = targets != ignore_index
-    sequence = None if cu_seqlens is None else _sequence_ids(hidden, cu_seqlens).reshape(targets.shape)
+    sequence = None if cu_seqlens is None else _sequences(hidden, cu_seqlens)[1].reshape(targets.shape)
     per_token = loss(stats, *inputs.values(), mask=mask, sequence=sequence)
     if token_weight is not None:
         per_token = per_token * token_weight
-    return reduce.reduce(per_token, reduction, reduce.count(targets, ignore_index) if normalizer is None else normalizer)
+    if normalizer is None:
+        normalizer = reduce.count(targets, ignore_index)
+    return reduce.reduce(per_token, reduction, normalizer)
 
 
 def _pair_loss(
@@ -166,7 +179,10 @@ def _pair_loss(
 ) -> Any:
     check_reduction(reduction, normalizer)
     call = prepare(hidden, weight, targets, options)
-    pairs = _Pairs(loss, call, _sequence_ids(hidden, cu_seqlens), inputs["ref_logprob"].reshape(-1))
+    count, sequence = _sequences(hidden, cu_seqlens)
+    if count % 2:
+        raise ValueError(f"hidden: expected 2B sequences, the chosen and then the rejected, got {count}")
+    pairs = _Pairs(loss, call, count // 2, sequence, inputs["ref_logprob"].reshape(-1))
     if reduction != "none" and pairs.one_sweep():
         result = pairs.sweep()
     else:
@@ -176,30 +192,27 @@ def _pair_loss(
         if reduction != "none":
             result = result._replace(loss=result.loss.sum())
     if reduction == "mean":
-        result = result._replace(loss=reduce.mean(result.loss, pairs.count if normalizer is None else normalizer))
+        normalizer = max(pairs.count, 1) if normalizer is None else normalizer
+        result = result._replace(loss=reduce.mean(result.loss, normalizer))
     return result
 
 
 class _Pairs:
     """Tokens of 2B sequences; sequence i is chosen over sequence B + i."""
 
-    def __init__(self, loss: Loss, call: Call, sequence: Tensor, ref_logprob: Tensor) -> None:
+    def __init__(self, loss: Loss, call: Call, count: int, sequence: Tensor, ref_logprob: Tensor) -> None:
         assert call.targets is not None
-        self.loss, self.call, self.sequence = loss, call, sequence
-        sequences = int(sequence[-1]) + 1 if len(sequence) else 0
-        if sequences % 2:
-            raise ValueError(f"hidden: expected 2B sequences, the chosen and then the rejected, got {sequences}")
-        self.count = sequences // 2
+        self.loss, self.call, self.count, self.sequence = loss, call, count, sequence
         self.mask = call.targets != call.options.ignore_index
-        self.ref_logprob = torch.where(self.mask, ref_logprob.to(torch.promote_types(ref_logprob.dtype, torch.float32)), 0)
+        self.ref_logprob = torch.where(self.mask, ref_logprob.to(statistics_dtype(ref_logprob.dtype)), 0)
 
     def result(self, logprob: Tensor) -> PreferenceResult:
         """The loss per pair from the tokens' log-probs `[N]`."""
-        ours, reference = (self._sequences(x, self.sequence, self.mask) for x in (logprob, self.ref_logprob.to(logprob)))
+        ours, reference = (self._sums(x, self.sequence, self.mask) for x in (logprob, self.ref_logprob.to(logprob)))
         b = self.count
         return self.loss(ours[:b], ours[b:], reference[:b], reference[b:])
 
-    def _sequences(self, logprob: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
+    def _sums(self, logprob: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
         average = getattr(self.loss, "average_logprob", False)
         return sequence_logprob(logprob, sequence=sequence, num_sequences=2 * self.count, mask=mask, average=average)
 
@@ -210,27 +223,23 @@ class _Pairs:
             return False
         if options.backward == "single_pass":
             return True
+        if torch.compiler.is_compiling() or self.count == 0:
+            return False
         backend = backends.BACKENDS[backends.pick(options.backend, self.call.hidden, self.call.weight)]
-        sizes = torch.zeros_like(self.sequence[: self.count]).index_add_(0, self.sequence % self.count, self.mask.long())
+        sizes = torch.bincount((self.sequence % self.count)[self.mask], minlength=1)
         return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)
 
     def sweep(self) -> PreferenceResult:
         """One sweep over whole pairs; the sum of the losses, and the metrics from the log-probs it leaves behind."""
-        kept = self.mask.nonzero()[:, 0]
-        order = kept[(self.sequence[kept] % self.count).argsort(stable=True)]
-        sequence = self.sequence[order]
-        assert self.call.targets is not None
-        call = self.call._replace(hidden=self.call.hidden[order], targets=self.call.targets[order])
-        total, logprob = single_pass(
-            call, self._of_chunk, [sequence, self.ref_logprob[order]], ("logprob",), groups=sequence % self.count
-        )
-        result = self.result(logprob.new_zeros(len(self.mask)).index_copy_(0, order, logprob))
+        inputs = [self.sequence, self.ref_logprob]
+        total, logprob = single_pass(self.call, self._of_chunk, inputs, ("logprob",), groups=self.sequence % self.count)
+        result = self.result(logprob)
         # A pair without a token that counts is in no chunk; its constant belongs to the value all the same.
         return result._replace(loss=total + (result.loss.sum() - total).detach())
 
     def _of_chunk(self, stats: TokenStats, sequence: Tensor, ref_logprob: Tensor) -> Tensor:
         assert stats.logprob is not None
-        ours, reference = (self._sequences(x, sequence, None) for x in (stats.logprob, ref_logprob.to(stats.logprob)))
+        ours, reference = (self._sums(x, sequence, None) for x in (stats.logprob, ref_logprob.to(stats.logprob)))
         chosen = torch.unique(sequence % self.count)
         rejected = chosen + self.count
         return self.loss(ours[chosen], ours[rejected], reference[chosen], reference[rejected]).loss
@@ -240,7 +249,7 @@ class _Pairs:
 # Cross-entropy
 
 
-def linear_cross_entropy(
+def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named here, are among the options too
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
@@ -285,15 +294,14 @@ def linear_cross_entropy(
     if shift:
         targets, token_weight = _shifted(targets, hidden, ignore_index), _shifted_weight(token_weight, targets)
     options = {**options, "bias": bias, "ignore_index": ignore_index}
+    common: dict[str, Any] = dict(token_weight=token_weight, reduction=reduction, normalizer=normalizer)
     nll = NLL(label_smoothing=label_smoothing, z_loss=z_loss)
     if label_smoothing > 0 and bias is not None and not torch.compiler.is_compiling() and bool(bias.isneginf().any()):
         raise ValueError("label_smoothing: infinite where bias masks part of the vocabulary (-inf); expected 0")
     if class_weight is None:
-        out = linear_loss(
-            nll, hidden, weight, targets, token_weight=token_weight, reduction=reduction, normalizer=normalizer, **options
-        )
+        out: Tensor = linear_loss(nll, hidden, weight, targets, **common, **options)
     else:
-        out = _class_weighted(nll, hidden, weight, targets, class_weight, token_weight, reduction, normalizer, options)
+        out = _class_weighted(nll, hidden, weight, targets, class_weight, options=options, **common)
     return out[..., :-1] if shift and reduction == "none" else out
 
 
@@ -309,7 +317,8 @@ def _shifted_weight(token_weight: Tensor | None, targets: Tensor) -> Tensor | No
     if token_weight is None:
         return None
     if token_weight.shape != targets.shape:
-        raise ValueError(f"token_weight: expected shape {list(targets.shape)} like targets, got {list(token_weight.shape)}")
+        expected, got = list(targets.shape), list(token_weight.shape)
+        raise ValueError(f"token_weight: expected shape {expected} like targets, got {got}")
     return torch.cat([token_weight[..., 1:], torch.zeros_like(token_weight[..., :1])], dim=-1)
 
 
@@ -319,10 +328,11 @@ def _class_weighted(
     weight: Tensor,
     targets: Tensor,
     class_weight: Tensor,
+    *,
     token_weight: Tensor | None,
     reduction: Reduction,
     normalizer: Tensor | float | None,
-    options: OptionKeywords,
+    options: dict[str, Any],
 ) -> Tensor:
     """torch's class weights: `(1 - eps) w_t (-logp_t) + eps / V sum_j w_j (-logp_j)`, "mean" over the sum of the w_t.
 
@@ -338,18 +348,13 @@ def _class_weighted(
     own = torch.where(counts, class_weight[torch.where(counts, targets, 0).clamp(0, vocabulary - 1).long()], 0)
     scale = torch.ones_like(own) if token_weight is None else token_weight
     check_token_input("token_weight", scale, hidden)
-    smoothing = eps * float(class_weight.sum()) / vocabulary
-
-    def per_token(stats: TokenStats, own: Tensor, scale: Tensor) -> Tensor:
-        assert stats.logprob is not None and stats.lse is not None
-        return scale * ((1 - eps) * own * -stats.logprob + smoothing * stats.lse + nll.z_loss * stats.lse.square())
-
+    coefficients = ((1 - eps) * scale * own, eps * scale * class_weight.mean(), nll.z_loss * scale)
     total = linear_token_loss(
         hidden,
         weight,
         targets,
-        per_token,
-        token_inputs=(own, scale),
+        _nll_terms,
+        token_inputs=coefficients,
         outputs=("logprob", "lse"),
         reduction="none" if reduction == "none" else "sum",
         **options,
@@ -362,6 +367,11 @@ def _class_weighted(
         linear = torch.where(counts, linear * scale, 0) * (eps * call.options.transform.slope / vocabulary)
         total = total - (linear if reduction == "none" else linear.sum())
     return reduce.mean(total, own.sum() if normalizer is None else normalizer) if reduction == "mean" else total
+
+
+def _nll_terms(stats: TokenStats, target: Tensor, uniform: Tensor, square: Tensor) -> Tensor:
+    assert stats.logprob is not None and stats.lse is not None
+    return uniform * stats.lse + square * stats.lse.square() - target * stats.logprob
 
 
 def _checked_class_weight(class_weight: Tensor, weight: Tensor) -> Tensor:
@@ -422,10 +432,10 @@ def linear_f_divergence_sft(
     normalizer: Tensor | float | None = None,
     **options: Unpack[OptionKeywords],
 ) -> Tensor:
-    """f-divergence SFT, `-phi(beta (logprob - ref_logprob)) / beta` per token: `linear_loss(losses.FDivergenceSFT(...), ...)`.
+    """f-divergence SFT, `-phi(beta (logprob - ref_logprob)) / beta` per token: `linear_loss(FDivergenceSFT(...), ...)`.
 
-    `ref_logprob`, and with `value="lse"` `ref_lse`, have the targets' shape: the reference model's statistics on the same
-    tokens, constants. Source: arXiv 2507.00018, derived as `losses.FDivergenceSFT` says.
+    `ref_logprob`, and with `value="lse"` `ref_lse`, have the targets' shape: the reference model's statistics on the
+    same tokens, constants. Source: arXiv 2507.00018, derived as `losses.FDivergenceSFT` says.
     """
     loss = FDivergenceSFT(divergence=divergence, beta=beta, value=value, alpha=alpha, saturate=saturate)
     inputs = {"ref_logprob": ref_logprob} if ref_lse is None else {"ref_logprob": ref_logprob, "ref_lse": ref_lse}
@@ -481,7 +491,8 @@ def linear_dpo(
     """
     loss = DPO(beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, divergence=divergence, alpha=alpha)
     if (ref_logprob is None) == (ref_hidden is None):
-        raise ValueError("ref_logprob: expected either it or ref_hidden, got " + ("both" if ref_hidden is not None else "neither"))
+        got = "neither" if ref_logprob is None else "both"
+        raise ValueError(f"ref_logprob: expected either it or ref_hidden, got {got}")
     if ref_hidden is not None:
         ref_logprob = _reference_logprob(ref_hidden, weight if ref_head is None else ref_head, targets, options)
     elif ref_head is not None:
@@ -501,14 +512,13 @@ def linear_dpo(
 
 def _reference_logprob(hidden: Tensor, head: Tensor | Head, targets: Tensor, options: OptionKeywords) -> Tensor:
     """The reference's log-probs of the same targets, without a gradient."""
+    merged: dict[str, Any] = {**options, "backward": "auto"}
     if isinstance(head, Head):
-        own = dict(head._asdict())
-        weight = own.pop("weight")
-        options = {**options, **own}  # type: ignore[typeddict-item]
+        merged |= head._asdict()
     else:
-        weight = head
+        merged |= {"weight": head}
     with torch.no_grad():
-        logprob = linear_logprobs(hidden, weight, targets, **{**options, "backward": "auto"}).logprob
+        logprob = linear_logprobs(hidden, merged.pop("weight"), targets, **merged).logprob
     assert logprob is not None
     return logprob
 

@@ -41,9 +41,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         **options: Unpack[OptionKeywords],
     ) -> None:
         NLL(label_smoothing=label_smoothing, z_loss=z_loss)  # its checks, now rather than at the first call
-        super().__init__(
-            label_smoothing=label_smoothing, z_loss=z_loss, shift=shift, reduction=reduction, **options
-        )
+        super().__init__(label_smoothing=label_smoothing, z_loss=z_loss, shift=shift, reduction=reduction, **options)
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **call: Any) -> Tensor:
@@ -84,7 +82,7 @@ class LinearFDivergenceLoss(_LinearLoss):
         super().__init__(**own, reduction=reduction, **options)
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logprob: Tensor, **call: Any) -> Tensor:
-        """As the function; `ref_lse` (for `value="lse"`), `bias`, `token_weight`, `normalizer`, `cu_seqlens` by name."""
+        """As the function; `ref_lse`, `bias`, `token_weight`, `normalizer`, `cu_seqlens` by name."""
         return functional.linear_f_divergence_sft(hidden, weight, targets, ref_logprob, **{**self.bound, **call})
 
 
@@ -102,9 +100,7 @@ class LinearDPOLoss(_LinearLoss):
         reduction: Reduction = "mean",
         **options: Unpack[OptionKeywords],
     ) -> None:
-        own = dict(
-            beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, divergence=divergence, alpha=alpha
-        )
+        own = dict(beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, divergence=divergence, alpha=alpha)
         DPO(**own)  # type: ignore[arg-type]
         super().__init__(**own, reduction=reduction, **options)
 

@@ -20,11 +20,17 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logit
     z = hidden.to(dtype) @ weight.to(dtype).T
     if bias is not None:
         z = z + bias.to(dtype)
-    masked = z.isneginf()
+    return transformed(z, transform)
+
+
+def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
+    """Finished logits from raw ones; what is masked (-inf) stays so under a softcap."""
     z = z * transform.logit_scale
     if transform.softcap is not None:
-        z = transform.softcap * torch.tanh(z.masked_fill(masked, 0) / transform.softcap)
-    return z.masked_fill(masked, -math.inf) / transform.temperature
+        masked = z.isneginf()
+        capped = transform.softcap * torch.tanh(z.masked_fill(masked, 0) / transform.softcap)
+        z = capped.masked_fill(masked, -math.inf)
+    return z / transform.temperature
 
 
 def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:

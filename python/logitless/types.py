@@ -63,7 +63,7 @@ class LogitTransform:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        _check_number("logit_scale", self.logit_scale, "a finite number", math.isfinite)
+        _check_number("logit_scale", self.logit_scale, "a positive number", lambda x: 0 < x < math.inf)
         _check_number("temperature", self.temperature, "a positive number", lambda x: 0 < x < math.inf)
         if self.softcap is not None:
             _check_number("softcap", self.softcap, "a positive number or None", lambda x: 0 < x < math.inf)
@@ -74,7 +74,7 @@ class LogitTransform:
         return self.logit_scale / self.temperature
 
     def apply_(self, logits: Tensor, *, may_be_masked: bool) -> Tensor | None:
-        """Transforms raw products in place; returns the derivative per entry, or None where it is `slope` everywhere."""
+        """Transforms raw products in place; returns the derivative per entry, None where it is `slope`."""
         if self.softcap is None:
             if self.slope != 1.0:
                 logits.mul_(self.slope)

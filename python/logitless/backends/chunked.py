@@ -101,8 +101,8 @@ def group_spans(groups: Tensor, tokens: int) -> Iterator[slice]:
     for end in ends:
         if end - stop > tokens:
             raise ValueError(
-                f"backward: 'single_pass' needs a whole group's logits in one chunk, but a group of {end - stop} tokens "
-                f"exceeds the {tokens} that chunk_bytes allows; raise chunk_bytes or use backward='recompute'"
+                f"backward: 'single_pass' needs a whole group's logits in one chunk, but {end - stop} tokens "
+                f"exceed the {tokens} that chunk_bytes allows; raise chunk_bytes or use backward='recompute'"
             )
         if end - start > tokens:
             yield slice(start, stop)
@@ -117,7 +117,7 @@ def _spans(count: int, tokens: int) -> Iterator[slice]:
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype to multiply in. float16 cannot hold a row's exponentials beside its largest; see the header for bfloat16."""
+    """The dtype to multiply in. float16 cannot hold a row's small exponentials; for bfloat16 see the header."""
     if dtype == torch.float16:
         return torch.float32
     if dtype == torch.bfloat16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -262,7 +262,6 @@ def _concatenate(
 ) -> TokenStats:
     """The chunks' statistics as one, also of no chunk at all."""
     names = {"logprob", "lse", *outputs}
-    empty = torch.empty(0, dtype=dtype, device=problem.hidden.device)
-    return TokenStats(
-        **{name: torch.cat([getattr(part, name) for part in found]) if found else empty for name in names}
-    )
+    if not found:
+        return TokenStats(**{name: torch.empty(0, dtype=dtype, device=problem.hidden.device) for name in names})
+    return TokenStats(**{name: torch.cat([getattr(part, name) for part in found]) for name in names})

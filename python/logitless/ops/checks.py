@@ -27,9 +27,8 @@ def check_head(hidden: Tensor, weight: Tensor, options: Options) -> None:
     check_tensor("hidden", hidden, "[..., H]")
     check_tensor("weight", weight, "[V, H]", 2)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden: expected shape [..., {weight.shape[1]}] to fit weight {list(weight.shape)}, got {list(hidden.shape)}"
-        )
+        expected = f"[..., {weight.shape[1]}] to fit weight {list(weight.shape)}"
+        raise ValueError(f"hidden: expected shape {expected}, got {list(hidden.shape)}")
     if weight.shape[0] == 0:
         raise ValueError(f"weight: expected at least one vocabulary entry, got shape {list(weight.shape)}")
     if hidden.dtype not in FLOATING:

@@ -13,6 +13,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ from ..types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats, statist
 
 PerTokenLoss = Callable[..., Tensor]
 
-_functions: dict[int, PerTokenLoss] = {}
+_functions: dict[int, Any] = {}  # handle -> a function, or its description
+_kept_handles: dict[Any, int] = {}
 _next_handle = itertools.count()
+_NUMBER = "<number>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,14 +48,36 @@ def _kept(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
     return None if counts.all() else counts.nonzero()[:, 0]
 
 
+def _grouped(kept: Tensor | None, groups: Tensor) -> Tensor:
+    """The same indices with every group's tokens together, in their order."""
+    if kept is None:
+        return groups.argsort(stable=True)
+    return kept[groups[kept].argsort(stable=True)]
+
+
 def _take(x: Tensor | None, kept: Tensor | None) -> Tensor | None:
     return x if x is None or kept is None else x[kept]
+
+
+def _problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    kept: Tensor | None,
+    transform: LogitTransform,
+    chunk_bytes: int | None,
+) -> Problem:
+    """What a backend sees: the tokens that count."""
+    if kept is not None:
+        hidden, targets = hidden[kept], targets[kept]
+    return Problem(hidden, weight, bias, targets, transform, chunk_bytes)
 
 
 def _spread(x: Tensor | None, kept: Tensor | None, count: int) -> Tensor:
     """The inverse of `_take`: zeros elsewhere, and an empty tensor for None."""
     if x is None:
-        return torch.empty(0)
+        return torch.empty(0, device="cpu")
     return x if kept is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, kept, x)
 
 
@@ -79,17 +105,12 @@ def logprobs(
     backend: str,
     chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The six statistics `[N]` in the order of `TokenStats` (`outputs` names those wanted, logprob and lse come always),
-    then `d logprob / d hidden [N, H]` where `unit_gradient`."""
+    """The six statistics `[N]` in the order of `TokenStats`, then `d logprob / d hidden [N, H]` where `unit_gradient`.
+
+    `outputs` names the statistics wanted, with spaces between; logprob and lse come always."""
     kept = _kept(targets, ignore_index, weight.shape[0])
-    problem = Problem(
-        hidden if kept is None else hidden[kept],
-        weight,
-        bias,
-        targets if kept is None else targets[kept],
-        LogitTransform(logit_scale, softcap, temperature),
-        chunk_bytes,
-    )
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes)
     with _no_autocast(hidden.device):
         stats, unit = backends.BACKENDS[backend].forward(problem, tuple(outputs.split()), unit_gradient)
     unit = None if unit is None else unit.to(hidden.dtype)
@@ -107,7 +128,7 @@ def _logprobs_fake(  # type: ignore[no-untyped-def]
         hidden.new_empty(targets.shape, dtype=dtype) if name in wanted else torch.empty(0, device="cpu")
         for name in OUTPUTS
     ]
-    return (*stats, torch.empty_like(hidden) if unit_gradient else torch.empty(0, device="cpu"))
+    return (*stats, hidden.new_empty(hidden.shape) if unit_gradient else torch.empty(0, device="cpu"))
 
 
 @torch.library.custom_op("logitless::logprobs_backward", mutates_args=())
@@ -128,14 +149,8 @@ def logprobs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, in their dtypes, from those of logprob, lse, entropy and mean logit."""
     kept = _kept(targets, ignore_index, weight.shape[0])
-    problem = Problem(
-        hidden if kept is None else hidden[kept],
-        weight,
-        bias,
-        targets if kept is None else targets[kept],
-        LogitTransform(logit_scale, softcap, temperature),
-        chunk_bytes,
-    )
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes)
     with _no_autocast(hidden.device):
         gradients = backends.BACKENDS[backend].backward(
             problem,
@@ -155,7 +170,7 @@ def _logprobs_backward_fake(  # type: ignore[no-untyped-def]
     upstream, hidden, weight, bias, targets, stats, logit_scale, softcap, temperature, ignore_index, needs, *_
 ):
     return tuple(
-        torch.empty_like(x) if need and x is not None else torch.empty(0, device="cpu")
+        x.new_empty(x.shape) if need and x is not None else torch.empty(0, device="cpu")
         for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
 
@@ -170,8 +185,10 @@ def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward()
     hidden, weight, bias, targets, logprob, lse, entropy, unit = ctx.saved_tensors
-    upstream = list(grads[: len(DIFFERENTIABLE)])
+    wanted = ("logprob", "lse", *ctx.outputs)  # of the others there is an empty tensor
+    upstream = [g if name in wanted else None for name, g in zip(DIFFERENTIABLE, grads, strict=False)]
     found: list[Tensor | None] = [None] * 12
     if all(g is None for g in upstream):
         return tuple(found)
@@ -188,6 +205,14 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     return tuple(found)
 
 
+def _refuse_double_backward() -> None:
+    """Called by a backward: gradients are recorded in there with `create_graph=True` alone, and would be incomplete."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "logitless: the fused backward cannot be differentiated again (create_graph=True); use backend='reference'"
+        )
+
+
 def _scale_unit(
     unit: Tensor,
     weight: Tensor,
@@ -202,27 +227,19 @@ def _scale_unit(
     a, b, _, m = upstream
     total = torch.zeros(unit.shape, dtype=logprob.dtype, device=unit.device)
     counts = targets != ignore_index
+    a, b, m = (None if g is None else torch.where(counts, g, 0) for g in (a, b, m))
     if a is not None:
         total = total + a[:, None] * unit
     if b is not None:
-        slope = transform.derivative_at(logprob + lse) * torch.where(counts, b, 0)
+        slope = transform.derivative_at(logprob + lse) * b
         total = total - b[:, None] * unit + slope[:, None] * weight[torch.where(counts, targets, 0)]
     if m is not None:
         row = weight.mean(0, dtype=total.dtype) * transform.slope
-        total = total + torch.where(counts, m, 0)[:, None] * row
+        total = total + m[:, None] * row
     return total.to(unit.dtype)
 
 
 logprobs.register_autograd(_differentiate_logprobs, setup_context=_save_logprobs)
-
-
-def _refuse(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError(
-        "logitless: the fused backward cannot be differentiated again (create_graph=True); use backend='reference'"
-    )
-
-
-logprobs_backward.register_autograd(_refuse, setup_context=lambda ctx, inputs, output: None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -238,6 +255,7 @@ def token_loss(
     token_inputs: Sequence[Tensor],
     groups: Tensor | None,
     function: int,
+    numbers: Sequence[float],
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -247,22 +265,20 @@ def token_loss(
     backend: str,
     chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The sum of `function(stats, *token_inputs)` over the tokens that count, their log-probs `[N]`, and the gradients
-    of that sum for hidden, weight and bias, in the statistics' dtype."""
+    """The sum of a function's losses over the tokens that count, their log-probs `[N]`, and the sum's gradients for
+    hidden, weight and bias, in the statistics' dtype. `function` is a handle of `_functions`, `numbers` its floats;
+    tokens of one of the `groups [N]` are seen together."""
     kept = _kept(targets, ignore_index, weight.shape[0])
-    problem = Problem(
-        hidden if kept is None else hidden[kept],
-        weight,
-        bias,
-        targets if kept is None else targets[kept],
-        LogitTransform(logit_scale, softcap, temperature),
-        chunk_bytes,
-    )
+    if groups is not None:
+        kept = _grouped(kept, groups)
+        groups = groups[kept]
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes)
     inputs = [x if kept is None else x[kept] for x in token_inputs]
-    coefficients = _coefficients(_functions[function], inputs)
+    coefficients = _coefficients(_rebuild(_functions[function], iter(numbers)), inputs)
     with _no_autocast(hidden.device):
         loss, logprob, gradients = backends.BACKENDS[backend].single_pass(
-            problem, tuple(outputs.split()), coefficients, _take(groups, kept), Needs(*needs)
+            problem, tuple(outputs.split()), coefficients, groups, Needs(*needs)
         )
     return (
         loss,
@@ -275,11 +291,12 @@ def token_loss(
 
 @token_loss.register_fake
 def _token_loss_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, token_inputs, groups, function, logit_scale, softcap, temperature, ignore, outputs, needs, *_
+    hidden, weight, bias, targets, *options
 ):
+    needs = options[-3]
     dtype = statistics_dtype(hidden.dtype)
     gradients = [
-        torch.empty_like(x, dtype=dtype) if need and x is not None else torch.empty(0, device="cpu")
+        x.new_empty(x.shape, dtype=dtype) if need and x is not None else torch.empty(0, device="cpu")
         for x, need in zip((hidden, weight, bias), needs, strict=True)
     ]
     return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *gradients)
@@ -328,12 +345,12 @@ def _graph_leaves(tensor: Tensor) -> Iterator[Tensor]:
     stack, seen = [tensor.grad_fn], set()
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
+        if node in seen:
             continue
         seen.add(node)
         if hasattr(node, "variable"):
             yield node.variable
-        stack.extend(parent for parent, _ in node.next_functions)
+        stack.extend(parent for parent, _ in node.next_functions if parent is not None)
 
 
 @contextmanager
@@ -356,12 +373,14 @@ def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[2:])
     ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-    ctx.needs, ctx.inputs = inputs[12], len(inputs[4])
+    ctx.needs, ctx.token_inputs, ctx.numbers = inputs[13], len(inputs[4]), len(inputs[7])
 
 
 def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    found: list[Any] = [None] * 15
-    found[4] = [None] * ctx.inputs
+    _refuse_double_backward()
+    found: list[Any] = [None] * 16
+    found[4] = [None] * ctx.token_inputs
+    found[7] = None if ctx.numbers else []  # torch.library takes an empty list for a list of tensors
     if grad is None:
         return tuple(found)
     for i, (gradient, dtype, need) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)):
@@ -371,7 +390,7 @@ def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) 
 
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient * factor`; in place where this backward is the last that can read it, which saves a copy of the head."""
+    """`gradient * factor`; in place where this backward is the last to read it, which saves a copy of the head."""
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if torch.compiler.is_compiling() or type(gradient) is not Tensor or keeps_graph():
         return gradient * factor
@@ -381,18 +400,43 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
 token_loss.register_autograd(_differentiate_token_loss, setup_context=_save_token_loss)
 
 
-def _keep(function: PerTokenLoss) -> int:
+def describe(function: PerTokenLoss, numbers: list[float]) -> Any:
+    """The function in constants that `torch.compile` can hand over: a dataclass as `(class, values)`, fields likewise.
+
+    An object made inside a compiled region must not go over as it stands: Dynamo would rebuild it without its fields.
+    Its floats, which Dynamo may have made symbolic, are appended to `numbers` and travel as arguments of the op.
+    """
+    if isinstance(function, FunctionType):
+        return function
+    if not is_dataclass(function):
+        raise TypeError(f"per_token_loss: under torch.compile a function or a dataclass, got {type(function).__name__}")
+    values: list[Any] = []
+    for field in fields(function):
+        value = getattr(function, field.name)
+        if isinstance(value, float):
+            numbers.append(value)
+            value = _NUMBER
+        values.append(describe(value, numbers) if callable(value) else value)
+    return (type(function), tuple(values))
+
+
+def _rebuild(description: Any, numbers: Iterator[float]) -> Any:
+    if not isinstance(description, tuple):
+        return next(numbers) if description == _NUMBER else description
+    made, values = description
+    return made(*(_rebuild(value, numbers) for value in values))
+
+
+def keep(description: Any) -> int:
     """A handle for the life of the process: a compiled graph calls the function again and again."""
-    for handle, known in _functions.items():
-        if known is function:
-            return handle
-    handle = next(_next_handle)
-    _functions[handle] = function
-    return handle
+    if description not in _kept_handles:
+        _kept_handles[description] = next(_next_handle)
+        _functions[_kept_handles[description]] = description
+    return _kept_handles[description]
 
 
 # What torch.compiler.assume_constant_result does, without the second that importing torch._dynamo takes.
-_keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
+keep._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextmanager

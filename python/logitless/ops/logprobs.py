@@ -29,9 +29,10 @@ class Call(NamedTuple):
 
 def prepare(hidden: Tensor, weight: Tensor, targets: Tensor | None, options: Options) -> Call:
     """Checks and normalises the arguments that every op shares; follows autocast as `F.linear` does."""
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
-        hidden, weight, bias = (_autocast(x, hidden) for x in (hidden, weight, options.bias))
-        options = replace(options, bias=bias)
+    if isinstance(hidden, Tensor) and _autocasts(hidden.device.type):
+        device = hidden.device.type
+        hidden, weight = _autocast(hidden, device), _autocast(weight, device)
+        options = replace(options, bias=None if options.bias is None else _autocast(options.bias, device))
     checks.check_head(hidden, weight, options)
     if targets is not None:
         checks.check_targets("targets", targets, hidden)
@@ -39,10 +40,14 @@ def prepare(hidden: Tensor, weight: Tensor, targets: Tensor | None, options: Opt
     return Call(hidden.reshape(-1, hidden.shape[-1]), weight, targets, options)
 
 
-def _autocast(x: Tensor, like: Tensor) -> Tensor:
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def _autocast(x: Tensor, device: str) -> Tensor:
     if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
         return x
-    return x.to(torch.get_autocast_dtype(like.device.type))
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def linear_logprobs(
@@ -64,7 +69,7 @@ def linear_logprobs(
     temperature`, with no `[tokens, vocabulary]` tensor.
 
     Args:
-        hidden: `[..., H]`, any strides; float64, float32, bfloat16 or float16. Under autocast, cast as `F.linear` casts.
+        hidden: `[..., H]`, any strides; float64, float32, bfloat16 or float16. Under autocast, cast as `F.linear` does.
         weight: `[V, H]`, the dtype and device of `hidden`.
         targets: `[...]` int64 or int32 ids in [0, V), aligned with `hidden` (no shift), or `ignore_index`. None where
             `outputs` asks only for `lse`, `entropy`, `mean_logit` or `log_sum_sq`.

@@ -27,17 +27,17 @@ def linear_token_loss(
     normalizer: Tensor | float | None = None,
     **options: Unpack[OptionKeywords],
 ) -> Tensor:
-    """`sum_i per_token_loss(stats_i, *inputs_i) / normalizer` over the tokens that count, each chunk's logits computed once.
+    """`sum_i per_token_loss(stats_i, *inputs_i) / normalizer` over the tokens that count, in one sweep over the logits.
 
     Where a token's loss depends on that token's own statistics alone, its derivative is known as soon as they are, so a
     chunk's logits become its gradient at once: three GEMMs of 2 N H V flops in all, two where the head is frozen.
 
     Args:
         hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]`, as in `linear_logprobs`.
-        per_token_loss: any function of `(TokenStats of [n] vectors, *[n] token inputs)` that returns `[n]` losses, built
-            from differentiable PyTorch operations. It is called chunk by chunk, on tokens that count only, so it must be
+        per_token_loss: any function of `(TokenStats of [n] vectors, *[n] token inputs)` that returns `[n]` losses, of
+            differentiable PyTorch operations. It is called chunk by chunk, on tokens that count only, so it must be
             elementwise along them. What it closes over gets no gradient.
-        token_inputs: constants of shape `[...]` (such as a reference's log-probs), cut into chunks along with the tokens.
+        token_inputs: constants of shape `[...]` (such as a reference's log-probs), cut into chunks with the tokens.
         outputs: the fields of `TokenStats` that the function reads.
         reduction: "mean" divides by the number of tokens that count, or by `normalizer` (a number or a tensor of one:
             the global count under gradient accumulation or data parallelism); all ignored gives 0, connected to the
@@ -93,12 +93,12 @@ def single_pass(
     outputs: tuple[str, ...],
     groups: Tensor | None = None,
 ) -> Total:
-    """The op on a prepared call. `groups [N]`, non-decreasing: tokens that the function must see in one chunk."""
+    """The op on a prepared call. `groups [N]`: tokens of one group must be in one chunk."""
     assert call.targets is not None
     options = call.options
     backend = backends.pick(options.backend, call.hidden, call.weight)
 
-    def run(handle: int) -> Total:
+    def run(handle: int, numbers: list[float]) -> Total:
         loss, logprob, *_ = library.token_loss(
             call.hidden,
             call.weight,
@@ -107,6 +107,7 @@ def single_pass(
             list(inputs),
             groups,
             handle,
+            numbers,
             float(options.logit_scale),
             None if options.softcap is None else float(options.softcap),
             float(options.temperature),
@@ -119,9 +120,10 @@ def single_pass(
         return Total(loss, logprob)
 
     if torch.compiler.is_compiling():
-        return run(library._keep(function))
+        numbers: list[float] = []
+        return run(library.keep(library.describe(function, numbers)), numbers)
     with library.function_handle(function) as handle:
-        return run(handle)
+        return run(handle, [])
 
 
 def check_token_input(name: str, value: Tensor, hidden: Tensor) -> None:

@@ -1,0 +1,302 @@
+"""Tools to test these ops, on your own device too: problems, error budgets, a watch on the allocator, poisoned memory.
+
+Errors are judged against the same formula in float64, and allowed to be as large as those of the plain materialised
+PyTorch code in the same dtype (or those that the rounding of its inputs makes, whichever is larger), times a small
+factor, plus the rounding of the result itself. No tolerance is tuned to a test.
+
+    problem = make_problem((64,), 32, 1000, dtype=torch.bfloat16)
+    for name, ours in measure(lambda h, w, b, t: linear_logprobs(h, w, t, bias=b), problem).items(): ...
+    with watch_allocations() as seen: ...
+    assert seen.largest < 1e6
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .types import OUTPUTS, LogitTransform, TokenStats, statistics_dtype
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Problems
+
+
+class TokenProblem(NamedTuple):
+    """The tensors of one call."""
+
+    hidden: Tensor  # [*shape, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [*shape] int64
+
+    def to(self, dtype: torch.dtype) -> TokenProblem:
+        """The same values, as fresh leaves that require gradients where these do."""
+        return TokenProblem(*(_leaf(x, dtype) for x in self))  # type: ignore[arg-type]
+
+
+def _leaf(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if x is None or not x.is_floating_point():
+        return x
+    return x.detach().to(dtype, copy=True).requires_grad_(x.requires_grad)
+
+
+def make_problem(
+    shape: tuple[int, ...],
+    hidden_size: int,
+    vocabulary: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    bias: bool = False,
+    masked: slice | None = None,
+    ignored: float = 0.0,
+    trainable: tuple[str, ...] = ("hidden", "weight", "bias"),
+    spread: float = 2.0,
+    seed: int = 0,
+) -> TokenProblem:
+    """Random hidden states, head and targets, the same on every device.
+
+    Args:
+        shape: leading shape of the tokens. hidden_size: H. vocabulary: V.
+        dtype, device: of the floating tensors; the values are drawn in float32 on the CPU and rounded.
+        bias: whether the head has one.
+        masked: vocabulary entries whose bias is -inf (implies `bias`); no target is among them.
+        ignored: share of the targets that are -100.
+        trainable: which tensors require a gradient.
+        spread: standard deviation of the logits, roughly: 2 gives next-token distributions like a model's.
+        seed: of the values.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(*shape, hidden_size, generator=draw)
+    weight = torch.randn(vocabulary, hidden_size, generator=draw) * (spread / max(hidden_size, 1) ** 0.5)
+    offset = torch.randn(vocabulary, generator=draw) if bias or masked is not None else None
+    allowed = torch.ones(vocabulary, dtype=torch.bool)
+    if masked is not None and offset is not None:
+        offset[masked], allowed[masked] = -torch.inf, False
+    ids = allowed.nonzero()[:, 0]
+    targets = ids[torch.randint(len(ids), shape, generator=draw)]
+    targets[torch.rand(shape, generator=draw) < ignored] = -100
+    found = TokenProblem(hidden, weight, offset, targets)
+    leaves = (
+        x if x is None else x.to(device=device, dtype=dtype if x.is_floating_point() else None) for x in found
+    )
+    return TokenProblem(
+        *(  # type: ignore[arg-type]
+            x.requires_grad_() if x is not None and name in trainable else x
+            for name, x in zip(TokenProblem._fields, leaves, strict=True)
+        )
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Errors within budget
+
+
+#: Rounding of a result in ulps of its dtype, relative to the largest entry: the sum of a row and of its products.
+FLOOR_ULPS = 16
+#: Summation order is luck; the error of the same formula in another order is within this factor (measured, 2 on average).
+FACTOR = 4.0
+
+
+def materialised(
+    problem: TokenProblem,
+    transform: LogitTransform | None = None,
+    *,
+    ignore_index: int = -100,
+    outputs: tuple[str, ...] = ("logprob",),
+) -> TokenStats:
+    """`TokenStats` as plain PyTorch makes them: logits in the dtype of the model, softmax in float32. The baseline."""
+    hidden, weight, bias, targets = problem
+    transform = transform or LogitTransform()
+    shape = targets.shape
+    flat = targets.reshape(-1)
+    kept = (flat != ignore_index).nonzero()[:, 0]
+    rows = hidden.reshape(-1, hidden.shape[-1])[kept]
+    z = torch.nn.functional.linear(rows, weight, bias).to(statistics_dtype(hidden.dtype))
+    z = reference.transformed(z, transform)
+    stats = reference.statistics(z, flat[kept], outputs)
+    return TokenStats(
+        *(None if x is None else x.new_zeros(len(flat)).index_add(0, kept, x).reshape(shape) for x in stats)
+    )
+
+
+def measure(function: Callable[[TokenProblem], TokenStats | Tensor], problem: TokenProblem) -> dict[str, Tensor]:
+    """What `function` returns for the problem, and the gradients of it all, under a random upstream gradient.
+
+    The upstream gradient is non-uniform, and the same for the same shapes. Keys: the names of the statistics (or
+    "value"), and `d_hidden`, `d_weight`, `d_bias` where these require a gradient. The problem's tensors are left alone.
+    """
+    leaves = problem.to(problem.hidden.dtype)
+    out = function(leaves)
+    named = {"value": out} if isinstance(out, Tensor) else {k: v for k, v in out._asdict().items() if v is not None}
+    draw = torch.Generator().manual_seed(1)
+    total: Tensor | None = None
+    for name in sorted(named):
+        upstream = torch.randn(named[name].shape, generator=draw, dtype=torch.float64).to(named[name])
+        if named[name].requires_grad:
+            part = (upstream * named[name]).masked_fill(named[name].isinf(), 0).sum()
+            total = part if total is None else total + part
+    wanted = {k: v for k, v in leaves._asdict().items() if v is not None and v.requires_grad}
+    if total is not None and wanted:
+        found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+        for (name, leaf), gradient in zip(wanted.items(), found, strict=True):
+            named[f"d_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
+    return {name: value.detach() for name, value in named.items()}
+
+
+def assert_within_budget(
+    actual: Tensor,
+    baseline: Tensor,
+    exact: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    factor: float = FACTOR,
+    name: str = "result",
+) -> None:
+    """`max |actual - exact| <= factor * max |baseline - exact| + FLOOR_ULPS ulps of max |exact|`.
+
+    Args:
+        actual: what is tested.
+        baseline: the materialised formula in the same dtype.
+        exact: the formula in float64 on the same (rounded) inputs.
+        dtype: of the inputs, whose ulp counts: bf16 logits make float32 statistics right to bf16 only. `actual`'s dtype
+            by default.
+        factor: see `FACTOR`.
+        name: for the message.
+
+    Raises:
+        AssertionError: the budget is exceeded, shapes differ, or infinities and NaNs are not in the same places.
+    """
+    assert actual.shape == exact.shape, f"{name}: shape {list(actual.shape)}, expected {list(exact.shape)}"
+    actual, baseline, truth = (x.detach().double().cpu() for x in (actual, baseline, exact))
+    finite = truth.isfinite()
+    same = torch.equal(actual[~finite].nan_to_num(0.5), truth[~finite].nan_to_num(0.5))
+    assert same and bool(actual[finite].isfinite().all()), f"{name}: infinities or NaNs in other places than expected"
+    if not bool(finite.any()):
+        return
+    error, allowed = _error(actual, truth), _error(baseline, truth)
+    floor = FLOOR_ULPS * torch.finfo(dtype or exact.dtype).eps * truth[finite].abs().max().item()
+    budget = factor * allowed + floor
+    assert error <= budget, f"{name}: error {error:.3g} exceeds {budget:.3g} (baseline {allowed:.3g}, floor {floor:.3g})"
+
+
+def _error(found: Tensor, exact: Tensor) -> float:
+    """The largest error where both are finite."""
+    difference = (found.double() - exact).abs()
+    return difference[difference.isfinite()].max().item() if bool(difference.isfinite().any()) else 0.0
+
+
+def assert_matches_float64(
+    function: Callable[[TokenProblem], TokenStats | Tensor],
+    baseline: Callable[[TokenProblem], TokenStats | Tensor],
+    problem: TokenProblem,
+    *,
+    factor: float = FACTOR,
+) -> None:
+    """`function`'s values and gradients on the problem stay within the budget that `baseline`'s own error sets.
+
+    `baseline` is run in the problem's dtype, in float64, which is the truth, and in float64 with every input moved by an
+    ulp of the statistics' dtype: where terms cancel, no formula can be nearer than that.
+    """
+    ours, theirs = measure(function, problem), measure(baseline, problem)
+    exact, moved = (measure(baseline, x) for x in (problem.to(torch.float64), _moved(problem)))
+    assert ours.keys() == exact.keys(), f"expected {sorted(exact)}, got {sorted(ours)}"
+    for name, value in ours.items():
+        if name == "correct":
+            continue  # a tie within rounding may go either way
+        nearest = max((theirs[name], moved[name]), key=lambda x, name=name: _error(x, exact[name]))
+        assert_within_budget(value, nearest, exact[name], dtype=problem.hidden.dtype, factor=factor, name=name)
+
+
+def _moved(problem: TokenProblem) -> TokenProblem:
+    eps = torch.finfo(statistics_dtype(problem.hidden.dtype)).eps
+    draw = torch.Generator().manual_seed(2)
+    exact = problem.to(torch.float64)
+    with torch.no_grad():
+        for x in exact:
+            if x is not None and x.is_floating_point():
+                x.mul_(1 + eps * torch.randn(x.shape, generator=draw).to(x))
+    return exact
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+@dataclass
+class Allocations:
+    """What `watch_allocations` saw, in bytes; filled in at the end of the block."""
+
+    largest: int = 0
+    """The largest single allocation."""
+    peak: int = 0
+    """The most that was held at one time beyond what was held at the start."""
+
+
+@contextmanager
+def watch_allocations(device: str = "cpu") -> Iterator[Allocations]:
+    """Records every allocation of the block as the allocator sees it, inside registered ops too.
+
+    Built on `torch.profiler.profile(profile_memory=True)`; do not nest it in another profile.
+    """
+    seen = Allocations()
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        yield seen
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    wanted = torch._C._autograd.DeviceType.CUDA if device == "cuda" else torch._C._autograd.DeviceType.CPU
+    changes = [
+        (event["ts"], event["args"]["Ev Idx"], event["args"]["Bytes"])
+        for event in events
+        if event.get("name") == "[memory]" and event["args"]["Device Type"] == int(wanted)
+    ]
+    held = 0
+    for _, _, change in sorted(changes):
+        held += change
+        seen.largest, seen.peak = max(seen.largest, change), max(seen.peak, held)
+
+
+@contextmanager
+def poison_empty() -> Iterator[None]:
+    """Fills what `torch.empty` and its like return with NaN (the greatest integer), so that what was never written shows.
+
+    This is PyTorch's own `torch.utils.deterministic.fill_uninitialized_memory`, which needs deterministic mode; an
+    operation without a deterministic form warns.
+    """
+    mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(mode[0], warn_only=mode[1])
+
+
+__all__ = [
+    "OUTPUTS",
+    "Allocations",
+    "TokenProblem",
+    "assert_matches_float64",
+    "assert_within_budget",
+    "make_problem",
+    "materialised",
+    "measure",
+    "poison_empty",
+    "watch_allocations",
+]
