@@ -1,0 +1,162 @@
+// The row mathematics of the losses: what a kernel does with one row of logits once its GEMM has made them.
+//
+//     raw products s_j  --transform-->  z_j  --accumulate, merge-->  Moments of the columns other than the target
+//     Moments, z_t      --finish-->     logprob, lse, entropy, log sum p^2, mean logit, correct
+//     upstream gradients, z_j  --other_gradient, target_gradient, derivative-->  dL/ds_j
+//
+// Equation numbers are those of kernels/README.md. Each function is for one thread, without memory or communication, so
+// that a host compiler builds the same text for the tests (rows_host.cpp) that nvcc builds for a kernel. T is float or
+// double. Natural logarithms. -inf is a legal logit (a masked vocabulary entry); NaN reaches every result.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define LOGITLESS_FUNCTION __host__ __device__ inline
+#else
+#define LOGITLESS_FUNCTION inline
+#endif
+
+namespace logitless {
+
+template <typename T>
+LOGITLESS_FUNCTION T minus_infinity() {
+    return -T(INFINITY);
+}
+
+// ---------------------------------------------------------------------------------------------- logits
+
+// Eq. 1. softcap == 0 means that there is none.
+template <typename T>
+struct Transform {
+    T logit_scale;
+    T softcap;
+    T temperature;
+};
+
+// Eq. 1: the logit of a raw product. What is masked stays masked: tanh alone would lift -inf to -softcap.
+template <typename T>
+LOGITLESS_FUNCTION T transform(Transform<T> t, T raw) {
+    if (raw == minus_infinity<T>()) return raw;
+    const T scaled = raw * t.logit_scale;
+    return (t.softcap == T(0) ? scaled : t.softcap * std::tanh(scaled / t.softcap)) / t.temperature;
+}
+
+// Eq. 2: dz/ds at a raw product.
+template <typename T>
+LOGITLESS_FUNCTION T derivative(Transform<T> t, T raw) {
+    const T slope = t.logit_scale / t.temperature;
+    if (t.softcap == T(0)) return slope;
+    if (raw == minus_infinity<T>()) return T(0);
+    const T bend = std::tanh(raw * t.logit_scale / t.softcap);
+    return slope * (T(1) - bend * bend);
+}
+
+// ---------------------------------------------------------------------------------------------- statistics
+
+// Eq. 3: sums over a set of columns, relative to its largest logit. Order and grouping change rounding only.
+template <typename T>
+struct Moments {
+    T max;      // the largest logit; -inf for no column, or for masked ones only
+    T sum;      // sum e^(z - max)
+    T shifted;  // sum e^(z - max) (z - max), <= 0
+    T squares;  // sum e^(2 (z - max))
+    T total;    // sum z
+};
+
+template <typename T>
+LOGITLESS_FUNCTION Moments<T> no_columns() {
+    return {minus_infinity<T>(), T(0), T(0), T(0), T(0)};
+}
+
+template <typename T>
+LOGITLESS_FUNCTION Moments<T> one_column(T z) {
+    const T present = z == minus_infinity<T>() ? T(0) : T(1);
+    return {z, present, T(0), present, z};
+}
+
+// Eq. 4: of two disjoint sets, their union. One exponential.
+template <typename T>
+LOGITLESS_FUNCTION Moments<T> merge(Moments<T> a, Moments<T> b) {
+    const bool b_leads = b.max > a.max || std::isnan(b.max);
+    Moments<T> top = b_leads ? b : a;
+    const Moments<T> low = b_leads ? a : b;
+    top.total += low.total;
+    if (low.max == minus_infinity<T>()) return top;  // nothing to add, and -inf - -inf has no value
+    const T shift = low.max - top.max;
+    const T factor = std::exp(shift);
+    top.sum += low.sum * factor;
+    top.shifted += (low.shifted + shift * low.sum) * factor;
+    top.squares += low.squares * factor * factor;
+    return top;
+}
+
+template <typename T>
+LOGITLESS_FUNCTION Moments<T> accumulate(Moments<T> moments, T z) {
+    return merge(moments, one_column(z));
+}
+
+template <typename T>
+LOGITLESS_FUNCTION T softplus(T x) {
+    return x > T(0) ? x + std::log1p(std::exp(-x)) : std::log1p(std::exp(x));
+}
+
+template <typename T>
+struct RowStatistics {
+    T logprob;     // eq. 5
+    T lse;         // eq. 6
+    T entropy;     // eq. 7
+    T log_sum_sq;  // eq. 8
+    T mean_logit;  // eq. 9
+    T correct;     // eq. 10: 1 or 0
+};
+
+// Statistics of a row of `vocabulary` logits, from the moments of all of them but the target's, and the target's.
+template <typename T>
+LOGITLESS_FUNCTION RowStatistics<T> finish(Moments<T> others, T target, std::int64_t vocabulary) {
+    const Moments<T> all = merge(others, one_column(target));
+    const T lse_others = others.max + std::log(others.sum);
+    const bool target_leads = target >= others.max;
+    // A confident target: the others' small share is kept apart from its 1, in which it would drown.
+    const T share = others.sum == T(0) ? T(0) : others.sum * std::exp(others.max - target);
+    const T log_sum = target_leads ? std::log1p(share) : std::log(all.sum);
+    return {
+        -softplus(lse_others - target),
+        all.max + log_sum,
+        log_sum - all.shifted / all.sum,
+        std::log(all.squares) - T(2) * log_sum,
+        all.total / T(vocabulary),
+        target_leads ? T(1) : T(0),
+    };
+}
+
+// ---------------------------------------------------------------------------------------------- gradients
+
+// What reaches the differentiable statistics of a row.
+template <typename T>
+struct Upstream {
+    T logprob;
+    T lse;
+    T entropy;
+    T mean_logit;
+};
+
+// Eq. 11: dL/dz of a column other than the target. Times `derivative`: dL/ds.
+template <typename T>
+LOGITLESS_FUNCTION T other_gradient(Upstream<T> g, RowStatistics<T> row, T z, std::int64_t vocabulary) {
+    const T even = g.mean_logit / T(vocabulary);
+    if (z == minus_infinity<T>()) return even;  // p log p is 0, though log p is not finite
+    const T logp = z - row.lse;
+    return std::exp(logp) * (g.lse - g.logprob - g.entropy * (logp + row.entropy)) + even;
+}
+
+// Eq. 12: dL/dz of the target. expm1 keeps the digits that 1 - p loses.
+template <typename T>
+LOGITLESS_FUNCTION T target_gradient(Upstream<T> g, RowStatistics<T> row, std::int64_t vocabulary) {
+    const T p = std::exp(row.logprob);
+    const T information = p == T(0) ? T(0) : p * (row.logprob + row.entropy);
+    return -g.logprob * std::expm1(row.logprob) + g.lse * p - g.entropy * information + g.mean_logit / T(vocabulary);
+}
+
+}  // namespace logitless

@@ -1,0 +1,34 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+# Read when transformers, datasets and tokenizers are imported: no test fetches anything.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# A loaded machine is slow, not wrong. CI tries the same examples every time; a person's runs look for new ones.
+settings.register_profile(
+    "logitless",
+    deadline=None,
+    derandomize=bool(os.environ.get("CI")),
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("logitless")
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test begins with one seed and PyTorch's default settings, whatever ran before it."""
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,136 @@
+"""What importing the package costs, brings in, and points at."""
+
+from __future__ import annotations
+
+import ast
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import logitless
+
+PACKAGE = Path(logitless.__file__).parent
+
+#: From the bottom up. A module may import from its own layer and from those below; see `APART` for what is stricter.
+LAYERS = (
+    ("types",),
+    ("reference", "reduce"),
+    ("losses", "backends"),
+    ("ops", "info"),
+    ("functional",),
+    ("nn",),
+    ("testing",),
+    ("integrations",),
+    ("training",),
+    ("cli",),
+    ("__main__",),
+)
+#: Neighbours on one level that must not know one another.
+APART = {
+    ("ops", "info"),
+    ("info", "ops"),
+    ("losses", "backends"),
+    ("backends", "losses"),
+    ("reference", "reduce"),
+    ("reduce", "reference"),
+}
+
+
+def fresh(code: str) -> str:
+    """What `code` prints in a new process."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def modules() -> list[Path]:
+    return [path for path in sorted(PACKAGE.rglob("*.py")) if "kernels" not in path.relative_to(PACKAGE).parts]
+
+
+def unit(path: Path) -> str:
+    """The part of the package that a file belongs to: `losses` for losses/sft.py, `types` for types.py."""
+    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+
+
+def imported_units(path: Path) -> set[str]:
+    """The parts of the package that a file imports, wherever in it; itself left out."""
+    relative = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [tuple(alias.name.split(".")) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = relative[: len(relative) - node.level] if node.level else ()
+            source = base + tuple(node.module.split(".") if node.module else ())
+            names = [(*source, alias.name) for alias in node.names]
+        else:
+            continue
+        found.update(name[1] for name in names if name[0] == "logitless" and len(name) > 1)
+    return found - {unit(path)}
+
+
+def test_every_part_has_a_layer() -> None:
+    known = {name for layer in LAYERS for name in layer} | {"__init__"}
+    assert {unit(path) for path in modules()} <= known, "give the new part its place in LAYERS"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_downwards(path: Path) -> None:
+    if unit(path) == "__init__":
+        return
+    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
+    for other in imported_units(path) & set(level):
+        assert level[other] <= level[unit(path)], f"{unit(path)} may not import {other}, which stands above it"
+        assert (unit(path), other) not in APART, f"{unit(path)} and {other} must not know one another"
+
+
+def test_backends_do_not_know_one_another() -> None:
+    names = set(logitless.backends.BACKENDS)
+    for name in names:
+        tree = ast.parse((PACKAGE / "backends" / f"{name}.py").read_text())
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
+        assert not imported & (names - {name})
+
+
+def test_import_brings_in_torch_alone() -> None:
+    """No module of a third party beyond what `import torch` itself loads: no transformers, triton, numpy, typer."""
+    added = json.loads(
+        fresh(
+            "import json, sys, torch\n"
+            "before = set(sys.modules)\n"
+            "import logitless\n"
+            "tops = {name.partition('.')[0] for name in set(sys.modules) - before}\n"
+            "print(json.dumps(sorted(tops - sys.stdlib_module_names)))"
+        )
+    )
+    assert set(added) <= {"logitless", "torch"}
+
+
+def test_import_works_without_the_extras() -> None:
+    """Where an import of any of them would fail."""
+    fresh(
+        "import sys\n"
+        "for name in ('transformers', 'triton', 'numpy', 'typer', 'rich', 'yaml', 'peft', 'datasets', 'accelerate'):\n"
+        "    sys.modules[name] = None\n"
+        "import logitless, torch\n"
+        "hidden, weight = torch.randn(4, 8), torch.randn(11, 8)\n"
+        "print(logitless.linear_logprobs(hidden, weight, torch.arange(4)).logprob)"
+    )
+
+
+def test_command_line_names_the_package_that_it_lacks() -> None:
+    code = "import sys; sys.modules['typer'] = None; from logitless.__main__ import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "the command line needs typer: pip install 'logitless[train]'\n"
+
+
+def test_import_takes_no_longer_than_torch_and_a_fifth_of_a_second() -> None:
+    """Processor time, since a loaded machine is slow, not wrong; median of three."""
+    code = "import time, torch\nstart = time.process_time()\nimport logitless\nprint(time.process_time() - start)"
+    assert statistics.median(float(fresh(code)) for _ in range(3)) < 0.2
