@@ -3,6 +3,7 @@
 from . import losses, nn
 from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft, linear_loss
 from .info import info
+from .integrations.transformers import patch, unpatch
 from .ops import linear_logprobs, linear_token_loss
 from .types import Head, TokenStats
 
@@ -19,5 +20,7 @@ __all__ = [
     "linear_token_loss",
     "losses",
     "nn",
+    "patch",
+    "unpatch",
 ]
 __version__ = "0.1.0"

@@ -341,13 +341,14 @@ def _class_weighted(
     """
     eps, vocabulary = nll.label_smoothing, weight.shape[0]
     call = prepare(hidden, weight, targets, Options(**options))
-    class_weight = _checked_class_weight(class_weight, weight)
+    class_weight = _checked_class_weight(class_weight, weight).to(statistics_dtype(call.hidden.dtype))
     if eps > 0 and call.options.softcap is not None:
         raise ValueError("class_weight: with label_smoothing it is refused under a softcap, got softcap and both")
     counts = targets != call.options.ignore_index
     own = torch.where(counts, class_weight[torch.where(counts, targets, 0).clamp(0, vocabulary - 1).long()], 0)
     scale = torch.ones_like(own) if token_weight is None else token_weight
     check_token_input("token_weight", scale, hidden)
+    scale = scale.to(class_weight.dtype)
     coefficients = ((1 - eps) * scale * own, eps * scale * class_weight.mean(), nll.z_loss * scale)
     total = linear_token_loss(
         hidden,
@@ -360,13 +361,19 @@ def _class_weighted(
         **options,
     )
     if eps > 0:
-        row = class_weight.to(call.weight.dtype) @ call.weight
-        linear = (call.hidden @ row).reshape(targets.shape)
-        if call.options.bias is not None:
-            linear = linear + (class_weight * call.options.bias).sum()
+        linear = _weighted_logits(call, counts.reshape(-1), class_weight).reshape(targets.shape)
         linear = torch.where(counts, linear * scale, 0) * (eps * call.options.transform.slope / vocabulary)
         total = total - (linear if reduction == "none" else linear.sum())
     return reduce.mean(total, own.sum() if normalizer is None else normalizer) if reduction == "mean" else total
+
+
+def _weighted_logits(call: Call, counts: Tensor, class_weight: Tensor) -> Tensor:
+    """`sum_j w_j (hidden @ weight.T + bias)_j`, `[N]`, by a product with one vector."""
+    hidden = call.hidden.masked_fill(~counts[:, None], 0)  # an ignored token's NaN would reach the vector's gradient
+    with torch.autocast(hidden.device.type, enabled=False):
+        row = class_weight.to(call.weight.dtype) @ call.weight
+        linear = hidden.to(class_weight.dtype) @ row.to(class_weight.dtype)
+        return linear if call.options.bias is None else linear + (class_weight * call.options.bias).sum()
 
 
 def _nll_terms(stats: TokenStats, target: Tensor, uniform: Tensor, square: Tensor) -> Tensor:
@@ -378,6 +385,8 @@ def _checked_class_weight(class_weight: Tensor, weight: Tensor) -> Tensor:
     check_tensor("class_weight", class_weight, f"[{weight.shape[0]}]", 1)
     if len(class_weight) != weight.shape[0]:
         raise ValueError(f"class_weight: expected shape [{weight.shape[0]}], got {list(class_weight.shape)}")
+    if class_weight.device != weight.device:
+        raise ValueError(f"class_weight: expected device {weight.device} like weight, got {class_weight.device}")
     if class_weight.requires_grad:
         raise ValueError("class_weight: is a constant of the loss and gets no gradient, but requires one; detach it")
     return class_weight

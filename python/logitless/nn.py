@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from . import functional
 from .losses import DFT, DPO, NLL, FDivergenceSFT, PreferenceResult
-from .types import OptionKeywords, Reduction
+from .types import OptionKeywords, Options, Reduction
 
 
 class _LinearLoss(nn.Module):
     """A function of `logitless` with its keyword arguments bound; what is bound shows in `repr`."""
 
-    def __init__(self, **bound: Any) -> None:
+    def __init__(self, options: OptionKeywords, **bound: Any) -> None:
         super().__init__()
-        self.bound = bound
+        Options(**options).transform  # noqa: B018  their names and values, checked now
+        self.bound = {**bound, **options}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.bound.items())
@@ -41,7 +42,7 @@ class LinearCrossEntropyLoss(_LinearLoss):
         **options: Unpack[OptionKeywords],
     ) -> None:
         NLL(label_smoothing=label_smoothing, z_loss=z_loss)  # its checks, now rather than at the first call
-        super().__init__(label_smoothing=label_smoothing, z_loss=z_loss, shift=shift, reduction=reduction, **options)
+        super().__init__(options, label_smoothing=label_smoothing, z_loss=z_loss, shift=shift, reduction=reduction)
         self.register_buffer("class_weight", class_weight)
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **call: Any) -> Tensor:
@@ -56,7 +57,7 @@ class LinearDFTLoss(_LinearLoss):
 
     def __init__(self, *, power: float = 1.0, reduction: Reduction = "mean", **options: Unpack[OptionKeywords]) -> None:
         DFT(power=power)
-        super().__init__(power=power, reduction=reduction, **options)
+        super().__init__(options, power=power, reduction=reduction)
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **call: Any) -> Tensor:
         """`hidden [..., H]`, `weight [V, H]`, `targets [...]`; `bias`, `token_weight`, `normalizer` by name."""
@@ -79,7 +80,7 @@ class LinearFDivergenceLoss(_LinearLoss):
     ) -> None:
         own = dict(divergence=divergence, beta=beta, value=value, alpha=alpha, saturate=saturate)
         FDivergenceSFT(**own)  # type: ignore[arg-type]
-        super().__init__(**own, reduction=reduction, **options)
+        super().__init__(options, **own, reduction=reduction)
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, ref_logprob: Tensor, **call: Any) -> Tensor:
         """As the function; `ref_lse`, `bias`, `token_weight`, `normalizer`, `cu_seqlens` by name."""
@@ -102,7 +103,7 @@ class LinearDPOLoss(_LinearLoss):
     ) -> None:
         own = dict(beta=beta, loss_type=loss_type, label_smoothing=label_smoothing, divergence=divergence, alpha=alpha)
         DPO(**own)  # type: ignore[arg-type]
-        super().__init__(**own, reduction=reduction, **options)
+        super().__init__(options, **own, reduction=reduction)
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **call: Any) -> PreferenceResult:
         """As the function; `ref_logprob` or `ref_hidden`, `ref_head`, `bias`, `cu_seqlens`, `normalizer` by name."""

@@ -160,9 +160,10 @@ def assert_within_budget(
     *,
     dtype: torch.dtype | None = None,
     factor: float = FACTOR,
+    scale: float = 0.0,
     name: str = "result",
 ) -> None:
-    """`max |actual - exact| <= factor * max |baseline - exact| + FLOOR_ULPS ulps of max |exact|`.
+    """`max |actual - exact| <= factor * max |baseline - exact| + FLOOR_ULPS ulps of max(|exact|, scale)`.
 
     Args:
         actual: what is tested.
@@ -171,6 +172,7 @@ def assert_within_budget(
         dtype: of the inputs, whose ulp counts: bf16 logits make float32 statistics right to bf16 only. `actual`'s dtype
             by default.
         factor: see `FACTOR`.
+        scale: of the terms that make the result, where they cancel and `exact` itself is rounded (float64).
         name: for the message.
 
     Raises:
@@ -184,7 +186,7 @@ def assert_within_budget(
     if not bool(finite.any()):
         return
     error, allowed = _error(actual, truth), _error(baseline, truth)
-    floor = FLOOR_ULPS * torch.finfo(dtype or exact.dtype).eps * truth[finite].abs().max().item()
+    floor = FLOOR_ULPS * torch.finfo(dtype or exact.dtype).eps * max(truth[finite].abs().max().item(), scale)
     budget = factor * allowed + floor
     assert error <= budget, f"{name}: error {error:.3g} exceeds {budget:.3g} (baseline {allowed:.3g}, floor {floor:.3g})"
 
@@ -201,20 +203,29 @@ def assert_matches_float64(
     problem: TokenProblem,
     *,
     factor: float = FACTOR,
+    scale: float = 0.0,
 ) -> None:
     """`function`'s values and gradients on the problem stay within the budget that `baseline`'s own error sets.
 
     `baseline` is run in the problem's dtype, in float64, which is the truth, and in float64 with every input moved by an
-    ulp of the statistics' dtype: where terms cancel, no formula can be nearer than that.
+    ulp of the statistics' dtype: where terms cancel, no formula can be nearer than that. `factor` and `scale` are those
+    of `assert_within_budget`; float64 brings its own scale, the inputs'.
     """
     ours, theirs = measure(function, problem), measure(baseline, problem)
     exact, moved = (measure(baseline, x) for x in (problem.to(torch.float64), _moved(problem)))
     assert ours.keys() == exact.keys(), f"expected {sorted(exact)}, got {sorted(ours)}"
+    dtype = problem.hidden.dtype
+    if dtype == torch.float64:
+        scale = max(scale, *(_size(x) for x in problem[:3]))
     for name, value in ours.items():
         if name == "correct":
             continue  # a tie within rounding may go either way
         nearest = max((theirs[name], moved[name]), key=lambda x, name=name: _error(x, exact[name]))
-        assert_within_budget(value, nearest, exact[name], dtype=problem.hidden.dtype, factor=factor, name=name)
+        assert_within_budget(value, nearest, exact[name], dtype=dtype, factor=factor, scale=scale, name=name)
+
+
+def _size(x: Tensor | None) -> float:
+    return 1.0 if x is None or not x.numel() else max(1.0, x.detach().nan_to_num(0, 0, 0).abs().max().item())
 
 
 def _moved(problem: TokenProblem) -> TokenProblem:

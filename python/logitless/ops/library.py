@@ -74,11 +74,11 @@ def _problem(
     return Problem(hidden, weight, bias, targets, transform, chunk_bytes)
 
 
-def _spread(x: Tensor | None, kept: Tensor | None, count: int) -> Tensor:
-    """The inverse of `_take`: zeros elsewhere, and an empty tensor for None."""
+def _spread(x: Tensor | None, kept: Tensor | None, like: Tensor) -> Tensor:
+    """The inverse of `_take` for a tensor of `like`'s N tokens: zeros elsewhere; an empty tensor for None."""
     if x is None:
-        return torch.empty(0, device="cpu")
-    return x if kept is None else x.new_zeros(count, *x.shape[1:]).index_copy_(0, kept, x)
+        return like.new_empty(0)
+    return x if kept is None else x.new_zeros(len(like), *x.shape[1:]).index_copy_(0, kept, x)
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
@@ -114,7 +114,7 @@ def logprobs(
     with _no_autocast(hidden.device):
         stats, unit = backends.BACKENDS[backend].forward(problem, tuple(outputs.split()), unit_gradient)
     unit = None if unit is None else unit.to(hidden.dtype)
-    results = [_spread(x, kept, len(targets)) for x in (*stats, unit)]
+    results = [_spread(x, kept, hidden) for x in (*stats, unit)]
     return results[0], results[1], results[2], results[3], results[4], results[5], results[6]
 
 
@@ -125,10 +125,10 @@ def _logprobs_fake(  # type: ignore[no-untyped-def]
     dtype = statistics_dtype(hidden.dtype)
     wanted = {"logprob", "lse", *outputs.split()}
     stats = [
-        hidden.new_empty(targets.shape, dtype=dtype) if name in wanted else torch.empty(0, device="cpu")
+        hidden.new_empty(targets.shape, dtype=dtype) if name in wanted else hidden.new_empty(0)
         for name in OUTPUTS
     ]
-    return (*stats, hidden.new_empty(hidden.shape) if unit_gradient else torch.empty(0, device="cpu"))
+    return (*stats, hidden.new_empty(hidden.shape) if unit_gradient else hidden.new_empty(0))
 
 
 @torch.library.custom_op("logitless::logprobs_backward", mutates_args=())
@@ -159,9 +159,9 @@ def logprobs_backward(
             Needs(*needs),
         )
     return (
-        _spread(None if gradients.hidden is None else gradients.hidden.to(hidden.dtype), kept, len(targets)),
-        _spread(None if gradients.weight is None else gradients.weight.to(weight.dtype), None, 0),
-        _spread(None if gradients.bias is None else gradients.bias.to(weight.dtype), None, 0),
+        _spread(None if gradients.hidden is None else gradients.hidden.to(hidden.dtype), kept, hidden),
+        _spread(None if gradients.weight is None else gradients.weight.to(weight.dtype), None, hidden),
+        _spread(None if gradients.bias is None else gradients.bias.to(weight.dtype), None, hidden),
     )
 
 
@@ -170,7 +170,7 @@ def _logprobs_backward_fake(  # type: ignore[no-untyped-def]
     upstream, hidden, weight, bias, targets, stats, logit_scale, softcap, temperature, ignore_index, needs, *_
 ):
     return tuple(
-        x.new_empty(x.shape) if need and x is not None else torch.empty(0, device="cpu")
+        x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs, strict=True)
     )
 
@@ -275,17 +275,19 @@ def token_loss(
     transform = LogitTransform(logit_scale, softcap, temperature)
     problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes)
     inputs = [x if kept is None else x[kept] for x in token_inputs]
-    coefficients = _coefficients(_rebuild(_functions[function], iter(numbers)), inputs)
+    names = tuple(outputs.split())
+    made = _rebuild(_functions[function], iter(numbers))
+    coefficients = _coefficients(made, inputs, names, differentiate=any(needs), per_token=groups is None)
     with _no_autocast(hidden.device):
         loss, logprob, gradients = backends.BACKENDS[backend].single_pass(
-            problem, tuple(outputs.split()), coefficients, groups, Needs(*needs)
+            problem, names, coefficients, groups, Needs(*needs)
         )
     return (
         loss,
-        _spread(logprob, kept, len(targets)),
-        _spread(gradients.hidden, kept, len(targets)),
-        _spread(gradients.weight, None, 0),
-        _spread(gradients.bias, None, 0),
+        _spread(logprob, kept, hidden),
+        _spread(gradients.hidden, kept, hidden),
+        _spread(gradients.weight, None, hidden),
+        _spread(gradients.bias, None, hidden),
     )
 
 
@@ -296,16 +298,23 @@ def _token_loss_fake(  # type: ignore[no-untyped-def]
     needs = options[-3]
     dtype = statistics_dtype(hidden.dtype)
     gradients = [
-        x.new_empty(x.shape, dtype=dtype) if need and x is not None else torch.empty(0, device="cpu")
+        x.new_empty(x.shape, dtype=dtype) if need and x is not None else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs, strict=True)
     ]
     return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *gradients)
 
 
-def _coefficients(function: PerTokenLoss, inputs: Sequence[Tensor]) -> Coefficients:
-    """`function` with its derivative by autograd, chunk by chunk."""
+def _coefficients(
+    function: PerTokenLoss, inputs: Sequence[Tensor], outputs: tuple[str, ...], *, differentiate: bool, per_token: bool
+) -> Coefficients:
+    """`function` of the statistics named, chunk by chunk, with its derivative by autograd."""
 
     def of_chunk(stats: TokenStats, rows: slice) -> tuple[Tensor, Upstream]:
+        stats = TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, stats, strict=True)))
+        constants = [x[rows] for x in inputs]
+        shape = (rows.stop - rows.start,) if per_token else None
+        if not differentiate:
+            return check_losses(function(stats, *constants), shape).sum(), Upstream()
         with _autograd_inside_an_op():
             leaves = TokenStats(
                 *(
@@ -313,8 +322,8 @@ def _coefficients(function: PerTokenLoss, inputs: Sequence[Tensor]) -> Coefficie
                     for name, x in zip(OUTPUTS, stats, strict=True)
                 )
             )
-            losses = function(leaves, *(x[rows] for x in inputs))
-            _check_losses(losses, leaves)
+            losses = check_losses(function(leaves, *constants), shape)
+            _check_leaves(losses, leaves)
             total = losses.sum()
             wanted = [x for x in leaves[:4] if x is not None]
             found = iter(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * 4)
@@ -323,10 +332,17 @@ def _coefficients(function: PerTokenLoss, inputs: Sequence[Tensor]) -> Coefficie
     return of_chunk
 
 
-def _check_losses(losses: object, leaves: TokenStats) -> None:
-    """A tensor, whose gradient leads to the statistics alone."""
+def check_losses(losses: object, shape: tuple[int, ...] | None) -> Tensor:
+    """One loss per token, where a shape says how many."""
     if not isinstance(losses, Tensor):
         raise TypeError(f"per_token_loss: expected it to return a tensor, got {type(losses).__name__}")
+    if shape is not None and losses.shape != shape:
+        raise ValueError(f"per_token_loss: expected it to return losses of shape {list(shape)}, got {list(losses.shape)}")
+    return losses
+
+
+def _check_leaves(losses: Tensor, leaves: TokenStats) -> None:
+    """The gradient leads to the statistics alone."""
     known = {id(x) for x in leaves if x is not None}
     for leaf in _graph_leaves(losses):
         if id(leaf) not in known:

@@ -71,7 +71,7 @@ def linear_token_loss(
                 "come after the pass; use backward='auto' or 'recompute'"
             )
         stats = linear_logprobs(hidden, weight, targets, outputs=outputs, **options)
-        losses = per_token_loss(stats, *token_inputs)
+        losses = library.check_losses(per_token_loss(stats, *token_inputs), tuple(targets.shape))
         counts = targets != call.options.ignore_index
         return reduce.reduce(torch.where(counts, losses, torch.zeros_like(losses)), reduction, normalizer)
     flat = [x.reshape(-1) for x in token_inputs]
