@@ -1,0 +1,175 @@
+"""Reading an output head through its module's semantics: plain, adapted (LoRA), saved by PEFT, sharded (DTensor).
+
+The loss runs inside the head's own call, with the `forward` of the module that holds the weight replaced for that call:
+the hooks of sharded training sit on the call, so that the weight is there, whole, when the loss reads it. Reading
+`head.weight` alone would miss an adapter on the head, silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .families import UnsupportedModelError
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class HeadModules(NamedTuple):
+    """The module the model calls, and the one inside it whose forward multiplies (mostly the same)."""
+
+    outer: nn.Module
+    inner: nn.Module
+
+    def call(self, hidden: Tensor, function: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`function(hidden)`, inside the head's own call.
+
+        A compiler that traces a head without hooks is spared the exchange, which it would guard on and compile again;
+        with hooks it finds the head's own method set on the instance afterwards, as it cannot take back an attribute.
+        """
+        if torch.compiler.is_compiling() and not any(m._forward_hooks or m._forward_pre_hooks for m in self):
+            return function(hidden)
+        own = self.inner.forward
+        on_instance = "forward" in self.inner.__dict__
+        self.inner.forward = function
+        try:
+            found: dict[str, Tensor] = self.outer(hidden)
+            return found
+        finally:
+            self.inner.forward = own
+            if not on_instance and not torch.compiler.is_compiling():
+                del self.inner.forward
+
+
+class Product(NamedTuple):
+    """`hidden @ weight.T + bias` is what the head computes: an adapter on it is in here."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def find_head(model: nn.Module) -> HeadModules:
+    """The model's output head, looked up on every call: an adapter may have been put on it since the last."""
+    outer = model.get_output_embeddings()  # type: ignore[operator]
+    if outer is None:
+        raise UnsupportedModelError(f"{type(model).__name__}: it has no output head (get_output_embeddings() is None)")
+    return HeadModules(outer, _inner(outer))
+
+
+def check_head(model: nn.Module, head: HeadModules) -> None:
+    """Refuses, by name, a head that is not a linear layer on the base model's output, or that is quantised."""
+    if not any(child is head.outer for child in model.children()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its output layer belongs to a module that does more than multiply (a Bert-like "
+            "head or a language model inside), not to the model itself"
+        )
+    linear = head.inner.base_layer if _is_adapter(head.inner) else head.inner
+    if _is_adapter(head.inner):
+        _check_adapter(head.inner)
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its output head is a {type(linear).__name__}; only a plain torch.nn.Linear is "
+            "served (dequantise a quantised head)"
+        )
+    if linear.weight.dtype not in FLOATING or not _is_plain(linear.weight):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its output head's weight is a {type(linear.weight).__name__} of "
+            f"{linear.weight.dtype}; expected a tensor of {[str(d) for d in FLOATING]} (dequantise a quantised head)"
+        )
+
+
+def product(inner: nn.Module, hidden: Tensor) -> Product:
+    """What the head multiplies now. Costs nothing for a plain head; one copy of the weight for an adapted one."""
+    if _is_adapter(inner):
+        return _adapted(inner, hidden)
+    weight = _whole(inner.weight)  # type: ignore[arg-type]
+    if weight.is_meta and not hidden.is_meta:
+        raise UnsupportedModelError("the output head's weight is offloaded (meta device): keep the head on its device")
+    bias = None if inner.bias is None else _whole(inner.bias)  # type: ignore[arg-type]
+    return Product(_fit(hidden, weight), weight, bias)
+
+
+def _fit(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Moves to the head's device, and casts as Mamba's forward does; under autocast the ops cast."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        return hidden.to(weight.device)
+    return hidden.to(weight.device, weight.dtype)
+
+
+def _adapted(layer: Any, hidden: Tensor) -> Product:
+    """LoRA, `h W' + s (drop(h) A') B'`, as one product `[h, s drop(h) A'] @ [W, B]'` of H + r columns.
+
+    Any number of adapters, their dropout and their biases come out as PEFT has them.
+    """
+    _check_adapter(layer)
+    base = product(layer.base_layer, hidden)
+    if layer.disable_adapters and layer.merged:
+        layer.unmerge()
+    if layer.disable_adapters or layer.merged:
+        return product(layer.base_layer, hidden)
+    hiddens, weights, bias = [base.hidden], [base.weight], base.bias
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
+        low = down(layer.lora_dropout[name](hidden.to(down.weight.dtype))) * scale
+        hiddens.append(low.to(base.hidden))
+        weights.append(_whole(up.weight).to(base.weight))
+        if up.bias is not None:
+            extra = scale * _whole(up.bias).to(base.weight)
+            bias = extra if bias is None else bias + extra
+    return Product(torch.cat(hiddens, -1), torch.cat(weights, -1), bias)
+
+
+def _inner(module: Any) -> nn.Module:
+    """Past PEFT's wrapper for `modules_to_save`, which calls one of its copies."""
+    if _is_peft(module) and hasattr(module, "modules_to_save"):
+        active = [] if module.disable_adapters else list(module.active_adapters)
+        copies = module.modules_to_save
+        return _inner(copies[active[0]] if active and active[0] in copies else module.original_module)
+    inner: nn.Module = module
+    return inner
+
+
+def _is_peft(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] == "peft"
+
+
+def _is_adapter(module: nn.Module) -> bool:
+    return _is_peft(module) and hasattr(module, "base_layer")
+
+
+def _check_adapter(layer: Any) -> None:
+    """Only plain LoRA on a linear layer has the form that `_adapted` computes."""
+    plain = type(layer).__name__ == "Linear" and hasattr(layer, "lora_A")
+    variants = [name for name in layer.active_adapters if name in getattr(layer, "lora_variant", {})]
+    if not plain or variants:
+        kind = type(layer).__name__ if not plain else type(layer.lora_variant[variants[0]]).__name__
+        raise UnsupportedModelError(
+            f"the output head carries a PEFT adapter of kind {kind}; only plain LoRA on a linear layer and "
+            "modules_to_save are served there: leave the head out of target_modules, or train it whole"
+        )
+
+
+def _is_plain(weight: Tensor) -> bool:
+    return type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")
+
+
+def _whole(weight: Tensor) -> Tensor:
+    """The tensor itself; a sharded one (DTensor) gathered so that its gradient is reduced as its mesh dimension needs.
+
+    Data-parallel ranks see different tokens and average their gradients; tensor-parallel ranks see the same tokens and
+    each has the whole gradient already.
+    """
+    if not hasattr(weight, "device_mesh"):
+        return weight
+    from torch.distributed.tensor import Partial, Replicate
+
+    names = weight.device_mesh.mesh_dim_names or [""] * weight.device_mesh.ndim
+    placements = [Replicate() if "tp" in name else Partial("avg") for name in names]
+    gathered: Tensor = weight.full_tensor(grad_placements=placements)  # type: ignore[attr-defined]
+    return gathered

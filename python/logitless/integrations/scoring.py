@@ -1,0 +1,291 @@
+"""One call of a patched model: what was asked for, the base model, and the loss inside the head's call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import reduce
+from ..functional import linear_loss
+from ..losses import Loss
+from ..ops import linear_logprobs
+from ..types import OUTPUTS, BackendName, BackwardName, OptionKeywords, TokenStats
+from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
+from .heads import HeadModules, find_head, product
+
+if TYPE_CHECKING:
+    from .outputs import LinearCausalLMOutput
+
+
+@dataclass
+class Patch:
+    """What a patched model carries. Copies with the model: it names no module but the model itself."""
+
+    loss: Loss
+    backend: BackendName
+    backward: BackwardName
+    check: bool
+    original: Callable[..., Any]
+    shadowed: Any  # the instance's own `forward` before the patch, where it had one
+    function: Callable[..., Any]
+    names: tuple[str, ...]  # of the forward's parameters, in order
+    router: RouterLoss | None
+    output: type[LinearCausalLMOutput]
+    checked: type[nn.Module] | None = None  # class of the head that the self-check has seen
+
+
+@dataclass
+class Request:
+    """One call's arguments: ours by name, the base model's in `inputs`."""
+
+    inputs: dict[str, Any]
+    labels: Tensor | None = None
+    shift_labels: Tensor | None = None
+    num_items_in_batch: Tensor | int | None = None
+    ignore_index: int = -100
+    logits_to_keep: int | Tensor = 0
+    return_dict: bool | None = None
+    skip_logits: bool | None = None
+    loss: Loss | str | None = None
+    loss_inputs: dict[str, Tensor] | None = None
+    token_outputs: tuple[str, ...] = ()
+    hidden_only: bool = False
+    cu_seqlens: Tensor | None = None
+    gain: Tensor | None = field(default=None)  # [T], the self-check's
+
+    @property
+    def scored(self) -> bool:
+        """Whether there is something to compute a loss for."""
+        return self.labels is not None or self.shift_labels is not None
+
+
+REQUEST_ARGUMENTS = tuple(name for name in Request.__dataclass_fields__ if name not in ("inputs", "gain"))
+
+
+def check_request(request: Request) -> None:
+    """What can be told before the base model runs."""
+    names = request.token_outputs
+    if isinstance(names, str) or any(name not in OUTPUTS for name in names):
+        raise ValueError(f"token_outputs: expected a tuple of names of {list(OUTPUTS)}, got {names!r}")
+    if request.loss_inputs is not None and not isinstance(request.loss_inputs, dict):
+        raise TypeError(f"loss_inputs: expected a dict of tensors by name, got {type(request.loss_inputs).__name__}")
+    items = request.num_items_in_batch
+    if isinstance(items, bool) or not isinstance(items, (Tensor, int, float, type(None))):
+        raise TypeError(f"num_items_in_batch: expected a number or a tensor of one, got {type(items).__name__}")
+    if not request.scored:
+        needing = {
+            "loss": request.loss is not None,
+            "loss_inputs": bool(request.loss_inputs),
+            "token_outputs": bool(names),
+            "skip_logits=True": bool(request.skip_logits) and not request.hidden_only,
+        }
+        for name, given in needing.items():
+            if given:
+                raise ValueError(f"{name}: needs labels or shift_labels, got neither")
+
+
+def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip: bool) -> LinearCausalLMOutput:
+    """Base model, then the loss inside the head's call; what the model adds to its loss comes on top."""
+    base, routed = _run_base(model, state, request)
+    hidden = _kept(base[0], request.logits_to_keep)
+    output = state.output(
+        logits=hidden if request.hidden_only else None,
+        past_key_values=getattr(base, "past_key_values", None),
+        hidden_states=getattr(base, "hidden_states", None),
+        attentions=getattr(base, "attentions", None),
+        router_logits=getattr(base, "router_logits", None) if routed else None,
+    )
+    if not request.scored:
+        return output
+    head = find_head(model)
+    targets = _targets(request, hidden)
+    with_logits = not skip and not request.hidden_only
+    work = _HeadCall(state, request, loss, head, head_rule(model), targets, with_logits)
+    found = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
+    work.unpack(found, output)
+    if routed and state.router is not None and isinstance(output.router_logits, tuple):
+        aux, added = state.router(model, output.router_logits, request.inputs.get("attention_mask"))
+        output.aux_loss = aux
+        output.loss = output.loss + added.to(found["loss"].device)
+    return output
+
+
+def _run_base(model: nn.Module, state: Patch, request: Request) -> tuple[Any, bool]:
+    """The base model's output, and whether it was asked for its router's logits."""
+    inputs, routed = request.inputs, False
+    if request.cu_seqlens is not None and "use_cache" in state.names:
+        inputs = {"use_cache": False, **inputs}
+    if "output_router_logits" in state.names:
+        asked = inputs.get("output_router_logits")
+        routed = bool(getattr(text_config(model), "output_router_logits", False) if asked is None else asked)
+        inputs = {**inputs, "output_router_logits": routed}
+    return base_of(model)(**inputs, return_dict=True), routed
+
+
+def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The positions that Transformers' `logits_to_keep` names: last n, indices `[n]`, `[B, n]`, or a mask `[B, T]`."""
+    if isinstance(logits_to_keep, int):
+        return hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:, :]
+    if logits_to_keep.dim() == 2 and logits_to_keep.dtype == torch.bool:
+        return hidden[logits_to_keep]
+    if logits_to_keep.dim() == 2:
+        return torch.take_along_dim(hidden, logits_to_keep[..., None], dim=1)
+    return hidden[:, logits_to_keep, :]
+
+
+def _targets(request: Request, hidden: Tensor) -> Tensor:
+    """Targets aligned with `hidden`, on its device."""
+    name = "labels" if request.shift_labels is None else "shift_labels"
+    given = request.labels if request.shift_labels is None else request.shift_labels
+    if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
+        got = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+        raise TypeError(f"{name}: expected a tensor of integer token ids, got {got}")
+    if given.shape != hidden.shape[:-1]:
+        expected = list(hidden.shape[:-1])
+        raise ValueError(f"{name}: expected shape {expected} like the hidden states, got {list(given.shape)}")
+    targets = given.to(hidden.device).long()
+    if name == "labels":
+        targets = F.pad(targets, (0, 1), value=request.ignore_index)[..., 1:]
+    if request.cu_seqlens is not None:
+        _check_boundaries(request.cu_seqlens, targets.numel())
+        if name == "labels":
+            last = (request.cu_seqlens[1:] - 1).to(hidden.device).long()
+            targets = targets.flatten().index_fill(0, last, request.ignore_index).view_as(targets)
+    return targets
+
+
+def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
+    """Their form anywhere; their values where reading them waits for no GPU and breaks no graph."""
+    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
+        got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
+        raise ValueError(f"cu_seqlens: expected a tensor of S + 1 integers, got {got}")
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    values = cu_seqlens.tolist()
+    if not values or values[0] != 0 or values[-1] != tokens or sorted(values) != values:
+        raise ValueError(
+            f"cu_seqlens: expected boundaries that rise from 0 to the number of tokens {tokens}, got {values}"
+        )
+
+
+@dataclass
+class _HeadCall:
+    """Stands in for the head's forward during one call: the loss, and whatever else was asked for of its product.
+
+    A flat dict of tensors goes out through the head's call, which every wrapper's hooks know how to walk; `unpack` puts
+    it into the output.
+    """
+
+    state: Patch
+    request: Request
+    loss: Loss
+    head: HeadModules
+    rule: HeadRule
+    targets: Tensor
+    with_logits: bool
+    own_forward: Callable[..., Tensor] = field(init=False)
+    result_type: Any = None
+
+    def __post_init__(self) -> None:
+        self.own_forward = self.head.inner.forward
+
+    def __call__(self, hidden: Tensor, **extra: Any) -> dict[str, Tensor]:
+        if extra:
+            raise ValueError(f"the output head was called with {sorted(extra)}, which the patch does not serve")
+        found = self._score(hidden)
+        if self.with_logits:
+            found["logits"] = self.rule.finish(self.own_forward(hidden))
+        return found
+
+    def _score(self, hidden: Tensor) -> dict[str, Tensor]:
+        hidden, weight, bias = product(self.head.inner, hidden)
+        weight, bias = self.rule.cut(weight, bias)
+        options: OptionKeywords = {
+            "bias": bias,
+            "logit_scale": self.rule.transform.logit_scale,
+            "softcap": self.rule.transform.softcap,
+            "ignore_index": self.request.ignore_index,
+            "backend": self.state.backend,
+            "backward": self.state.backward,
+        }
+        found = self._token_stats(hidden, weight, options)
+        if self.loss.level == "token" and found:
+            found["loss"] = self._loss_of_stats(found)
+        else:
+            found |= self._linear_loss(hidden, weight, options)
+        if self.rule.z_loss > 0:
+            lse = linear_logprobs(hidden, weight, None, outputs=("lse",), **_recomputable(options)).lse
+            assert lse is not None
+            found["loss"] = found["loss"] + self.rule.z_loss * lse.square().mean()
+        return found
+
+    def _token_stats(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
+        """The statistics asked for, and where the loss is per token those it reads: one product for both."""
+        if not self.request.token_outputs:
+            return {}
+        read = self.loss.outputs if self.loss.level == "token" else ()
+        outputs = tuple(dict.fromkeys((*self.request.token_outputs, *read)))
+        stats = linear_logprobs(hidden, weight, self.targets, outputs=outputs, **_recomputable(options))
+        return {f"stats.{name}": value for name, value in stats._asdict().items() if value is not None}
+
+    def _loss_of_stats(self, found: dict[str, Tensor]) -> Tensor:
+        """A token loss of statistics that are there already."""
+        stats = _stats(found, self.loss.outputs)
+        given = self._inputs()
+        weight = given.pop("token_weight", None)
+        if set(given) != set(self.loss.inputs):
+            raise ValueError(f"loss_inputs: {self.loss.name!r} takes {list(self.loss.inputs)}, got {list(given)}")
+        per_token = self.loss(stats, *(given[name] for name in self.loss.inputs))
+        per_token = per_token if weight is None else weight * per_token
+        counts = self.targets != self.request.ignore_index
+        items = self.request.num_items_in_batch
+        count = reduce.count(self.targets, self.request.ignore_index) if items is None else items
+        return reduce.reduce(torch.where(counts, per_token, torch.zeros_like(per_token)), "mean", count)
+
+    def _linear_loss(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
+        result = linear_loss(
+            self.loss,
+            hidden,
+            weight,
+            self.targets,
+            cu_seqlens=self.request.cu_seqlens,
+            normalizer=self.request.num_items_in_batch,
+            **{**self._inputs(), **options},  # type: ignore[arg-type]
+        )
+        if isinstance(result, Tensor):
+            return {"loss": result}
+        self.result_type = type(result)
+        return {"loss": result.loss, **{f"result.{k}": v for k, v in result._asdict().items() if v is not None}}
+
+    def _inputs(self) -> dict[str, Tensor]:
+        given, expected = self.request.loss_inputs or {}, self.targets.shape
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or value.shape != expected:
+                got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"loss_inputs[{name!r}]: expected a tensor {list(expected)} like labels, got {got}")
+        return {name: value.to(self.targets.device) for name, value in given.items()}
+
+    def unpack(self, found: dict[str, Tensor], output: LinearCausalLMOutput) -> None:
+        """What the head's call gave, into the fields of the output."""
+        output.loss = found["loss"]
+        if self.request.token_outputs:
+            output.token_stats = _stats(found, self.request.token_outputs)
+        if "logits" in found:
+            output.logits = found["logits"]
+        if self.result_type is not None:
+            fields = {name: found.get(f"result.{name}") for name in self.result_type._fields}
+            output.loss_result = self.result_type(**fields)
+
+
+def _recomputable(options: OptionKeywords) -> OptionKeywords:
+    """`backward="single_pass"` is meant for the loss; statistics of a trainable head would refuse it."""
+    return {**options, "backward": "auto"} if options["backward"] == "single_pass" else options
+
+
+def _stats(found: dict[str, Tensor], names: tuple[str, ...]) -> TokenStats:
+    return TokenStats(**{name: found[f"stats.{name}"] for name in names})

@@ -1,0 +1,157 @@
+"""Does the patch compute what the model computes? One small forward of each, compared, and no trace left.
+
+Logits of a freshly initialised model are tiny, where a softcap does nothing and a scale hardly shows. So the hidden
+states are multiplied, in both runs, by a gain that grows from token to token until the logits reach `REACH`: a
+transform that the patch does not know of cannot hide.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..losses import NLL
+from .families import UnsupportedModelError, text_config
+from .heads import find_head
+from .scoring import Patch, Request, score
+
+if TYPE_CHECKING:
+    from .outputs import LinearCausalLMOutput
+
+TOKENS = 5  # four predictions
+REACH = 50.0  # of the largest gained logit, before the model's transform: beyond every softcap in use
+ROUNDINGS = 8  # of a logit of that size, allowed between two ways to compute it
+
+
+@torch.no_grad()
+def self_check(model: nn.Module, state: Patch) -> float:
+    """The largest difference between the model's log-probs, logsumexps and NLL and the patch's, in nats.
+
+    Runs the model's own forward and the patched one on five token ids, in evaluation mode, without gradients; mode,
+    random state and buffers are restored, gradients are not touched.
+
+    Raises:
+        UnsupportedModelError: they differ by more than the rounding of the logits' dtype allows.
+    """
+    ids = probe_ids(model)
+    inputs = {"input_ids": ids, **({"use_cache": False} if "use_cache" in state.names else {})}
+    with _untouched(model):
+        own, gain = _own_forward(model, state, inputs)
+        request = Request(inputs, labels=ids, token_outputs=("logprob", "lse"), gain=gain)
+        try:
+            ours = score(model, state, request, NLL(), skip=True)
+        except (TypeError, ValueError) as error:
+            raise UnsupportedModelError(f"{type(model).__name__}: the patch cannot run on it: {error}") from error
+    worst, allowed = _largest_error(own, ours, ids), tolerance(own.logits)
+    if not worst <= allowed:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the patch's log-probabilities and the model's own differ by {worst:.3g} "
+            f"(allowed {allowed:.3g}): between its base model and its loss it does something that logitless does not "
+            "know. Nothing has been trained; unpatch(model) gives it back as it was"
+        )
+    return worst
+
+
+def _largest_error(own: Any, ours: LinearCausalLMOutput, ids: Tensor) -> float:
+    """In nats, over log-probs, logsumexps and the loss (absent where the head was padded)."""
+    logits = own.logits[:, :-1].to(torch.promote_types(own.logits.dtype, torch.float32))
+    expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
+    stats, loss = ours.token_stats, ours.loss
+    assert stats is not None and stats.logprob is not None and stats.lse is not None and loss is not None
+    errors = [stats.logprob[:, :-1] - expected, stats.lse[:, :-1] - logits.logsumexp(-1)]
+    if own.loss is not None:
+        errors.append(loss - own.loss)
+    return max(float(error.abs().max()) for error in errors)
+
+
+def tolerance(logits: Tensor) -> float:
+    """Some roundings of the largest logit, in the precision the product was made with, float32 at best: so is NLL."""
+    eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
+    if logits.is_cuda and logits.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+        eps = 2.0**-10
+    return ROUNDINGS * eps * (1 + _largest(logits))
+
+
+def probe_ids(model: nn.Module) -> Tensor:
+    """`[1, 5]` token ids spread over the vocabulary, none of which the configuration gives a special meaning."""
+    config = text_config(model)
+    named = [v for c in (config, model.config) for k, v in vars(c).items() if k.endswith(("_token_id", "_token_index"))]
+    special = {i for v in named for i in (v if isinstance(v, list | tuple) else [v])}
+    plain = [i for i in range(config.vocab_size) if i not in special] or list(range(config.vocab_size))
+    ids = [plain[len(plain) * (k + 1) // (TOKENS + 2)] for k in range(TOKENS)]
+    return torch.tensor([ids], device=model.get_input_embeddings().weight.device)  # type: ignore[operator]
+
+
+def _own_forward(model: nn.Module, state: Patch, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
+    """The model's own output for gained hidden states, and the gain `[T]` that it came to."""
+    inner = find_head(model).inner
+    gained = _Gained(inner.forward)
+    replaced = inner.__dict__.get("forward")
+    # A head that was padded or resized breaks the view in Transformers' own loss.
+    fits = inner.weight.shape[0] == text_config(model).vocab_size  # type: ignore[index]
+    inner.forward = gained
+    try:
+        own = state.original(**inputs, labels=inputs["input_ids"] if fits else None, return_dict=True)
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: the self-check could not run the model's own forward on {TOKENS} tokens "
+            f"({error}); patch(model, check=False) goes without it"
+        ) from error
+    finally:
+        if replaced is None:
+            del inner.forward
+        else:
+            inner.forward = replaced
+    if gained.gain is None or gained.calls != 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: its forward calls its output head {gained.calls} times on a whole sequence; "
+            "expected once"
+        )
+    return own, gained.gain
+
+
+class _Gained:
+    """A head's forward on hidden states `[1, T, H]` times `gain[t]`, powers of two that grow to the reach."""
+
+    def __init__(self, forward: Callable[..., Tensor]) -> None:
+        self.forward = forward
+        self.gain: Tensor | None = None
+        self.calls = 0
+
+    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.calls += 1
+        if hidden.shape[:-1] != (1, TOKENS):
+            return self.forward(hidden, *args, **kwargs)
+        room = math.log2(REACH / max(_largest(self.forward(hidden, *args, **kwargs)), 2.0**-20))
+        most = math.log2(torch.finfo(hidden.dtype).max) - math.log2(max(_largest(hidden), 1.0)) - 2
+        steps = [int(max(0.0, min(room, most)) * min(k / (TOKENS - 2), 1)) for k in range(TOKENS)]
+        self.gain = torch.tensor([2.0**s for s in steps], device=hidden.device, dtype=hidden.dtype)
+        return self.forward(hidden * self.gain[:, None], *args, **kwargs)
+
+
+def _largest(x: Tensor) -> float:
+    """The largest finite magnitude; 0 for none."""
+    return float(x.masked_fill(~x.isfinite(), 0).abs().max())
+
+
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module's mode, every buffer and the random state are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for module, name, buffer, before in buffers:
+                buffer.copy_(before)
+                module._buffers[name] = buffer

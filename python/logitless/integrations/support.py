@@ -1,0 +1,50 @@
+"""Which models can be patched; the others are refused by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from .families import UnsupportedModelError, base_of, refusal
+from .heads import check_head, find_head
+
+
+def causal_lm(model: Any) -> nn.Module:
+    """The causal LM itself: inside a PeftModel; anything else that wraps one is refused."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a Transformers causal LM, got {type(model).__name__}")
+    kind = type(model).__name__
+    if type(model).__module__.partition(".")[0] == "peft" and hasattr(model, "get_base_model"):
+        return causal_lm(model.get_base_model())  # type: ignore[operator]
+    if kind == "DataParallel":
+        raise TypeError("model: nn.DataParallel is not supported; start one process per GPU (torchrun)")
+    if kind in ("DistributedDataParallel", "FullyShardedDataParallel", "OptimizedModule", "DeepSpeedEngine"):
+        raise TypeError(f"model: expected the causal LM itself, got it inside {kind}; patch it before it is wrapped")
+    return model
+
+
+def check_model(model: nn.Module) -> None:
+    """Refuses, by name, what cannot be served."""
+    kind = type(model).__name__
+    if "_logitless_patch" in model.__dict__:
+        raise ValueError(f"patch: {kind} is patched already; unpatch(model) first to change the loss or the backend")
+    if not all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings")):
+        raise TypeError(f"model: expected a Transformers causal LM, got {kind}")
+    if "fused_lm_head" in inspect.signature(model.forward).parameters or _fused_by_trl(model.forward):
+        raise UnsupportedModelError(f"{kind}: TRL has put its own fused head on it; patch it without TRL's")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{kind}: an encoder-decoder; only causal language models are served")
+    reason = refusal(model)
+    if reason is not None:
+        raise UnsupportedModelError(f"{kind}: {reason}")
+    if base_of(model) is model:
+        raise UnsupportedModelError(f"{kind}: it has no base model beside its head")
+    check_head(model, find_head(model))
+
+
+def _fused_by_trl(forward: Any) -> bool:
+    """TRL's forward shows the class's signature (functools.wraps); its own parameters are one level below."""
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    return code is not None and "fused_lm_head" in code.co_varnames

@@ -1,0 +1,218 @@
+"""`patch(model)`: a Transformers causal LM that computes its loss from hidden states, never from logits.
+
+One way for every family: run the base model, then the loss inside the output head's own call (`heads.py`), with the
+few families' scale, softcap and extra loss terms from a table (`families.py`), confirmed once against the model's own
+logits (`selfcheck.py`). Whatever needs logits (generation, calls without labels, evaluation) runs the original forward.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, TypeVar, get_args
+
+import torch
+from torch import nn
+
+from .. import losses
+from ..losses import NLL, Loss
+from ..types import BackendName, BackwardName
+from . import selfcheck
+from .families import head_rule, router_loss
+from .heads import check_head, find_head
+from .scoring import REQUEST_ARGUMENTS, Patch, Request, check_request, score
+from .support import causal_lm, check_model
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=nn.Module)
+
+#: Keyword arguments of the patched forward that the original one does not know.
+OWN_ARGUMENTS = ("skip_logits", "loss", "loss_inputs", "token_outputs", "hidden_only", "cu_seqlens")
+
+
+def patch(
+    model: Model,
+    *,
+    loss: Loss | str = "nll",
+    backend: BackendName = "auto",
+    backward: BackwardName = "auto",
+    check: bool = True,
+) -> Model:
+    """Makes a Transformers causal LM compute its loss without logits while it trains; the same object, changed.
+
+    Patches this instance's `forward`, nothing else: other models of the class, `generate`, checkpoints and the
+    signature that `Trainer` reads stay as they are. Patch before DDP, FSDP, `torch.compile` or `Trainer` wrap the
+    model; `get_peft_model` may come before or after.
+
+    The patched forward takes, beside the model's own arguments:
+
+    - `labels` `[B, T]`, shifted inside as Transformers does, or `shift_labels` `[B, T]`, taken as they are; both hold
+      `ignore_index` (an argument too, -100 by default) where a position does not count. Their loss is the mean over the
+      tokens that count, or the sum over `num_items_in_batch` where that is given (an int or a tensor; for a pair loss
+      the number of pairs). All ignored gives 0, where Transformers gives NaN. What the model itself adds (a router's or
+      a z-loss) is added to whatever loss is asked for.
+    - `skip_logits`: True computes no logits, False true ones besides the loss, None (default) skips them exactly while
+      `model.training`. Skipped logits are `None` in the output. Without labels, and in `generate`, the original forward
+      runs; so it does where logits and plain NLL are asked for together.
+    - `loss`: a loss or its name in place of the patch's, for this call.
+    - `loss_inputs`: dict of the loss's own per-token inputs by name (`ref_logprob`, `token_weight`, ...), `[B, T]`;
+      position t holds the value for predicting token t + 1, as `token_stats` does.
+    - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable.
+    - `hidden_only`: True returns hidden states `[B, T, H]` in place of logits, with or without labels: for hosts that
+      compute a loss themselves.
+    - `cu_seqlens`: `[S + 1]` boundaries of the S sequences of a packed batch `[1, total]` (or of several packed rows,
+      laid behind one another). The last token of each then predicts nothing, and losses that look at whole sequences
+      see them. A pair loss takes its 2B sequences this way, the chosen ones first, or as `[2B, T]` rows. Pass
+      `position_ids` that start at 0 in every sequence and no `attention_mask`, from which Transformers keeps attention
+      inside the sequences; that works without a cache only, so `use_cache` is False unless given.
+
+    It returns `LinearCausalLMOutput`, or a tuple with `return_dict=False`.
+
+    LoRA on the head is served as PEFT computes it (several adapters, dropout and bias included) at the price of one
+    copy of the weight per call and one of its gradient, `modules_to_save` at none; other adapters there are refused.
+
+    Args:
+        model: a causal LM of Transformers whose head is a linear layer on the base model's output, or a `PeftModel`
+            around one.
+        loss: the loss to compute: an object with its hyper-parameters or a name with its defaults.
+        backend, backward: as in `logitless.linear_logprobs`.
+        check: before the first loss, compare with the model's own logits (`selfcheck.self_check`): one forward of five
+            tokens that leaves no trace, on every rank alike. It runs then and not here, where weights may still be
+            empty, on another device, or about to be sharded. A new kind of head, such as LoRA added later, is checked
+            again. A torch.compile that comes first is checked while it traces.
+
+    Raises:
+        TypeError: `model` is not a module, or is a wrapper (DDP, FSDP, a compiled model): patch what is inside.
+        UnsupportedModelError: (a ValueError) the model is known not to fit; also at the first loss, where the check
+            finds that logits do not agree.
+        ValueError: it is patched already; unknown loss, backend or backward.
+    """
+    inner = causal_lm(model)
+    check_model(inner)
+    for name, value, choices in (("backend", backend, BackendName), ("backward", backward, BackwardName)):
+        if value not in get_args(choices):
+            raise ValueError(f"{name}: expected one of {list(get_args(choices))}, got {value!r}")
+    from .outputs import LinearCausalLMOutput  # imports Transformers, whose model this is
+
+    state = Patch(
+        loss=losses.get(loss),
+        backend=backend,
+        backward=backward,
+        check=check,
+        original=inner.forward,
+        shadowed=inner.__dict__.get("forward"),
+        function=_forward_like(type(inner)),
+        names=tuple(inspect.signature(inner.forward).parameters),
+        router=router_loss(inner),
+        output=LinearCausalLMOutput,
+    )
+    inner._logitless_patch = state  # type: ignore[assignment]
+    inner.forward = MethodType(state.function, inner)
+    inner._replicate_for_data_parallel = _refuse_replica  # type: ignore[method-assign]
+    _announce(inner, state)
+    return model
+
+
+def unpatch(model: Model) -> Model:
+    """Undoes `patch`: the model's `forward` is again what it was.
+
+    Raises:
+        ValueError: the model is not patched, or somebody has wrapped its `forward` since (unwrap it first).
+    """
+    inner = causal_lm(model)
+    state = inner.__dict__.get("_logitless_patch")
+    if state is None:
+        raise ValueError(f"unpatch: {type(inner).__name__} is not patched")
+    if getattr(inner.__dict__.get("forward"), "__func__", None) is not state.function:
+        raise ValueError(
+            f"unpatch: the forward of {type(inner).__name__} was wrapped after the patch (by accelerate?); "
+            "unwrap it first"
+        )
+    if state.shadowed is None:
+        del inner.forward
+    else:
+        inner.forward = state.shadowed
+    del inner._logitless_patch, inner._replicate_for_data_parallel
+    return model
+
+
+def _forward_like(cls: type) -> Callable[..., Any]:
+    """The patched forward with the signature of the class's own, which Trainer and generate inspect."""
+
+    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _forward(self, self._logitless_patch, args, kwargs)
+
+    return forward
+
+
+def _forward(model: nn.Module, state: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    inputs = {**dict(zip(state.names, args, strict=False)), **kwargs}
+    ours = {name: inputs.pop(name) for name in REQUEST_ARGUMENTS if name in inputs}
+    request = Request(inputs, **{name: value for name, value in ours.items() if value is not None})
+    check_request(request)
+    loss = state.loss if request.loss is None else losses.get(request.loss)
+    skip = model.training if request.skip_logits is None else request.skip_logits
+    if _original_serves(request, loss, skip):
+        return state.original(*args, **{k: v for k, v in kwargs.items() if k not in OWN_ARGUMENTS})
+    if request.scored and state.check:
+        _check_traced(model) if torch.compiler.is_compiling() else _check_once(model, state)
+    output = score(model, state, request, loss, skip=skip)
+    as_dict = getattr(model.config, "return_dict", True) if request.return_dict is None else request.return_dict
+    return output if as_dict else output.to_tuple()
+
+
+def _original_serves(request: Request, loss: Loss, skip: bool) -> bool:
+    """Whether the model's own forward gives what is asked for: no loss at all, or plain NLL beside true logits."""
+    if request.hidden_only:
+        return False
+    if not request.scored:
+        return True
+    ours = skip or request.token_outputs or request.cu_seqlens is not None or request.loss_inputs
+    return not ours and request.labels is not None and loss == NLL()
+
+
+def _refuse_replica(*_: Any) -> Any:
+    """nn.DataParallel would run the first GPU's patched forward on every replica."""
+    raise TypeError("a patched model cannot run in nn.DataParallel; start one process per GPU (torchrun)")
+
+
+def _announce(model: nn.Module, state: Patch) -> None:
+    rule, inner = head_rule(model), find_head(model).inner
+    logger.info(
+        "patched %s: head %s, logit_scale %g, softcap %s, bias %s, z_loss %g, loss %s, backend %s, backward %s; %s",
+        type(model).__name__,
+        list(inner.weight.shape),  # type: ignore[arg-type]
+        rule.transform.logit_scale,
+        rule.transform.softcap,
+        getattr(inner, "bias", None) is not None,
+        rule.z_loss,
+        state.loss,
+        state.backend,
+        state.backward,
+        "checked against its own logits before the first loss" if state.check else "not checked (check=False)",
+    )
+
+
+def _check_traced(model: nn.Module) -> bool:
+    """The check on the model's real weights while torch.compile traces it; nothing of it gets into the graph."""
+    _check_once(model, model._logitless_patch)  # type: ignore[arg-type]
+    return True
+
+
+# What torch.compiler.assume_constant_result does, without the second that importing torch._dynamo takes.
+_check_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _check_once(model: nn.Module, state: Patch) -> None:
+    """The self-check, before the first loss and again where the kind of head has changed."""
+    head = find_head(model)
+    if state.checked is type(head.inner):
+        return
+    check_head(model, head)
+    error = selfcheck.self_check(model, state)
+    state.checked = type(head.inner)
+    logger.info("%s agrees with its own logits: largest error %.3g", type(model).__name__, error)
