@@ -1,0 +1,151 @@
+"""Checkpoints: what a run needs to go on as if it had never stopped.
+
+    checkpoint-<step>/
+        model.safetensors, config.json, ...    the model (or the adapter) and tokenizer, as `from_pretrained` reads them
+        optimizer.safetensors                  AdamW's moments, named "<moment>.<parameter>"
+        rng_state.safetensors                  generator states: torch's CPU and GPU generators of every process
+        rng_state.json                         generator states: Python's and NumPy's
+        trainer_state.json                     step, counters, open log window, hashes of data and options
+
+Nothing is pickled, so nothing is executed on loading. A folder appears under its name when it is complete (`files.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from logitless.training import files
+from logitless.training.errors import InputError
+from logitless.training.parallel import World
+
+STATE = "trainer_state.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = {int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    return [found[step] for step in sorted(found) if (found[step] / STATE).is_file()]
+
+
+def save(
+    output_dir: Path,
+    step: int,
+    *,
+    model: Any,
+    tokenizer: Any,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    world: World,
+    keep: int | None,
+) -> Path:
+    """Writes `checkpoint-<step>` and then deletes the oldest beyond `keep`. Every process must call it."""
+    folder = output_dir / f"checkpoint-{step}"
+    generators = generator_states(world)
+    if world.is_main:
+        with files.new_folder(folder) as unfinished:
+            save_model(unfinished, model, tokenizer)
+            save_file(optimizer_state(model, optimizer), unfinished / "optimizer.safetensors")
+            save_file(generators, unfinished / "rng_state.safetensors")
+            files.write_json(unfinished / "rng_state.json", python_generators())
+            files.write_json(unfinished / STATE, state)
+        for old in checkpoints(output_dir)[: -keep if keep else 0]:
+            shutil.rmtree(old)
+    world.wait()
+    return folder
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
+    """Model (or adapter) and tokenizer in the layout that `from_pretrained` reads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """`trainer_state.json` of a checkpoint. Raises InputError where the folder is no complete checkpoint."""
+    path = folder / STATE
+    if not path.is_file():
+        raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}")
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return state
+
+
+def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Puts back the optimizer's and the generators' states."""
+    load_optimizer_state(model, optimizer, load_file(folder / "optimizer.safetensors"), folder)
+    set_generator_states(load_file(folder / "rng_state.safetensors"), world)
+    set_python_generators(json.loads((folder / "rng_state.json").read_text(encoding="utf-8")))
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors by moment and parameter name."""
+    return {
+        f"{moment}.{name}": tensor.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        for moment, tensor in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], source: Path
+) -> None:
+    """The inverse of `optimizer_state`. Raises InputError where the two models' parameters differ."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for key, tensor in tensors.items():
+        moment, _, name = key.partition(".")
+        parameter = parameters.get(name)
+        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
+            raise InputError(f"{source}: its optimizer state {key} fits no trainable parameter of this model")
+        # AdamW keeps its step counter on the CPU unless it is fused
+        fused = optimizer.defaults.get("fused")
+        device = parameter.device if moment != "step" or fused else torch.device("cpu")
+        optimizer.state[parameter][moment] = tensor.to(device)
+
+
+def generator_states(world: World) -> dict[str, torch.Tensor]:
+    """torch's generator states of every process, gathered."""
+    states = {"cpu": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(world.device)
+    if world.size == 1:
+        return {f"{kind}.0": state for kind, state in states.items()}
+    gathered: dict[str, torch.Tensor] = {}
+    for kind, state in states.items():
+        parts = [torch.empty_like(state, device=world.device) for _ in range(world.size)]
+        dist.all_gather(parts, state.to(world.device))
+        gathered |= {f"{kind}.{rank}": part.cpu() for rank, part in enumerate(parts)}
+    return gathered
+
+
+def set_generator_states(states: dict[str, torch.Tensor], world: World) -> None:
+    """Restores this process's generators; one that the saved run did not have keeps its state."""
+    if f"cpu.{world.rank}" in states:
+        torch.set_rng_state(states[f"cpu.{world.rank}"])
+    if world.device.type == "cuda" and f"cuda.{world.rank}" in states:
+        torch.cuda.set_rng_state(states[f"cuda.{world.rank}"], world.device)
+
+
+def python_generators() -> dict[str, Any]:
+    """The states of Python's and NumPy's global generators as plain JSON values."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    numpy_state = [kind, np.asarray(keys).tolist(), position, has_gauss, gauss]
+    version, internal, following = random.getstate()
+    return {"numpy": numpy_state, "python": [version, list(internal), following]}
+
+
+def set_python_generators(states: dict[str, Any]) -> None:
+    """The inverse of `python_generators`."""
+    version, internal, following = states["python"]
+    random.setstate((version, tuple(internal), following))
+    np.random.set_state(tuple(states["numpy"]))

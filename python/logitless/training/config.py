@@ -1,0 +1,435 @@
+"""Every option of `logitless train`, stated once: name, type, default, allowed values, help.
+
+The command line is generated from `TrainOptions`, a YAML file is checked against it, and Python callers make one
+directly, so all three share the same names and checks. Names are those of TRL's and Transformers' configurations, so
+that a TRL YAML of the common keys runs unchanged; where a default differs from TRL's, docs/training.md says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from logitless.training.errors import InputError, nearest
+
+if TYPE_CHECKING:
+    from logitless.losses import Loss
+
+METHODS = {"sft": "nll", "dft": "dft", "f-divergence": "f_divergence_sft", "dpo": "dpo"}
+LEARNING_RATE = 2e-5
+PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
+
+# The same option under the name another tool gives it.
+ALIASES = {
+    "torch_dtype": "dtype",
+    "f_divergence_type": "divergence",
+    "f_alpha_divergence_coef": "alpha",
+    "assistant_only_loss": "completion_only_loss",
+}
+DIVERGENCE_ALIASES = {"js_divergence": "js", "alpha_divergence": "alpha"}
+
+# Keys common in TRL files that change nothing here, with the reason printed when one is met.
+INERT_KEYS = {
+    "dataset_num_proc": "rows are tokenised in one process",
+    "dataloader_num_workers": "batches are made in the main process",
+    "dataloader_pin_memory": "batches are made in the main process",
+    "remove_unused_columns": "columns that no form uses are always ignored",
+    "gradient_checkpointing_kwargs": "checkpointing is always the non-reentrant form",
+    "disable_tqdm": "progress bars appear on terminals only",
+    "run_name": "runs are named by their output_dir",
+    "do_train": "the command always trains",
+    "do_eval": "evaluation runs whenever there is evaluation data",
+    "lora_task_type": "the task is always CAUSAL_LM",
+    "packing_strategy": "packing is always best-fit decreasing",
+    "average_tokens_across_devices": "tokens are always averaged across devices",
+    "logging_first_step": "the first step is always logged",
+    "log_level": "every record is shown",
+    "hub_model_id": "nothing is pushed to the hub",
+    "hub_strategy": "nothing is pushed to the hub",
+}
+
+# Keys that are accepted with this one value: what they would switch on is not there.
+UNSUPPORTED_KEYS: dict[str, Any] = {
+    "push_to_hub": False,
+    "fp16": False,
+    "load_in_4bit": False,
+    "load_in_8bit": False,
+    "use_dora": False,
+    "use_rslora": False,
+    "dataset_streaming": False,
+    "logging_strategy": "steps",
+}
+
+
+def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] = ()) -> Any:
+    """A dataclass field that carries what the command line needs to know about it."""
+    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Options of one training run; `None` means "decided from the method or the machine", as each help text says.
+
+    Raises:
+        InputError: a value outside its range or choices; the message names the option and what came.
+    """
+
+    # What is trained, by which loss
+    method: str = option("sft", "sft, dft, f-divergence, dpo, or any name of the loss registry.", group="Method")
+    loss: Mapping[str, Any] | None = option(
+        None, "The loss's hyper-parameters as a mapping, e.g. {name: dpo, beta: 0.2}.", group="Method"
+    )
+    beta: float | None = option(None, "The loss's beta (strength of the tie to the reference).", group="Method")
+    loss_type: str | None = option(None, "The preference loss's form, such as sigmoid, hinge or ipo.", group="Method")
+    label_smoothing: float | None = option(None, "The loss's label smoothing.", group="Method")
+    divergence: str | None = option(None, "The loss's f-divergence.", group="Method")
+    alpha: float | None = option(None, "The order of the alpha divergence.", group="Method")
+    backend: str = option(
+        "auto",
+        "auto, chunked, reference (full logits, through the patch), or materialised (the unpatched model's own "
+        "logits: what the run costs without logitless).",
+        group="Method",
+    )
+
+    # Model
+    model_name_or_path: str = option("", "Hub id, folder, or .gguf file. Required.", group="Model")
+    model_revision: str = option("main", "Branch, tag or commit on the hub.", group="Model")
+    gguf_file: str | None = option(None, "Name of the .gguf file inside the hub repository or folder.", group="Model")
+    dtype: str = option(
+        "float32",
+        "Precision of the weights; auto keeps the checkpoint's.",
+        group="Model",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    bf16: bool | None = option(
+        None, "Compute in bfloat16 (autocast). Default: on GPUs that support it, off on the CPU.", group="Model"
+    )
+    attn_implementation: str = option(
+        "auto",
+        "auto: flash_attention_2 where flash-attn is installed and a GPU is used, else SDPA; or Transformers' names.",
+        group="Model",
+    )
+    trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.", group="Model")
+    gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", group="Model")
+    disable_dropout: bool | None = option(
+        None, "Set every dropout probability to 0. Default: for losses with a reference model.", group="Model"
+    )
+    use_liger_kernel: bool = option(
+        False, "Liger's RoPE, RMSNorm and SwiGLU kernels (a GPU and liger-kernel needed).", group="Model"
+    )
+    use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.", group="Model")
+
+    # LoRA
+    use_peft: bool = option(False, "Train a LoRA adapter instead of the model.", group="LoRA")
+    lora_r: int = option(16, "Rank.", group="LoRA")
+    lora_alpha: int = option(32, "Scale: the update is multiplied by lora_alpha / lora_r.", group="LoRA")
+    lora_dropout: float = option(0.05, "Dropout in front of the adapter.", group="LoRA")
+    lora_target_modules: tuple[str, ...] | None = option(
+        None, "Module names, comma-separated, or all-linear. Default: peft's choice for the model.", group="LoRA"
+    )
+
+    # Data
+    dataset_name: str = option(
+        "", ".jsonl, .json, .parquet or .csv file, save_to_disk folder, or hub name. Required.", group="Data"
+    )
+    dataset_config: str | None = option(None, "Configuration of the hub dataset.", group="Data")
+    dataset_train_split: str = option("train", "Split of a dataset that is trained on.", group="Data")
+    dataset_test_split: str = option(
+        "test", "Split of a dataset that is evaluated on, where it has one and an eval_strategy is set.", group="Data"
+    )
+    eval_dataset_name: str | None = option(None, "Evaluation data, same forms as dataset_name.", group="Data")
+    eval_fraction: float = option(0.0, "Share of the training rows held out for evaluation.", group="Data")
+    dataset_text_field: str = option("text", "Column of plain text.", group="Data")
+    max_length: int = option(1024, "Tokens per row; longer rows are cut.", group="Data")
+    truncation_mode: str = option(
+        "keep_start", "Which end of a long row is kept.", group="Data", choices=("keep_start", "keep_end")
+    )
+    completion_only_loss: bool | None = option(
+        None,
+        "Loss on completions and assistant turns only. Default: wherever the row has them; off trains on every token.",
+        group="Data",
+    )
+    packing: bool = option(False, "Put several rows into one of max_length, without cross-attention.", group="Data")
+    padding_free: bool | None = option(
+        None, "One long row per batch instead of padding. Default: where flash attention is used.", group="Data"
+    )
+
+    # Optimisation
+    per_device_train_batch_size: int = option(8, "Rows (pairs, packs) per device and step.", group="Optimisation")
+    per_device_eval_batch_size: int = option(8, "Rows (pairs) per device in evaluation.", group="Optimisation")
+    gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", group="Optimisation")
+    num_train_epochs: float = option(3.0, "Passes over the data.", group="Optimisation")
+    max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.", group="Optimisation")
+    learning_rate: float | None = option(
+        None, f"Default: {LEARNING_RATE}, {PREFERENCE_LEARNING_RATE} for preference losses.", group="Optimisation"
+    )
+    lr_scheduler_type: str = option(
+        "linear",
+        "Learning rate after the warm-up.",
+        group="Optimisation",
+        choices=("linear", "cosine", "constant", "constant_with_warmup"),
+    )
+    warmup_steps: float = option(0.0, "Steps of linear warm-up; below 1: share of all steps.", group="Optimisation")
+    warmup_ratio: float = option(0.0, "Older name for warmup_steps below 1.", group="Optimisation")
+    optim: str = option("adamw_torch", "Optimizer.", group="Optimisation", choices=("adamw_torch", "adamw_torch_fused"))
+    weight_decay: float = option(0.0, "Decay of matrices; vectors are exempt.", group="Optimisation")
+    adam_beta1: float = option(0.9, "AdamW's beta1.", group="Optimisation")
+    adam_beta2: float = option(0.999, "AdamW's beta2.", group="Optimisation")
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon.", group="Optimisation")
+    max_grad_norm: float = option(1.0, "Gradient norm is clipped to this; 0 turns clipping off.", group="Optimisation")
+    seed: int = option(42, "Seed of the data order, the adapter and dropout.", group="Optimisation")
+
+    # Reference model
+    precompute_ref_log_probs: bool = option(
+        False, "Compute the reference's log-probabilities once, before training, and cache them.", group="Reference"
+    )
+    cache_dir: str | None = option(
+        None, "Folder of converted GGUF models and reference log-probabilities.", group="Reference"
+    )
+
+    # Output
+    output_dir: str = option("logitless-output", "Checkpoints, metrics and the final model.", group="Output")
+    logging_steps: int = option(10, "Steps between two log lines.", group="Output")
+    eval_strategy: str = option(
+        "no",
+        "When to evaluate; with evaluation data, the end of training always is.",
+        group="Output",
+        choices=("no", "steps", "epoch"),
+    )
+    eval_steps: int | None = option(None, "Steps between evaluations. Default: logging_steps.", group="Output")
+    eval_on_start: bool = option(False, "Evaluate before the first step.", group="Output")
+    save_strategy: str = option(
+        "steps", "When to write a checkpoint.", group="Output", choices=("no", "steps", "epoch")
+    )
+    save_steps: int = option(500, "Steps between checkpoints.", group="Output")
+    save_total_limit: int | None = option(None, "Checkpoints kept; older ones are deleted.", group="Output")
+    report_to: str = option("none", "Besides metrics.jsonl.", group="Output", choices=("none", "tensorboard"))
+    resume: bool = option(False, "Continue from the newest checkpoint in output_dir, if there is one.", group="Output")
+    resume_from_checkpoint: str | None = option(None, "Continue from this checkpoint folder.", group="Output")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            _check_choice(spec, getattr(self, spec.name))
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                     "lora_r", "lora_alpha", "logging_steps", "save_steps"):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_steps", "save_total_limit"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("adam_beta1", "adam_beta2", "eval_fraction", "lora_dropout", "warmup_ratio"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
+        self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
+        self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
+        self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
+        if self.warmup_ratio and self.warmup_steps:
+            raise InputError("warmup_steps and warmup_ratio are two names of one setting: give one of them")
+        if self.eval_fraction and self.eval_dataset_name:
+            raise InputError("eval_fraction and eval_dataset_name both name evaluation data: give one of them")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"{name} must be {expected}, got {getattr(self, name)!r}")
+
+    def require_inputs(self) -> None:
+        """Raises InputError where the model or the data is not named (checked when a run starts, not when made)."""
+        for name in ("model_name_or_path", "dataset_name"):
+            if not getattr(self, name):
+                raise InputError(f"--{name} is required (on the command line or in the --config file)")
+
+    def make_loss(self) -> Loss:
+        """The loss object that `method`, `loss` and the hyper-parameter flags describe.
+
+        A flag wins over the same key of the `loss` mapping. A hyper-parameter that the loss does not have is an error.
+        """
+        from logitless import losses
+
+        settings = dict(self.loss or {})
+        name = settings.pop("name", METHODS.get(self.method, self.method))
+        flags = ("beta", "loss_type", "label_smoothing", "divergence", "alpha")
+        settings |= {key: value for key in flags if (value := getattr(self, key)) is not None}
+        if name == "nll" and settings.get("loss_type") in ("nll", "dft"):  # how TRL's SFT names its two losses
+            name = settings.pop("loss_type")
+        if "divergence" in settings:
+            settings["divergence"] = DIVERGENCE_ALIASES.get(settings["divergence"], settings["divergence"])
+        try:
+            known = {spec.name for spec in dataclasses.fields(losses.get(name))}  # type: ignore[arg-type]
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        for key in settings:
+            if key not in known:
+                raise InputError(f"{key} is no setting of the loss {name!r}, which has {sorted(known)}")
+        try:
+            return losses.get(name, **settings)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
+
+    def warmup(self, total_steps: int) -> int:
+        """Warm-up steps in a run of `total_steps`."""
+        share = self.warmup_ratio or self.warmup_steps
+        return math.ceil(share * total_steps) if share < 1 else int(share)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as saved beside the metrics and taken back by `options_from_mapping`."""
+        return {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+
+
+def _loss_names() -> list[str]:
+    from logitless import losses
+
+    return losses.names()
+
+
+def _known_methods(name: str) -> str:
+    known = [*METHODS, *_loss_names()]
+    return f"one of {', '.join(known)}{nearest(name, known)}"
+
+
+def _check_choice(spec: dataclasses.Field[Any], value: object) -> None:
+    choices = spec.metadata["choices"]
+    if choices and value not in choices:
+        known = f"{', '.join(choices)}{nearest(str(value), choices)}"
+        raise InputError(f"{spec.name} must be one of {known}, got {value!r}")
+
+
+def field_types() -> dict[str, Any]:
+    """Resolved annotation of every option."""
+    return typing.get_type_hints(TrainOptions)
+
+
+def options_from_mapping(values: Mapping[str, Any], source: str) -> tuple[TrainOptions, list[str]]:
+    """`TrainOptions` from string keys (a YAML file, command-line flags), and notes on keys that change nothing.
+
+    `source` names where the values come from in error messages. Numbers may come as text (YAML 1.1 reads 2e-5 as a
+    string). Raises InputError for an unknown key, with the nearest known name, or a value of the wrong type.
+    """
+    hints = field_types()
+    given: dict[str, Any] = {}
+    notes: list[str] = []
+    for key, value in values.items():
+        if key in INERT_KEYS:
+            notes.append(f"{source}: {key} changes nothing here: {INERT_KEYS[key]}")
+            continue
+        if key in UNSUPPORTED_KEYS:
+            _require_unused(key, value, source)
+            continue
+        name = ALIASES.get(key, key)
+        if name not in hints:
+            raise InputError(f"{source}: unknown option {key!r}{nearest(key, [*hints, *ALIASES, *INERT_KEYS])}")
+        if key == "resume_from_checkpoint" and value in (True, "true", "True"):  # Transformers: "the newest one"
+            name = "resume"
+        if key == "resume_from_checkpoint" and value in (False, "false", "False"):
+            continue
+        converted = coerce(name, value, hints[name], source)
+        if given.get(name, converted) != converted:
+            raise InputError(f"{source}: {name} is given twice with different values ({key!r} is another name of it)")
+        given[name] = converted
+    return TrainOptions(**given), notes
+
+
+def _require_unused(key: str, value: Any, source: str) -> None:
+    accepted = UNSUPPORTED_KEYS[key]
+    if str(value).lower() != str(accepted).lower():
+        raise InputError(f"{source}: {key} can only be {str(accepted).lower()}, got {value!r}")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError for a missing file, broken YAML or anything but a mapping."""
+    import yaml
+
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"config file not found: {file}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: not valid YAML: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise InputError(f"{file}: expected a mapping of option names to values, got {type(content).__name__}")
+    return content
+
+
+def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
+    """`value` as the option's type; text is read where the type is a number, a boolean, a list or a mapping."""
+    kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    if value is None or (value == "none" and type(None) in kinds and str not in kinds):
+        if type(None) in kinds:
+            return None
+        raise InputError(f"{source}: {name} can not be empty")
+    kind = next(kind for kind in kinds if kind is not type(None))
+    try:
+        return _CONVERT[typing.get_origin(kind) or kind](value)
+    except (TypeError, ValueError, KeyError) as error:
+        expected = getattr(kind, "__name__", str(kind))
+        raise InputError(f"{source}: {name} must be a {expected}, got {value!r}") from error
+
+
+def _to_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise TypeError(value)
+    return int(value)
+
+
+def _to_float(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError(value)
+    return float(value)
+
+
+def _to_str(value: Any) -> str:
+    if isinstance(value, list) and len(value) == 1:  # TRL lists what may be combined there: loss_type, report_to
+        value = value[0]
+    if isinstance(value, bool):  # YAML 1.1 reads a bare no as False: eval_strategy: no
+        return "yes" if value else "no"
+    if not isinstance(value, (str, int, float)):
+        raise TypeError(value)
+    return str(value)
+
+
+def _to_names(value: Any) -> tuple[str, ...]:
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not all(isinstance(item, str) for item in items):
+        raise TypeError(value)
+    return tuple(items)
+
+
+def _to_mapping(value: Any) -> dict[str, Any]:
+    import yaml
+
+    content = yaml.safe_load(value) if isinstance(value, str) else value
+    if isinstance(content, str):  # a bare loss name
+        content = {"name": content}
+    if not isinstance(content, Mapping):
+        raise TypeError(value)
+    return {key: _number(item) for key, item in content.items()}
+
+
+def _number(value: Any) -> Any:
+    """Text such as 1e-1, which YAML 1.1 leaves a string, as a number."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+_CONVERT: dict[Any, Any] = {
+    bool: _to_bool,
+    int: _to_int,
+    float: _to_float,
+    str: _to_str,
+    tuple: _to_names,
+    Mapping: _to_mapping,
+}

@@ -1,0 +1,257 @@
+"""The model and its tokenizer: loading, GGUF conversion, LoRA, precision, attention, and what is refused.
+
+A GGUF model loaded through Transformers counts as quantised although its tensors are plain floats: it can neither be
+saved nor trained. It is rebuilt once from its configuration and tensors and kept as an ordinary folder in the cache,
+named by a hash of the file.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import inspect
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from logitless.training import files
+from logitless.training.config import TrainOptions
+from logitless.training.errors import InputError
+
+
+def locate(options: TrainOptions) -> str:
+    """What `from_pretrained` is given: a hub id or a folder. A GGUF model is converted on the way."""
+    name = options.model_name_or_path
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"model file not found: {name}")
+        return str(convert_gguf(path, cache_folder(options)))
+    if options.gguf_file is not None:
+        from transformers.utils import cached_file
+
+        return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
+    if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
+        raise InputError(f"{name}: not a model folder, it has no config.json")
+    return name
+
+
+def cache_folder(options: TrainOptions) -> Path:
+    """Where converted models and reference log-probabilities are kept: `cache_dir`, or the user's cache folder."""
+    if options.cache_dir is not None:
+        return Path(options.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "logitless"
+
+
+def convert_gguf(file: Path, cache: Path) -> Path:
+    """The folder with the model and tokenizer of a GGUF file in float32, made on first use.
+
+    Raises:
+        InputError: the `gguf` package is missing, or Transformers can not read the file.
+    """
+    digest = hashlib.sha256()
+    with file.open("rb") as content:
+        while block := content.read(1 << 24):
+            digest.update(block)
+    folder = cache / "gguf" / f"{file.stem}-{digest.hexdigest()[:16]}"
+    if not folder.is_dir():
+        if importlib.util.find_spec("gguf") is None:
+            raise InputError(f"{file}: reading GGUF needs the gguf package (pip install gguf)")
+        with files.new_folder(folder) as unfinished:
+            _convert(file, unfinished)
+    return folder
+
+
+def _convert(file: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise InputError(f"{file}: Transformers can not read this GGUF file: {error}") from error
+    derived = {"quantization_config", "_name_or_path", "transformers_version", "model_type", "architectures"}
+    settings = {key: value for key, value in quantised.config.to_dict().items() if key not in derived}
+    plain = type(quantised)(type(quantised.config)(**settings))
+    plain.load_state_dict(quantised.state_dict())
+    plain.generation_config = copy.deepcopy(quantised.generation_config)
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(source: str, options: TrainOptions) -> Any:
+    """The tokenizer that comes with the model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{source}: no tokenizer could be loaded from there: {error}") from error
+
+
+def load_model(source: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
+    """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels and dropout as asked.
+
+    Raises:
+        InputError: nothing there, not a causal LM, or no weights for its output head.
+    """
+    from transformers import AutoModelForCausalLM
+
+    attention = choose_attention(options, device)
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source,
+            revision=options.model_revision,
+            trust_remote_code=options.trust_remote_code,
+            dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{source}: no causal language model could be loaded from there: {error}") from error
+    _require_head(model, set(report["missing_keys"]), source)
+    if getattr(model, "is_quantized", False):
+        raise InputError(f"{source}: the model is quantised, and quantised weights can not be trained")
+    model.to(device)
+    model.config.use_cache = False
+    model.requires_grad_(not frozen)
+    if options.use_liger_kernel:
+        apply_liger(model, device)
+    return model
+
+
+def _require_head(model: Any, missing: set[str], source: str) -> None:
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), torch.Tensor):
+        raise InputError(f"{source}: {type(model).__name__} has no linear output head")
+    names = {f"{name}.weight" for name, module in model.named_modules() if module is head}
+    if names & missing:
+        raise InputError(
+            f"{source}: the checkpoint has no weights for the output head ({', '.join(sorted(names))}), which would be "
+            "random; use a checkpoint of the causal language model, not of its base model"
+        )
+
+
+def choose_attention(options: TrainOptions, device: torch.device) -> str | None:
+    """The `attn_implementation` to load with; None lets Transformers take SDPA where the model has it."""
+    asked = options.attn_implementation
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if asked == "auto":
+        return "flash_attention_2" if installed and device.type == "cuda" else None
+    if asked == "flash_attention_2" and not (installed and device.type == "cuda"):
+        missing = "flash-attn is not installed" if device.type == "cuda" else f"the device is {device.type}"
+        raise InputError(f"attn_implementation=flash_attention_2 needs flash-attn and a GPU: {missing}")
+    return asked
+
+
+def uses_flash_attention(model: Any) -> bool:
+    """Whether the model was loaded with one of the flash attention implementations."""
+    return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout probability to 0: of dropout modules, and those that modules keep as numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("dropout" in name or name == "layerdrop"):
+                setattr(module, name, 0.0)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recomputes activations in the backward pass, in PyTorch's non-reentrant form."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise InputError(f"gradient_checkpointing: {error}") from error
+
+
+def hide_progress_bars() -> None:
+    """Turns Transformers' loading and saving bars off: they would cut through the run's own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def apply_liger(model: Any, device: torch.device) -> None:
+    """Liger's kernels for the layers; the loss stays ours.
+
+    Raises:
+        InputError: no GPU, no liger-kernel, or a model type that it does not know.
+    """
+    if device.type != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        missing = f"the device is {device.type}" if device.type != "cuda" else "liger-kernel is not installed"
+        raise InputError(f"use_liger_kernel needs a GPU and liger-kernel: {missing}")
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+    apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
+    if apply is None:
+        raise InputError(f"use_liger_kernel: liger-kernel has no kernels for model type {model.config.model_type!r}")
+    wanted = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    wanted["fused_linear_cross_entropy"] = False
+    known = inspect.signature(apply).parameters
+    apply(model=model, **{name: value for name, value in wanted.items() if name in known})
+
+
+def add_lora(model: Any, options: TrainOptions, adapter: Path | None) -> Any:
+    """The model under a LoRA adapter: a new one, or the one in the folder `adapter`, trainable.
+
+    Raises:
+        InputError: peft is missing, or has no default target modules for this model and none are given.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError("use_peft needs the peft library (pip install peft)") from error
+    if adapter is not None:
+        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    targets: Any = list(options.lora_target_modules) if options.lora_target_modules else None
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if targets == ["all-linear"] else targets,
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"lora_target_modules: {error}") from error
+
+
+@torch.no_grad()
+def check_packing(model: Any) -> None:
+    """Runs two short sequences apart and packed; raises InputError where the model lets them see each other.
+
+    Families whose positions or states do not restart with `position_ids` (state-space models, ALiBi) are found here
+    rather than in a worse model. Flash attention is checked on GPU tensors, SDPA and eager anywhere.
+    """
+    head = model.get_output_embeddings()
+    vocabulary, device = head.weight.shape[0], head.weight.device
+    parts = [torch.arange(1, 1 + n, device=device)[None] * 7 % vocabulary for n in (5, 4)]
+    positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        apart = torch.cat([model.base_model(input_ids=part, use_cache=False)[0] for part in parts], dim=1)
+        together = model.base_model(input_ids=torch.cat(parts, dim=1), position_ids=positions, use_cache=False)[0]
+    except TypeError as error:
+        raise InputError(f"packing: {type(model).__name__} takes no position_ids, so rows can not be packed") from error
+    finally:
+        model.train(was_training)
+    error_size, size = (together - apart).float().abs().max(), apart.float().abs().max()
+    tolerance = 64 * torch.finfo(model.dtype).eps * size
+    if not error_size <= tolerance:
+        raise InputError(
+            f"packing: {type(model).__name__} with {model.config._attn_implementation} attention lets packed rows see "
+            f"each other (hidden states differ by {error_size:.2g}); use --no-packing --no-padding_free"
+        )

@@ -1,0 +1,130 @@
+"""Per-token values of the reference model, for the losses that compare with one.
+
+The reference is the model as the run found it. Its values are computed batch by batch while training (from a frozen
+copy, or from the model itself with its LoRA adapter switched off), or once before training and kept in a file whose
+name is a hash of everything they depend on: weights, tokens, precision and the values asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from logitless.losses import Loss
+from logitless.training import files
+from logitless.training.batching import Batch, Inputs
+from logitless.training.render import Item
+
+FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse"}  # the loss's input and the statistic it is
+
+
+def reference_inputs(loss: Loss) -> tuple[str, ...]:
+    """The inputs of a loss that come from a reference model."""
+    return tuple(name for name in loss.inputs if name in FIELDS)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen model that is asked for its own view of a batch.
+
+    Args:
+        stats: `(model, batch, outputs) -> TokenStats` of `[B, T]`, in the precision of the run.
+        model: the frozen copy, or the trained model under LoRA.
+        names: the loss inputs to compute, of `FIELDS`.
+    """
+
+    stats: Callable[[Any, Batch, tuple[str, ...]], Any]
+    model: Any
+    names: tuple[str, ...]
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The loss inputs of a batch, `[B, T]` each; position t belongs to the prediction of token t + 1."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+                stats = self.stats(self.model, batch, tuple(FIELDS[name] for name in self.names))
+        finally:
+            self.model.train(was_training)
+        return {name: getattr(stats, FIELDS[name]).detach() for name in self.names}
+
+
+Stored = list[tuple[Inputs, ...]]  # per item and example: the loss inputs, [T] each
+
+
+def cache_file(cache: Path, depends_on: dict[str, Any]) -> Path:
+    """The file of reference values that depend on exactly this."""
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return cache / "reference" / f"{key[:32]}.safetensors"
+
+
+def hash_weights(model: nn.Module) -> str:
+    """A hash of every parameter and buffer, its name, dtype and shape."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def compute(
+    reference: Reference,
+    items: Sequence[Item],
+    batches: Sequence[list[int]],
+    make: Callable[[list[int]], Batch],
+    device: torch.device,
+) -> Stored:
+    """The reference's values of every item, in float32 on the CPU.
+
+    `batches` holds item indices; `make(indices)` builds their batch: all first examples, then all second ones.
+    """
+    stored: dict[int, tuple[Inputs, ...]] = {}
+    for indices in batches:
+        batch = make(indices)
+        values = {name: tensor.float().cpu() for name, tensor in reference(batch.to(device)).items()}
+        flat = batch.cu_seqlens is not None
+        examples = [(index, part) for part in range(len(items[0])) for index in indices]
+        start = 0
+        parts: dict[int, list[Inputs]] = {index: [] for index in indices}
+        for row, (index, part) in enumerate(examples):
+            length = len(items[index][part].input_ids)
+            place = (0, slice(start, start + length)) if flat else (row, slice(length))
+            parts[index].append({name: tensor[place].clone() for name, tensor in values.items()})
+            start += length
+        stored |= {index: tuple(inputs) for index, inputs in parts.items()}
+    return [stored[index] for index in range(len(items))]
+
+
+def write(path: Path, stored: Stored) -> None:
+    """Saves the values, whole or not at all."""
+    names = stored[0][0].keys()
+    flat = {name: torch.cat([inputs[name] for item in stored for inputs in item]) for name in names}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.new_file(path) as unfinished:
+        save_file(flat, unfinished)
+
+
+def read(path: Path, items: Sequence[Item]) -> Stored:
+    """The values that `write` saved for the same items."""
+    lengths = [len(example.input_ids) for item in items for example in item]
+    with safe_open(path, "pt") as file:
+        flat = {name: file.get_tensor(name).split(lengths) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    positions = iter(range(len(lengths)))
+    return [
+        tuple(
+            {name: parts[position] for name, parts in flat.items()}
+            for _, position in zip(item, positions, strict=False)
+        )
+        for item in items
+    ]

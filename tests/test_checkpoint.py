@@ -1,0 +1,229 @@
+"""Checkpoints: a resumed run goes on bit for bit, whatever killed the first one and whenever."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_fixtures import completion_rows, make_model, make_options, preference_rows, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from logitless.training import InputError, TrainOptions, train, trainer
+from logitless.training.checkpoint import STATE, checkpoints
+from logitless.training.files import clean, new_folder, write_json
+from logitless.training.metrics import read_metrics
+
+TIMES = ("tokens_per_second", "peak_memory", "eval_runtime")
+
+
+class Killed(Exception):
+    """Stands for a process that ends between two steps."""
+
+
+class Runs:
+    """Runs of one model and dataset; dropout makes them depend on the random state."""
+
+    def __init__(self, folder: Path, method: str) -> None:
+        self.folder, self.method = folder, method
+        self.model = make_model(folder / "model", dropout=0.1)
+        rows = preference_rows() if method == "dpo" else completion_rows()
+        self.data = write_jsonl(folder / "rows.jsonl", rows)
+
+    def options(self, name: str, **changes: Any) -> TrainOptions:
+        same = {
+            "method": self.method,
+            "max_steps": 6,
+            "save_strategy": "steps",
+            "save_steps": 2,
+            "gradient_accumulation_steps": 2,
+            "disable_dropout": False,
+            "logging_steps": 3,  # the window is open when a checkpoint is written
+        }
+        return make_options(self.folder / name, self.model, self.data, **same | changes)
+
+    def interrupted(self, name: str, monkeypatch: pytest.MonkeyPatch, after: int, **changes: Any) -> None:
+        """A run that ends after so many steps."""
+        step = trainer.Trainer._step
+
+        def limited(self: trainer.Trainer, number: int) -> Any:
+            if number == after:
+                raise Killed
+            return step(self, number)
+
+        with monkeypatch.context() as patched, pytest.raises(Killed):
+            patched.setattr(trainer.Trainer, "_step", limited)
+            train(self.options(name, **changes))
+
+    def assert_same(self, a: str, b: str) -> None:
+        """Every logged number but times, and every weight, to the last bit."""
+        first, second = (untimed(self.folder / name) for name in (a, b))
+        assert first == second
+        weights = list((self.folder / a).glob("*.safetensors"))
+        assert weights
+        for file in weights:
+            ours, theirs = load_file(file), load_file(self.folder / b / file.name)
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def untimed(folder: Path) -> list[dict[str, Any]]:
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in read_metrics(folder)]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("sft", {}),
+        ("sft", {"use_peft": True, "lora_dropout": 0.2}),
+        ("sft", {"packing": True, "gradient_accumulation_steps": 1, "per_device_train_batch_size": 1}),
+        ("dft", {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.5}),
+        ("dpo", {}),
+        ("dpo", {"precompute_ref_log_probs": True}),
+    ],
+)
+def test_resuming_is_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, changes: dict[str, Any]
+) -> None:
+    runs = Runs(tmp_path, method)
+    train(runs.options("whole", **changes))
+    runs.interrupted("parts", monkeypatch, 3, **changes)
+    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-2"]
+    runs.interrupted("parts", monkeypatch, 5, resume=True, **changes)
+    train(runs.options("parts", resume=True, **changes))
+    runs.assert_same("whole", "parts")
+
+
+def test_a_checkpoint_is_a_model_folder_without_pickles(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "sft")
+    train(runs.options("run", save_total_limit=2))
+    found = checkpoints(tmp_path / "run")
+    assert [path.name for path in found] == ["checkpoint-4", "checkpoint-6"]
+    names = {path.name for path in found[-1].iterdir()}
+    assert {"model.safetensors", "config.json", "optimizer.safetensors", "rng_state.safetensors", STATE} <= names
+    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".jinja", ".txt"}
+    loaded, final = (AutoModelForCausalLM.from_pretrained(path) for path in (found[-1], tmp_path / "run"))
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), final.parameters(), strict=True))
+
+
+def test_saving_once_per_epoch(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "sft")
+    train(runs.options("run", save_strategy="epoch", max_steps=-1, num_train_epochs=2))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-6"]
+
+
+def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "sft")
+    train(runs.options("whole"))
+    train(runs.options("parts"))
+    train(runs.options("parts", resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-2")))
+    runs.assert_same("whole", "parts")
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "sft")
+    train(runs.options("whole"))
+    train(runs.options("parts", resume=True))
+    runs.assert_same("whole", "parts")
+
+
+def test_an_older_run_is_not_overwritten(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "sft")
+    train(runs.options("run"))
+    with pytest.raises(InputError, match="already holds checkpoint-6: continue it with --resume, or choose another"):
+        train(runs.options("run"))
+
+
+def test_what_may_not_change_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = Runs(tmp_path, "sft")
+    runs.interrupted("run", monkeypatch, 3)
+    with pytest.raises(InputError, match=r"can not be continued.*: seed was 42 and is 7"):
+        train(runs.options("run", resume=True, seed=7))
+    write_jsonl(tmp_path / "rows.jsonl", completion_rows(11))
+    with pytest.raises(InputError, match=r"data was '\w+' and is"):
+        train(runs.options("run", resume=True))
+    with pytest.raises(InputError, match=r"not a complete checkpoint, it has no trainer_state\.json"):
+        train(runs.options("run", resume_from_checkpoint=str(tmp_path / "model")))
+
+
+# kill -9
+
+KILL_IN_STEP = """
+import os, signal, torch
+take = torch.optim.AdamW.step
+def step(self, *args, **kwargs):
+    take(self, *args, **kwargs)
+    step.count += 1
+    if step.count == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+step.count = 0
+torch.optim.AdamW.step = step
+"""
+KILL_IN_CHECKPOINT = """
+import os, signal
+from logitless.training import checkpoint
+save_file = checkpoint.save_file
+def save(tensors, path):
+    save_file(tensors, path)
+    if "checkpoint-4" in str(path):
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        os.kill(os.getpid(), signal.SIGKILL)
+checkpoint.save_file = save
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "kept", "leftovers"),
+    [(KILL_IN_STEP, [2, 4], 0), (KILL_IN_CHECKPOINT, [2], 1)],
+    ids=["step", "checkpoint"],
+)
+def test_kill_9_then_resume(tmp_path: Path, script: str, kept: list[int], leftovers: int) -> None:
+    runs = Runs(tmp_path, "sft")
+    train(runs.options("whole"))
+    write_json(tmp_path / "options.json", runs.options("parts").to_dict())
+    run = "import json\nfrom logitless.training import TrainOptions, train\n" + (
+        f"train(TrainOptions(**json.load(open({str(tmp_path / 'options.json')!r}))))\n"
+    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    killed = subprocess.run([sys.executable, "-c", script + run], env=os.environ | threads, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    parts = tmp_path / "parts"
+    assert [path.name for path in checkpoints(parts)] == [f"checkpoint-{step}" for step in kept]
+    assert len(list(parts.glob(".unfinished-*"))) == leftovers
+    with (parts / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # and a line that was being written
+    train(runs.options("parts", resume=True))
+    assert not list(parts.glob(".unfinished-*"))
+    runs.assert_same("whole", "parts")
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "folder"
+    with pytest.raises(Killed), new_folder(target) as unfinished:
+        (unfinished / "a").write_text("half")
+        raise Killed
+    assert not target.exists() and not list(tmp_path.iterdir())
+    for text in ("old", "new"):
+        with new_folder(target) as unfinished:
+            (unfinished / "a").write_text(text)
+            assert not target.exists() or (target / "a").read_text() == "old"
+    assert (target / "a").read_text() == "new" and [path.name for path in tmp_path.iterdir()] == ["folder"]
+    (tmp_path / ".unfinished-checkpoint-3-1").mkdir()
+    assert clean(tmp_path) == [".unfinished-checkpoint-3-1"]
+
+
+def test_state_is_readable_json(tmp_path: Path) -> None:
+    runs = Runs(tmp_path, "sft")
+    train(runs.options("run"))
+    state = json.loads((tmp_path / "run" / "checkpoint-4" / STATE).read_text())
+    assert state["step"] == 4 and state["num_tokens"] > 0 and len(state["window"]) == 1
+    assert state["options"]["learning_rate"] == 1e-3 and state["identity"]["processes"] == 1

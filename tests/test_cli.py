@@ -1,0 +1,280 @@
+"""The command line: flags and YAML are `TrainOptions`, errors are one line, and the output suits where it goes."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from training_fixtures import completion_rows, make_model, preference_rows, write_jsonl
+from typer.testing import CliRunner
+
+import logitless
+from logitless import losses
+from logitless.cli import app
+from logitless.training import InputError, TrainOptions
+from logitless.training.config import ALIASES, INERT_KEYS, UNSUPPORTED_KEYS, options_from_mapping, read_yaml
+from logitless.training.metrics import read_metrics
+
+TRL_YAML = """
+# what a TRL user has lying around
+model_name_or_path: {model}
+torch_dtype: float32
+dataset_name: {data}
+learning_rate: 2e-4
+num_train_epochs: 1
+packing: true
+max_length: 64
+per_device_train_batch_size: 1
+gradient_accumulation_steps: 2
+gradient_checkpointing: true
+gradient_checkpointing_kwargs:
+  use_reentrant: false
+eval_strategy: no
+logging_steps: 1
+loss_type: dft
+lr_scheduler_type: cosine
+warmup_ratio: 0.1
+use_peft: true
+lora_r: 4
+lora_alpha: 8
+lora_target_modules: [q_proj, v_proj]
+lora_task_type: CAUSAL_LM
+dataset_num_proc: 4
+push_to_hub: false
+report_to: none
+output_dir: {output}
+seed: 1
+"""
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, list(arguments))  # type: ignore[return-value]
+
+
+def text(result: Result) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", result.output)
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> dict[str, str]:
+    """Flags of a run that takes a moment."""
+    return {
+        "model_name_or_path": make_model(tmp_path / "model"),
+        "dataset_name": write_jsonl(tmp_path / "rows.jsonl", completion_rows()),
+        "output_dir": str(tmp_path / "run"),
+        "max_steps": "2",
+        "logging_steps": "1",
+        "save_strategy": "no",
+    }
+
+
+def flags(values: dict[str, str]) -> list[str]:
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
+
+
+# Options
+
+
+def test_every_option_is_a_flag_and_nothing_else_is() -> None:
+    shown = set(re.findall(r"--([a-z][a-z0-9_]*)", text(CliRunner().invoke(app, ["train", "--help"], env=WIDE))))
+    names = {spec.name for spec in dataclasses.fields(TrainOptions)}
+    assert names <= shown
+    assert shown - names - {"config", "help"} <= {f"no_{name}" for name in names}
+    assert not names & (ALIASES.keys() | INERT_KEYS.keys() | UNSUPPORTED_KEYS.keys())
+
+
+WIDE = {"COLUMNS": "300", "TERMINAL_WIDTH": "300"}
+
+
+def documented(spec: dataclasses.Field[Any]) -> str:
+    """The option's row in the documentation."""
+    default = (
+        ""
+        if spec.default in (None, "")
+        else f"`{str(spec.default).lower() if spec.default in (True, False) else spec.default}`"
+    )
+    choices = f" One of {', '.join(spec.metadata['choices'])}." if spec.metadata["choices"] else ""
+    return f"| `{spec.name}` | {default} | {spec.metadata['help']}{choices} |"
+
+
+def test_every_option_is_documented() -> None:
+    lines = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8").splitlines()
+    missing = [row for row in map(documented, dataclasses.fields(TrainOptions)) if row not in lines]
+    assert not missing, "\n".join(missing)
+    for name in (*ALIASES, *INERT_KEYS, *UNSUPPORTED_KEYS):
+        assert any(f"`{name}`" in line for line in lines), name
+
+
+def test_flags_are_the_options(small: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainOptions] = []
+    monkeypatch.setattr("logitless.training.train", seen.append)
+    result = run("train", *flags(small), "--learning-rate", "1e-4", "--use_peft", "--no-packing", "--beta=0.3")
+    assert result.exit_code == 0, result.output
+    (options,) = seen
+    assert options.learning_rate == 1e-4 and options.use_peft and not options.packing and options.beta == 0.3
+    assert options.max_steps == 2 and options.model_name_or_path == small["model_name_or_path"]
+
+
+def test_a_trl_file_runs_unchanged(tmp_path: Path, small: dict[str, str]) -> None:
+    pytest.importorskip("peft")
+    file = tmp_path / "trl.yaml"
+    output = tmp_path / "from-yaml"
+    content = TRL_YAML.format(model=small["model_name_or_path"], data=small["dataset_name"], output=output)
+    file.write_text(content)
+    result = run("train", "--config", str(file), "--max_steps", "2")
+    assert result.exit_code == 0, result.output
+    records = read_metrics(output)
+    assert [record["step"] for record in records] == [1, 2]
+    assert records[0]["learning_rate"] == 0 and records[1]["learning_rate"] == pytest.approx(2e-4)
+    assert "dataset_num_proc changes nothing here: rows are tokenised in one process" in result.output
+
+
+def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainOptions] = []
+    monkeypatch.setattr("logitless.training.train", seen.append)
+    file = tmp_path / "a.yaml"
+    file.write_text("seed: 3\nmax_length: 99\ntorch_dtype: bfloat16\nloss: {name: dpo, beta: 5e-1}\n")
+    assert run("train", "-c", str(file), "--seed", "4", "--dtype", "float16").exit_code == 0
+    (options,) = seen
+    assert (options.seed, options.max_length, options.dtype) == (4, 99, "float16")
+    assert options.make_loss() == losses.DPO(beta=0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "loss"),
+    [
+        ({"method": "sft"}, losses.NLL()),
+        ({"method": "sft", "loss_type": ["dft"]}, losses.DFT()),
+        ({"method": "dft", "loss": "{power: 0.5}"}, losses.DFT(power=0.5)),
+        ({"method": "f-divergence", "divergence": "js", "beta": "0.5"}, losses.FDivergenceSFT("js", beta=0.5)),
+        ({"method": "f-divergence", "loss": {"value": "lse"}}, losses.FDivergenceSFT(value="lse")),
+        ({"method": "dpo", "loss_type": "ipo", "beta": 1}, losses.DPO(loss_type="ipo", beta=1)),
+        ({"method": "dpo", "f_divergence_type": "js_divergence"}, losses.DPO(divergence="js")),
+        ({"method": "dpo", "loss": {"beta": 0.7}, "beta": 0.2}, losses.DPO(beta=0.2)),
+        ({"method": "nll", "label_smoothing": 0.1}, losses.NLL(label_smoothing=0.1)),
+        ({"loss": "dft"}, losses.DFT()),
+    ],
+)
+def test_loss_of_the_options(values: dict[str, Any], loss: losses.Loss) -> None:
+    assert options_from_mapping(values, "test")[0].make_loss() == loss
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"learning_rte": 1}, r"unknown option 'learning_rte' \(nearest: learning_rate"),
+        ({"method": "dppo"}, r"method must be one of sft, .* \(nearest: dpo"),
+        ({"dtype": "float8"}, "dtype must be one of auto, float32"),
+        ({"seed": "many"}, "seed must be a int, got 'many'"),
+        ({"seed": 1.5}, "seed must be a int, got 1.5"),
+        ({"packing": "perhaps"}, "packing must be a bool, got 'perhaps'"),
+        ({"learning_rate": -1}, "learning_rate must be at least 0, got -1.0"),
+        ({"max_length": 1}, "max_length must be at least 2"),
+        ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
+        ({"eval_fraction": 1.0}, r"eval_fraction must be in \[0, 1\), got 1.0"),
+        ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "two names of one setting"),
+        ({"dtype": "float32", "torch_dtype": "bfloat16"}, "dtype is given twice with different values"),
+        ({"output_dir": None}, "output_dir can not be empty"),
+        ({"lora_target_modules": 3}, "lora_target_modules must be a tuple"),
+        ({"loss": 3}, "loss must be a Mapping"),
+        ({"push_to_hub": True}, "push_to_hub can only be false, got True"),
+    ],
+)
+def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        options_from_mapping(values, "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"method": "dpo", "beta": -0.1}, "beta must be a finite number"),
+        ({"method": "dpo", "loss_type": "sigmoidd"}, "'sigmoid'"),
+        ({"method": "dft", "beta": 0.1}, r"beta is no setting of the loss 'dft', which has \['power'\]"),
+        ({"loss": {"name": "dtf"}}, "did you mean 'dft'"),
+        ({"method": "f-divergence", "divergence": "chi"}, "divergence must be one of"),
+    ],
+)
+def test_bad_losses_are_named(values: dict[str, Any], message: str) -> None:
+    options, _ = options_from_mapping(values, "a.yaml")
+    with pytest.raises(InputError, match=message):
+        options.make_loss()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n", "expected a mapping"),
+        ("", "expected a mapping"),
+        ("1: 2", "expected a map"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_yaml(file)
+    with pytest.raises(InputError, match="config file not found"):
+        read_yaml(tmp_path / "none.yaml")
+
+
+def test_options_survive_a_round_trip() -> None:
+    options = TrainOptions(method="dpo", loss={"beta": 0.3}, lora_target_modules=("q_proj",), learning_rate=1e-5)
+    assert options_from_mapping(options.to_dict(), "state")[0] == options
+
+
+# Commands
+
+
+@pytest.mark.parametrize("method", ["sft", "dft", "f-divergence", "dpo"])
+def test_train(tmp_path: Path, small: dict[str, str], method: str) -> None:
+    data = write_jsonl(tmp_path / "pairs.jsonl", preference_rows()) if method == "dpo" else small["dataset_name"]
+    result = run("train", *flags(small | {"method": method, "dataset_name": data, "eval_fraction": "0.2"}))
+    assert result.exit_code == 0, result.output
+    assert len(re.findall(r"^step \d+  epoch .*  loss .*  peak_memory \d+ MiB$", result.output, re.M)) == 2
+    assert re.search(r"^done: 2 steps in .* s, model in .*run$", result.output, re.M)
+    assert "eval_loss" in read_metrics(tmp_path / "run")[-1]
+
+
+def test_errors_are_one_line_and_a_status(tmp_path: Path, small: dict[str, str]) -> None:
+    for change, message in [
+        ({"dataset_name": str(tmp_path / "none.jsonl")}, "error: data file not found: "),
+        ({"method": "spo"}, "error: method must be one of"),
+        ({"model_name_or_path": str(tmp_path)}, "error: "),
+    ]:
+        result = run("train", *flags(small | change))
+        assert result.exit_code == 2 and message in result.output and "Traceback" not in result.output
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a"}\n')
+    result = run("train", *flags(small | {"dataset_name": str(bad)}))
+    assert result.exit_code == 2 and f"error: {bad}, line 2: expected messages" in result.output
+    result = run("train", *flags(small | {"learning_rate": "1e30", "lr_scheduler_type": "constant"}))
+    assert result.exit_code == 1 and "error: step 2: the " in result.output
+    assert "--model_name_or_path is required" in run("train").output
+    assert run("train", "--learning_rte", "1").exit_code == 2
+
+
+def test_info_says_what_was_found() -> None:
+    result = run("info")
+    assert result.exit_code == 0
+    for name, value in logitless.info().items():
+        assert re.search(rf"^{re.escape(name)} +{re.escape(value)}$", result.output, re.M)
+
+
+def test_python_m_logitless() -> None:
+    shown = subprocess.run([sys.executable, "-m", "logitless", "--help"], capture_output=True, text=True, check=True)
+    assert "train" in shown.stdout and "info" in shown.stdout
+    missing = (
+        "import sys; sys.modules['typer'] = None; import runpy; runpy.run_module('logitless', run_name='__main__')"
+    )
+    result = subprocess.run([sys.executable, "-c", missing], capture_output=True, text=True, check=False)
+    assert result.returncode != 0 and "pip install 'logitless[train]'" in result.stderr
+    assert "Traceback" not in result.stderr
