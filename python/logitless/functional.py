@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import backends, reduce
 from .losses import DFT, DPO, NLL, FDivergenceSFT, Loss, PreferenceResult, get, sequence_logprob
+from .losses.base import widest
 from .ops import linear_logprobs, linear_token_loss
-from .ops.checks import check_reduction, check_tensor
+from .ops.checks import check_reduction, check_tensor, check_tokens
 from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input, single_pass
 from .types import Head, OptionKeywords, Options, Reduction, TokenStats, statistics_dtype
@@ -62,6 +63,7 @@ def linear_loss(
             `linear_logprobs` and `linear_token_loss` refuse.
     """
     loss = get(loss)
+    check_tokens(hidden, targets)
     options = {k: v for k, v in inputs_and_options.items() if k in OPTION_NAMES}
     inputs = _loss_inputs(loss, {k: v for k, v in inputs_and_options.items() if k not in OPTION_NAMES}, hidden)
     if loss.level == "pair":
@@ -208,13 +210,11 @@ class _Pairs:
 
     def result(self, logprob: Tensor) -> PreferenceResult:
         """The loss per pair from the tokens' log-probs `[N]`."""
-        ours, reference = (self._sums(x, self.sequence, self.mask) for x in (logprob, self.ref_logprob.to(logprob)))
+        scores = (logprob, self.ref_logprob)
+        ours, reference = (_sums(self.loss, x, self.sequence, 2 * self.count, self.mask) for x in scores)
         b = self.count
-        return self.loss(ours[:b], ours[b:], reference[:b], reference[b:])
-
-    def _sums(self, logprob: Tensor, sequence: Tensor, mask: Tensor | None) -> Tensor:
-        average = getattr(self.loss, "average_logprob", False)
-        return sequence_logprob(logprob, sequence=sequence, num_sequences=2 * self.count, mask=mask, average=average)
+        result = self.loss(ours[:b], ours[b:], reference[:b], reference[b:])
+        return PreferenceResult(*(x.to(logprob.dtype) for x in result))
 
     def one_sweep(self) -> bool:
         """Whether three GEMMs can do: a trainable head (a frozen one needs but two) and pairs that fit a chunk."""
@@ -231,18 +231,36 @@ class _Pairs:
 
     def sweep(self) -> PreferenceResult:
         """One sweep over whole pairs; the sum of the losses, and the metrics from the log-probs it leaves behind."""
-        inputs = [self.sequence, self.ref_logprob]
-        total, logprob = single_pass(self.call, self._of_chunk, inputs, ("logprob",), groups=self.sequence % self.count)
+        inputs, pair = [self.sequence, self.ref_logprob], self.sequence % self.count
+        of_chunk = _WholePairs(self.loss, self.count)
+        total, logprob = single_pass(self.call, of_chunk, inputs, ("logprob",), groups=pair)
         result = self.result(logprob)
         # A pair without a token that counts is in no chunk; its constant belongs to the value all the same.
         return result._replace(loss=total + (result.loss.sum() - total).detach())
 
-    def _of_chunk(self, stats: TokenStats, sequence: Tensor, ref_logprob: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class _WholePairs:
+    """A pair loss of a chunk's tokens, all of their pairs' tokens among them; an object, as `_Weighted` is."""
+
+    loss: Loss
+    count: int
+
+    def __call__(self, stats: TokenStats, sequence: Tensor, ref_logprob: Tensor) -> Tensor:
         assert stats.logprob is not None
-        ours, reference = (self._sums(x, sequence, None) for x in (stats.logprob, ref_logprob.to(stats.logprob)))
+        ours, reference = (_sums(self.loss, x, sequence, 2 * self.count) for x in (stats.logprob, ref_logprob))
         chosen = torch.unique(sequence % self.count)
         rejected = chosen + self.count
-        return self.loss(ours[chosen], ours[rejected], reference[chosen], reference[rejected]).loss
+        per_pair: Tensor = self.loss(ours[chosen], ours[rejected], reference[chosen], reference[rejected]).loss
+        return per_pair
+
+
+def _sums(loss: Loss, logprob: Tensor, sequence: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
+    """Sequences' log-probs as the loss wants them, sums over tokens or averages: in float64, as the loss takes the
+    small differences of long sums."""
+    average = getattr(loss, "average_logprob", False)
+    logprob = logprob.to(widest(logprob.device))
+    return sequence_logprob(logprob, sequence=sequence, num_sequences=count, mask=mask, average=average)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,6 +334,7 @@ def _shifted(targets: Tensor, hidden: Tensor, ignore_index: int) -> Tensor:
 def _shifted_weight(token_weight: Tensor | None, targets: Tensor) -> Tensor | None:
     if token_weight is None:
         return None
+    check_tensor("token_weight", token_weight, f"{list(targets.shape)}")
     if token_weight.shape != targets.shape:
         expected, got = list(targets.shape), list(token_weight.shape)
         raise ValueError(f"token_weight: expected shape {expected} like targets, got {got}")
@@ -502,6 +521,7 @@ def linear_dpo(
     if (ref_logprob is None) == (ref_hidden is None):
         got = "neither" if ref_logprob is None else "both"
         raise ValueError(f"ref_logprob: expected either it or ref_hidden, got {got}")
+    check_tokens(hidden, targets)
     if ref_hidden is not None:
         ref_logprob = _reference_logprob(ref_hidden, weight if ref_head is None else ref_head, targets, options)
     elif ref_head is not None:
@@ -522,12 +542,15 @@ def linear_dpo(
 def _reference_logprob(hidden: Tensor, head: Tensor | Head, targets: Tensor, options: OptionKeywords) -> Tensor:
     """The reference's log-probs of the same targets, without a gradient."""
     merged: dict[str, Any] = {**options, "backward": "auto"}
-    if isinstance(head, Head):
-        merged |= head._asdict()
-    else:
-        merged |= {"weight": head}
+    merged |= head._asdict() if isinstance(head, Head) else {"weight": head}
+    weight = merged.pop("weight")
+    check_tensor("ref_head", weight, "[V, H'], or a Head", 2)
+    check_tensor("ref_hidden", hidden, f"[..., {weight.shape[1]}]")
+    expected = [*targets.shape, weight.shape[1]]
+    if list(hidden.shape) != expected:
+        raise ValueError(f"ref_hidden: expected shape {expected} to fit targets and head, got {list(hidden.shape)}")
     with torch.no_grad():
-        logprob = linear_logprobs(hidden, merged.pop("weight"), targets, **merged).logprob
+        logprob = linear_logprobs(hidden, weight, targets, **merged).logprob
     assert logprob is not None
     return logprob
 

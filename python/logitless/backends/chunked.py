@@ -62,6 +62,7 @@ def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> 
         found.append(tile.stats)
         if unit is not None:
             unit.add(rows, tile, Upstream(logprob=torch.ones_like(tile.log_total)))
+        del tile  # a softcap's derivative is as large as the next chunk
     return Forward(_concatenate(found, chunks.dtype, problem, outputs), unit.sums.hidden if unit else None)
 
 
@@ -97,6 +98,7 @@ def single_pass(
         loss += chunk_loss
         if any(needs):
             gradients.add(rows, tile, upstream)
+        del tile  # as in `forward`
     return SinglePass(loss, logprob, gradients.finish())
 
 

@@ -98,7 +98,8 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
     if loss not in _REGISTRY:
         raise ValueError(f"no loss is named {loss!r}{_near(loss, names())}; there are {', '.join(names())}")
     cls = _REGISTRY[loss]
-    _check_overrides(cls, overrides)
+    if overrides:  # torch.compile cannot trace `dataclasses.fields`, and need not where there are none
+        _check_overrides(cls, overrides)
     return cls(**overrides)
 
 
@@ -219,7 +220,14 @@ def sequence_logprob(
 def _sum(values: Tensor, sequence: Tensor | None, num_sequences: int | None) -> Tensor:
     if sequence is None or num_sequences is None:
         return values.sum(-1)
-    return values.new_zeros(num_sequences).index_add(0, sequence, values)
+    # One token after another, where a thousand in float32 lose three digits.
+    total = torch.zeros(num_sequences, dtype=widest(values.device), device=values.device)
+    return total.index_add(0, sequence, values.to(total.dtype)).to(values.dtype)
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _check_tokens(logprob: Tensor, sequence: Tensor | None, num_sequences: int | None, mask: Tensor | None) -> None:
