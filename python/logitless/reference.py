@@ -42,7 +42,7 @@ def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> T
     if targets is not None:
         # log p_t = -log(1 + sum_{j != t} e^(z_j - z_t)): z_t - lse would round to 0 for a confident token
         z_target = z.gather(-1, targets[:, None])
-        lowest = torch.finfo(z.dtype).min  # not -inf: were all the others masked, their logsumexp's gradient would be NaN
+        lowest = torch.finfo(z.dtype).min  # not -inf: were all the others masked, logsumexp's gradient would be NaN
         others = z.scatter(-1, targets[:, None], lowest).clamp(min=lowest).logsumexp(-1, keepdim=True)
         found["logprob"] = -torch.logaddexp(others - z_target, torch.zeros_like(others))[:, 0]
         found["correct"] = (z_target >= z.amax(-1, keepdim=True))[:, 0].to(z.dtype)

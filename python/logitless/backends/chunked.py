@@ -8,8 +8,8 @@ Memory: one chunk of float32 logits (two under a softcap, or where the entropy i
 of the gradients asked for. A head that is multiplied in another dtype than its own is copied once per call.
 
 Numerics: logits, exponentials and sums are float32 (float64 for float64). float16, and bfloat16 on a CPU without
-bfloat16 units, is multiplied in float32. A CPU with such units multiplies in bfloat16, several times as fast, and rounds
-the chunk's logits on their way out of the GEMM (2^-9 each), as materialised bfloat16 logits are; a GPU does not
+bfloat16 units, is multiplied in float32. A CPU with such units multiplies in bfloat16, several times as fast, and
+rounds the chunk's logits on their way out of the GEMM (2^-9 each), as materialised bfloat16 logits are; a GPU does not
 (`torch.mm(out_dtype=)`). Against float64 on 63 tokens of SmolLM2 (docs/log.md): log-probs off by at most 0.13 nats,
 their mean by 0.007, gradients by 0.017 in bfloat16; 1e-5, 3e-7 and 0.0017 in float32, where the last is the rounding of
 the bfloat16 gradient itself.

@@ -87,7 +87,10 @@ def gradient_(tile: Tile, upstream: Upstream, transform: LogitTransform) -> RowG
         target = target - entropy_grad * (torch.xlogy(p, p) + p * stats.entropy)
         factor = factor - entropy_grad * (stats.entropy - log_total)
     total = log_total.exp()
-    target = target * transform.derivative_at(stats.logprob + stats.lse)
+    if tile.derivative is None:
+        target = target * transform.slope
+    else:
+        target = target * tile.derivative.gather(1, tile.targets[:, None])[:, 0]
     if entropy_grad is None and tile.derivative is None:
         return RowGradient(tile.exponentials, factor / total * transform.slope, target)
     e = _bend_(tile.exponentials, factor / total, None if entropy_grad is None else entropy_grad / total)

@@ -22,6 +22,14 @@ def check_tensor(name: str, value: object, shape: str, dims: int | None = None) 
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 
+def check_tokens(hidden: object, targets: object) -> None:
+    """What the checks of a loss's other inputs, which compare with these, take for granted."""
+    check_tensor("hidden", hidden, "[..., H]")
+    check_tensor("targets", targets, "[...]")
+    if isinstance(hidden, Tensor) and hidden.dim() < 1:
+        raise ValueError("hidden: expected shape [..., H], got []")
+
+
 def check_head(hidden: Tensor, weight: Tensor, options: Options) -> None:
     """Shapes, dtypes and devices of the hidden states and the head, and the values of the options."""
     check_tensor("hidden", hidden, "[..., H]")
@@ -40,8 +48,11 @@ def check_head(hidden: Tensor, weight: Tensor, options: Options) -> None:
             raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(options.bias.shape)}")
         same_kind("bias", options.bias, hidden)
     check_choice("backward", options.backward, get_args(BackwardName))
-    if options.chunk_bytes is not None and (not isinstance(options.chunk_bytes, int) or options.chunk_bytes <= 0):
-        raise ValueError(f"chunk_bytes: expected a positive number of bytes or None, got {options.chunk_bytes!r}")
+    if options.chunk_bytes is not None:
+        if isinstance(options.chunk_bytes, bool) or not isinstance(options.chunk_bytes, int):
+            raise TypeError(f"chunk_bytes: expected an int or None, got {type(options.chunk_bytes).__name__}")
+        if options.chunk_bytes <= 0:
+            raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {options.chunk_bytes}")
     if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(options.ignore_index).__name__}")
     options.transform  # noqa: B018  its own checks run when it is made
@@ -65,10 +76,20 @@ def check_targets(name: str, targets: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {targets.device}")
 
 
+def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """Targets that count are in the vocabulary. On a GPU the device asserts it, and nothing waits."""
+    outside = counts & ((targets < 0) | (targets >= vocabulary))
+    if targets.is_cuda:
+        torch._assert_async(~outside.any())
+    elif outside.any():
+        first = int(targets[outside][0])
+        raise ValueError(f"targets: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}, got {first}")
+
+
 def check_outputs(outputs: Iterable[str], *, with_targets: bool) -> tuple[str, ...]:
     """The names asked for, each known and each computable."""
-    if isinstance(outputs, str):
-        raise TypeError(f"outputs: expected a tuple of names of {list(OUTPUTS)}, got the string {outputs!r}")
+    if isinstance(outputs, str) or not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs: expected a tuple of names of {list(OUTPUTS)}, got {outputs!r}")
     names = tuple(outputs)
     for name in names:
         check_choice("outputs", name, OUTPUTS)

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.problem import Coefficients, Needs, Problem, Upstream
 from ..types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats, statistics_dtype
+from .checks import check_ids
 
 PerTokenLoss = Callable[..., Tensor]
 
@@ -39,12 +40,7 @@ _NUMBER = "<number>"
 def _kept(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
     """Indices of the tokens that count, None for all; a target outside the vocabulary is an error."""
     counts = targets != ignore_index
-    outside = counts & ((targets < 0) | (targets >= vocabulary))
-    if targets.is_cuda:
-        torch._assert_async(~outside.any())
-    elif outside.any():
-        first = int(targets[outside][0])
-        raise ValueError(f"targets: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}, got {first}")
+    check_ids(targets, counts, ignore_index, vocabulary)
     return None if counts.all() else counts.nonzero()[:, 0]
 
 
@@ -125,8 +121,7 @@ def _logprobs_fake(  # type: ignore[no-untyped-def]
     dtype = statistics_dtype(hidden.dtype)
     wanted = {"logprob", "lse", *outputs.split()}
     stats = [
-        hidden.new_empty(targets.shape, dtype=dtype) if name in wanted else hidden.new_empty(0)
-        for name in OUTPUTS
+        hidden.new_empty(targets.shape, dtype=dtype) if name in wanted else hidden.new_empty(0) for name in OUTPUTS
     ]
     return (*stats, hidden.new_empty(hidden.shape) if unit_gradient else hidden.new_empty(0))
 
@@ -337,7 +332,7 @@ def check_losses(losses: object, shape: tuple[int, ...] | None) -> Tensor:
     if not isinstance(losses, Tensor):
         raise TypeError(f"per_token_loss: expected it to return a tensor, got {type(losses).__name__}")
     if shape is not None and losses.shape != shape:
-        raise ValueError(f"per_token_loss: expected it to return losses of shape {list(shape)}, got {list(losses.shape)}")
+        raise ValueError(f"per_token_loss: expected losses of shape {list(shape)} from it, got {list(losses.shape)}")
     return losses
 
 

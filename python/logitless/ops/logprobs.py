@@ -102,6 +102,9 @@ def linear_logprobs(
 def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     options, transform = call.options, call.options.transform
     if options.backend == "reference":
+        if call.targets is not None and not torch.compiler.is_compiling():
+            counts = call.targets != options.ignore_index
+            checks.check_ids(call.targets, counts, options.ignore_index, call.weight.shape[0])
         return reference.linear_logprobs(
             call.hidden,
             call.weight,

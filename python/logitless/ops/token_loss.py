@@ -57,8 +57,9 @@ def linear_token_loss(
     """
     checks.check_reduction(reduction, normalizer)
     outputs = checks.check_outputs(outputs, with_targets=True)
-    if targets is None:
-        raise TypeError("targets: expected a tensor of token ids, got None")
+    checks.check_tokens(hidden, targets)
+    if not callable(per_token_loss):
+        raise TypeError(f"per_token_loss: expected a function, got {type(per_token_loss).__name__}")
     call = prepare(hidden, weight, targets, Options(**options))
     for i, value in enumerate(token_inputs):
         check_token_input(f"token_inputs[{i}]", value, hidden)
