@@ -32,7 +32,7 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """Of a frozen head's gradient: its lse's is `slope weight_t - d logprob`, a difference of terms of this size."""
+        """Of a frozen head's terms: lse's gradient is `slope weight_t - d logprob`, a difference of two such."""
         frozen = not any(x is not None and x.requires_grad for x in self.problem[1:3])
         return self.problem.weight.abs().max().item() if frozen else 0.0
 
