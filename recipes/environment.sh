@@ -38,7 +38,7 @@ install_torch() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
 }
 
 key="$(cksum <"$root/pyproject.toml") ${LOGITLESS_TORCH:-}"

@@ -78,6 +78,19 @@ def test_curves_lie_on_those_of_materialised_logits(bench: Bench, method: str) -
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_as_close_to_materialised_logits_as_these_are_to_themselves(bench: Bench, method: str) -> None:
+    """Two materialised runs that add up in another order differ by rounding; so does ours from one of them."""
+    same: dict[str, Any] = {"method": method, "max_steps": 30, "learning_rate": 1e-3}
+    whole: dict[str, Any] = {**same, "per_device_train_batch_size": 4}
+    parts: dict[str, Any] = {**same, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    materialised = bench.curve(**whole, backend="materialised")
+    other_order = (bench.curve(**parts, backend="materialised") - materialised).abs().mean(0)
+    ours = (bench.curve(**whole) - materialised).abs().mean(0)
+    # Either is a sample of rounding noise, 0.7 to 2.6 of the other when measured.
+    assert (ours <= 4 * other_order + 1e-8).all(), (ours, other_order)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_accumulation_is_normalised_over_the_whole_step(bench: Bench, method: str) -> None:
     whole = bench.curve(method=method, per_device_train_batch_size=4)
     parts = bench.curve(method=method, per_device_train_batch_size=1, gradient_accumulation_steps=4)
