@@ -432,10 +432,10 @@ def describe(function: PerTokenLoss, numbers: list[float]) -> Any:
 
 
 def _rebuild(description: Any, numbers: Iterator[float]) -> Any:
-    if not isinstance(description, tuple):
-        return next(numbers) if description == _NUMBER else description
-    made, values = description
-    return made(*(_rebuild(value, numbers) for value in values))
+    if isinstance(description, tuple) and description and isinstance(description[0], type):
+        made, values = description
+        return made(*(_rebuild(value, numbers) for value in values))
+    return next(numbers) if isinstance(description, str) and description == _NUMBER else description
 
 
 def keep(description: Any) -> int:
