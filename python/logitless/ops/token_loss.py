@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reduce
-from ..types import OptionKeywords, Options, Reduction, TokenStats
+from ..types import OptionKeywords, Options, Reduction
 from . import checks, library
 from .library import PerTokenLoss
 from .logprobs import Call, linear_logprobs, prepare
@@ -136,6 +136,3 @@ def check_token_input(name: str, value: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name}: is a constant of the loss and gets no gradient, but requires one; detach it")
     if value.device != hidden.device:
         raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {value.device}")
-
-
-__all__ = ["TokenStats", "linear_token_loss"]
