@@ -26,7 +26,7 @@ def problem(trainable=("hidden", "weight", "bias"), **options) -> TokenProblem:
 @pytest.mark.parametrize("trainable", [("hidden", "weight", "bias"), ("weight",), ()], ids=str)
 def test_opcheck_logprobs(trainable, softcap, outputs, dtype):
     hidden, weight, bias, targets = problem(trainable, dtype=dtype)
-    arguments = (hidden, weight, bias, targets, 1.5, softcap, 0.7, -100, outputs, False, "chunked", 100)
+    arguments = (hidden, weight, bias, targets, 1.5, softcap, 0.7, -100, outputs, False, "chunked", 100, None)
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
@@ -38,7 +38,7 @@ def test_opcheck_logprobs_of_a_frozen_head(transposed, bias, outputs, dtype):
     hidden, weight, bias, targets = problem(("hidden",), dtype=dtype, bias=bias)
     if transposed:
         hidden = hidden.detach().T.contiguous().T.requires_grad_()
-    arguments = (hidden, weight, bias, targets, 1.5, None, 0.7, -100, outputs, True, "chunked", 100)
+    arguments = (hidden, weight, bias, targets, 1.5, None, 0.7, -100, outputs, True, "chunked", 100, None)
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
@@ -47,11 +47,11 @@ def test_opcheck_logprobs_of_a_frozen_head(transposed, bias, outputs, dtype):
 def test_opcheck_logprobs_backward(needs, entropy):
     hidden, weight, bias, targets = (x.detach() for x in problem())
     outputs = "logprob lse entropy" if entropy else "logprob"
-    stats = library.logprobs(hidden, weight, bias, targets, 1.0, None, 1.0, -100, outputs, False, "chunked", None)
+    stats = library.logprobs(hidden, weight, bias, targets, 1.0, None, 1.0, -100, outputs, False, "chunked", None, None)
     known = [*stats[:2], stats[2] if entropy else None]
     upstream = [torch.randn(6), None, torch.randn(6) if entropy else None, None]
     arguments = (
-        upstream, hidden, weight, bias, targets, known, 1.0, None, 1.0, -100, list(needs), "chunked", 100
+        upstream, hidden, weight, bias, targets, known, 1.0, None, 1.0, -100, list(needs), "chunked", 100, None
     )  # fmt: skip
     torch.library.opcheck(torch.ops.logitless.logprobs_backward.default, arguments, test_utils=TESTS)
 
@@ -68,7 +68,7 @@ def test_opcheck_token_loss(monkeypatch, softcap, trainable, dtype):
     with library.function_handle(lambda stats, x: x * stats.logprob * stats.entropy) as handle:
         arguments = (
             hidden, weight, bias, targets, [torch.rand(6)], None, handle, [], 1.5, softcap, 0.7, -100,
-            "logprob entropy", needs, "chunked", 200,
+            "logprob entropy", needs, "chunked", 200, None,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.logitless.token_loss.default, arguments, test_utils=TESTS)
 

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypedDict
 import torch
 from torch import Tensor
 
-BackendName = Literal["auto", "reference", "chunked"]
+BackendName = Literal["auto", "reference", "chunked", "triton", "cuda"]
 BackwardName = Literal["auto", "recompute", "single_pass"]
 Reduction = Literal["none", "sum", "mean"]
 
@@ -107,6 +107,7 @@ class Options:
     backend: BackendName = "auto"
     backward: BackwardName = "auto"
     chunk_bytes: int | None = None
+    chunk_dtype: torch.dtype | None = None
 
     @property
     def transform(self) -> LogitTransform:
@@ -124,6 +125,7 @@ class OptionKeywords(TypedDict, total=False):
     backend: BackendName
     backward: BackwardName
     chunk_bytes: int | None
+    chunk_dtype: torch.dtype | None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

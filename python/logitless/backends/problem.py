@@ -22,6 +22,7 @@ class Problem:
     targets: Tensor  # [N] int64 in [0, V)
     transform: LogitTransform
     chunk_bytes: int | None = None  # budget for a chunk of logits; None: the backend's default
+    chunk_dtype: torch.dtype | None = None  # of a chunk's logits; None: the statistics'
 
 
 class Needs(NamedTuple):

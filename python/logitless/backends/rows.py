@@ -1,4 +1,4 @@
-"""The row mathematics of the chunked backend: logits to statistics, exponentials to gradients, in place.
+"""The row engine of the chunked backend, in PyTorch operations: logits to statistics, exponentials to gradients.
 
 With m_i the largest logit of row i and t its target,
 
@@ -23,29 +23,46 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import LogitTransform, TokenStats
-from .problem import Upstream
+from ..types import Options, TokenStats
+from .problem import Problem, Upstream
+from .sweep import RowGradient, RowHead, Tile
 
 
-class Tile(NamedTuple):
-    """A chunk of rows after `statistics_`."""
+class _Exponentials(NamedTuple):
+    """What `measure` leaves behind beside the exponentials."""
 
-    exponentials: Tensor  # [n, V] e_ij
     log_total: Tensor  # [n]
     derivative: Tensor | None  # [n, V] dz / d(raw product) under a softcap, else None
-    targets: Tensor  # [n]
-    stats: TokenStats
 
 
-class RowGradient(NamedTuple):
-    """`dL / d(raw product)` of a chunk: `row_scale[:, None] * matrix`, plus `target` at each row's target entry."""
+class _Engine:
+    """See `sweep.RowEngine`."""
 
-    matrix: Tensor  # [n, V]
-    row_scale: Tensor | None  # [n]; None means 1
-    target: Tensor  # [n]
+    def buffers(self, problem: Problem | Options, outputs: tuple[str, ...], entropy_gradient: bool) -> int:
+        softcap = problem.transform.softcap is not None
+        return 2 if softcap or entropy_gradient or "entropy" in outputs or problem.chunk_dtype is not None else 1
+
+    def measure(
+        self, raw: Tensor, head: RowHead, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
+    ) -> Tile:
+        z = raw if raw.dtype not in (torch.bfloat16, torch.float16) else raw.float()
+        if head.bias is not None:
+            z.add_(head.bias)
+        derivative = head.transform.apply_(z, may_be_masked=head.bias is not None)
+        return _statistics(z, derivative, targets, outputs, mean_logit)
+
+    def recall(self, raw: Tensor, head: RowHead, targets: Tensor, stats: TokenStats) -> Tile:
+        return self.measure(raw, head, targets, (), None)._replace(stats=stats)
+
+    def gradient(self, tile: Tile, head: RowHead, upstream: Upstream, operand: torch.dtype) -> RowGradient:
+        found = _gradient(tile, head, upstream)
+        return found._replace(matrix=found.matrix.to(operand))
 
 
-def statistics_(
+ENGINE = _Engine()
+
+
+def _statistics(
     z: Tensor, derivative: Tensor | None, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
 ) -> Tile:
     """Replaces the logits `z [n, V]` by their exponentials; logprob and lse always, the rest where asked for."""
@@ -68,17 +85,17 @@ def statistics_(
         found["correct"] = (d >= 0).to(z.dtype)
     if "log_sum_sq" in outputs:
         found["log_sum_sq"] = (torch.linalg.vector_norm(e, dim=-1).square() + (2 * d).exp()).log() - 2 * log_total
-    return Tile(e, log_total, derivative, targets, TokenStats(**found))
+    return Tile(e, targets, TokenStats(**found), _Exponentials(log_total, derivative))
 
 
-def gradient_(tile: Tile, upstream: Upstream, transform: LogitTransform) -> RowGradient:
-    """Turns the exponentials into the gradient. Without a softcap the mean logit's part, which is the same for every
-    entry of a row, is left to the caller."""
+def _gradient(tile: Tile, head: RowHead, upstream: Upstream) -> RowGradient:
+    """Turns the exponentials into the gradient."""
     a, b, entropy_grad, mean_grad = upstream
-    stats, log_total = tile.stats, tile.log_total
+    stats, slope = tile.stats, head.transform.slope
+    log_total, derivative = tile.private
     zero = torch.zeros_like(log_total)
     a, b = zero if a is None else a, zero if b is None else b
-    assert stats.logprob is not None and stats.lse is not None  # `statistics_` always finds both
+    assert stats.logprob is not None and stats.lse is not None  # always measured
     p = stats.logprob.exp()
     target = b * p - a * torch.expm1(stats.logprob)
     factor = b - a
@@ -87,18 +104,18 @@ def gradient_(tile: Tile, upstream: Upstream, transform: LogitTransform) -> RowG
         target = target - entropy_grad * (torch.xlogy(p, p) + p * stats.entropy)
         factor = factor - entropy_grad * (stats.entropy - log_total)
     total = log_total.exp()
-    if tile.derivative is None:
-        target = target * transform.slope
+    if derivative is None:
+        target = target * slope
     else:
-        target = target * tile.derivative.gather(1, tile.targets[:, None])[:, 0]
-    if entropy_grad is None and tile.derivative is None:
-        return RowGradient(tile.exponentials, factor / total * transform.slope, target)
-    e = _bend_(tile.exponentials, factor / total, None if entropy_grad is None else entropy_grad / total)
-    if tile.derivative is None:
-        return RowGradient(e, torch.full_like(total, transform.slope), target)
+        target = target * derivative.gather(1, tile.targets[:, None])[:, 0]
+    if entropy_grad is None and derivative is None:
+        return RowGradient(tile.logits, factor / total * slope, target)
+    e = _bend_(tile.logits, factor / total, None if entropy_grad is None else entropy_grad / total)
+    if derivative is None:
+        return RowGradient(e, torch.full_like(total, slope), target)
     if mean_grad is not None:
         e.add_((mean_grad / e.shape[1])[:, None])
-    return RowGradient(e.mul_(tile.derivative), None, target)
+    return RowGradient(e.mul_(derivative), None, target)
 
 
 def _bend_(e: Tensor, factor: Tensor, entropy_factor: Tensor | None) -> Tensor:

@@ -53,6 +53,10 @@ def check_head(hidden: Tensor, weight: Tensor, options: Options) -> None:
             raise TypeError(f"chunk_bytes: expected an int or None, got {type(options.chunk_bytes).__name__}")
         if options.chunk_bytes <= 0:
             raise ValueError(f"chunk_bytes: expected a positive number of bytes, got {options.chunk_bytes}")
+    if options.chunk_dtype not in (None, torch.bfloat16, torch.float32):
+        raise ValueError(f"chunk_dtype: expected torch.bfloat16, torch.float32 or None, got {options.chunk_dtype}")
+    if options.chunk_dtype is not None and hidden.dtype == torch.float64:
+        raise ValueError(f"chunk_dtype: expected None for float64 inputs, got {options.chunk_dtype}")
     if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
         raise TypeError(f"ignore_index: expected an int, got {type(options.ignore_index).__name__}")
     options.transform  # noqa: B018  its own checks run when it is made

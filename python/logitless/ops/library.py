@@ -63,11 +63,12 @@ def _problem(
     kept: Tensor | None,
     transform: LogitTransform,
     chunk_bytes: int | None,
+    chunk_dtype: torch.dtype | None,
 ) -> Problem:
     """What a backend sees: the tokens that count."""
     if kept is not None:
         hidden, targets = hidden[kept], targets[kept]
-    return Problem(hidden, weight, bias, targets, transform, chunk_bytes)
+    return Problem(hidden, weight, bias, targets, transform, chunk_bytes, chunk_dtype)
 
 
 def _spread(x: Tensor | None, kept: Tensor | None, like: Tensor) -> Tensor:
@@ -100,13 +101,14 @@ def logprobs(
     unit_gradient: bool,
     backend: str,
     chunk_bytes: int | None,
+    chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The six statistics `[N]` in the order of `TokenStats`, then `d logprob / d hidden [N, H]` where `unit_gradient`.
 
     `outputs` names the statistics wanted, with spaces between; logprob and lse come always."""
     kept = _kept(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
     with _no_autocast(hidden.device):
         stats, unit = backends.BACKENDS[backend].forward(problem, tuple(outputs.split()), unit_gradient)
     unit = None if unit is None else unit.to(hidden.dtype)
@@ -141,11 +143,12 @@ def logprobs_backward(
     needs: Sequence[bool],
     backend: str,
     chunk_bytes: int | None,
+    chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, in their dtypes, from those of logprob, lse, entropy and mean logit."""
     kept = _kept(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
     with _no_autocast(hidden.device):
         gradients = backends.BACKENDS[backend].backward(
             problem,
@@ -184,7 +187,7 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     hidden, weight, bias, targets, logprob, lse, entropy, unit = ctx.saved_tensors
     wanted = ("logprob", "lse", *ctx.outputs)  # of the others there is an empty tensor
     upstream = [g if name in wanted else None for name, g in zip(DIFFERENTIABLE, grads, strict=False)]
-    found: list[Tensor | None] = [None] * 12
+    found: list[Tensor | None] = [None] * 13
     if all(g is None for g in upstream):
         return tuple(found)
     if ctx.unit:
@@ -259,6 +262,7 @@ def token_loss(
     needs: Sequence[bool],
     backend: str,
     chunk_bytes: int | None,
+    chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of a function's losses over the tokens that count, their log-probs `[N]`, and the sum's gradients for
     hidden, weight and bias, in the statistics' dtype. `function` is a handle of `_functions`, `numbers` its floats;
@@ -268,7 +272,7 @@ def token_loss(
         kept = _grouped(kept, groups)
         groups = groups[kept]
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
     inputs = [x if kept is None else x[kept] for x in token_inputs]
     names = tuple(outputs.split())
     made = _rebuild(_functions[function], iter(numbers))
@@ -290,7 +294,7 @@ def token_loss(
 def _token_loss_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, *options
 ):
-    needs = options[-3]
+    needs = options[9]
     dtype = statistics_dtype(hidden.dtype)
     gradients = [
         x.new_empty(x.shape, dtype=dtype) if need and x is not None else hidden.new_empty(0)
@@ -389,7 +393,7 @@ def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     _refuse_double_backward()
-    found: list[Any] = [None] * 16
+    found: list[Any] = [None] * 17
     found[4] = [None] * ctx.token_inputs
     found[7] = None if ctx.numbers else []  # torch.library takes an empty list for a list of tensors
     if grad is None:

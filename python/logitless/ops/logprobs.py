@@ -64,6 +64,7 @@ def linear_logprobs(
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
+    chunk_dtype: torch.dtype | None = None,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
     temperature`, with no `[tokens, vocabulary]` tensor.
@@ -82,6 +83,9 @@ def linear_logprobs(
             `d logprob / d hidden` of a frozen head (2 GEMMs in all, for any loss on top; not for `entropy`, nor a
             trainable bias, nor `mean_logit` under a softcap). "auto" takes the cheapest that is exact.
         chunk_bytes: budget for a chunk's float32 logits. None: 32 MiB on a CPU, 256 MiB elsewhere.
+        chunk_dtype: of a chunk's logits, where chunks are used. None: float32 (float64 for float64). torch.bfloat16
+            halves their memory traffic on a GPU and rounds every logit by up to 2^-9 of itself (backends/chunked.py
+            has the error measured); never a default.
 
     Returns:
         `TokenStats`, each field of `hidden`'s leading shape in float32 (float64 for float64); None where not asked for.
@@ -91,7 +95,9 @@ def linear_logprobs(
             outside [0, V). On a GPU the last is a device-side assertion, so that nothing waits for it.
         RuntimeError: the gradient is differentiated again (`create_graph=True`) with a backend other than "reference".
     """
-    options = Options(bias, logit_scale, softcap, temperature, ignore_index, backend, backward, chunk_bytes)
+    options = Options(
+        bias, logit_scale, softcap, temperature, ignore_index, backend, backward, chunk_bytes, chunk_dtype
+    )
     outputs = checks.check_outputs(outputs, with_targets=targets is not None)
     call = prepare(hidden, weight, targets, options)
     shape = hidden.shape[:-1]
@@ -131,6 +137,7 @@ def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         unit,
         backend,
         options.chunk_bytes,
+        options.chunk_dtype,
     )
     return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, found, strict=False)))
 

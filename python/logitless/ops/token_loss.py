@@ -117,6 +117,7 @@ def single_pass(
             call.needs(),
             backend,
             options.chunk_bytes,
+            options.chunk_dtype,
         )
         return Total(loss, logprob)
 
