@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import environment, measure, memory, parts, report
@@ -44,10 +44,10 @@ def _without_memory(part: Part, found: Json, roles: Sequence[str]) -> list[Json]
     return [x for x in found["rows"] if part.memory and x["role"] in roles and not x["failure"] and not x["memory"]]
 
 
-def save(results: Json, path: Path) -> None:
+def save(results: Json, path: Path, tables: Callable[[Json], str] = report.markdown) -> None:
     """JSON, and the tables as Markdown beside it; a file is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    texts = {path: json.dumps(results, indent=1) + "\n", path.with_suffix(".md"): report.markdown(results)}
+    texts = {path: json.dumps(results, indent=1) + "\n", path.with_suffix(".md"): tables(results)}
     for target, text in texts.items():
         partial = target.with_suffix(target.suffix + ".partial")
         partial.write_text(text)

@@ -13,7 +13,10 @@ import torch
 
 from .parts import BF16_UNITS
 
-PACKAGES = ("torch", "logitless", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton")
+PACKAGES = (
+    *("torch", "logitless", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton"),
+    *("quack-kernels", "flash-attn"),
+)
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from . import work
+from .definitions import DEFINITIONS
 from .problems import Inputs
-from .providers import DEFINITIONS, Outcome, Provider, differentiate
+from .providers import Outcome, Provider, differentiate
 
 #: A peer that took this many times as long as the materialised loss is not timed again: its rank is beyond doubt.
 PATIENCE = 1.5
@@ -27,6 +30,7 @@ class Row:
     error: dict[str, float] | None = None  # relative, of loss, d_hidden and d_weight, against float64 on few tokens
     memory: dict[str, int | None] | None = None
     failure: str | None = None
+    work: dict[str, float] | None = None  # of logitless: products and passes over the vocabulary, on few tokens
 
     def as_json(self) -> dict[str, object]:
         return asdict(self)
@@ -45,6 +49,8 @@ def first_calls(providers: Sequence[Provider], inputs: Inputs) -> list[Row]:
         if outcome is None:
             continue
         row.first_call_seconds = time.perf_counter() - start
+        if provider.role == "logitless":
+            row.work = work.count(partial(provider.step, inputs), inputs.problem)._asdict()
         if provider.loss:
             row.error = errors(outcome, reference[provider.loss])
     return rows

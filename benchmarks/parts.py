@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from logitless.types import BackwardName
+
 from . import peers
 from . import providers as own
+from .definitions import LOSSES
 from .problems import Problem
 from .providers import Provider
 
@@ -30,6 +34,14 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """No provider of logitless may take more than `limit` times as long as `relative_to`."""
+
+    relative_to: str
+    limit: float
+
+
+@dataclass(frozen=True)
 class Part:
     """A problem and the providers that are timed on it, in turns; `targets` are the issue's numbers."""
 
@@ -38,6 +50,7 @@ class Part:
     providers: tuple[Provider, ...]
     targets: tuple[Target, ...]
     memory: bool = True  # whether the providers' memory is measured too
+    bound: Bound | None = None
 
     def tiny(self) -> Part:
         return replace(self, problem=self.problem.tiny())
@@ -52,6 +65,33 @@ def _against_peers(provider: Provider, *others: Provider) -> tuple[Target, ...]:
 
 _NLL_PEERS = (peers.TORCH, peers.TRL, peers.LIGER, peers.CCE)
 _DPO_PEERS = (peers.TRL_DPO, peers.LIGER_DPO)
+
+#: Where losses are compared with each other: a third of the real vocabulary, and as many tokens a chunk as there, so
+#: that a loss's own work weighs three times what it does in training.
+_SMALL = Problem(512, vocabulary=16384, pairs=16, chunk_bytes=2**25 // 3)
+_REAL = Problem(512, pairs=16)
+
+
+def _registered(*levels: str, backward: BackwardName = "auto") -> tuple[Provider, ...]:
+    """The losses of these levels."""
+    return tuple(own.of_registry(name, backward) for name, loss in LOSSES.items() if loss.level in levels)
+
+
+def _with_peers(losses: Sequence[Provider]) -> tuple[tuple[Provider, ...], tuple[Target, ...]]:
+    """Losses, their peers, and that none of these is faster."""
+    others = tuple(other for loss in losses for other in peers.OF_REGISTRY.get(loss.name, ()))
+    targets = (_against_peers(loss, *peers.OF_REGISTRY.get(loss.name, ())) for loss in losses)
+    return (*losses, *others), tuple(target for found in targets for target in found)
+
+
+_SEQUENCES = _registered("sequence", "pair", "unpaired", backward="recompute")
+_REAL_LOSSES, _REAL_TARGETS = _with_peers(
+    [own.of_registry(name) for name in ("nll", *(x for x in peers.OF_REGISTRY if LOSSES[x].level != "distribution"))]
+)
+_DISTRIBUTIONS, _DISTRIBUTION_TARGETS = _with_peers(_registered("distribution"))
+
+#: What `--only` takes for several parts.
+GROUPS = {"losses": ("losses-token", "losses-sequence", "losses-real", "losses-distribution")}
 
 PARTS = (
     Part(
@@ -112,6 +152,29 @@ PARTS = (
         Problem(4096, dtype=torch.bfloat16),
         (own.FLOAT32_GEMMS, own.NLL),
         (Target(own.NLL, "memory", LOGITS, 0.05),),
+    ),
+    Part("losses-token", _SMALL, (own.GEMMS, *_registered("token")), (), memory=False, bound=Bound("nll", 1.05)),
+    Part(
+        "losses-sequence",
+        _SMALL,
+        (own.GEMMS, own.LOGPROBS, *_SEQUENCES),
+        (),
+        memory=False,
+        bound=Bound(own.LOGPROBS.name, 1.05),
+    ),
+    Part(
+        "losses-real",
+        _REAL,
+        (own.MATERIALISED_NLL, own.GEMMS, *_REAL_LOSSES),
+        _REAL_TARGETS,
+        memory=False,
+    ),
+    Part(
+        "losses-distribution",
+        _REAL,
+        (own.MATERIALISED_JS, own.GEMMS_OF_BOTH_HEADS, *_DISTRIBUTIONS),
+        _DISTRIBUTION_TARGETS,
+        memory=False,
     ),
 )
 

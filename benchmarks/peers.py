@@ -12,13 +12,17 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from logitless.types import TokenStats
+
+from .definitions import BETA, LOSSES, constants, dpo_of_logprob, of_stats, ref_hidden
 from .problems import Inputs
-from .providers import BETA, Provider, differentiate, dpo_of_logprob
+from .providers import Provider, differentiate
 
 #: What TRL's trainers pass (trl.trainer.utils, release 1.16).
 TRL_VOCABULARY_CHUNK = 32768
@@ -66,6 +70,83 @@ def cce_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     return module.torch_compile_linear_cross_entropy(hidden, weight, inputs.targets)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses of the registry. Where a library's step is its log-probabilities and a formula of vectors, the formula is ours:
+# the tests hold the two together, and it takes no time that could be seen.
+
+
+def trl_of_logprob(name: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """What TRL's SFT, DPO, KTO and GRPO trainers do: chunks over the vocabulary."""
+    return of_stats(LOSSES[name], TokenStats(trl_logprob(hidden, weight, inputs)), inputs)
+
+
+def trl_of_logits(name: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """What its CPO and ORPO trainers do (SimPO is one of CPO's): log-probabilities of full logits."""
+    from trl.trainer.utils import selective_log_softmax
+
+    logprob = selective_log_softmax(hidden @ weight.T, inputs.targets)
+    return of_stats(LOSSES[name], TokenStats(logprob), inputs)
+
+
+def trl_js(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """The op of its distillation trainer."""
+    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+    reference = ref_hidden(inputs), weight.detach(), None
+    heads = hidden, weight, None, *reference
+    return ChunkedDivergenceFunction.apply(*heads, 0.5, 1.0, 1.0, None, 1.0, None)[0].mean()
+
+
+def liger_dft(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """Its per-token primitive, weighted."""
+    module = import_without_parents("liger_kernel.ops.fused_linear_scaled_cross_entropy")
+    nll = module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, inputs.targets)
+    return (torch.exp(-nll.detach()) * nll).mean()
+
+
+def liger_pairs(loss: str, settings: dict[str, Any], hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """Its reference-free pair losses, by the name of their class and with the paper's settings; compiled."""
+    from liger_kernel import chunked_loss
+
+    shape = inputs.problem.shape
+    made = getattr(chunked_loss, f"LigerFusedLinear{loss}Loss")(**settings)
+    return made(weight, hidden.view(*shape, -1), inputs.targets.view(shape))[0]
+
+
+def liger_kto(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """A uniform reference's log-probability is a constant, which its `kl` can hold beside the reference point."""
+    from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
+
+    problem, given = inputs.problem, constants(LOSSES["kto"], inputs.problem)
+    point = given["reference_point"] + problem.length * inputs.ref_logprob[0]
+    rows, targets = hidden.view(*problem.shape, -1), inputs.targets.view(problem.shape)
+    return LigerFusedLinearKTOLoss()(rows, weight, targets, preference_labels=given["desirable"], kl=point)[0]
+
+
+def liger_grpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """With the log-probabilities of an older policy, and no reference."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    shape, given = inputs.problem.shape, constants(LOSSES["grpo"], inputs.problem)
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo")
+    return loss(
+        hidden.view(*shape, -1),
+        weight,
+        inputs.targets.view(shape),
+        torch.ones(shape),
+        given["advantages"][:, 0],
+        old_per_token_logps=given["old_logprob"],
+    )[0]
+
+
+def liger_js(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """Without the cross-entropy that it mixes in by default."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)
+    return loss(hidden, weight, ref_hidden(inputs), weight.detach(), inputs.targets)
+
+
 def import_without_parents(name: str) -> ModuleType:
     """Imports `a.b.c` without running `a/__init__.py` and `a/b/__init__.py`, which load Triton kernels.
 
@@ -107,3 +188,27 @@ TRL_DPO = _dpo("TRL ChunkedLogProbFunction", trl_dpo)
 LIGER = _nll("Liger scaled cross-entropy", liger_nll)
 LIGER_DPO = _dpo("Liger chunked DPO", liger_dpo)
 CCE = _nll("Cut Cross-Entropy, compiled", cce_nll)
+
+
+def _of_registry(library: str, name: str, loss: Callable[[Tensor, Tensor, Inputs], Tensor]) -> Provider:
+    return Provider(f"{library} {name}", "peer", name, partial(differentiate, loss))
+
+
+#: Of the losses of logitless that TRL and Liger have too: their providers.
+OF_REGISTRY: dict[str, tuple[Provider, ...]] = {
+    name: (_of_registry("TRL", name, trl), _of_registry("Liger", name, liger))
+    for name, trl, liger in (
+        ("dft", partial(trl_of_logprob, "dft"), liger_dft),
+        ("dpo", partial(trl_of_logprob, "dpo"), liger_dpo),
+        (
+            "simpo",
+            partial(trl_of_logits, "simpo"),
+            partial(liger_pairs, "SimPO", dict(beta=2.0, compute_nll_loss=False)),
+        ),
+        ("orpo", partial(trl_of_logits, "orpo"), partial(liger_pairs, "ORPO", {})),
+        ("cpo", partial(trl_of_logits, "cpo"), partial(liger_pairs, "CPO", {})),
+        ("kto", partial(trl_of_logprob, "kto"), liger_kto),
+        ("grpo", partial(trl_of_logprob, "grpo"), liger_grpo),
+        ("js", trl_js, liger_js),
+    )
+}

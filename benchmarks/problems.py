@@ -49,6 +49,11 @@ class Problem:
         return self.tokens // (2 * self.pairs) if self.pairs else self.tokens
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows of sequences."""
+        return self.tokens // self.length, self.length
+
+    @property
     def logits_bytes(self) -> int:
         """Of the float32 logits that a materialised loss holds, the yardstick of all memory figures."""
         return 4 * self.tokens * self.vocabulary

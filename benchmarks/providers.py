@@ -8,20 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import logitless
+from logitless import losses
 from logitless.backends import chunked
-from logitless.types import BackwardName, Options
+from logitless.types import BackendName, BackwardName, Options
 
+from .definitions import (
+    BETA,
+    LOSSES,
+    constants,
+    materialised_dpo,
+    materialised_loss,
+    materialised_nll,
+    reduced,
+    ref_hidden,
+)
 from .problems import Inputs
 
 Role = Literal["floor", "materialised", "logitless", "peer"]
-BETA = 0.1
+Loss = Callable[[Tensor, Tensor, Inputs], Tensor]  # of hidden, weight and the rest
 
 
 class Outcome(NamedTuple):
@@ -34,48 +44,23 @@ class Outcome(NamedTuple):
 
 @dataclass(frozen=True)
 class Provider:
-    """One way through a problem; `loss` names the definition that its gradients are compared with ("" for a floor)."""
+    """One way through a problem; `loss` names what its gradients are compared with, of `DEFINITIONS` ("": nothing)."""
 
     name: str
     role: Role
-    loss: Literal["nll", "dpo", ""]
+    loss: str
     step: Callable[[Inputs], Outcome]
 
 
-def differentiate(loss: Callable[[Tensor, Tensor, Inputs], Tensor], inputs: Inputs) -> Outcome:
-    """Forward and backward of `loss(hidden, weight, inputs)`, the weight a constant where the head is frozen."""
+def differentiate(loss: Loss, inputs: Inputs, between: Callable[[], object] = lambda: None) -> Outcome:
+    """Forward, `between()` and backward of `loss(hidden, weight, inputs)`; a frozen head's weight is a constant."""
     hidden = inputs.hidden.detach().requires_grad_()
     weight = inputs.weight.detach().requires_grad_(not inputs.problem.frozen_head)
     value = loss(hidden, weight, inputs)
+    between()
     value.backward()
     return Outcome(value.detach(), hidden.grad, weight.grad)
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Definitions
-
-
-def materialised_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """What everybody writes."""
-    return F.cross_entropy(hidden @ weight.T, inputs.targets)
-
-
-def materialised_dpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """DPO on logits; `cross_entropy` is the leanest of PyTorch's ways to a target's log-probability."""
-    logits = hidden @ weight.T
-    return dpo_of_logprob(-F.cross_entropy(logits, inputs.targets, reduction="none"), inputs)
-
-
-def dpo_of_logprob(logprob: Tensor, inputs: Inputs) -> Tensor:
-    """arXiv 2305.18290, equation 7, from per-token log-probabilities `[N]`; the mean over pairs."""
-    ratio = (logprob.to(torch.promote_types(logprob.dtype, torch.float32)) - inputs.ref_logprob).view(
-        2, inputs.problem.pairs, inputs.problem.length
-    )
-    chosen, rejected = ratio.sum(-1)
-    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
-
-
-DEFINITIONS = {"nll": materialised_nll, "dpo": materialised_dpo}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Floors
@@ -86,6 +71,13 @@ def gemms(inputs: Inputs) -> Outcome:
     z = inputs.hidden @ inputs.weight.T
     d_hidden = z @ inputs.weight
     return Outcome(None, d_hidden, None if inputs.problem.frozen_head else z.T @ inputs.hidden)
+
+
+def gemms_of_both_heads(inputs: Inputs) -> Outcome:
+    """The same, and the logits of a reference: what a divergence from it needs."""
+    outcome = gemms(inputs)
+    ref_hidden(inputs) @ inputs.weight.T
+    return outcome
 
 
 def float32_gemms(inputs: Inputs) -> Outcome:
@@ -113,9 +105,12 @@ def chunked_gemms(inputs: Inputs) -> Outcome:
 # logitless
 
 
-def logitless_nll(hidden: Tensor, weight: Tensor, inputs: Inputs, backward: BackwardName = "auto") -> Tensor:
+def logitless_nll(
+    hidden: Tensor, weight: Tensor, inputs: Inputs, backward: BackwardName = "auto", backend: BackendName = "auto"
+) -> Tensor:
+    chunk_bytes = inputs.problem.chunk_bytes
     return logitless.linear_cross_entropy(
-        hidden, weight, inputs.targets, backward=backward, chunk_bytes=inputs.problem.chunk_bytes
+        hidden, weight, inputs.targets, backward=backward, backend=backend, chunk_bytes=chunk_bytes
     )
 
 
@@ -131,13 +126,56 @@ def logitless_dpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     ).loss
 
 
+def logitless_loss(
+    loss: losses.Loss, hidden: Tensor, weight: Tensor, inputs: Inputs, backward: BackwardName = "auto"
+) -> Tensor:
+    """Any loss by `linear_loss`, as its paper reduces it."""
+    shape = inputs.problem.shape
+    given: dict[str, Any] = dict(constants(loss, inputs.problem))
+    if loss.level == "distribution":
+        given["ref_hidden"] = ref_hidden(inputs).view(*shape, -1)
+    if loss.reduction == "constant_length":
+        given["max_length"] = inputs.problem.length
+    return reduced(
+        logitless.linear_loss(
+            loss,
+            hidden.view(*shape, -1),
+            weight,
+            inputs.targets.view(shape),
+            backward=backward,
+            chunk_bytes=inputs.problem.chunk_bytes,
+            **given,
+        )
+    )
+
+
+def logitless_logprobs(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """The statistics alone, recomputed in the backward: what a loss that looks along sequences is paid on top of."""
+    logprob = logitless.linear_logprobs(
+        hidden, weight, inputs.targets, backward="recompute", chunk_bytes=inputs.problem.chunk_bytes
+    ).logprob
+    assert logprob is not None
+    return -logprob.mean()
+
+
+def of_registry(name: str, backward: BackwardName = "auto") -> Provider:
+    """The loss of that name in `LOSSES`."""
+    step = partial(differentiate, partial(logitless_loss, LOSSES[name], backward=backward))
+    return Provider(name, "logitless", name, step)
+
+
 MATERIALISED_NLL = Provider("materialised", "materialised", "nll", partial(differentiate, materialised_nll))
 MATERIALISED_DPO = Provider("materialised DPO", "materialised", "dpo", partial(differentiate, materialised_dpo))
 GEMMS = Provider("GEMMs alone", "floor", "", gemms)
 FLOAT32_GEMMS = Provider("GEMMs alone, in float32", "floor", "", float32_gemms)
+GEMMS_OF_BOTH_HEADS = Provider("GEMMs alone, of both heads", "floor", "", gemms_of_both_heads)
 CHUNKED_GEMMS = Provider("GEMMs alone, in chunks", "floor", "", chunked_gemms)
 NLL = Provider("logitless", "logitless", "nll", partial(differentiate, logitless_nll))
 NLL_RECOMPUTE = Provider(
     "logitless, recompute", "logitless", "nll", partial(differentiate, partial(logitless_nll, backward="recompute"))
 )
 DPO = Provider("logitless DPO", "logitless", "dpo", partial(differentiate, logitless_dpo))
+LOGPROBS = Provider("log-probs alone", "logitless", "nll", partial(differentiate, logitless_logprobs))
+MATERIALISED_JS = Provider(
+    "materialised js", "materialised", "js", partial(differentiate, partial(materialised_loss, LOSSES["js"]))
+)

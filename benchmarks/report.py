@@ -55,13 +55,13 @@ def part_table(measured: Json) -> str:
             (
                 row["provider"],
                 _seconds(row),
-                _number(ratio(row, base), ".2f"),
-                _number(ratio(row, floor), ".2f"),
-                _number(_scaled(memory.get("allocated"), MIB), ".1f"),
-                _number(_scaled(memory.get("allocated"), measured["logits_bytes"]), ".1%"),
-                _number(_scaled(memory.get("resident"), MIB), ".1f"),
-                _number(error.get("d_hidden"), ".0e"),
-                _number(error.get("d_weight"), ".0e"),
+                number(ratio(row, base), ".2f"),
+                number(ratio(row, floor), ".2f"),
+                number(scaled(memory.get("allocated"), MIB), ".1f"),
+                number(scaled(memory.get("allocated"), measured["logits_bytes"]), ".1%"),
+                number(scaled(memory.get("resident"), MIB), ".1f"),
+                number(error.get("d_hidden"), ".0e"),
+                number(error.get("d_weight"), ".0e"),
             )
         )
     return table(COLUMNS, lines)
@@ -76,7 +76,7 @@ def targets_table(found: Sequence[tuple[Part, Json]]) -> str:
             verdict = "not measured" if value is None else "met" if value <= target.limit else "missed"
             what = "time" if target.measure == "seconds" else "extra memory"
             name = f"{target.provider.name}: {what} / {target.relative_to}"
-            lines.append((part.name, name, _number(value, ".3f"), f"{target.limit:.3g}", verdict))
+            lines.append((part.name, name, number(value, ".3f"), f"{target.limit:.3g}", verdict))
     return table(("part", "", "measured", "at most", ""), lines)
 
 
@@ -121,9 +121,9 @@ def _seconds(row: Json) -> str:
     return f"{statistics.median(seconds):.3f} x {len(seconds)}" if seconds else ""
 
 
-def _scaled(value: int | None, unit: int) -> float | None:
+def scaled(value: float | None, unit: int) -> float | None:
     return None if value is None else value / unit
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)

@@ -3,9 +3,11 @@
 #
 #   bash recipes/environment.sh VENV EXTRAS        e.g. bash recipes/environment.sh .venv recipes
 #
-# A second run does nothing until pyproject.toml changes. Two variables steer it:
+# A second run does nothing until pyproject.toml changes. Three variables steer it:
 #   PYTHON           the interpreter to make it with (default: the first of python3, python3.14 .. python3.11 that will do)
 #   LOGITLESS_TORCH  pip's arguments for PyTorch, e.g. "torch --index-url <the index of the build you want>"
+#   LOGITLESS_CUDA   auto, require or off, as setup.py says (default: auto where there is an NVIDIA GPU, else off, as nvcc
+#                    would take minutes over kernels that cannot run here; the tests build their own)
 set -euo pipefail
 
 TESTED_TORCH=2.13.0
@@ -41,7 +43,13 @@ pip_install() {
     "$venv/bin/python" -m pip install -qq --disable-pip-version-check "$@"
 }
 
-key="$(cksum <"$root/pyproject.toml") ${LOGITLESS_TORCH:-}"
+if [ -z "${LOGITLESS_CUDA:-}" ]; then
+    LOGITLESS_CUDA=off
+    if nvidia-smi >/dev/null 2>&1; then LOGITLESS_CUDA=auto; fi
+fi
+export LOGITLESS_CUDA
+
+key="$(cksum <"$root/pyproject.toml") ${LOGITLESS_TORCH:-} $LOGITLESS_CUDA"
 stamp="$venv/logitless-${extras//[^a-z]/-}.stamp"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$root $key" ]; then
     exit 0

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 
+from logitless.backends import BACKENDS
 from logitless.testing import TokenProblem, make_problem
 from logitless.types import LogitTransform
 
+#: Where the problems of `cases` live; `device_suite.py` is for other places than a CPU.
+DEVICE = torch.device(os.environ.get("LOGITLESS_TEST_DEVICE", "cpu"))
+#: The backends that take tensors here: on a CPU the chunked one, Triton's where its interpreter is on, and CUDA's where
+#: `LOGITLESS_CUDA_LIBRARY` names its build for the CPU.
+HERE = [name for name, module in BACKENDS.items() if module.supports(DEVICE, torch.float32) is None]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOATING = ("hidden", "weight", "bias")
 
@@ -65,6 +72,7 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = DTYPES, trainable: Any = 
         draw(st.integers(1, 9)),
         vocabulary,
         dtype=draw(st.sampled_from(dtypes)),
+        device=DEVICE,
         bias=draw(st.booleans()),
         masked=masked,
         ignored=draw(st.sampled_from([0.0, 0.3, 1.0])),

@@ -118,7 +118,6 @@ def test_the_reference_backend_refuses_the_same(mistake):
     ("name", "error", "change"),
     [
         ("reduction", ValueError, dict(reduction="avg")),
-        ("reduction", ValueError, dict(reduction=None)),
         ("normalizer", ValueError, dict(normalizer=0)),
         ("normalizer", ValueError, dict(normalizer=-3.0)),
         ("normalizer", ValueError, dict(normalizer=math.nan)),

@@ -169,7 +169,7 @@ def test_loss_of_the_options(values: dict[str, Any], loss: losses.Loss) -> None:
     ("values", "message"),
     [
         ({"learning_rte": 1}, r"unknown option 'learning_rte' \(nearest: learning_rate"),
-        ({"method": "dppo"}, r"method must be one of sft, .* \(nearest: dpo"),
+        ({"method": "dpoo"}, r"method must be one of sft, .* \(nearest: dpo"),
         ({"dtype": "float8"}, "dtype must be one of auto, float32"),
         ({"seed": "many"}, "seed must be a int, got 'many'"),
         ({"seed": 1.5}, "seed must be a int, got 1.5"),

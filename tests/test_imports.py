@@ -21,6 +21,7 @@ LAYERS = (
     ("reference", "reduce"),
     ("losses", "backends"),
     ("ops", "info"),
+    ("linear",),
     ("functional",),
     ("nn",),
     ("testing",),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import Case, cases, strided
+from cases import HERE, Case, cases, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ from logitless.testing import (
 )
 from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform
 
-ALL_BACKENDS = ["reference", *BACKENDS]
+ALL_BACKENDS = ["reference", *HERE]
 
 
 def run(problem: TokenProblem, **options) -> TokenStats:
@@ -361,7 +361,7 @@ def test_backward_twice(trainable):
 
 
 @pytest.mark.parametrize("trainable", [("hidden",), ("hidden", "weight", "bias")])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", HERE)
 def test_create_graph_is_refused(trainable, backend):
     problem = make_problem((6,), 4, 9, bias=True, trainable=trainable)
     with pytest.raises(RuntimeError, match="create_graph"):

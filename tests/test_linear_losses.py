@@ -21,7 +21,6 @@ from logitless import (
     linear_f_divergence_sft,
     linear_logprobs,
     linear_loss,
-    losses,
 )
 from logitless.losses import DFT, DPO, NLL, FDivergenceSFT, sequence_logprob
 from logitless.testing import (
@@ -283,15 +282,6 @@ def test_any_loss_against_float64(loss, case, reduction, backward):
         )  # fmt: skip
 
     assert_matches_float64(compute, expected, problem, scale=case.scale if "lse" in loss.outputs else 0.0)
-
-
-@pytest.mark.parametrize("name", [n for n in losses.names() if losses.get(n).level == "token"])
-def test_by_name_and_by_object(name):
-    problem = make_problem((6,), 4, 9, ignored=0.3)
-    inputs = reference_inputs(losses.get(name), (6,))
-    by_name = linear_loss(name, problem.hidden, problem.weight, problem.targets, **inputs)
-    by_object = linear_loss(losses.get(name), problem.hidden, problem.weight, problem.targets, **inputs)
-    assert torch.equal(by_name, by_object) and by_name.shape == ()
 
 
 def test_shortcuts_are_the_losses():

@@ -17,16 +17,19 @@ import pytest
 import logitless
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = {"README.md", "cuda/rows.cuh"}
-NOT_COPIED = (".git", ".venv*", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
+NOT_COPIED = (".git", ".venv*", "build", "dist", "runs", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis", "*.so")
 
 pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="needs a checkout, not an installed package")
 
 
-def call_hook(folder: Path, hook: str, out: Path) -> subprocess.CompletedProcess[str]:
+def call_hook(
+    folder: Path, hook: str, out: Path | None, cuda: str = "off", **environment: str
+) -> subprocess.CompletedProcess[str]:
     """A build hook of setuptools, in `folder`, as pip would call it without isolation."""
-    code = f"import setuptools.build_meta as b; print(b.{hook}({str(out)!r}))"
-    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=folder, capture_output=True, text=True)
+    code = f"import setuptools.build_meta as b; print(b.{hook}({'' if out is None else repr(str(out))}))"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    environment = {**os.environ, "LOGITLESS_CUDA": cuda, **environment}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
 def build(folder: Path, hook: str, out: Path) -> Path:
@@ -44,10 +47,15 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def package_files(folder: Path) -> set[str]:
-    """What an installed package must hold: every module, the type marker, the kernels' device code and document."""
+    """What an installed package must hold: every module, the type marker, the kernels' device code and document, but
+    not what runs that code on a CPU."""
     package = folder / "python" / "logitless"
-    files = {str(p.relative_to(package)) for p in package.rglob("*.py")}
-    return {f"logitless/{name}" for name in files | {"py.typed"} | {f"kernels/{name}" for name in KERNELS}}
+    kernels = (package / "kernels").resolve()  # which rglob does not enter by a link
+    files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed", "kernels/README.md"}
+    files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*.py")}
+    files |= {f"kernels/cuda/{p.name}" for p in (kernels / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".h")}
+    assert {"kernels/cuda/rows.cuh", "kernels/cuda/logitless.h", "kernels/cuda/library.py"} <= files
+    return {f"logitless/{name}" for name in files}
 
 
 def check_wheel(wheel: Path, expected: set[str]) -> None:
@@ -79,6 +87,8 @@ def test_sdist_holds_everything_and_builds_the_same_wheel(checkout: Path, tmp_pa
     (folder,) = unpacked.iterdir()
     for name in (
         "kernels/cuda/rows_host.cpp",
+        "kernels/cuda/host/shim.cpp",
+        "kernels/cuda/sources.cmake",
         "CMakeLists.txt",
         "README.md",
         "CHANGELOG.md",
@@ -114,6 +124,105 @@ def test_a_link_that_became_a_text_file_stops_the_build_with_a_sentence(checkout
     assert done.returncode != 0
     assert "core.symlinks" in done.stderr and "git checkout" in done.stderr
     assert not list(tmp_path.glob("*.whl"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CUDA library in the wheel
+
+
+FAKE_CMAKE = """#!/bin/sh
+# Notes its arguments; "builds" the library in the folder that `cmake --build` names.
+echo "$@" >> "{log}"
+if [ "$1" = --build ]; then
+    {build}
+fi
+"""
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A folder with an nvcc and a cmake that take no minutes; what cmake was asked for is in `asked`."""
+    folder = tmp_path / "tools" / "bin"
+    folder.mkdir(parents=True)
+    write_tool(folder / "nvcc", "#!/bin/sh\n")
+    write_tool(
+        folder / "cmake",
+        FAKE_CMAKE.format(log=folder / "asked", build='mkdir -p "$2" && echo library > "$2/liblogitless_cuda.so"'),
+    )
+    return folder
+
+
+def write_tool(path: Path, text: str) -> None:
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+def environment_of(tools: Path) -> dict[str, str]:
+    return {"PATH": f"{tools}:{os.environ['PATH']}", "CUDA_HOME": str(tools.parent)}
+
+
+@pytest.mark.parametrize("mode", ["auto", "require"])
+def test_wheel_carries_the_library_where_nvcc_is(checkout: Path, tmp_path: Path, tools: Path, mode: str) -> None:
+    """Tagged for the platform, and for any Python 3."""
+    settings = {**environment_of(tools), "LOGITLESS_CUDA_ARCHITECTURES": "86-real"}
+    done = call_hook(checkout, "build_wheel", tmp_path, mode, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheel = tmp_path / done.stdout.split()[-1]
+    assert "-py3-none-" in wheel.name and not wheel.name.endswith("-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        (info,) = [name for name in archive.namelist() if name.endswith("/WHEEL")]
+        assert "Root-Is-Purelib: false" in archive.read(info).decode()
+    assert names == package_files(checkout) | {"logitless/kernels/cuda/liblogitless_cuda.so"}
+    configured, built = (tools / "asked").read_text().splitlines()
+    assert f"-DCMAKE_CUDA_COMPILER={tools / 'nvcc'}" in configured and "ARCHITECTURES=86-real" in configured
+    assert "--target logitless_cuda" in built
+
+
+def test_an_editable_install_has_the_library_beside_its_loader(checkout: Path, tmp_path: Path, tools: Path) -> None:
+    done = call_hook(checkout, "build_editable", tmp_path, "auto", **environment_of(tools))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (checkout / "kernels" / "cuda" / "liblogitless_cuda.so").read_text() == "library\n"
+    # A source distribution and a later wheel without nvcc take nothing of it along.
+    check_wheel(build(checkout, "build_wheel", tmp_path), package_files(checkout))
+
+
+def test_without_nvcc_one_line_says_that_the_library_was_skipped(checkout: Path, tmp_path: Path) -> None:
+    done = call_hook(checkout, "build_wheel", tmp_path, "auto", CUDA_HOME=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "CUDA" in line]
+    assert said == ["logitless: CUDA kernels skipped: no nvcc in CUDA_HOME"]
+    check_wheel(tmp_path / done.stdout.split()[-1], package_files(checkout))
+
+
+def test_require_without_nvcc_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    done = call_hook(checkout, "build_wheel", tmp_path, "require", CUDA_HOME=str(tmp_path))
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl"))
+    assert "LOGITLESS_CUDA=require, but there is no nvcc in CUDA_HOME" in done.stderr
+
+
+def test_an_unknown_mode_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    done = call_hook(checkout, "build_wheel", tmp_path, "yes")
+    assert done.returncode != 0 and "expected auto, require or off, got 'yes'" in done.stderr
+
+
+def test_a_library_that_does_not_build_is_an_error_with_two_ways_out(
+    checkout: Path, tmp_path: Path, tools: Path
+) -> None:
+    write_tool(tools / "cmake", FAKE_CMAKE.format(log=tools / "asked", build="exit 7"))
+    done = call_hook(checkout, "build_wheel", tmp_path, "auto", **environment_of(tools))
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl"))
+    assert "did not build (exit code 7" in done.stderr
+    assert "LOGITLESS_CUDA=off" in done.stderr and "LOGITLESS_CUDA_ARCHITECTURES" in done.stderr
+
+
+def test_what_an_isolated_build_needs(checkout: Path, tmp_path: Path, tools: Path) -> None:
+    """CUTLASS's headers where nvcc is, and nothing where it is not or is not wanted."""
+    needs = {
+        mode: call_hook(checkout, "get_requires_for_build_wheel", None, mode, **environment_of(tools)).stdout
+        for mode in ("auto", "off")
+    }
+    assert "nvidia-cutlass==" in needs["auto"] and needs["off"].splitlines()[-1] == "[]"
 
 
 def test_kernels_are_reached_through_one_relative_link() -> None:

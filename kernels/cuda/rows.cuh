@@ -27,30 +27,58 @@ LOGITLESS_FUNCTION T minus_infinity() {
 
 // ---------------------------------------------------------------------------------------------- logits
 
-// Eq. 1. softcap == 0 means that there is none.
+// Eq. 1's constants, divided once instead of for every logit.
 template <typename T>
 struct Transform {
-    T logit_scale;
-    T softcap;
-    T temperature;
+    T slope;  // dz/ds where no cap bends it
+    T inner;  // scale / softcap
+    T outer;  // softcap / temperature; 0 without a softcap
 };
 
-// Eq. 1: the logit of a raw product. What is masked stays masked: tanh alone would lift -inf to -softcap.
+// softcap == 0 means that there is none.
 template <typename T>
-LOGITLESS_FUNCTION T transform(Transform<T> t, T raw) {
-    if (raw == minus_infinity<T>()) return raw;
-    const T scaled = raw * t.logit_scale;
-    return (t.softcap == T(0) ? scaled : t.softcap * std::tanh(scaled / t.softcap)) / t.temperature;
+LOGITLESS_FUNCTION Transform<T> make_transform(T logit_scale, T softcap, T temperature) {
+    const bool capped = softcap != T(0);
+    return {logit_scale / temperature, capped ? logit_scale / softcap : T(0), softcap / temperature};
 }
 
-// Eq. 2: dz/ds at a raw product.
+template <typename T>
+struct Logit {
+    T z;           // eq. 1
+    T derivative;  // eq. 2: dz/ds
+};
+
+// Of a raw product. What is masked stays masked: tanh alone would lift -inf to -softcap.
+template <typename T>
+LOGITLESS_FUNCTION Logit<T> logit(Transform<T> t, T raw) {
+    if (t.outer == T(0)) return {raw * t.slope, t.slope};
+    if (raw == minus_infinity<T>()) return {raw, T(0)};
+    const T bend = std::tanh(raw * t.inner);
+    return {t.outer * bend, t.slope * (T(1) - bend * bend)};
+}
+
+template <typename T>
+LOGITLESS_FUNCTION T transform(Transform<T> t, T raw) {
+    return logit(t, raw).z;
+}
+
 template <typename T>
 LOGITLESS_FUNCTION T derivative(Transform<T> t, T raw) {
-    const T slope = t.logit_scale / t.temperature;
-    if (t.softcap == T(0)) return slope;
-    if (raw == minus_infinity<T>()) return T(0);
-    const T bend = std::tanh(raw * t.logit_scale / t.softcap);
-    return slope * (T(1) - bend * bend);
+    return logit(t, raw).derivative;
+}
+
+// e^x for the terms of a sum, x <= 0. In float32: one multiplication and the GPU's exponential of 2, right to 2^-22. A
+// term's error is at most e^x (|x| 2^-23 + 2^-22), below 2^-21 of the largest term, which is 1.
+LOGITLESS_FUNCTION double fast_exp(double x) { return std::exp(x); }
+LOGITLESS_FUNCTION float fast_exp(float x) {
+    const float exponent = x * 1.44269504088896340736f;
+#ifdef __CUDA_ARCH__
+    float value;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
+    return value;
+#else
+    return std::exp2(exponent);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------- statistics
@@ -83,18 +111,44 @@ LOGITLESS_FUNCTION Moments<T> merge(Moments<T> a, Moments<T> b) {
     Moments<T> top = b_leads ? b : a;
     const Moments<T> low = b_leads ? a : b;
     top.total += low.total;
-    if (low.max == minus_infinity<T>()) return top;  // nothing to add, and -inf - -inf has no value
+    if (low.max == minus_infinity<T>()) {  // -inf - -inf has no value
+        top.sum += low.sum;                // nothing to add, unless a NaN
+        return top;
+    }
     const T shift = low.max - top.max;
-    const T factor = std::exp(shift);
+    const T factor = fast_exp(shift);
     top.sum += low.sum * factor;
     top.shifted += (low.shifted + shift * low.sum) * factor;
     top.squares += low.squares * factor * factor;
     return top;
 }
 
+// log of the sum of e^z over the columns; -inf for none.
+template <typename T>
+LOGITLESS_FUNCTION T log_sum_exp(Moments<T> moments) {
+    return moments.max + std::log(moments.sum);
+}
+
 template <typename T>
 LOGITLESS_FUNCTION Moments<T> accumulate(Moments<T> moments, T z) {
     return merge(moments, one_column(z));
+}
+
+// Eq. 3 of K columns at once: one exponential each. fmax drops a NaN; the sum keeps it.
+template <typename T, int K>
+LOGITLESS_FUNCTION Moments<T> all_columns(const T (&z)[K]) {
+    T top = z[0];
+    for (int k = 1; k < K; ++k) top = std::fmax(top, z[k]);
+    const T base = top == minus_infinity<T>() ? T(0) : top;
+    Moments<T> found = {top, T(0), T(0), T(0), T(0)};
+    for (int k = 0; k < K; ++k) {
+        const T shift = z[k] - base, e = fast_exp(shift);
+        found.sum += e;
+        found.shifted += e == T(0) ? T(0) : e * shift;  // the shift may be -inf
+        found.squares += e * e;
+        found.total += z[k];
+    }
+    return found;
 }
 
 template <typename T>
@@ -116,7 +170,7 @@ struct RowStatistics {
 template <typename T>
 LOGITLESS_FUNCTION RowStatistics<T> finish(Moments<T> others, T target, std::int64_t vocabulary) {
     const Moments<T> all = merge(others, one_column(target));
-    const T lse_others = others.max + std::log(others.sum);
+    const T lse_others = log_sum_exp(others);
     const bool target_leads = target >= others.max;
     // A confident target: the others' small share is kept apart from its 1, in which it would drown.
     const T share = others.sum == T(0) ? T(0) : others.sum * std::exp(others.max - target);
@@ -148,7 +202,13 @@ LOGITLESS_FUNCTION T other_gradient(Upstream<T> g, RowStatistics<T> row, T z, st
     const T even = g.mean_logit / T(vocabulary);
     if (z == minus_infinity<T>()) return even;  // p log p is 0, though log p is not finite
     const T logp = z - row.lse;
-    return std::exp(logp) * (g.lse - g.logprob - g.entropy * (logp + row.entropy)) + even;
+    return fast_exp(logp) * (g.lse - g.logprob - g.entropy * (logp + row.entropy)) + even;
+}
+
+// Eq. 13: dL/ds of a column other than the target.
+template <typename T>
+LOGITLESS_FUNCTION T raw_gradient(Upstream<T> g, RowStatistics<T> row, Logit<T> logit, std::int64_t vocabulary) {
+    return other_gradient(g, row, logit.z, vocabulary) * logit.derivative;
 }
 
 // Eq. 12: dL/dz of the target. expm1 keeps the digits that 1 - p loses.

@@ -36,7 +36,7 @@ template <typename T>
 void run(const T* raw, const std::int64_t* targets, std::int64_t rows, std::int64_t vocabulary,
          const std::int32_t* part_of, std::int32_t parts, const T* options, const T* upstream, T* statistics,
          T* gradient) {
-    const Transform<T> options_{options[0], options[1], options[2]};
+    const Transform<T> options_ = make_transform(options[0], options[1], options[2]);
     std::vector<T> logits(static_cast<std::size_t>(vocabulary));
     for (std::int64_t i = 0; i < rows; ++i) {
         const T* s = raw + i * vocabulary;

@@ -1,18 +1,21 @@
 """logitless: losses for language-model post-training from hidden states and the output head, never from logits."""
 
 from . import losses, nn
-from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft, linear_loss
+from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft
 from .info import info
 from .integrations.transformers import patch, unpatch
-from .ops import linear_logprobs, linear_token_loss
+from .linear import linear_loss
+from .ops import TailReport, linear_divergence, linear_logprobs, linear_token_loss, tail_report
 from .types import Head, TokenStats
 
 __all__ = [
     "Head",
+    "TailReport",
     "TokenStats",
     "info",
     "linear_cross_entropy",
     "linear_dft",
+    "linear_divergence",
     "linear_dpo",
     "linear_f_divergence_sft",
     "linear_logprobs",
@@ -21,6 +24,7 @@ __all__ = [
     "losses",
     "nn",
     "patch",
+    "tail_report",
     "unpatch",
 ]
 __version__ = "0.1.0"

@@ -1,267 +1,20 @@
-"""The one-call forms: any loss of the registry on hidden states and a head, with the cheapest exact strategy for it.
-
-token      each token's loss needs its own statistics alone: one sweep, three GEMMs (`linear_token_loss`)
-sequence   looks along time: statistics first, then the loss, and recomputation
-pair       compares two sequences: with a frozen head two GEMMs; else one sweep over whole pairs where a pair's
-           logits fit the chunk budget, recomputation where they do not
-"""
+"""The one-call forms of single losses, each with the arguments of its own; `linear.linear_loss` has them all."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from . import backends, reduce
-from .losses import DFT, DPO, NLL, FDivergenceSFT, Loss, PreferenceResult, get, sequence_logprob
-from .losses.base import widest
+from . import reduce
+from .linear import linear_loss
+from .losses import DFT, DPO, NLL, FDivergenceSFT, PreferenceResult
 from .ops import linear_logprobs, linear_token_loss
-from .ops.checks import check_reduction, check_tensor, check_tokens
+from .ops.checks import check_tensor, check_tokens
 from .ops.logprobs import Call, prepare
-from .ops.token_loss import check_token_input, single_pass
+from .ops.token_loss import check_token_input
 from .types import Head, OptionKeywords, Options, Reduction, TokenStats, statistics_dtype
-
-OPTION_NAMES = frozenset(OptionKeywords.__annotations__)
-
-
-def linear_loss(
-    loss: Loss | str,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    *,
-    token_weight: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    reduction: Reduction = "mean",
-    normalizer: Tensor | float | None = None,
-    **inputs_and_options: Any,
-) -> Any:
-    """Any loss of `logitless.losses` from hidden states and the output head, with no `[tokens, vocabulary]` tensor.
-
-    Args:
-        loss: a loss, `losses.DPO(beta=0.2)`, or its name for its defaults, `"dft"`.
-        hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]`, aligned (no shift), as in `linear_logprobs`. A pair loss
-            takes `[2B, T, H]`, the first half chosen and the second rejected, or flat `[N, H]` with `cu_seqlens`.
-        token_weight: `[...]` constants that multiply the per-token losses (not of a pair loss).
-        cu_seqlens: `[S + 1]` boundaries, 0 first and N last, of S sequences that lie behind one another in flat inputs;
-            for a pair loss S = 2B, the chosen ones first. For losses that look at whole sequences.
-        reduction: "mean" divides by the number of tokens that count (of pairs, for a pair loss), or by `normalizer`;
-            "sum"; "none" gives `[...]` (`[B]`).
-        normalizer: number, or tensor of one, that "mean" divides by instead: the global count under gradient
-            accumulation or data parallelism.
-        **inputs_and_options: the loss's own inputs by name (`ref_logprob=`, `ref_lse=`), of the targets' shape, and the
-            options of the head and the backend that `linear_logprobs` documents.
-
-    Returns:
-        A scalar (or `[...]`) for token and sequence losses; for a pair loss its named tuple, `loss` reduced, the
-        metrics `[B]` and detached. float32 (float64 for float64 inputs).
-
-    Raises:
-        TypeError, ValueError: an unknown loss (near names are listed), a missing or unknown input, or anything that
-            `linear_logprobs` and `linear_token_loss` refuse.
-    """
-    loss = get(loss)
-    check_tokens(hidden, targets)
-    options = {k: v for k, v in inputs_and_options.items() if k in OPTION_NAMES}
-    inputs = _loss_inputs(loss, {k: v for k, v in inputs_and_options.items() if k not in OPTION_NAMES}, hidden)
-    if loss.level == "pair":
-        if token_weight is not None:
-            raise ValueError(f"token_weight: a pair loss ({loss.name}) has no per-token losses to weight")
-        return _pair_loss(loss, hidden, weight, targets, inputs, cu_seqlens, reduction, normalizer, Options(**options))
-    if token_weight is not None:
-        check_token_input("token_weight", token_weight, hidden)
-    if loss.level == "sequence":
-        check_reduction(reduction, normalizer)
-        return _sequence_loss(
-            loss, hidden, weight, targets, inputs, cu_seqlens, token_weight, reduction, normalizer, options
-        )
-    constants = list(inputs.values())
-    function: Any = loss
-    if token_weight is not None:
-        constants.insert(0, token_weight)
-        function = _Weighted(loss)
-    return linear_token_loss(
-        hidden,
-        weight,
-        targets,
-        function,
-        token_inputs=constants,
-        outputs=loss.outputs,
-        reduction=reduction,
-        normalizer=normalizer,
-        **options,
-    )
-
-
-def _loss_inputs(loss: Loss, given: dict[str, Any], hidden: Tensor) -> dict[str, Tensor]:
-    """The loss's required inputs in call order; unknown ones and missing ones are errors."""
-    known = ", ".join(loss.inputs) or "none"
-    for name in given:
-        if name not in loss.inputs:
-            raise TypeError(f"linear_loss: {loss.name!r} has no input or option {name!r}; its inputs are {known}")
-    for name in loss.inputs:
-        if given.get(name) is None:
-            raise ValueError(f"{name}: {loss.name!r} needs it, a tensor of shape {list(hidden.shape[:-1])}, got None")
-        check_token_input(name, given[name], hidden)
-    return {name: given[name] for name in loss.inputs}
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """A token loss times a weight; an object, not a closure, which `torch.compile` could not hand to the op."""
-
-    loss: Loss
-
-    def __call__(self, stats: TokenStats, weight: Tensor, *inputs: Tensor) -> Tensor:
-        out: Tensor = weight * self.loss(stats, *inputs)
-        return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sequences
-
-
-def _sequences(hidden: Tensor, cu_seqlens: Tensor | None) -> tuple[int, Tensor]:
-    """How many sequences there are, and `[N]` int64: the one that each token of the flattened input belongs to."""
-    tokens = torch.arange(hidden.shape[:-1].numel(), device=hidden.device)
-    if cu_seqlens is None:
-        if hidden.dim() < 3:
-            raise ValueError(f"cu_seqlens: needed where hidden is flat, got None and hidden {list(hidden.shape)}")
-        return hidden.shape[:-2].numel(), tokens.div(max(hidden.shape[-2], 1), rounding_mode="floor")
-    check_tensor("cu_seqlens", cu_seqlens, "[S + 1]", 1)
-    if cu_seqlens.is_floating_point() or len(cu_seqlens) < 1:
-        raise ValueError(f"cu_seqlens: expected S + 1 integers, got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
-    cu_seqlens = cu_seqlens.to(hidden.device)
-    if not torch.compiler.is_compiling():
-        first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
-        if first != 0 or last != len(tokens) or bool((cu_seqlens.diff() < 0).any()):
-            raise ValueError(
-                f"cu_seqlens: expected to rise from 0 to the number of tokens {len(tokens)}, got {cu_seqlens.tolist()}"
-            )
-    return len(cu_seqlens) - 1, torch.searchsorted(cu_seqlens[1:].contiguous(), tokens, right=True)
-
-
-def _sequence_loss(
-    loss: Loss,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    inputs: dict[str, Tensor],
-    cu_seqlens: Tensor | None,
-    token_weight: Tensor | None,
-    reduction: Reduction,
-    normalizer: Tensor | float | None,
-    options: dict[str, Any],
-) -> Tensor:
-    """Statistics of every token, then the loss along time."""
-    stats = linear_logprobs(hidden, weight, targets, outputs=loss.outputs, **options)
-    ignore_index = Options(**options).ignore_index
-    mask = targets != ignore_index
-    sequence = None if cu_seqlens is None else _sequences(hidden, cu_seqlens)[1].reshape(targets.shape)
-    per_token = loss(stats, *inputs.values(), mask=mask, sequence=sequence)
-    if token_weight is not None:
-        per_token = per_token * token_weight
-    if normalizer is None:
-        normalizer = reduce.count(targets, ignore_index)
-    return reduce.reduce(per_token, reduction, normalizer)
-
-
-def _pair_loss(
-    loss: Loss,
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    inputs: dict[str, Tensor],
-    cu_seqlens: Tensor | None,
-    reduction: Reduction,
-    normalizer: Tensor | float | None,
-    options: Options,
-) -> Any:
-    check_reduction(reduction, normalizer)
-    call = prepare(hidden, weight, targets, options)
-    count, sequence = _sequences(hidden, cu_seqlens)
-    if count % 2:
-        raise ValueError(f"hidden: expected 2B sequences, the chosen and then the rejected, got {count}")
-    pairs = _Pairs(loss, call, count // 2, sequence, inputs["ref_logprob"].reshape(-1))
-    if reduction != "none" and pairs.one_sweep():
-        result = pairs.sweep()
-    else:
-        stats = linear_logprobs(call.hidden, weight, call.targets, **vars(options))
-        assert stats.logprob is not None
-        result = pairs.result(stats.logprob)
-        if reduction != "none":
-            result = result._replace(loss=result.loss.sum())
-    if reduction == "mean":
-        normalizer = max(pairs.count, 1) if normalizer is None else normalizer
-        result = result._replace(loss=reduce.mean(result.loss, normalizer))
-    return result
-
-
-class _Pairs:
-    """Tokens of 2B sequences; sequence i is chosen over sequence B + i."""
-
-    def __init__(self, loss: Loss, call: Call, count: int, sequence: Tensor, ref_logprob: Tensor) -> None:
-        assert call.targets is not None
-        self.loss, self.call, self.count, self.sequence = loss, call, count, sequence
-        self.mask = call.targets != call.options.ignore_index
-        self.ref_logprob = torch.where(self.mask, ref_logprob.to(statistics_dtype(ref_logprob.dtype)), 0)
-
-    def result(self, logprob: Tensor) -> PreferenceResult:
-        """The loss per pair from the tokens' log-probs `[N]`."""
-        scores = (logprob, self.ref_logprob)
-        ours, reference = (_sums(self.loss, x, self.sequence, 2 * self.count, self.mask) for x in scores)
-        b = self.count
-        result = self.loss(ours[:b], ours[b:], reference[:b], reference[b:])
-        return PreferenceResult(*(x.to(logprob.dtype) for x in result))
-
-    def one_sweep(self) -> bool:
-        """Whether three GEMMs can do: a trainable head (a frozen one needs but two) and pairs that fit a chunk."""
-        options = self.call.options
-        if options.backend == "reference" or options.backward == "recompute" or not any(self.call.needs()[1:]):
-            return False
-        if options.backward == "single_pass":
-            return True
-        if torch.compiler.is_compiling() or self.count == 0:
-            return False
-        backend = backends.BACKENDS[backends.pick(options.backend, self.call.hidden, self.call.weight)]
-        sizes = torch.bincount((self.sequence % self.count)[self.mask], minlength=1)
-        return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)
-
-    def sweep(self) -> PreferenceResult:
-        """One sweep over whole pairs; the sum of the losses, and the metrics from the log-probs it leaves behind."""
-        inputs, pair = [self.sequence, self.ref_logprob], self.sequence % self.count
-        of_chunk = _WholePairs(self.loss, self.count)
-        total, logprob = single_pass(self.call, of_chunk, inputs, ("logprob",), groups=pair)
-        result = self.result(logprob)
-        # A pair without a token that counts is in no chunk; its constant belongs to the value all the same.
-        return result._replace(loss=total + (result.loss.sum() - total).detach())
-
-
-@dataclass(frozen=True)
-class _WholePairs:
-    """A pair loss of a chunk's tokens, all of their pairs' tokens among them; an object, as `_Weighted` is."""
-
-    loss: Loss
-    count: int
-
-    def __call__(self, stats: TokenStats, sequence: Tensor, ref_logprob: Tensor) -> Tensor:
-        assert stats.logprob is not None
-        ours, reference = (_sums(self.loss, x, sequence, 2 * self.count) for x in (stats.logprob, ref_logprob))
-        chosen = torch.unique(sequence % self.count)
-        rejected = chosen + self.count
-        per_pair: Tensor = self.loss(ours[chosen], ours[rejected], reference[chosen], reference[rejected]).loss
-        return per_pair
-
-
-def _sums(loss: Loss, logprob: Tensor, sequence: Tensor, count: int, mask: Tensor | None = None) -> Tensor:
-    """Sequences' log-probs as the loss wants them, sums over tokens or averages: in float64, as the loss takes the
-    small differences of long sums."""
-    average = getattr(loss, "average_logprob", False)
-    logprob = logprob.to(widest(logprob.device))
-    return sequence_logprob(logprob, sequence=sequence, num_sequences=count, mask=mask, average=average)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Cross-entropy
@@ -462,11 +215,14 @@ def linear_f_divergence_sft(
 ) -> Tensor:
     """f-divergence SFT, `-phi(beta (logprob - ref_logprob)) / beta` per token: `linear_loss(FDivergenceSFT(...), ...)`.
 
-    `ref_logprob`, and with `value="lse"` `ref_lse`, have the targets' shape: the reference model's statistics on the
-    same tokens, constants. Source: arXiv 2507.00018, derived as `losses.FDivergenceSFT` says.
+    `ref_logprob`, and with `value="lse"` or `"one_step"` `ref_lse`, have the targets' shape: the reference model's
+    statistics on the same tokens, constants. The form per sequence: `linear_loss(FDivergenceSFT(per="sequence"), ...)`.
+    Source: arXiv 2507.00018, derived as `losses.FDivergenceSFT` says.
     """
     loss = FDivergenceSFT(divergence=divergence, beta=beta, value=value, alpha=alpha, saturate=saturate)
-    inputs = {"ref_logprob": ref_logprob} if ref_lse is None else {"ref_logprob": ref_logprob, "ref_lse": ref_lse}
+    inputs: dict[str, Any] = (
+        {"ref_logprob": ref_logprob} if ref_lse is None else {"ref_logprob": ref_logprob, "ref_lse": ref_lse}
+    )
     return linear_loss(
         loss,
         hidden,
@@ -509,7 +265,8 @@ def linear_dpo(
         ref_hidden: `[..., H']` the reference's hidden states, scored here without a gradient, by
         ref_head: its head, a weight `[V, H']` with the options of the model's head, or a `Head` with its own. None: the
             model's own head, as under LoRA.
-        beta, loss_type, label_smoothing, divergence, alpha: see `losses.DPO`. IPO averages over tokens.
+        beta, loss_type, label_smoothing, divergence, alpha: see `losses.DPO`. IPO averages over tokens. Its other
+            fields (LD-DPO's `tail_weight`, WPO's `use_weighting`): `linear_loss(losses.DPO(...), ...)`.
         cu_seqlens, reduction, normalizer, **options: see `linear_loss`.
 
     Returns:
@@ -560,5 +317,4 @@ __all__ = [
     "linear_dft",
     "linear_dpo",
     "linear_f_divergence_sft",
-    "linear_loss",
 ]

@@ -26,8 +26,9 @@ def info() -> dict[str, str]:
     if torch.accelerator.is_available():
         devices.append(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
     for device in devices:
-        tensor = torch.empty(1, 1, device=device)
-        found[f"backend on {device.type}"] = backends.pick("auto", tensor, tensor)
+        found[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
+        for name, module in backends.BACKENDS.items():
+            found[f"{name} on {device.type}"] = module.supports(device, torch.float32) or "available"
     return found
 
 

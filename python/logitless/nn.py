@@ -65,7 +65,10 @@ class LinearDFTLoss(_LinearLoss):
 
 
 class LinearFDivergenceLoss(_LinearLoss):
-    """`logitless.linear_f_divergence_sft` as a module: `loss(hidden, weight, targets, ref_logprob)`."""
+    """`logitless.linear_f_divergence_sft` as a module: `loss(hidden, weight, targets, ref_logprob)`.
+
+    The form per sequence is `linear_loss(losses.FDivergenceSFT(per="sequence"), ...)`.
+    """
 
     def __init__(
         self,
@@ -88,7 +91,10 @@ class LinearFDivergenceLoss(_LinearLoss):
 
 
 class LinearDPOLoss(_LinearLoss):
-    """`logitless.linear_dpo` as a module: `loss(hidden, weight, targets, ref_logprob=...)`."""
+    """`logitless.linear_dpo` as a module: `loss(hidden, weight, targets, ref_logprob=...)`.
+
+    The fields of `losses.DPO` that it does not take are those of `linear_loss(losses.DPO(...), ...)`.
+    """
 
     def __init__(
         self,

@@ -1,16 +1,92 @@
-"""The only place that divides: per-token losses to one number, weight_t = 1 / Z with Z explicit and global."""
+"""The only place that divides: per-token losses to one number, `sum_t m_t a_t loss_t / Z` with Z explicit and global.
+
+    name               a_t                     Z (unless `normalizer` gives the count)
+    "mean"             1                       tokens that count
+    "sequence_mean"    1                       sequences
+    "mean_of_means"    1 / |y|                 sequences; |y| is the length of the token's sequence
+    "constant_length"  1                       sequences * max_length
+    "sum"              1                       1
+
+m_t is 1 where a token counts. A sequence without a token that counts is none: padding of any width changes nothing.
+"""
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from .types import Reduction
+from .types import LossReduction
+
+OF_SEQUENCES = ("sequence_mean", "mean_of_means", "constant_length")
+
+
+class Rule(NamedTuple):
+    """A named reduction of one batch."""
+
+    token_weight: Tensor | None  # a_t, of the mask's shape; None: 1
+    normalizer: Tensor | float  # Z
+
+
+def check(reduction: str, normalizer: object, max_length: object = None) -> None:
+    """Raises unless the three fit together."""
+    if reduction not in get_args(LossReduction):
+        raise ValueError(f"reduction: expected one of {list(get_args(LossReduction))}, got {reduction!r}")
+    if (max_length is not None) != (reduction == "constant_length"):
+        raise ValueError(f"max_length: goes with reduction='constant_length', got {max_length} with {reduction!r}")
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise ValueError(f"max_length: expected a positive int, got {max_length!r}")
+    if normalizer is None:
+        return
+    if reduction in ("none", "sum"):
+        raise ValueError(f"normalizer: divides reduction='mean' and its like only, got reduction={reduction!r}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}")
+    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
+        raise TypeError(f"normalizer: expected a number or a tensor of one, got {type(normalizer).__name__}")
+    elif not 0 < normalizer < math.inf:
+        raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
 
 
 def count(targets: Tensor, ignore_index: int) -> Tensor:
     """Number of tokens that count, `[]` float32 on the targets' device (no synchronisation)."""
     return (targets != ignore_index).sum().float()
+
+
+def rule(
+    reduction: LossReduction,
+    mask: Tensor,
+    *,
+    sequence: Tensor | None = None,
+    num_sequences: int = 0,
+    normalizer: Tensor | float | None = None,
+    max_length: int | None = None,
+) -> Rule:
+    """What to multiply and to divide by.
+
+    Args:
+        reduction: a name of the table above ("none" and "sum" divide by 1).
+        mask: `[...]` bool, the tokens that count.
+        sequence: int64 of the mask's shape, the number of each token's sequence, in [0, num_sequences). Needed by the
+            three that count sequences.
+        normalizer: the count to divide by, in place of this batch's own: the global number of tokens, or of sequences,
+            under gradient accumulation and data parallelism.
+        max_length: of "constant_length": the constant that stands for every sequence's length (Dr. GRPO: the longest
+            completion that may be generated).
+    """
+    if reduction in ("none", "sum"):
+        return Rule(None, 1.0)
+    if reduction == "mean":
+        return Rule(None, mask.sum().float() if normalizer is None else normalizer)
+    assert sequence is not None
+    lengths = torch.zeros(num_sequences, device=mask.device).index_add_(0, sequence.flatten(), mask.flatten().float())
+    sequences = (lengths > 0).sum().float() if normalizer is None else normalizer
+    if reduction == "mean_of_means":
+        return Rule(lengths.clamp(min=1).reciprocal()[sequence], sequences)
+    return Rule(None, sequences if max_length is None else sequences * max_length)
 
 
 def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
@@ -21,9 +97,11 @@ def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
     return total / normalizer
 
 
-def reduce(per_token: Tensor, reduction: Reduction, normalizer: Tensor | float) -> Tensor:
-    """`"none"`, `"sum"`, or `"mean"` by `normalizer`."""
-    if reduction == "none":
+def apply(per_token: Tensor, mask: Tensor, rule: Rule, *, keep_tokens: bool = False) -> Tensor:
+    """`sum_t m_t a_t loss_t / Z`; with `keep_tokens` the tokens' `m_t loss_t`, for reduction "none"."""
+    per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
+    if keep_tokens:
         return per_token
-    total = per_token.sum()
-    return total if reduction == "sum" else mean(total, normalizer)
+    if rule.token_weight is not None:
+        per_token = per_token * rule.token_weight.to(per_token.dtype)
+    return mean(per_token.sum(), rule.normalizer)

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from .types import LogitTransform, TokenStats, statistics_dtype
+from .types import DivergenceOptions, Head, LogitTransform, TokenStats, statistics_dtype
 
 
 def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> Tensor:
@@ -69,3 +69,81 @@ def linear_logprobs(
     kept = (targets != ignore_index).nonzero()[:, 0]
     compact = statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs)
     return TokenStats(*(None if x is None else x.new_zeros(len(targets)).index_add(0, kept, x) for x in compact))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences
+
+
+def linear_divergence(
+    hidden: Tensor,
+    head: Head,
+    ref_hidden: Tensor,
+    ref_head: Head,
+    *,
+    mask: Tensor | None,
+    options: DivergenceOptions,
+) -> Tensor:
+    """`[N]` divergences of `hidden [N, H]` and `ref_hidden [N, H']` under their heads; see
+    `logitless.linear_divergence`. `mask [N]` bool: the tokens that count."""
+    kept = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero()[:, 0]
+    log_q, log_p = (
+        logits(x[kept], y.weight, y.bias, LogitTransform(y.logit_scale, y.softcap, y.temperature)).log_softmax(-1)
+        for x, y in ((hidden, head), (ref_hidden, ref_head))
+    )
+    dtype = torch.promote_types(log_q.dtype, log_p.dtype)
+    found = divergence(log_p.to(dtype), log_q.to(dtype), options)
+    return found.new_zeros(len(hidden)).index_add(0, kept, found)
+
+
+def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tensor:
+    """`[n]` divergences of the reference P and the model Q from their log-probabilities `[n, V]`, as defined."""
+    nowhere = log_p.isneginf() & log_q.isneginf()  # left out of every sum, so that no -inf meets another
+    log_p, log_q = log_p.masked_fill(nowhere, 0), log_q.masked_fill(nowhere, 0)
+
+    def total(x: Tensor) -> Tensor:
+        return x.masked_fill(nowhere, 0).sum(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        present = ~a.isneginf()
+        return total(a.exp() * torch.where(present, a, 0) - a.exp() * torch.where(present, b, 0))
+
+    def mix(weight: float) -> Tensor:  # log(weight P + (1 - weight) Q)
+        if weight in (0, 1):
+            return log_p if weight else log_q
+        return torch.logaddexp(log_p + math.log(weight), log_q + math.log1p(-weight))
+
+    def alpha_divergence(a: float) -> Tensor:
+        if a in (0, 1):
+            return kl(log_p, log_q) if a else kl(log_q, log_p)
+        return (1 - total((a * log_p + (1 - a) * log_q).exp())) / (a * (1 - a))
+
+    def js(w: float) -> Tensor:
+        if options.normalized and w in (0, 1):
+            return kl(log_q, log_p) if w else kl(log_p, log_q)
+        found = w * kl(log_p, mix(w)) + (1 - w) * kl(log_q, mix(w))
+        return found / (w * (1 - w)) if options.normalized else found
+
+    match options.kind:
+        case "forward_kl":
+            return kl(log_p, log_q)
+        case "reverse_kl":
+            return kl(log_q, log_p)
+        case "js":
+            return js(options.mixture)
+        case "skew_forward_kl":
+            return kl(log_p, mix(options.skew))
+        case "skew_reverse_kl":
+            return kl(log_q, mix(1 - options.skew))
+        case "total_variation":
+            return total((log_p.exp() - log_q.exp()).abs()) / 2
+        case "squared_hellinger":
+            return 1 - total(((log_p + log_q) / 2).exp())
+        case "pearson_chi2":
+            return total((2 * log_q - log_p).exp()) - 1
+        case "neyman_chi2":
+            return total((2 * log_p - log_q).exp()) - 1
+        case "alpha":
+            return alpha_divergence(options.alpha)
+        case _:  # cross_entropy
+            return -total(log_p.exp() * torch.where(log_p.isneginf(), 0, log_q))

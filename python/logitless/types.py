@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypedDict
+from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 BackendName = Literal["auto", "reference", "chunked", "triton", "cuda"]
-BackwardName = Literal["auto", "recompute", "single_pass"]
+BackwardName = Literal["auto", "recompute", "single_pass", "tail_corrected"]
 Reduction = Literal["none", "sum", "mean"]
+LossReduction = Literal["none", "sum", "mean", "sequence_mean", "mean_of_means", "constant_length"]
 
+#: Of a tail-corrected backward: gradients as far off as bfloat16 arithmetic's, twice at most (docs/tail-corrected.md).
+TAIL_TOLERANCE = 2**-12
 #: The fields of `TokenStats`, in order; the first four carry gradients.
 OUTPUTS = ("logprob", "lse", "entropy", "mean_logit", "correct", "log_sum_sq")
 DIFFERENTIABLE = OUTPUTS[:4]
@@ -95,6 +98,58 @@ class LogitTransform:
         return (1 - capped.square()) * self.slope
 
 
+DivergenceKind = Literal[
+    "forward_kl",
+    "reverse_kl",
+    "js",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "squared_hellinger",
+    "pearson_chi2",
+    "neyman_chi2",
+    "alpha",
+    "cross_entropy",
+]
+
+
+@dataclass(frozen=True)
+class DivergenceOptions:
+    """Which divergence of `linear_divergence`, and its parameters; checked here for the op and for the losses on it.
+
+    A parameter that differs from its default but that `kind` does not read is an error, not silence.
+    """
+
+    kind: DivergenceKind
+    mixture: float = 0.5
+    skew: float = 0.1
+    alpha: float = 0.5
+    normalized: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(DivergenceKind):
+            raise ValueError(f"kind: expected one of {list(get_args(DivergenceKind))}, got {self.kind!r}")
+        if not isinstance(self.normalized, bool):
+            raise TypeError(f"normalized: expected a bool, got {type(self.normalized).__name__}")
+        _check_number("mixture", self.mixture, "a number in [0, 1]", lambda x: 0 <= x <= 1)
+        _check_number("skew", self.skew, "a number in [0, 1)", lambda x: 0 <= x < 1)
+        _check_number("alpha", self.alpha, "a finite number", math.isfinite)
+        if self.kind == "js" and not self.normalized and self.mixture in (0, 1):
+            raise ValueError(
+                f"mixture: the js divergence with mixture {self.mixture} is 0 for all distributions; with "
+                "normalized=True it is forward_kl at 0 and reverse_kl at 1"
+            )
+        unread = {
+            "mixture": self.kind != "js" and self.mixture != 0.5,
+            "normalized": self.kind != "js" and self.normalized,
+            "skew": not self.kind.startswith("skew") and self.skew != 0.1,
+            "alpha": self.kind != "alpha" and self.alpha != 0.5,
+        }
+        for name, given in unread.items():
+            if given:
+                raise ValueError(f"{name}: kind {self.kind!r} does not read it, got {getattr(self, name)}")
+
+
 @dataclass(frozen=True)
 class Options:
     """The options of the head and of the backend that every op of the library takes, with their defaults."""
@@ -108,10 +163,16 @@ class Options:
     backward: BackwardName = "auto"
     chunk_bytes: int | None = None
     chunk_dtype: torch.dtype | None = None
+    tail_tolerance: float = TAIL_TOLERANCE
 
     @property
     def transform(self) -> LogitTransform:
         return LogitTransform(self.logit_scale, self.softcap, self.temperature)
+
+    @property
+    def tail(self) -> float | None:
+        """The tolerance of a tail-corrected backward; None where it is exact, as at a tolerance of 0."""
+        return self.tail_tolerance if self.backward == "tail_corrected" and self.tail_tolerance > 0 else None
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -126,6 +187,7 @@ class OptionKeywords(TypedDict, total=False):
     backward: BackwardName
     chunk_bytes: int | None
     chunk_dtype: torch.dtype | None
+    tail_tolerance: float
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,15 +10,28 @@ float32 ones, where the last is the rounding of the bfloat16 gradient itself.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..types import Options, TokenStats
 from . import sweep
-from .problem import Coefficients, Forward, Gradients, Needs, Problem, SinglePass, Upstream
+from .divergence import rows as divergence_rows
+from .divergence import sweep as divergence_sweep
+from .problem import (
+    Coefficients,
+    DivergenceProblem,
+    DivergenceResult,
+    Forward,
+    Gradients,
+    Needs,
+    Problem,
+    SinglePass,
+    Upstream,
+)
 from .rows import ENGINE
 
 
-def supports(hidden: Tensor, weight: Tensor) -> str | None:
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     """Every device and floating dtype that PyTorch multiplies."""
     return None
 
@@ -44,3 +57,8 @@ def single_pass(
 ) -> SinglePass:
     """The sum of a loss and its gradients in one sweep."""
     return sweep.single_pass(ENGINE, problem, outputs, coefficients, groups, needs)
+
+
+def divergence(problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]) -> DivergenceResult:
+    """Divergences and, where `upstream` is given, gradients, in one sweep."""
+    return divergence_sweep(divergence_rows, problem, upstream, needs)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import LogitTransform, TokenStats
+from ..types import DivergenceOptions, LogitTransform, TokenStats
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,26 @@ class Problem:
     transform: LogitTransform
     chunk_bytes: int | None = None  # budget for a chunk of logits; None: the backend's default
     chunk_dtype: torch.dtype | None = None  # of a chunk's logits; None: the statistics'
+
+
+@dataclass(frozen=True)
+class Side:
+    """Tokens that count, and the head that makes their distributions: the model's, or the reference's."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    transform: LogitTransform
+
+
+@dataclass(frozen=True)
+class DivergenceProblem:
+    """Two distributions for each token. H may differ between the sides, V and N may not."""
+
+    model: Side
+    ref: Side
+    options: DivergenceOptions
+    chunk_bytes: int | None = None  # budget for both sides' logits of a chunk; None: the backend's default
 
 
 class Needs(NamedTuple):
@@ -64,11 +84,17 @@ class SinglePass(NamedTuple):
     gradients: Gradients  # of that sum
 
 
+class DivergenceResult(NamedTuple):
+    values: Tensor  # [N]
+    model: Gradients  # of the sum of the values, each times its upstream gradient
+    ref: Gradients
+
+
 #: (statistics of a chunk, its rows) -> (sum of its losses, gradients to those statistics)
 Coefficients = Callable[[TokenStats, slice], tuple[Tensor, Upstream]]
 
 
-def empty_gradients(problem: Problem, needs: Needs, dtype: torch.dtype) -> Gradients:
+def empty_gradients(problem: Problem | Side, needs: Needs, dtype: torch.dtype) -> Gradients:
     """Zeroed accumulators for what is needed."""
     tensors = (problem.hidden, problem.weight, problem.bias)
     return Gradients(

@@ -96,12 +96,10 @@ def _gradient(tile: Tile, head: RowHead, upstream: Upstream) -> RowGradient:
     zero = torch.zeros_like(log_total)
     a, b = zero if a is None else a, zero if b is None else b
     assert stats.logprob is not None and stats.lse is not None  # always measured
-    p = stats.logprob.exp()
-    target = b * p - a * torch.expm1(stats.logprob)
+    target = target_entry(stats, upstream)
     factor = b - a
     if entropy_grad is not None:
         assert stats.entropy is not None
-        target = target - entropy_grad * (torch.xlogy(p, p) + p * stats.entropy)
         factor = factor - entropy_grad * (stats.entropy - log_total)
     total = log_total.exp()
     if derivative is None:
@@ -116,6 +114,20 @@ def _gradient(tile: Tile, head: RowHead, upstream: Upstream) -> RowGradient:
     if mean_grad is not None:
         e.add_((mean_grad / e.shape[1])[:, None])
     return RowGradient(e.mul_(derivative), None, target)
+
+
+def target_entry(stats: TokenStats, upstream: Upstream) -> Tensor:
+    """`dL / dz` at the target without the mean logit's part, `[n]` (kernels/README.md, eq. 12)."""
+    a, b, entropy_grad, _ = upstream
+    assert stats.logprob is not None
+    p = stats.logprob.exp()
+    entry = torch.zeros_like(p) if a is None else -a * torch.expm1(stats.logprob)
+    if b is not None:
+        entry = entry + b * p
+    if entropy_grad is not None:
+        assert stats.entropy is not None
+        entry = entry - entropy_grad * (torch.xlogy(p, p) + p * stats.entropy)
+    return entry
 
 
 def _bend_(e: Tensor, factor: Tensor, entropy_factor: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ H 576, V 49152, chunks of 128 to 192 tokens), and no row operation minds.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -99,7 +99,7 @@ def forward(engine: RowEngine, problem: Problem, outputs: tuple[str, ...], unit_
             assert tile.stats.lse is not None
             unit.add(rows, tile, Upstream(logprob=torch.ones_like(tile.stats.lse)))
         del tile  # a softcap's derivative is as large as the next chunk
-    return Forward(_concatenate(found, chunks.dtype, problem, outputs), unit.sums.hidden if unit else None)
+    return Forward(concatenate(found, chunks.dtype, problem, outputs), unit.sums.hidden if unit else None)
 
 
 def backward(engine: RowEngine, problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
@@ -119,10 +119,12 @@ def single_pass(
     coefficients: Coefficients,
     groups: Tensor | None,
     needs: Needs,
+    accumulators: Callable[[Chunks, Needs], Accumulators] | None = None,
 ) -> SinglePass:
-    """The sum of a loss and its gradients in one sweep; `groups [N]`, non-decreasing, are never cut by a chunk."""
+    """The sum of a loss and its gradients in one sweep; `groups [N]`, non-decreasing, are never cut by a chunk.
+    `accumulators` takes the place of the exact ones."""
     chunks = Chunks(engine, problem, outputs)
-    gradients = Accumulators(chunks, needs)
+    gradients = (accumulators or Accumulators)(chunks, needs)
     count = len(problem.targets)
     loss = torch.zeros((), dtype=chunks.dtype, device=problem.hidden.device)
     logprob = torch.empty(count, dtype=chunks.dtype, device=problem.hidden.device)
@@ -191,6 +193,17 @@ def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.add_(torch.mm(a, b))
 
 
+def products(hidden: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
+    """Raw products `[n, V]` in the buffer, in the layout that the device likes."""
+    vocabulary = weight.shape[0]
+    flat = buffer[: len(hidden) * vocabulary]
+    if hidden.device.type == "cpu":
+        multiply(weight, hidden.T, out=flat.view(vocabulary, -1))
+        return flat.view(vocabulary, -1).T
+    multiply(hidden, weight.T, out=flat.view(-1, vocabulary))
+    return flat.view(-1, vocabulary)
+
+
 class Chunks:
     """The head's operands and one buffer for a chunk's logits, used again for every chunk."""
 
@@ -217,14 +230,7 @@ class Chunks:
 
     def raw(self, rows: slice) -> Tensor:
         """Raw products `[n, V]`, in the buffer."""
-        vocabulary = self.weight.shape[0]
-        hidden = self.hidden[rows]
-        flat = self.buffer[: len(hidden) * vocabulary]
-        if hidden.device.type == "cpu":
-            multiply(self.weight, hidden.T, out=flat.view(vocabulary, -1))
-            return flat.view(vocabulary, -1).T
-        multiply(hidden, self.weight.T, out=flat.view(-1, vocabulary))
-        return flat.view(-1, vocabulary)
+        return products(self.hidden[rows], self.weight, self.buffer)
 
     def measure(self, rows: slice) -> Tile:
         mean_logit = self._mean_logit(rows) if self.linear_mean and "mean_logit" in self.outputs else None
@@ -244,7 +250,7 @@ class Accumulators:
     """Gradient sums in the statistics' dtype, whatever the number of chunks."""
 
     def __init__(self, chunks: Chunks, needs: Needs) -> None:
-        self.chunks = chunks
+        self.chunks, self.needs = chunks, needs
         self.sums = empty_gradients(chunks.problem, needs, chunks.dtype)
         # The mean logit's gradient is the same for every entry of the vocabulary: summed apart, added once.
         self.mean_weight: Tensor | None = None  # [H]
@@ -254,38 +260,46 @@ class Accumulators:
         """Adds a chunk's part; the tile is used up."""
         chunks = self.chunks
         gradient = chunks.engine.gradient(tile, chunks.head, upstream, chunks.weight.dtype)
-        mean = upstream.mean_logit if chunks.linear_mean else None
-        if mean is not None:
-            mean = mean * chunks.problem.transform.slope
+        self.add_gradient(rows, tile.targets, gradient, upstream)
+
+    def add_gradient(self, rows: slice, targets: Tensor, gradient: RowGradient, upstream: Upstream) -> None:
+        """The products of a chunk's gradient."""
         if self.sums.hidden is not None:
-            self._add_hidden(self.sums.hidden[rows], tile.targets, gradient, mean)
+            self._add_hidden(self.sums.hidden[rows], targets, gradient)
         if self.sums.weight is not None:
-            self._add_weight(self.sums.weight, rows, tile.targets, gradient, mean)
+            self._add_weight(self.sums.weight, rows, targets, gradient)
         if self.sums.bias is not None:
             scale = gradient.row_scale if gradient.row_scale is not None else torch.ones_like(gradient.target)
             multiply_add(gradient.matrix.T, scale[:, None].to(gradient.matrix.dtype), out=self.sums.bias[:, None])
-            self.sums.bias.index_add_(0, tile.targets, gradient.target)
-            if mean is not None:
-                self.mean_bias = mean.sum() + (0 if self.mean_bias is None else self.mean_bias)
+            self.sums.bias.index_add_(0, targets, gradient.target)
+        self.add_mean(rows, upstream)
 
-    def _add_hidden(self, out: Tensor, targets: Tensor, gradient: RowGradient, mean: Tensor | None) -> None:
+    def _add_hidden(self, out: Tensor, targets: Tensor, gradient: RowGradient) -> None:
         chunks = self.chunks
         multiply(gradient.matrix, chunks.weight, out=out)
         if gradient.row_scale is not None:
             out.mul_(gradient.row_scale[:, None])
         out.addcmul_(gradient.target[:, None], chunks.weight[targets].to(out.dtype))
-        if mean is not None:
-            out.addcmul_(mean[:, None], chunks.mean_row)
 
-    def _add_weight(
-        self, out: Tensor, rows: slice, targets: Tensor, gradient: RowGradient, mean: Tensor | None
-    ) -> None:
+    def _add_weight(self, out: Tensor, rows: slice, targets: Tensor, gradient: RowGradient) -> None:
         hidden = self.chunks.hidden[rows].to(out.dtype)
         scaled = hidden if gradient.row_scale is None else hidden * gradient.row_scale[:, None]
         multiply_add(gradient.matrix.T, scaled.to(gradient.matrix.dtype), out=out)
         out.index_add_(0, targets, hidden * gradient.target[:, None])
-        if mean is not None:
-            self.mean_weight = hidden.T @ mean + (0 if self.mean_weight is None else self.mean_weight)
+
+    def add_mean(self, rows: slice, upstream: Upstream) -> None:
+        """The mean logit's part, where it is not in the matrix."""
+        chunks = self.chunks
+        if upstream.mean_logit is None or not chunks.linear_mean:
+            return
+        mean = upstream.mean_logit * chunks.problem.transform.slope
+        if self.sums.hidden is not None:
+            self.sums.hidden[rows].addcmul_(mean[:, None], chunks.mean_row)
+        if self.needs.weight:
+            part = chunks.hidden[rows].to(chunks.dtype).T @ mean
+            self.mean_weight = part + (0 if self.mean_weight is None else self.mean_weight)
+        if self.sums.bias is not None:
+            self.mean_bias = mean.sum() + (0 if self.mean_bias is None else self.mean_bias)
 
     def finish(self) -> Gradients:
         vocabulary = self.chunks.weight.shape[0]
@@ -296,7 +310,7 @@ class Accumulators:
         return self.sums
 
 
-def _concatenate(
+def concatenate(
     found: Sequence[TokenStats], dtype: torch.dtype, problem: Problem, outputs: tuple[str, ...]
 ) -> TokenStats:
     """The chunks' statistics as one, also of no chunk at all."""

@@ -60,6 +60,12 @@ def find_head(model: nn.Module) -> HeadModules:
     return HeadModules(outer, _inner(outer))
 
 
+def own_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
+    """The head's own weight and bias, without an adapter."""
+    linear = head.inner.base_layer if _is_adapter(head.inner) else head.inner
+    return linear.weight, linear.bias  # type: ignore[return-value,union-attr]
+
+
 def check_head(model: nn.Module, head: HeadModules) -> None:
     """Refuses, by name, a head that is not a linear layer on the base model's output, or that is quantised."""
     if not any(child is head.outer for child in model.children()):

@@ -11,12 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reduce
-from ..functional import linear_loss
+from ..linear import linear_loss, loss_inputs
 from ..losses import Loss
+from ..losses.batch import check_boundaries, evaluate, layout
 from ..ops import linear_logprobs
-from ..types import OUTPUTS, BackendName, BackwardName, OptionKeywords, TokenStats
+from ..types import OUTPUTS, BackendName, BackwardName, Head, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
-from .heads import HeadModules, find_head, product
+from .heads import HeadModules, find_head, own_product, product
+from .support import causal_lm
 
 if TYPE_CHECKING:
     from .outputs import LinearCausalLMOutput
@@ -64,6 +66,8 @@ class Request:
         return self.labels is not None or self.shift_labels is not None
 
 
+#: What `loss_inputs` may hold beside tensors of the batch's shape: arguments of `linear_loss`.
+CALL_SETTINGS = ("reduction", "max_length", "ref_head")
 REQUEST_ARGUMENTS = tuple(name for name in Request.__dataclass_fields__ if name not in ("inputs", "gain"))
 
 
@@ -152,25 +156,11 @@ def _targets(request: Request, hidden: Tensor) -> Tensor:
     if name == "labels":
         targets = F.pad(targets, (0, 1), value=request.ignore_index)[..., 1:]
     if request.cu_seqlens is not None:
-        _check_boundaries(request.cu_seqlens, targets.numel())
+        check_boundaries(request.cu_seqlens, targets.numel())
         if name == "labels":
             last = (request.cu_seqlens[1:] - 1).to(hidden.device).long()
             targets = targets.flatten().index_fill(0, last, request.ignore_index).view_as(targets)
     return targets
-
-
-def _check_boundaries(cu_seqlens: Tensor, tokens: int) -> None:
-    """Their form anywhere; their values where reading them waits for no GPU and breaks no graph."""
-    if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point():
-        got = list(cu_seqlens.shape) if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
-        raise ValueError(f"cu_seqlens: expected a tensor of S + 1 integers, got {got}")
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return
-    values = cu_seqlens.tolist()
-    if not values or values[0] != 0 or values[-1] != tokens or sorted(values) != values:
-        raise ValueError(
-            f"cu_seqlens: expected boundaries that rise from 0 to the number of tokens {tokens}, got {values}"
-        )
 
 
 @dataclass
@@ -235,17 +225,15 @@ class _HeadCall:
 
     def _loss_of_stats(self, found: dict[str, Tensor]) -> Tensor:
         """A token loss of statistics that are there already."""
-        stats = _stats(found, self.loss.outputs)
         given = self._inputs()
-        weight = given.pop("token_weight", None)
-        if set(given) != set(self.loss.inputs):
-            raise ValueError(f"loss_inputs: {self.loss.name!r} takes {list(self.loss.inputs)}, got {list(given)}")
-        per_token = self.loss(stats, *(given[name] for name in self.loss.inputs))
-        per_token = per_token if weight is None else weight * per_token
-        counts = self.targets != self.request.ignore_index
-        items = self.request.num_items_in_batch
-        count = reduce.count(self.targets, self.request.ignore_index) if items is None else items
-        return reduce.reduce(torch.where(counts, per_token, torch.zeros_like(per_token)), "mean", count)
+        settings = {name: given.pop(name, None) for name in ("token_weight", "max_length")}
+        settings["reduction"] = given.pop("reduction", self.loss.reduction)
+        reduce.check(settings["reduction"], self.request.num_items_in_batch, settings["max_length"])
+        tokens = layout(self.targets != self.request.ignore_index, self.request.cu_seqlens)
+        stats, items = _stats(found, self.loss.outputs), self.request.num_items_in_batch
+        known = loss_inputs(self.loss, given, tokens, self.targets.device)
+        out: Tensor = evaluate(self.loss, stats, tokens, known, normalizer=items, **settings)
+        return out
 
     def _linear_loss(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
         result = linear_loss(
@@ -255,20 +243,28 @@ class _HeadCall:
             self.targets,
             cu_seqlens=self.request.cu_seqlens,
             normalizer=self.request.num_items_in_batch,
-            **{**self._inputs(), **options},  # type: ignore[arg-type]
+            **{**self._inputs(), **options},
         )
         if isinstance(result, Tensor):
             return {"loss": result}
         self.result_type = type(result)
         return {"loss": result.loss, **{f"result.{k}": v for k, v in result._asdict().items() if v is not None}}
 
-    def _inputs(self) -> dict[str, Tensor]:
+    def _inputs(self) -> dict[str, Any]:
+        """The loss's inputs on the targets' device; its settings of the call (a reduction) as they are."""
         given, expected = self.request.loss_inputs or {}, self.targets.shape
         for name, value in given.items():
-            if not isinstance(value, Tensor) or value.shape != expected:
+            if name in CALL_SETTINGS:
+                continue
+            per_sequence = (
+                isinstance(value, Tensor)
+                and value.dim() < 2
+                and name in (*self.loss.inputs, *self.loss.sequence_inputs, *self.loss.optional_inputs)
+            )
+            if not isinstance(value, Tensor) or not (per_sequence or value.shape[: len(expected)] == expected):
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loss_inputs[{name!r}]: expected a tensor {list(expected)} like labels, got {got}")
-        return {name: value.to(self.targets.device) for name, value in given.items()}
+        return {k: v.to(self.targets.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
     def unpack(self, found: dict[str, Tensor], output: LinearCausalLMOutput) -> None:
         """What the head's call gave, into the fields of the output."""
@@ -280,6 +276,14 @@ class _HeadCall:
         if self.result_type is not None:
             fields = {name: found.get(f"result.{name}") for name in self.result_type._fields}
             output.loss_result = self.result_type(**fields)
+
+
+def plain_head(model: nn.Module) -> Head:
+    """A model's own output head, without an adapter on it: what a reference's hidden states go with."""
+    inner = causal_lm(model)
+    rule = head_rule(inner)
+    weight, bias = rule.cut(*own_product(find_head(inner)))
+    return Head(weight.detach(), None if bias is None else bias.detach(), *vars(rule.transform).values())
 
 
 def _recomputable(options: OptionKeywords) -> OptionKeywords:

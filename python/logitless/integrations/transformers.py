@@ -51,15 +51,16 @@ def patch(
 
     - `labels` `[B, T]`, shifted inside as Transformers does, or `shift_labels` `[B, T]`, taken as they are; both hold
       `ignore_index` (an argument too, -100 by default) where a position does not count. Their loss is the mean over the
-      tokens that count, or the sum over `num_items_in_batch` where that is given (an int or a tensor; for a pair loss
-      the number of pairs). All ignored gives 0, where Transformers gives NaN. What the model itself adds (a router's or
-      a z-loss) is added to whatever loss is asked for.
+      tokens that count, or the sum over `num_items_in_batch` where that is given (an int or a tensor; the number of
+      pairs for a pair loss, of sequences for a loss whose reduction counts them). All ignored gives 0, where
+      Transformers gives NaN. What the model itself adds (a router's or a z-loss) is added to any loss.
     - `skip_logits`: True computes no logits, False true ones besides the loss, None (default) skips them exactly while
       `model.training`. Skipped logits are `None` in the output. Without labels, and in `generate`, the original forward
       runs; so it does where logits and plain NLL are asked for together.
     - `loss`: a loss or its name in place of the patch's, for this call.
     - `loss_inputs`: dict of the loss's own per-token inputs by name (`ref_logprob`, `token_weight`, ...), `[B, T]`;
-      position t holds the value for predicting token t + 1, as `token_stats` does.
+      position t holds the value for predicting token t + 1, as `token_stats` does. One number a sequence serves too;
+      `reduction`, `max_length` and `ref_head` are those of `logitless.linear_loss`.
     - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable.
     - `hidden_only`: True returns hidden states `[B, T, H]` in place of logits, with or without labels: for hosts that
       compute a loss themselves.

@@ -21,17 +21,22 @@ from ..types import TokenStats
 class Loss:
     """Base class of the losses: what a loss declares about itself.
 
-    - `name`: its name in the registry.
-    - `level`: `"token"` (elementwise over tokens), `"sequence"` (also looks along the last axis, which is time) or
-      `"pair"` (compares two sequences).
-    - `inputs`: the per-token constants it needs beside the statistics, in call order, such as `("ref_logprob",)`.
-    - `optional_inputs`: those it takes after them and can do without.
-    - `outputs`: the fields of `TokenStats` that it reads.
+    `level` says what one number of the loss depends on, and how it is called:
 
-    Token and sequence losses are called as `loss(stats, *inputs)` and return the unreduced per-token tensor. Pair
-    losses are called as `loss(chosen, rejected, ref_chosen, ref_rejected)` with one log-probability per sequence and
-    return a named tuple whose first field is the unreduced loss per pair. What belongs to the reference is a constant:
-    it is detached here. A token loss gives an ignored token whatever the formula makes of it: who reduces, masks.
+    - `"token"`: the token's own statistics; `loss(stats, **inputs)` gives the unreduced per-token tensor.
+    - `"sequence"`: looks along time, over a sequence or over the batch; `loss(stats, **inputs, mask=, sequence=)` gives
+      a per-token tensor, 0 where `mask` is False. `sequence` (int64) numbers the tokens' sequences; None where a row
+      of the last axis is one.
+    - `"pair"`: two sequences; `loss(chosen, rejected, ref_chosen, ref_rejected, **extras)` of one log-probability a
+      sequence (without `inputs`: `loss(chosen, rejected, **extras)`) gives a named tuple whose first field is the
+      unreduced loss per pair, and whose others are detached metrics.
+    - `"unpaired"`: one sequence; `loss(logprob, ref_logprob, **sequence_inputs, **extras)`, likewise.
+    - `"distribution"`: the whole distribution against a reference's; `loss(stats, divergence)` of what
+      `linear_divergence` gives per token, `loss(stats, 0) + divergence_weight * divergence`. Without `outputs` the loss
+      is that divergence itself.
+
+    What belongs to the reference, and every other input, is a constant: it is detached here. A loss gives an ignored
+    token whatever the formula makes of it: who reduces, masks.
     """
 
     name: ClassVar[str]
@@ -43,15 +48,67 @@ class Loss:
 
     @property
     def inputs(self) -> tuple[str, ...]:
+        """The per-token constants needed beside the statistics, in call order, such as `("ref_logprob",)`."""
         return ()
 
     @property
     def optional_inputs(self) -> tuple[str, ...]:
+        """Those that the loss can do without."""
+        return ()
+
+    @property
+    def sequence_inputs(self) -> tuple[str, ...]:
+        """Constants per sequence, `[S]`, or of one number, `[]`, that an unpaired loss needs."""
         return ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
+        """The fields of `TokenStats` that it reads."""
         return ("logprob",)
+
+    @property
+    def extras(self) -> tuple[str, ...]:
+        """What a pair or unpaired loss reads of a sequence beside its log-probability, passed by keyword.
+
+        `"length"`: counted tokens, as `chosen_length`, `rejected_length` (`length`). `"weight"`: the mean of
+        `logprob - log_sum_sq` over a sequence's tokens, exponentiated and detached, as `chosen_weight`, ....
+        """
+        return ()
+
+    @property
+    def average_logprob(self) -> bool:
+        """Whether sequences' log-probabilities are averages over their tokens instead of sums."""
+        return False
+
+    @property
+    def tail_weight(self) -> float:
+        """What a token beyond the shorter length of its pair counts in its sequence's sum."""
+        return 1.0
+
+    @property
+    def batch_wide(self) -> bool:
+        """Whether a value depends on the whole batch, so that no part of it can be computed alone."""
+        return False
+
+    @property
+    def linear_divergence(self) -> dict[str, Any]:
+        """Keyword arguments of `logitless.linear_divergence`, for a distribution loss."""
+        return {}
+
+    @property
+    def divergence_weight(self) -> float:
+        """The constant factor of a distribution loss's divergence, so that each part can have a sweep of its own."""
+        return 1.0
+
+    @property
+    def stats_temperature(self) -> float:
+        """The temperature at which its statistics are taken, a factor on the head's own."""
+        return 1.0
+
+    @property
+    def reduction(self) -> str:
+        """How the paper reduces it: a named reduction of `logitless.reduce`."""
+        return "mean"
 
 
 _REGISTRY: dict[str, type[Loss]] = {}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from ..types import OUTPUTS, BackwardName, Options, Reduction
+from ..types import OUTPUTS, TAIL_TOLERANCE, BackwardName, Options
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,23 +29,27 @@ def check_tokens(hidden: object, targets: object) -> None:
         raise ValueError("hidden: expected shape [..., H], got []")
 
 
-def check_head(hidden: Tensor, weight: Tensor, options: Options) -> None:
-    """Shapes, dtypes and devices of the hidden states and the head, and the values of the options."""
-    check_tensor("hidden", hidden, "[..., H]")
-    check_tensor("weight", weight, "[V, H]", 2)
+def check_head(
+    hidden: Tensor, weight: Tensor, options: Options, names: tuple[str, str, str] = ("hidden", "weight", "bias")
+) -> None:
+    """Shapes, dtypes and devices of the hidden states and the head, and the values of the options. `names`: what the
+    caller calls the three tensors."""
+    hidden_name, weight_name, bias_name = names
+    check_tensor(hidden_name, hidden, "[..., H]")
+    check_tensor(weight_name, weight, "[V, H]", 2)
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
-        expected = f"[..., {weight.shape[1]}] to fit weight {list(weight.shape)}"
-        raise ValueError(f"hidden: expected shape {expected}, got {list(hidden.shape)}")
+        expected = f"[..., {weight.shape[1]}] to fit {weight_name} {list(weight.shape)}"
+        raise ValueError(f"{hidden_name}: expected shape {expected}, got {list(hidden.shape)}")
     if weight.shape[0] == 0:
-        raise ValueError(f"weight: expected at least one vocabulary entry, got shape {list(weight.shape)}")
+        raise ValueError(f"{weight_name}: expected at least one vocabulary entry, got shape {list(weight.shape)}")
     if hidden.dtype not in FLOATING:
-        raise TypeError(f"hidden: expected a floating dtype of {[str(d) for d in FLOATING]}, got {hidden.dtype}")
-    same_kind("weight", weight, hidden)
+        raise TypeError(f"{hidden_name}: expected a floating dtype of {[str(d) for d in FLOATING]}, got {hidden.dtype}")
+    same_kind(weight_name, weight, hidden)
     if options.bias is not None:
-        check_tensor("bias", options.bias, "[V]", 1)
+        check_tensor(bias_name, options.bias, "[V]", 1)
         if options.bias.shape[0] != weight.shape[0]:
-            raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {list(options.bias.shape)}")
-        same_kind("bias", options.bias, hidden)
+            raise ValueError(f"{bias_name}: expected shape [{weight.shape[0]}], got {list(options.bias.shape)}")
+        same_kind(bias_name, options.bias, hidden)
     check_choice("backward", options.backward, get_args(BackwardName))
     if options.chunk_bytes is not None:
         if isinstance(options.chunk_bytes, bool) or not isinstance(options.chunk_bytes, int):
@@ -57,15 +60,36 @@ def check_head(hidden: Tensor, weight: Tensor, options: Options) -> None:
         raise ValueError(f"chunk_dtype: expected torch.bfloat16, torch.float32 or None, got {options.chunk_dtype}")
     if options.chunk_dtype is not None and hidden.dtype == torch.float64:
         raise ValueError(f"chunk_dtype: expected None for float64 inputs, got {options.chunk_dtype}")
-    if isinstance(options.ignore_index, bool) or not isinstance(options.ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(options.ignore_index).__name__}")
+    check_tail_tolerance(options)
+    check_ignore_index(options.ignore_index)
     options.transform  # noqa: B018  its own checks run when it is made
+
+
+def check_tail_tolerance(options: Options) -> None:
+    value = options.tail_tolerance
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"tail_tolerance: expected a number, got {type(value).__name__}")
+    if not 0 <= value <= 1:
+        raise ValueError(f"tail_tolerance: expected a number in [0, 1], got {value}")
+    if value != TAIL_TOLERANCE and options.backward != "tail_corrected":
+        raise ValueError(
+            f"tail_tolerance: is read by backward='tail_corrected' alone, got backward={options.backward!r}"
+        )
+
+
+def check_ignore_index(value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
 
 
 def same_kind(name: str, value: Tensor, hidden: Tensor) -> None:
     """One device, one dtype: a mixture is either a mistake or autocast's business."""
     if value.dtype != hidden.dtype:
         raise TypeError(f"{name}: expected dtype {hidden.dtype} like hidden (outside autocast), got {value.dtype}")
+    _same_device(name, value, hidden)
+
+
+def _same_device(name: str, value: Any, hidden: Any) -> None:
     if value.device != hidden.device:
         raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {value.device}")
 
@@ -76,8 +100,7 @@ def check_targets(name: str, targets: Tensor, hidden: Tensor) -> None:
         raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like hidden, got {list(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 (or int32) token ids, got {targets.dtype}")
-    if targets.device != hidden.device:
-        raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {targets.device}")
+    _same_device(name, targets, hidden)
 
 
 def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: int) -> None:
@@ -105,18 +128,3 @@ def check_outputs(outputs: Iterable[str], *, with_targets: bool) -> tuple[str, .
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     if value not in tuple(choices):
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
-
-
-def check_reduction(reduction: str, normalizer: object) -> None:
-    check_choice("reduction", reduction, get_args(Reduction))
-    if normalizer is None:
-        return
-    if reduction != "mean":
-        raise ValueError(f"normalizer: divides reduction='mean' only, got reduction={reduction!r}")
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer: expected one number, got a tensor of shape {list(normalizer.shape)}")
-    elif isinstance(normalizer, bool) or not isinstance(normalizer, (int, float)):
-        raise TypeError(f"normalizer: expected a number or a tensor of one, got {type(normalizer).__name__}")
-    elif not 0 < normalizer < math.inf:
-        raise ValueError(f"normalizer: expected a positive number, got {normalizer}")

@@ -2,6 +2,8 @@
 
     logitless::logprobs            statistics of every token, and the unit gradient of a frozen head
     logitless::logprobs_backward   its gradient by recomputation
+    logitless::logprobs_tail       statistics of every token, and what a tail-corrected backward needs of its logits
+    logitless::logprobs_tail_backward
     logitless::token_loss          a loss of per-token statistics with its gradients, in one sweep
 
 A custom op has a fixed number of outputs: a statistic or a gradient that nobody asked for is an empty tensor.
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.problem import Coefficients, Needs, Problem, Upstream
+from ..backends import tail
+from ..backends.problem import Coefficients, Gradients, Needs, Problem, Upstream
 from ..types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats, statistics_dtype
 from .checks import check_ids
 
@@ -156,6 +159,13 @@ def logprobs_backward(
             Upstream(*(_take(g, kept) for g in upstream)),
             Needs(*needs),
         )
+    return _in_their_dtypes(gradients, kept, hidden, weight)
+
+
+def _in_their_dtypes(
+    gradients: Gradients, kept: Tensor | None, hidden: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Accumulated gradients as an op returns them."""
     return (
         _spread(None if gradients.hidden is None else gradients.hidden.to(hidden.dtype), kept, hidden),
         _spread(None if gradients.weight is None else gradients.weight.to(weight.dtype), None, hidden),
@@ -167,6 +177,13 @@ def logprobs_backward(
 def _logprobs_backward_fake(  # type: ignore[no-untyped-def]
     upstream, hidden, weight, bias, targets, stats, logit_scale, softcap, temperature, ignore_index, needs, *_
 ):
+    return _empty_like_wanted(hidden, weight, bias, needs)
+
+
+def _empty_like_wanted(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """Fakes of the gradients asked for."""
     return tuple(
         x.new_empty(x.shape) if need and x is not None else hidden.new_empty(0)
         for x, need in zip((hidden, weight, bias), needs, strict=True)
@@ -185,8 +202,7 @@ def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     _refuse_double_backward()
     hidden, weight, bias, targets, logprob, lse, entropy, unit = ctx.saved_tensors
-    wanted = ("logprob", "lse", *ctx.outputs)  # of the others there is an empty tensor
-    upstream = [g if name in wanted else None for name, g in zip(DIFFERENTIABLE, grads, strict=False)]
+    upstream = _upstream(ctx.outputs, grads)
     found: list[Tensor | None] = [None] * 13
     if all(g is None for g in upstream):
         return tuple(found)
@@ -201,6 +217,12 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     )
     found[:3] = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return tuple(found)
+
+
+def _upstream(outputs: Sequence[str], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Of the differentiable statistics; of one that nobody asked for there is an empty tensor."""
+    wanted = ("logprob", "lse", *outputs)
+    return [g if name in wanted else None for name, g in zip(DIFFERENTIABLE, grads, strict=False)]
 
 
 def _refuse_double_backward() -> None:
@@ -241,6 +263,130 @@ logprobs.register_autograd(_differentiate_logprobs, setup_context=_save_logprobs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# logprobs, tail-corrected
+
+
+@torch.library.custom_op("logitless::logprobs_tail", mutates_args=())
+def logprobs_tail(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    outputs: str,
+    backend: str,
+    chunk_bytes: int | None,
+    chunk_dtype: torch.dtype | None,
+    tail_tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The six statistics as `logprobs`, then the fields of `backends.tail.Kept`."""
+    kept = _kept(targets, ignore_index, weight.shape[0])
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
+    with _no_autocast(hidden.device):
+        found, entries = tail.forward(
+            backends.BACKENDS[backend].ENGINE, problem, tuple(outputs.split()), tail_tolerance
+        )
+    stats = [_spread(x, kept, hidden) for x in found.stats]
+    counts, by_block = _spread(entries.counts, kept, hidden), _spread(entries.tail, kept, hidden)
+    return (stats[0], stats[1], stats[2], stats[3], stats[4], stats[5], counts, entries.column, entries.value, by_block)
+
+
+@logprobs_tail.register_fake
+def _logprobs_tail_fake(  # type: ignore[no-untyped-def]
+    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, *_
+):
+    dtype = statistics_dtype(hidden.dtype)
+    *stats, _ = _logprobs_fake(
+        hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, False
+    )
+    entries = torch.library.get_ctx().new_dynamic_size()
+    return (
+        *stats,
+        hidden.new_empty(targets.shape, dtype=torch.int32),
+        hidden.new_empty(entries, dtype=torch.int32),
+        hidden.new_empty(entries, dtype=dtype),
+        hidden.new_empty((targets.shape[0], tail.blocks(weight.shape[0])), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("logitless::logprobs_tail_backward", mutates_args=())
+def logprobs_tail_backward(
+    upstream: Sequence[Tensor | None],
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    stats: Sequence[Tensor | None],
+    entries: Sequence[Tensor],
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    needs: Sequence[bool],
+    backend: str,
+    chunk_bytes: int | None,
+    chunk_dtype: torch.dtype | None,
+    tail_tolerance: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `logprobs_backward`, from what `logprobs_tail` kept."""
+    kept = _kept(targets, ignore_index, weight.shape[0])
+    transform = LogitTransform(logit_scale, softcap, temperature)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
+    counts, column, value, by_block = entries
+    counts, by_block = (x if kept is None else x[kept] for x in (counts, by_block))
+    with _no_autocast(hidden.device):
+        gradients = tail.backward(
+            backends.BACKENDS[backend].ENGINE,
+            problem,
+            TokenStats(*(_take(x, kept) for x in stats)),
+            tail.Kept(counts, column, value, by_block),
+            Upstream(*(_take(g, kept) for g in upstream)),
+            Needs(*needs),
+            tail_tolerance,
+        )
+    return _in_their_dtypes(gradients, kept, hidden, weight)
+
+
+@logprobs_tail_backward.register_fake
+def _logprobs_tail_backward_fake(  # type: ignore[no-untyped-def]
+    upstream, hidden, weight, bias, targets, stats, entries, logit_scale, softcap, temperature, ignore_index, needs, *_
+):
+    return _empty_like_wanted(hidden, weight, bias, needs)
+
+
+def _save_logprobs_tail(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, *rest = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[4:])
+    ctx.save_for_backward(hidden, weight, bias, targets, *output[:3], *output[6:])
+    ctx.transform, ctx.ignore_index = (logit_scale, softcap, temperature), ignore_index
+    ctx.outputs, ctx.rest = outputs.split(), rest
+
+
+def _differentiate_logprobs_tail(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward()
+    hidden, weight, bias, targets, logprob, lse, entropy, *entries = ctx.saved_tensors
+    upstream = _upstream(ctx.outputs, grads)
+    found: list[Tensor | None] = [None] * 13
+    if all(g is None for g in upstream):
+        return tuple(found)
+    needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+    stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
+    gradients = logprobs_tail_backward(
+        upstream, hidden, weight, bias, targets, stats, entries, *ctx.transform, ctx.ignore_index, needs, *ctx.rest
+    )
+    found[:3] = [g if need else None for g, need in zip(gradients, needs, strict=True)]
+    return tuple(found)
+
+
+logprobs_tail.register_autograd(_differentiate_logprobs_tail, setup_context=_save_logprobs_tail)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # token_loss
 
 
@@ -263,10 +409,11 @@ def token_loss(
     backend: str,
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
+    tail_tolerance: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of a function's losses over the tokens that count, their log-probs `[N]`, and the sum's gradients for
     hidden, weight and bias, in the statistics' dtype. `function` is a handle of `_functions`, `numbers` its floats;
-    tokens of one of the `groups [N]` are seen together."""
+    tokens of one of the `groups [N]` are seen together. `tail_tolerance`: of a tail-corrected gradient; None: exact."""
     kept = _kept(targets, ignore_index, weight.shape[0])
     if groups is not None:
         kept = _grouped(kept, groups)
@@ -277,10 +424,13 @@ def token_loss(
     names = tuple(outputs.split())
     made = _rebuild(_functions[function], iter(numbers))
     coefficients = _coefficients(made, inputs, names, differentiate=any(needs), per_token=groups is None)
+    module, wanted = backends.BACKENDS[backend], Needs(*needs)
     with _no_autocast(hidden.device):
-        loss, logprob, gradients = backends.BACKENDS[backend].single_pass(
-            problem, names, coefficients, groups, Needs(*needs)
-        )
+        if tail_tolerance is None:
+            found = module.single_pass(problem, names, coefficients, groups, wanted)
+        else:
+            found = tail.single_pass(module.ENGINE, problem, names, coefficients, groups, wanted, tail_tolerance)
+    loss, logprob, gradients = found
     return (
         loss,
         _spread(logprob, kept, hidden),
@@ -393,7 +543,7 @@ def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     _refuse_double_backward()
-    found: list[Any] = [None] * 17
+    found: list[Any] = [None] * 18
     found[4] = [None] * ctx.token_inputs
     found[7] = None if ctx.numbers else []  # torch.library takes an empty list for a list of tensors
     if grad is None:
@@ -438,7 +588,8 @@ def describe(function: PerTokenLoss, numbers: list[float]) -> Any:
 def _rebuild(description: Any, numbers: Iterator[float]) -> Any:
     if isinstance(description, tuple) and description and isinstance(description[0], type):
         made, values = description
-        return made(*(_rebuild(value, numbers) for value in values))
+        names = (field.name for field in fields(made))  # some fields may be keyword-only
+        return made(**{name: _rebuild(value, numbers) for name, value in zip(names, values, strict=True)})
     return next(numbers) if isinstance(description, str) and description == _NUMBER else description
 
 

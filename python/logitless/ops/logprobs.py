@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, reference
-from ..types import OUTPUTS, BackendName, BackwardName, Options, TokenStats
+from ..types import OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
 from . import checks, library
 
 
@@ -27,13 +27,20 @@ class Call(NamedTuple):
         return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
 
 
-def prepare(hidden: Tensor, weight: Tensor, targets: Tensor | None, options: Options) -> Call:
-    """Checks and normalises the arguments that every op shares; follows autocast as `F.linear` does."""
+def prepare(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor | None,
+    options: Options,
+    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
+) -> Call:
+    """Checks and normalises the arguments that every op shares; follows autocast as `F.linear` does. `names`: what
+    the caller calls the tensors, for messages."""
     if isinstance(hidden, Tensor) and _autocasts(hidden.device.type):
         device = hidden.device.type
         hidden, weight = _autocast(hidden, device), _autocast(weight, device)
         options = replace(options, bias=None if options.bias is None else _autocast(options.bias, device))
-    checks.check_head(hidden, weight, options)
+    checks.check_head(hidden, weight, options, names)
     if targets is not None:
         checks.check_targets("targets", targets, hidden)
         targets = targets.reshape(-1).long()
@@ -65,6 +72,7 @@ def linear_logprobs(
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
     chunk_dtype: torch.dtype | None = None,
+    tail_tolerance: float = TAIL_TOLERANCE,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
     temperature`, with no `[tokens, vocabulary]` tensor.
@@ -82,6 +90,9 @@ def linear_logprobs(
         backward: "recompute" computes each chunk's logits again (1 + 3 GEMMs of 2 N H V flops); "single_pass" keeps
             `d logprob / d hidden` of a frozen head (2 GEMMs in all, for any loss on top; not for `entropy`, nor a
             trainable bias, nor `mean_logit` under a softcap). "auto" takes the cheapest that is exact.
+            "tail_corrected" approximates the gradients of logprob and lse, within a bound that it reports
+            (`tail_report`), for little more than the forward's GEMM: docs/tail-corrected.md. Exact where the
+            distributions are too flat for it, for entropy's gradient, for mean_logit's, and under a softcap.
         chunk_bytes: budget for a chunk's float32 logits. None: 32 MiB on a CPU, 256 MiB elsewhere.
         chunk_dtype: of a chunk's logits, where chunks are used. None: float32 (float64 for float64). torch.bfloat16
             halves their memory traffic on a GPU and rounds every logit by up to 2^-9 of itself (backends/chunked.py
@@ -96,7 +107,16 @@ def linear_logprobs(
         RuntimeError: the gradient is differentiated again (`create_graph=True`) with a backend other than "reference".
     """
     options = Options(
-        bias, logit_scale, softcap, temperature, ignore_index, backend, backward, chunk_bytes, chunk_dtype
+        bias,
+        logit_scale,
+        softcap,
+        temperature,
+        ignore_index,
+        backend,
+        backward,
+        chunk_bytes,
+        chunk_dtype,
+        tail_tolerance,
     )
     outputs = checks.check_outputs(outputs, with_targets=targets is not None)
     call = prepare(hidden, weight, targets, options)
@@ -121,10 +141,10 @@ def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
             outputs=outputs,
         )
     unit = _takes_unit_gradient(call, outputs)
-    backend = backends.pick(options.backend, call.hidden, call.weight)
+    backend = backends.pick(options.backend, call.hidden)
     # Without targets any token id serves: the statistics asked for do not depend on it.
     targets = call.hidden.new_zeros(len(call.hidden), dtype=torch.long) if call.targets is None else call.targets
-    found = library.logprobs(
+    problem = (
         call.hidden,
         call.weight,
         options.bias,
@@ -134,11 +154,12 @@ def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         float(options.temperature),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
-        unit,
-        backend,
-        options.chunk_bytes,
-        options.chunk_dtype,
     )
+    rest = (backend, options.chunk_bytes, options.chunk_dtype)
+    if options.tail is not None and any(call.needs()):
+        found = library.logprobs_tail(*problem, *rest, options.tail)
+    else:
+        found = library.logprobs(*problem, unit, *rest)
     return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, found, strict=False)))
 
 
@@ -157,4 +178,4 @@ def _takes_unit_gradient(call: Call, outputs: tuple[str, ...]) -> bool:
             f"backward: 'single_pass' keeps one gradient vector per token of a frozen head, but {obstacle}; "
             "use backward='recompute', or linear_token_loss"
         )
-    return hidden and obstacle is None and call.options.backward != "recompute"
+    return hidden and obstacle is None and call.options.backward != "recompute" and call.options.tail is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Unpack
+from typing import NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ def linear_token_loss(
     Under `torch.compile` the function is called as it stands, inside the op, without a graph break; it must not change
     between calls of one compiled graph.
     """
-    checks.check_reduction(reduction, normalizer)
+    checks.check_choice("reduction", reduction, get_args(Reduction))
+    reduce.check(reduction, normalizer)
     outputs = checks.check_outputs(outputs, with_targets=True)
     checks.check_tokens(hidden, targets)
     if not callable(per_token_loss):
@@ -72,9 +73,12 @@ def linear_token_loss(
                 "come after the pass; use backward='auto' or 'recompute'"
             )
         stats = linear_logprobs(hidden, weight, targets, outputs=outputs, **options)
-        losses = library.check_losses(per_token_loss(stats, *token_inputs), tuple(targets.shape))
         counts = targets != call.options.ignore_index
-        return reduce.reduce(torch.where(counts, losses, torch.zeros_like(losses)), reduction, normalizer)
+        # What stands behind an ignored token may be anything; a function's derivative there must not be NaN.
+        known = [torch.where(counts, x, torch.zeros_like(x)) for x in token_inputs]
+        losses = library.check_losses(per_token_loss(stats, *known), tuple(targets.shape))
+        rule = reduce.Rule(None, 1.0 if reduction == "sum" else normalizer)
+        return reduce.apply(losses, counts, rule, keep_tokens=reduction == "none")
     flat = [x.reshape(-1) for x in token_inputs]
     total = single_pass(call, per_token_loss, flat, outputs).loss
     return total if reduction == "sum" else reduce.mean(total, normalizer)
@@ -97,7 +101,7 @@ def single_pass(
     """The op on a prepared call. `groups [N]`: tokens of one group must be in one chunk."""
     assert call.targets is not None
     options = call.options
-    backend = backends.pick(options.backend, call.hidden, call.weight)
+    backend = backends.pick(options.backend, call.hidden)
 
     def run(handle: int, numbers: list[float]) -> Total:
         loss, logprob, *_ = library.token_loss(
@@ -118,6 +122,7 @@ def single_pass(
             backend,
             options.chunk_bytes,
             options.chunk_dtype,
+            options.tail,
         )
         return Total(loss, logprob)
 

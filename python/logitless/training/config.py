@@ -186,6 +186,12 @@ class TrainOptions:
     seed: int = option(42, "Seed of the data order, the adapter and dropout.", group="Optimisation")
 
     # Reference model
+    teacher_model_name_or_path: str | None = option(
+        None,
+        "Model that the loss compares with (a distillation's teacher); default: the trained model as the run found it. "
+        "It reads the same tokens and has the same vocabulary.",
+        group="Reference",
+    )
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probabilities once, before training, and cache them.", group="Reference"
     )
@@ -328,6 +334,8 @@ def options_from_mapping(values: Mapping[str, Any], source: str) -> tuple[TrainO
         if key == "resume_from_checkpoint" and value in (False, "false", "False"):
             continue
         converted = coerce(name, value, hints[name], source)
+        if key == "f_alpha_divergence_coef" and converted is not None:  # TRL orients it the other way round
+            converted = 1 - converted
         if given.get(name, converted) != converted:
             raise InputError(f"{source}: {name} is given twice with different values ({key!r} is another name of it)")
         given[name] = converted

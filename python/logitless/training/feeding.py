@@ -6,15 +6,16 @@ from dataclasses import dataclass, field
 
 import torch
 
+from logitless.losses import Loss
 from logitless.training.batching import Batch, Piece, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
-from logitless.training.reference import Stored
-from logitless.training.render import Renderer, TokenizedData
+from logitless.training.reference import Stored, column_inputs
+from logitless.training.render import Example, Renderer, TokenizedData
 
 
-def load_data(options: TrainOptions, tokenizer: object, level: str) -> tuple[TokenizedData, TokenizedData | None]:
+def load_data(options: TrainOptions, tokenizer: object, loss: Loss) -> tuple[TokenizedData, TokenizedData | None]:
     """Training and evaluation data (None where there is none), tokenised.
 
     Raises:
@@ -26,8 +27,9 @@ def load_data(options: TrainOptions, tokenizer: object, level: str) -> tuple[Tok
         options.truncation_mode,
         completion_only=options.completion_only_loss is not False,
         text_field=options.dataset_text_field,
+        columns=column_inputs(loss),
     )
-    render = renderer.pairs if level == "pair" else renderer.sequences
+    render = renderer.pairs if loss.level == "pair" else renderer.sequences
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
@@ -99,4 +101,12 @@ class Feeder:
 
     def _pieces(self, item: int) -> list[Piece]:
         stored = self.stored[item] if self.stored is not None else ({},) * len(self.data.items[item])
-        return [Piece(example, inputs) for example, inputs in zip(self.data.items[item], stored, strict=True)]
+        return [
+            Piece(example, {**inputs, **_per_token(example)})
+            for example, inputs in zip(self.data.items[item], stored, strict=True)
+        ]
+
+
+def _per_token(example: Example) -> dict[str, torch.Tensor]:
+    """A row's constants, one for every token."""
+    return {name: torch.full(example.labels.shape, value) for name, value in example.constants.items()}

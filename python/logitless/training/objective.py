@@ -1,5 +1,8 @@
 """The loss of a batch and the per-token statistics of a batch: with logitless, and with materialised logits.
 
+A loss is summed here and divided by a `normalizer` that the caller counted over all micro-batches and processes with
+`count`: tokens, sequences or pairs, as the loss's own reduction has it.
+
 `Linear` is what runs train with: the patched model computes both from hidden states. `Materialised` is what they are
 compared with: the unpatched model returns its logits, and the same losses are computed from them.
 """
@@ -8,21 +11,25 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
-from logitless.losses import NLL, Loss, PreferenceResult, sequence_logprob
+from logitless import reduce
+from logitless.integrations.scoring import plain_head
+from logitless.linear import loss_inputs
+from logitless.losses import NLL, Loss
+from logitless.losses.batch import Layout, evaluate, layout
 from logitless.training.batching import Batch
 from logitless.training.render import IGNORED
-from logitless.types import TokenStats
+from logitless.types import LossReduction, TokenStats
 
 
 class Objective(NamedTuple):
-    """The summed loss over a normalizer, and a preference loss's metrics per pair."""
+    """The summed loss over a normalizer, and the metrics of a loss of whole sequences, one a pair or a sequence."""
 
     loss: torch.Tensor
-    preference: PreferenceResult | None = None
+    result: Any = None
 
 
 class Engine(Protocol):
@@ -50,8 +57,12 @@ class Linear:
     device: torch.device
     bf16: bool
 
+    max_length: int = 1  # of losses that divide by a constant length
+
     def objective(self, model: Any, batch: Batch, normalizer: float) -> Objective:
-        boundaries = {} if self.loss.level == "token" or batch.cu_seqlens is None else {"cu_seqlens": batch.cu_seqlens}
+        boundaries = (
+            {"cu_seqlens": batch.cu_seqlens} if reads_sequences(self.loss) and batch.cu_seqlens is not None else {}
+        )
         with autocast(self.device, self.bf16):
             output = model(
                 **batch.model_inputs(),
@@ -59,7 +70,7 @@ class Linear:
                 labels=batch.labels,
                 num_items_in_batch=torch.tensor(normalizer, device=self.device),
                 loss=self.loss,
-                loss_inputs=batch.loss_inputs or None,
+                loss_inputs=_inputs(self.loss, batch, self.max_length) or None,
                 skip_logits=True,
             )
         return Objective(output.loss, output.loss_result)
@@ -72,6 +83,12 @@ class Linear:
         stats: TokenStats = output.token_stats
         return stats
 
+    def hidden(self, model: Any, batch: Batch) -> dict[str, Any]:
+        """What a distribution loss compares with: the model's hidden states and its head."""
+        with autocast(self.device, self.bf16):
+            output = model(**batch.model_inputs(), hidden_only=True)
+        return {"ref_hidden": output.logits, "ref_head": plain_head(model)}
+
 
 @dataclass(frozen=True)
 class Materialised:
@@ -80,6 +97,7 @@ class Materialised:
     loss: Loss
     device: torch.device
     bf16: bool
+    max_length: int = 1
 
     def objective(self, model: Any, batch: Batch, normalizer: float) -> Objective:
         if self.loss == NLL():  # the loss that comes with the model
@@ -87,8 +105,8 @@ class Materialised:
             with autocast(self.device, self.bf16):
                 output = model(**batch.model_inputs(), labels=batch.labels, num_items_in_batch=count)
             return Objective(output.loss)
-        total = objective_of_stats(self.loss, self.stats(model, batch, self.loss.outputs), batch)
-        return total._replace(loss=total.loss / normalizer)
+        stats = self.stats(model, batch, self.loss.outputs)
+        return objective_of_stats(self.loss, stats, batch, normalizer, self.max_length)
 
     def stats(self, model: Any, batch: Batch, outputs: tuple[str, ...]) -> TokenStats:
         with autocast(self.device, self.bf16):
@@ -115,40 +133,45 @@ def stats_of_logits(logits: torch.Tensor, targets: torch.Tensor, outputs: tuple[
     return TokenStats(**{name: torch.where(counts, values[name](), 0.0) for name in outputs})
 
 
-def objective_of_stats(loss: Loss, stats: TokenStats, batch: Batch) -> Objective:
-    """The summed loss of a batch from its statistics; `batch.loss_inputs` holds the loss's inputs."""
-    counts = shifted(batch.labels) != IGNORED
-    inputs = [batch.loss_inputs[name] for name in loss.inputs]
-    if loss.level == "pair":
-        ours, theirs = (_sequences(loss, logprob, counts, batch) for logprob in (stats.logprob, *inputs))
-        result = loss(*ours.chunk(2), *theirs.chunk(2))
-        return Objective(result.loss.sum(), result)
-    extra: dict[str, Any] = {}
-    if loss.level == "sequence":
-        extra = {"mask": counts, "sequence": sequence_ids(batch)}
-    return Objective(torch.where(counts, loss(stats, *inputs, **extra), 0.0).sum())
+def objective_of_stats(
+    loss: Loss, stats: TokenStats, batch: Batch, normalizer: float = 1.0, max_length: int = 1
+) -> Objective:
+    """The summed loss of a batch over `normalizer`, from its statistics; `batch.loss_inputs` holds the inputs."""
+    tokens = _layout(batch)
+    settings = _inputs(loss, batch, max_length)
+    length = settings.pop("max_length", None)
+    inputs = loss_inputs(loss, settings, tokens, batch.labels.device)
+    reduction = cast(LossReduction, loss.reduction)
+    out = evaluate(loss, stats, tokens, inputs, reduction=reduction, normalizer=normalizer, max_length=length)
+    return Objective(out) if isinstance(out, torch.Tensor) else Objective(out.loss, out)
 
 
-def sequence_ids(batch: Batch) -> torch.Tensor | None:
-    """`[B, T]` int64 numbers of the sequences that share rows, or None where a row is a sequence."""
-    if batch.cu_seqlens is None:
-        return None
-    lengths = batch.cu_seqlens.long().diff()
-    return torch.arange(len(lengths), device=lengths.device).repeat_interleave(lengths).view_as(batch.labels)
+def count(loss: Loss, batch: Batch) -> int:
+    """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count."""
+    tokens = _layout(batch)
+    if loss.level in ("pair", "unpaired"):
+        return tokens.sequences // 2 if loss.level == "pair" else tokens.sequences
+    if loss.reduction not in reduce.OF_SEQUENCES:
+        return batch.counted
+    assert tokens.sequence is not None
+    return len(tokens.sequence[tokens.mask].unique())
 
 
-def _sequences(loss: Loss, logprob: torch.Tensor | None, counts: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """Log-probabilities of whole sequences, summed or averaged as the loss takes them."""
-    assert logprob is not None
-    average = bool(getattr(loss, "average_logprob", False))
-    sequence = sequence_ids(batch)
-    if sequence is None:
-        return sequence_logprob(logprob, mask=counts, average=average)
-    assert batch.cu_seqlens is not None
-    return sequence_logprob(
-        logprob.flatten(),
-        sequence=sequence.flatten(),
-        num_sequences=len(batch.cu_seqlens) - 1,
-        mask=counts.flatten(),
-        average=average,
-    )
+def _layout(batch: Batch) -> Layout:
+    return layout(shifted(batch.labels) != IGNORED, batch.cu_seqlens)
+
+
+def reads_sequences(loss: Loss) -> bool:
+    """Whether the loss has to know where sequences begin."""
+    return loss.level in ("sequence", "pair", "unpaired") or loss.reduction in reduce.OF_SEQUENCES
+
+
+def _inputs(loss: Loss, batch: Batch, max_length: int) -> dict[str, Any]:
+    """The loss's inputs from those of the batch's tokens; what belongs to a sequence, from its first token."""
+    found: dict[str, Any] = dict(batch.loss_inputs)
+    for name in loss.sequence_inputs:
+        first = found[name].flatten()
+        found[name] = found[name][:, 0] if batch.cu_seqlens is None else first[batch.cu_seqlens[:-1].long()]
+    if loss.reduction == "constant_length":
+        found["max_length"] = max_length
+    return found

@@ -25,12 +25,24 @@ from logitless.training import files
 from logitless.training.batching import Batch, Inputs
 from logitless.training.render import Item
 
-FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse"}  # the loss's input and the statistic it is
+#: A loss's input and the statistic of the reference that it is. The run's start is also the policy that a proximal
+#: loss stays near.
+FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse", "old_logprob": "logprob"}
 
 
 def reference_inputs(loss: Loss) -> tuple[str, ...]:
     """The inputs of a loss that come from a reference model."""
     return tuple(name for name in loss.inputs if name in FIELDS)
+
+
+def needs_reference(loss: Loss) -> bool:
+    """Whether the loss compares with a reference model."""
+    return bool(reference_inputs(loss)) or loss.level == "distribution"
+
+
+def column_inputs(loss: Loss) -> tuple[str, ...]:
+    """The inputs of a loss that are columns of the training data: all that no reference model gives."""
+    return tuple(name for name in (*loss.inputs, *loss.sequence_inputs) if name not in FIELDS)
 
 
 @dataclass(frozen=True)
@@ -46,14 +58,17 @@ class Reference:
     stats: Callable[[Any, Batch, tuple[str, ...]], Any]
     model: Any
     names: tuple[str, ...]
+    hidden: Callable[[Any, Batch], dict[str, Any]] | None = None  # instead of statistics: for distribution losses
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def __call__(self, batch: Batch) -> dict[str, Any]:
         """The loss inputs of a batch, `[B, T]` each; position t belongs to the prediction of token t + 1."""
         was_training = self.model.training
         self.model.eval()
         try:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+                if self.hidden is not None:
+                    return self.hidden(self.model, batch)
                 stats = self.stats(self.model, batch, tuple(FIELDS[name] for name in self.names))
         finally:
             self.model.train(was_training)

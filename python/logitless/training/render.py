@@ -16,8 +16,10 @@ the completion and the model reads the same tokens in training as in a later con
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +35,7 @@ class Example(NamedTuple):
 
     input_ids: torch.Tensor  # [T] int32
     labels: torch.Tensor  # [T] int32
+    constants: Mapping[str, float] = MappingProxyType({})  # the loss's inputs that are columns of the row
 
 
 Item = tuple[Example, ...]  # (example,) of a token loss, (chosen, rejected) of a preference loss
@@ -61,9 +64,11 @@ class TokenizedData:
         """A hash of every token and label in order: equal for equal training data only."""
         digest = hashlib.sha256()
         for example in (example for item in self.items for example in item):
-            for tensor in example:
+            for tensor in (example.input_ids, example.labels):
                 digest.update(len(tensor).to_bytes(8, "little"))
                 digest.update(tensor.numpy().tobytes())
+            if example.constants:
+                digest.update(json.dumps(dict(example.constants), sort_keys=True).encode())
         return digest.hexdigest()
 
     def summary(self) -> str:
@@ -84,6 +89,7 @@ class Renderer:
         truncation_mode: "keep_start" or "keep_end".
         completion_only: False makes every token count, prompts too (preference rows excepted).
         text_field: column of plain text.
+        columns: columns with one number, or true and false, per row, that are inputs of the loss.
     """
 
     tokenizer: Any
@@ -91,10 +97,11 @@ class Renderer:
     truncation_mode: str = "keep_start"
     completion_only: bool = True
     text_field: str = "text"
+    columns: tuple[str, ...] = ()
 
     def sequences(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Rows of text, prompt-completion or messages, as one example each."""
-        return self._collect(rows, origin, lambda row: (self._sequence(row),))
+        return self._collect(rows, origin, lambda row: (self._sequence(row)._replace(constants=self._constants(row)),))
 
     def pairs(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Preference rows, as (chosen, rejected)."""
@@ -120,7 +127,20 @@ class Renderer:
         keep = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
         labels = example.labels[keep].clone()
         labels[:1] = IGNORED  # nothing comes before the first token to predict it from
-        return Example(example.input_ids[keep], labels)
+        return example._replace(input_ids=example.input_ids[keep], labels=labels)
+
+    def _constants(self, row: Row) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for name in self.columns:
+            value = row.values.get(name)
+            if name == "desirable" and value is None:
+                value = row.values.get("label")  # TRL's name
+            if not isinstance(value, (bool, int, float)):
+                raise InputError(
+                    f"{row.origin}: the loss needs a column {name} of numbers, or of true and false; got {value!r}"
+                )
+            found[name] = value
+        return found
 
     def _sequence(self, row: Row) -> Example:
         values = row.values

@@ -17,7 +17,15 @@ from logitless.training.feeding import Feeder
 from logitless.training.parallel import World
 
 # What a resumed run must share with the one that wrote the checkpoint, or its data position means nothing.
-FIXED = ("per_device_train_batch_size", "gradient_accumulation_steps", "seed", "packing", "max_length", "use_peft")
+FIXED = (
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "packing",
+    "max_length",
+    "use_peft",
+    "teacher_model_name_or_path",
+)
 
 
 def seed(value: int) -> None:
@@ -70,7 +78,7 @@ def identity(options: TrainOptions, fingerprint: str, world: World) -> dict[str,
 
 def require_same(saved: dict[str, Any], now: dict[str, Any], source: Path) -> None:
     """Raises InputError naming what a resumed run may not change and did."""
-    changed = [f"{name} was {saved[name]!r} and is {now[name]!r}" for name in now if saved.get(name) != now[name]]
+    changed = [f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in now if saved.get(name) != now[name]]
     if changed:
         raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(changed)}")
 

@@ -13,7 +13,7 @@ import dataclasses
 import gc
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -29,7 +29,7 @@ from logitless.training.errors import InputError, NonFiniteLossError
 from logitless.training.evaluation import PREFERENCE_METRICS, evaluate
 from logitless.training.feeding import Feeder, load_data
 from logitless.training.metrics import Record, Reporter, peak_memory, reset_peak_memory
-from logitless.training.objective import Engine, Linear, Materialised, Objective
+from logitless.training.objective import Engine, Linear, Materialised, Objective, count, reads_sequences
 from logitless.training.optimizer import learning_rate, make_optimizer, peak_learning_rate, set_learning_rate
 from logitless.training.setup import (
     find_checkpoint,
@@ -88,13 +88,13 @@ class Trainer:
         if Path(source).is_dir():  # a download's bars stay
             model.hide_progress_bars()
         self.tokenizer = model.load_tokenizer(source, options)
-        self.data, self.eval_data = load_data(options, self.tokenizer, self.loss.level)
+        self.data, self.eval_data = load_data(options, self.tokenizer, self.loss)
         self.identity = identity(options, self.data.fingerprint(), world)
         if resumed is not None:
             require_same(self.state["identity"], self.identity, resumed)
 
         engine = Materialised if options.backend == "materialised" else Linear
-        self.engine: Engine = engine(self.loss, self.device, use_bf16(options, self.device))
+        self.engine: Engine = engine(self.loss, self.device, use_bf16(options, self.device), options.max_length)
         self.model = self._load_trained(source, resumed)
         self.feeder, self.eval_feeder = self._feeders()
         self.reference = self._reference(source)
@@ -133,7 +133,7 @@ class Trainer:
         trained = self._patched(model.load_model(full_checkpoint, options, self.device, frozen=options.use_peft))
         if options.use_peft:
             trained = model.add_lora(trained, options, resumed)
-        if options.disable_dropout or (options.disable_dropout is None and reference.reference_inputs(self.loss)):
+        if options.disable_dropout or (options.disable_dropout is None and reference.needs_reference(self.loss)):
             model.disable_dropout(trained)
         if options.gradient_checkpointing:
             model.checkpoint_activations(trained)
@@ -154,7 +154,7 @@ class Trainer:
         options = self.options
         flash = model.uses_flash_attention(self.model)
         flat = flash if options.padding_free is None else options.padding_free
-        if options.packing and self.loss.level != "token":
+        if options.packing and reads_sequences(self.loss):
             raise InputError(f"packing: {self.loss.name} looks at whole sequences; use --padding_free instead")
         if options.packing or flat:
             model.check_packing(self.model)
@@ -168,12 +168,18 @@ class Trainer:
     def _reference(self, source: str) -> reference.Reference | None:
         """The model to ask during training, or None where the loss needs none or its values are stored."""
         names = reference.reference_inputs(self.loss)
-        if not names:
+        if not reference.needs_reference(self.loss):
             return None
-        if self.options.use_peft and not self.options.precompute_ref_log_probs:
-            return reference.Reference(self.engine.stats, self.model, names)
+        hidden = self._hidden_of_reference() if self.loss.level == "distribution" else None
+        teacher = self.options.teacher_model_name_or_path
+        if self.options.use_peft and not self.options.precompute_ref_log_probs and teacher is None:
+            return reference.Reference(self.engine.stats, self.model, names, hidden)
+        if teacher is not None:
+            source = prepared_source(dataclasses.replace(self.options, model_name_or_path=teacher), self.world)
         frozen = self._patched(model.load_model(source, self.options, self.device, frozen=True))
-        asked = reference.Reference(self.engine.stats, frozen, names)
+        if frozen.get_output_embeddings().weight.shape[0] != self.model.get_output_embeddings().weight.shape[0]:
+            raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
+        asked = reference.Reference(self.engine.stats, frozen, names, hidden)
         if not self.options.precompute_ref_log_probs:
             return asked
         for feeder in (self.feeder, self.eval_feeder):
@@ -182,6 +188,14 @@ class Trainer:
         del asked, frozen
         gc.collect()
         return None
+
+    def _hidden_of_reference(self) -> Callable[[Any, Batch], dict[str, Any]]:
+        """How a distribution loss's reference is asked; what cannot be is an error."""
+        if self.options.precompute_ref_log_probs:
+            raise InputError(f"precompute_ref_log_probs: {self.loss.name} compares distributions, which are not stored")
+        if not isinstance(self.engine, Linear):
+            raise InputError(f"backend: {self.loss.name} compares distributions, which 'materialised' does not")
+        return self.engine.hidden
 
     def _reporter(self) -> Reporter:
         self.output.mkdir(parents=True, exist_ok=True)
@@ -242,9 +256,7 @@ class Trainer:
         started = time.perf_counter()
         micro = self.plan.micro_batches(step)
         batches = [self.feeder.batch(units) for units in micro]
-        pair = self.loss.level == "pair"
-        counts = [len(units) for units in micro] if pair else [batch.counted for batch in batches]
-        normalizer = self.world.sum(sum(counts))
+        normalizer = self.world.sum(sum(count(self.loss, batch) for batch in batches))
         rate = learning_rate(
             step,
             self.total_steps,
@@ -280,15 +292,17 @@ class Trainer:
     def _complete(self, batch: Batch) -> Batch:
         """The batch on the device, with the reference's values."""
         batch = batch.to(self.device)
-        return batch if self.reference is None else dataclasses.replace(batch, loss_inputs=self.reference(batch))
+        if self.reference is None:
+            return batch
+        return dataclasses.replace(batch, loss_inputs={**batch.loss_inputs, **self.reference(batch)})
 
     def _trainable(self) -> Iterable[torch.nn.Parameter]:
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
     def _preference(self, objectives: list[Objective], pairs: float) -> Record:
         """Means of the preference metrics over all pairs of the step."""
-        results = [objective.preference for objective in objectives if objective.preference is not None]
-        if not results:
+        results = [objective.result for objective in objectives]
+        if self.loss.level != "pair":
             return {}
         return {
             name: self.world.sum(sum(float(getattr(result, part).sum()) for result in results)) / pairs

@@ -1,0 +1,336 @@
+"""Times, memory and errors of one part, on a GPU or (tiny, to see that everything runs) on a CPU.
+
+Time is that of the device: an event before and one after, the L2 cache overwritten first. The ways of a cell take
+turns, one step each a round in alternating order, so that a warm chip or a slow minute is everybody's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from logitless import backends
+from logitless.backends import sweep
+from logitless.backends.problem import Upstream
+from logitless.testing import watch_allocations
+from logitless.types import LogitTransform, Options, TokenStats
+
+from . import measure
+from .definitions import materialised_nll
+from .gpu_cells import Cell
+from .gpu_ways import Way
+from .problems import Inputs
+from .providers import Outcome, differentiate
+from .report import Json
+
+#: Rounds of a cell, where its time allows so many.
+ROUNDS = 20
+#: Seconds that the rounds of a cell may take; a round that has begun is finished.
+SECONDS = 12.0
+
+#: Told what is being done and what has been found so far, before anything that may never return.
+Tell = Callable[[str, Json], None]
+
+
+class Machine(Protocol):
+    """A device and its clock. A mark is a point on the device's own time line."""
+
+    device: torch.device
+
+    def mark(self) -> Any: ...
+
+    def seconds(self, start: Any, stop: Any) -> float: ...
+
+    def flush(self) -> None:
+        """Empties the last cache."""
+
+    def peak(self, function: Callable[[], object]) -> int:
+        """The most bytes held at one time during the call beyond what was held before."""
+
+    def recover(self) -> None:
+        """After a failure: gives cached memory back. Raises where the device itself is lost."""
+
+
+class Gpu:
+    """The current CUDA (or ROCm) device."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda", torch.cuda.current_device())
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        self._scratch = torch.empty(max(2 * cache, 64 * 2**20), dtype=torch.uint8, device=self.device)
+
+    def mark(self) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: torch.cuda.Event, stop: torch.cuda.Event) -> float:
+        stop.synchronize()
+        return start.elapsed_time(stop) / 1e3
+
+    def flush(self) -> None:
+        self._scratch.zero_()
+
+    def peak(self, function: Callable[[], object]) -> int:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+
+    def recover(self) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+class Cpu:
+    """For the tiny mode."""
+
+    device = torch.device("cpu")
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, stop: float) -> float:
+        return stop - start
+
+    def flush(self) -> None:
+        pass
+
+    def peak(self, function: Callable[[], object]) -> int:
+        with watch_allocations() as seen:
+            function()
+        return seen.peak
+
+    def recover(self) -> None:
+        pass
+
+
+@dataclass
+class Row:
+    """What was found of one way (of one kernel). Seconds are in round order."""
+
+    provider: str
+    role: str
+    frozen: bool = False
+    forward: list[float] = field(default_factory=list)  # without gradients
+    backward: list[float] = field(default_factory=list)  # of a step: `backward()` alone
+    both: list[float] = field(default_factory=list)  # a step: forward with gradients, and backward
+    forward_peak_bytes: int | None = None  # beyond the inputs
+    peak_bytes: int | None = None  # of a step, gradients in it
+    loss: float | None = None
+    error: dict[str, float] | None = None  # relative, of loss, d_hidden and d_weight, against float64 on few tokens
+    first_call_seconds: float | None = None
+    bytes: int | None = None  # of a kernel's traffic, read and written
+    failure: str | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self.failure is None
+
+
+class DeviceLost(Exception):
+    """No kernel runs in this process any more."""
+
+
+def attempt(row: Row, function: Callable[[], None], machine: Machine) -> None:
+    """A failure is a line in the table.
+
+    Raises:
+        DeviceLost: the device went with it.
+    """
+    try:
+        function()
+        return
+    except Exception as reason:
+        row.failure = explain(reason)
+    try:
+        machine.recover()
+    except Exception:
+        raise DeviceLost(row.failure) from None
+
+
+def explain(reason: Exception) -> str:
+    """In a line."""
+    if isinstance(reason, torch.OutOfMemoryError):
+        return "out of memory"
+    lines = str(reason).strip().splitlines()
+    return f"{type(reason).__name__}: {lines[0] if lines else ''}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def measure_cell(cell: Cell, ways: Sequence[Way], machine: Machine, deadline: float, skip: Json, tell: Tell) -> Json:
+    """Errors, memory and times of every way, ready for JSON. `skip` has the reason for each way that is left out."""
+    torch.compiler.reset()
+    rows = [Row(way.name, way.role, way.frozen, failure=skip.get(way.name) or way.missing()) for way in ways]
+    pairs = list(zip(ways, rows, strict=True))
+    inputs = cell.inputs(machine.device)
+    reference = _reference(_few(inputs))
+
+    def found(complete: bool = False) -> Json:
+        return {**_sizes(cell), "rows": [asdict(row) for row in rows], "complete": complete}
+
+    for way, row in pairs:
+        if row.runs:
+            tell(way.name, found())
+            attempt(row, partial(_first_calls, way, row, inputs, reference, machine), machine)
+    stop = min(deadline, time.monotonic() + SECONDS)
+    for turn in _turns(stop):
+        for way, row in pairs[:: -1 if turn % 2 else 1]:
+            if row.runs:
+                tell(way.name, found())
+                attempt(row, partial(_time, way, row, way.of(inputs), machine), machine)
+    return found(complete=True)
+
+
+def _sizes(cell: Cell) -> Json:
+    """What memory is compared with, in bytes."""
+    problem = cell.problem
+    return {
+        "problem": f"{problem}, {cell.data}",
+        "logits_bytes": problem.tokens * problem.vocabulary * problem.dtype.itemsize,
+        "chunk_bytes": problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR,
+        "gradient_bytes": problem.gradient_bytes,
+        "frozen_gradient_bytes": replace(problem, frozen_head=True).gradient_bytes,
+    }
+
+
+def _turns(stop: float) -> Iterator[int]:
+    """At least one."""
+    for turn in range(ROUNDS):
+        if turn and time.monotonic() > stop:
+            return
+        yield turn
+
+
+def _few(inputs: Inputs) -> Inputs:
+    """The same head with few tokens."""
+    few = inputs.problem.brief()
+    hidden, targets, ref_logprob = (x[: few.tokens] for x in (inputs.hidden, inputs.targets, inputs.ref_logprob))
+    return Inputs(hidden, inputs.weight, targets, ref_logprob, few)
+
+
+def _reference(few: Inputs) -> Outcome | None:
+    """None where float64 copies of the head do not fit."""
+    with suppress(torch.OutOfMemoryError):
+        return differentiate(materialised_nll, few.to(torch.float64))
+    return None
+
+
+def _first_calls(way: Way, row: Row, inputs: Inputs, reference: Outcome | None, machine: Machine) -> None:
+    """Errors on few tokens; memory of a whole forward and a whole step, which warm up."""
+    start = time.perf_counter()
+    if way.checked and reference is not None:
+        row.error = measure.errors(differentiate(way.loss, way.of(_few(inputs))), reference)
+    whole = way.of(inputs)
+    row.forward_peak_bytes = machine.peak(lambda: _forward(way, whole))
+    row.peak_bytes = machine.peak(lambda: _keep_loss(row, differentiate(way.loss, whole)))
+    row.first_call_seconds = time.perf_counter() - start
+
+
+def _forward(way: Way, inputs: Inputs) -> None:
+    with torch.no_grad():
+        way.loss(inputs.hidden, inputs.weight, inputs)
+
+
+def _keep_loss(row: Row, outcome: Outcome) -> None:
+    if row.role != "floor" and outcome.loss is not None:
+        row.loss = float(outcome.loss)
+
+
+def _time(way: Way, row: Row, inputs: Inputs, machine: Machine) -> None:
+    machine.flush()
+    start = machine.mark()
+    _forward(way, inputs)
+    row.forward.append(machine.seconds(start, machine.mark()))
+    machine.flush()
+    marks = [machine.mark()]
+    differentiate(way.loss, inputs, between=lambda: marks.append(machine.mark()))
+    marks.append(machine.mark())
+    row.both.append(machine.seconds(marks[0], marks[2]))
+    row.backward.append(machine.seconds(marks[1], marks[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kernels on a chunk of logits
+
+
+def measure_rows(cell: Cell, machine: Machine, deadline: float, skip: Json, tell: Tell) -> Json:
+    """What every backend's row engine makes of a chunk of logits, and a copy as large: bytes over seconds."""
+    head = LogitTransform()
+    inputs = cell.inputs(machine.device)
+    tokens = sweep.chunk_tokens(inputs.hidden, inputs.weight, Options(chunk_bytes=cell.problem.chunk_bytes))
+    hidden, targets = inputs.hidden[:tokens], inputs.targets[:tokens]
+    raw = (hidden @ inputs.weight.T).float()
+    kernels = [_copy(raw)]
+    for name in backends.BACKENDS:
+        kernels += _row_kernels(name, raw, inputs.weight, targets, sweep.RowHead(None, head))
+    for _, row, _ in kernels:
+        row.failure = row.failure or skip.get(row.provider)
+
+    def found(complete: bool = False) -> Json:
+        about = {"problem": f"{len(raw)} x {raw.shape[1]} logits", "complete": complete}
+        return {**about, "rows": [asdict(row) for _, row, _ in kernels]}
+
+    stop = min(deadline, time.monotonic() + SECONDS)
+    for turn in _turns(stop):
+        for prepare, row, kernel in kernels:
+            if row.runs:
+                tell(row.provider, found())
+                attempt(row, partial(_time_kernel, prepare, row, kernel, machine, keep=turn > 0), machine)
+    return found(complete=True)
+
+
+#: What comes before a kernel and is not timed, its row, and the kernel.
+Kernel = tuple[Callable[[], Any], Row, Callable[[Any], object]]
+
+
+def _copy(raw: Tensor) -> Kernel:
+    target = torch.empty_like(raw)
+    return lambda: None, Row("copy", "floor", bytes=2 * raw.nbytes), lambda _: target.copy_(raw)
+
+
+def _row_kernels(name: str, raw: Tensor, weight: Tensor, targets: Tensor, head: sweep.RowHead) -> Iterator[Kernel]:
+    """Statistics of float32 logits (one read), and their bfloat16 gradient in their place (one read, half a write)."""
+    backend = backends.BACKENDS[name]
+    failure = backend.supports(weight.device, weight.dtype)
+    engine: sweep.RowEngine = backend.ENGINE
+    outputs = ("logprob", "lse", "entropy")
+
+    def prepare() -> Tensor:
+        return raw.clone()
+
+    def recall() -> tuple[sweep.Tile, Upstream]:
+        buffer = raw.clone()
+        lse = buffer.logsumexp(-1)
+        stats = TokenStats(logprob=buffer.gather(1, targets[:, None])[:, 0] - lse, lse=lse)
+        return engine.recall(buffer, head, targets, stats), Upstream(logprob=torch.ones_like(lse))
+
+    rows = [Row(f"{name}, {what}", "logitless", failure=failure) for what in ("statistics", "gradient")]
+    rows[0].bytes, rows[1].bytes = raw.nbytes, raw.nbytes * 3 // 2
+    yield prepare, rows[0], lambda logits: engine.measure(logits, head, targets, outputs, None)
+    yield recall, rows[1], lambda given: engine.gradient(given[0], head, given[1], torch.bfloat16)
+
+
+def _time_kernel(
+    prepare: Callable[[], Any], row: Row, kernel: Callable[[Any], object], machine: Machine, *, keep: bool
+) -> None:
+    """The first turn loads and compiles, and is not kept."""
+    given = prepare()
+    machine.flush()
+    start = machine.mark()
+    kernel(given)
+    seconds = machine.seconds(start, machine.mark())
+    if keep:
+        row.both.append(seconds)

@@ -1,0 +1,159 @@
+"""The figures and tables of docs/tail-corrected.md, from what `tail_report` measured."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+Json = dict[str, Any]
+COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
+
+
+def draw(results: Json, path: Path) -> None:
+    """Four panels in one PNG; a panel whose measurement is missing stays empty."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9))
+    kept_against_tolerance(axes[0][0], results.get("curves", {}))
+    error_against_kept(axes[0][1], results.get("curves", {}))
+    time_against_exact(axes[1][0], results.get("times", {}))
+    losses(axes[1][1], results.get("finetune", {}).get("runs", {}))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def _each(curves: Json) -> list[tuple[str, Json]]:
+    return [(f"{text}, {label}", found) for label, texts in curves.items() for text, found in texts.items()]
+
+
+def kept_against_tolerance(axis: Any, curves: Json) -> None:
+    for (name, found), colour in zip(_each(curves), COLOURS, strict=False):
+        x = [point["tolerance"] for point in found["points"]]
+        axis.plot(x, [point["kept"] for point in found["points"]], color=colour, label=f"{name} ({found['loss']:.2f})")
+        axis.plot(x, [point["blocks_kept"] for point in found["points"]], color=colour, linestyle=":")
+    axis.set(xscale="log", yscale="log", xlabel="tolerance", ylabel="share of the logits kept")
+    axis.set_title("what is kept: entries (solid), blocks of 64 (dotted)")
+    axis.legend(fontsize=7, title="text, model (loss)")
+
+
+def error_against_kept(axis: Any, curves: Json) -> None:
+    rules = (("kept", "corrected", "-"), ("kept", "dropped", "--"), ("blocks_kept", "blocks_corrected", ":"))
+    for (name, found), colour in zip(_each(curves), COLOURS, strict=False):
+        for kept, errors, style in rules:
+            points = [(point[kept], point[errors][0]) for point in found["points"]]
+            axis.plot(*zip(*points, strict=True), style, color=colour, label=name if style == "-" else None)
+        axis.axhline(found["bfloat16"][0], color=colour, linewidth=0.5)
+    axis.set(xscale="log", yscale="log", xlabel="share of the logits kept", ylabel="relative error of d hidden")
+    axis.set_title("error: corrected, dropped (dashed), blocks (dotted), bf16 arithmetic (thin)", fontsize=10)
+
+
+def time_against_exact(axis: Any, times: Json) -> None:
+    rows = [(f"{text}: {name}", found["methods"][name], found) for text, found, name in _methods(times)]
+    ratios = [min(row["seconds"]) / min(found["methods"]["three GEMMs"]["seconds"]) for _, row, found in rows]
+    axis.barh(range(len(rows)), ratios)
+    axis.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=6)
+    axis.invert_yaxis()
+    axis.axvline(1, color="black", linewidth=0.5)
+    axis.set(xlabel="time / three GEMMs (best of the rounds)")
+
+
+def _methods(times: Json) -> list[tuple[str, Json, str]]:
+    return [
+        (text, found, name) for texts in times.values() for text, found in texts.items() for name in found["methods"]
+    ]
+
+
+def losses(axis: Any, runs: Json, width: int = 10) -> None:
+    for (name, values), colour in zip(runs.items(), COLOURS, strict=False):
+        smooth = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
+        axis.plot(smooth, color=colour, linewidth=1, label=name)
+    axis.set(xlabel="step", ylabel=f"loss, mean of the last {width}")
+    if runs:
+        axis.legend(fontsize=7)
+
+
+def markdown(results: Json) -> str:
+    """The tables: every number that docs/tail-corrected.md speaks of."""
+    sections = [
+        "# The tail-corrected backward, measured\n\nWritten by `benchmarks/tail_report.py`; its JSON has every sample."
+    ]
+    for name, found in _each(results.get("curves", {})):
+        title = f"## {name}: loss {found['loss']:.2f}, {found['tokens']} tokens"
+        note = "Exact in bfloat16: d hidden {:.4f}, d weight {:.4f}.".format(*found["bfloat16"])
+        sections += [title, note, _curve(found["points"])]
+    for label, found in results.get("orders", {}).items():
+        sections += [f"## Orders of the vocabulary, {found['text']}, {label}", _orders(found)]
+    for part in ("times", "flat"):
+        for label, texts in results.get(part, {}).items():
+            sections += [
+                _times(f"## {part}: {text}, {label}, N {found['tokens']}", found) for text, found in texts.items()
+            ]
+    sections += [_finetune(results["finetune"]["runs"])] if "runs" in results.get("finetune", {}) else []
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def _pair(errors: list[float]) -> str:
+    return ", ".join(f"{x:.4f}" for x in errors)
+
+
+def _curve(points: list[Json]) -> str:
+    head = ["tolerance", "entries kept", "tail mass", "corrected: d hidden, d weight", "dropped"]
+    rows = [
+        [
+            f"2^{_exponent(p['tolerance'])}",
+            f"{p['kept']:.4f}",
+            f"{p['tail_mass']:.4f}",
+            _pair(p["corrected"]),
+            _pair(p["dropped"]),
+            f"{p['blocks_kept']:.3f}",
+            _pair(p["blocks_corrected"]),
+        ]
+        for p in points
+    ]
+    return _table([*head, "blocks of 64 kept", "corrected"], rows)
+
+
+def _exponent(tolerance: float) -> int:
+    return round(math.log2(tolerance))
+
+
+def _orders(found: Json) -> str:
+    orders = [name for name in found if name != "text"]
+    head = ["order", *(f"blocks of {block}" for block in found[orders[0]])]
+    return _table(head, [[name, *(_pair(errors) for errors in found[name].values())] for name in orders])
+
+
+def _times(title: str, found: Json) -> str:
+    methods = found["methods"]
+    base, cpu = min(methods["three GEMMs"]["seconds"]), methods["three GEMMs"]["cpu_seconds"]
+    rows = [
+        [
+            name,
+            f"{min(row['seconds']):.2f}",
+            f"{min(row['seconds']) / base:.3f}",
+            f"{row['cpu_seconds'] / cpu:.3f}",
+            f"{row['errors'][0]:.0e}" if "errors" in row else "",
+            _pair(row["errors"][1:]) if "errors" in row else "",
+            f"{row['kept']:.4f}" if "kept" in row else "",
+        ]
+        for name, row in methods.items()
+    ]
+    about = found["environment"]
+    machine = f"{about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}"
+    note = f"{machine}; load {about['load']} at the start."
+    head = ["method", "s, best", "/ three GEMMs", "CPU time / theirs", "loss off by", "d hidden, d weight", "kept"]
+    return "\n\n".join([title, note, _table(head, rows)])
+
+
+def _finetune(runs: Json) -> str:
+    head = ["run", "steps", "loss of the first 20", "of the last 20"]
+    rows = [[name, str(len(x)), f"{sum(x[:20]) / 20:.4f}", f"{sum(x[-20:]) / 20:.4f}"] for name, x in runs.items() if x]
+    return "\n\n".join(["## Fine-tuning", _table(head, rows)])

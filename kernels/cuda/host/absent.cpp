@@ -1,0 +1,7 @@
+// What liblogitless_host leaves out: kernels that only a GPU can run (sources.cmake, LOGITLESS_DEVICE_SOURCES).
+#include "../logitless.h"
+
+int32_t logitless_forward_sm90(const void*, const void*, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, const void*,
+                               const int64_t*, double, double, double, void*, void*, int32_t, void*) {
+    return LOGITLESS_NOT_BUILT;
+}

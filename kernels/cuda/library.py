@@ -1,0 +1,128 @@
+"""The compiled library behind logitless.h, through ctypes. Nothing is compiled here, and nothing is loaded at import.
+
+The library is `liblogitless_cuda.so` beside this file, where `pip install` puts it. The environment variable
+`LOGITLESS_CUDA_LIBRARY` names another: one that CMake left in a build folder, or its twin for the CPU,
+`liblogitless_host.so`, which runs the same kernels on CPU tensors, slowly, for tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VARIABLE = "LOGITLESS_CUDA_LIBRARY"
+NAME = "liblogitless_cuda.so"
+
+_P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
+_HEAD = (_P, _P, _D, _D, _D)  # bias, targets, logit_scale, softcap, temperature
+_RESULTS = (_P,) * 6
+_END = (_I, _P)  # device, stream
+_FORWARD = (_P, _P, _I, _L, _L, _L, _L, _L, *_HEAD, _P, _P, *_END)
+_PAIRS = (_P, _P, _L, _L)  # starts, tokens, first_block, block_count
+
+#: What a function returns, then what it takes; tests/test_cuda_library.py holds this against the header.
+SIGNATURES: dict[str, tuple[type, ...]] = {
+    "logitless_target": (ctypes.c_char_p,),
+    "logitless_explain": (ctypes.c_char_p, _I),
+    "logitless_check_device": (_I, _I),
+    "logitless_measure_workspace": (_L, _L, _L, _I),
+    "logitless_measure": (_I, _P, _I, _L, _L, _L, *_HEAD, *_RESULTS, _P, _L, _L, _P, _L, *_END),
+    "logitless_gradient": (_I, _P, _I, _L, _L, _L, *_HEAD, _P, _P, _P, _P, _P, _P, _P, _P, _I, *_END),
+    "logitless_forward_sm80": (_I, *_FORWARD),
+    "logitless_forward_sm90": (_I, *_FORWARD),
+    "logitless_merge": (_I, _P, _P, _I, _L, _L, _L, *_RESULTS, _P, _L, *_END),
+    "logitless_route": (_I, _P, _L, _P, _P, _P, _L, _L, _P, _P, _P, _L, *_END),
+    "logitless_sparse_gradient": (
+        *(_I, _P, _P, _L, _L, _L, _L, _L, *_HEAD, _P, _P, _P, _P, _P, *_PAIRS, _P, _L, *_END),
+    ),
+    "logitless_sparse_d_weight": (_I, _P, _P, _L, _L, _L, _L, *_PAIRS, _P, _L, *_END),
+    "logitless_sparse_d_hidden": (_I, _P, _P, _L, _L, _L, _L, *_PAIRS, _I, _P, _L, *_END),
+}
+
+#: `enum logitless_dtype`.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+#: Of `enum logitless_code`.
+NOT_BUILT = -8
+
+
+class Library:
+    """A loaded library. A method call is a call of the function with `logitless_` before its name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._functions = ctypes.CDLL(str(path))
+        for name, (result, *arguments) in SIGNATURES.items():
+            function = getattr(self._functions, name)
+            function.restype, function.argtypes = result, arguments
+        self.target: str = self._functions.logitless_target().decode()
+
+    def explain(self, code: int) -> str:
+        """A sentence for a code."""
+        return self._functions.logitless_explain(code).decode()
+
+    def device_code(self, device: torch.device) -> int:
+        """0 where this library's kernels run on the device, otherwise the code that says why not."""
+        with _current(device):  # the library's runtime leaves the device it asks current
+            return self._functions.logitless_check_device(device.index or 0)
+
+    def measure_workspace(self, rows: int, vocabulary: int, dtype: torch.dtype) -> int:
+        """Bytes of workspace that `measure` needs."""
+        return self._functions.logitless_measure_workspace(rows, vocabulary, DTYPES[dtype])
+
+    def has(self, name: str) -> bool:
+        """Whether this build holds the kernel: a call without arguments comes back with another complaint then."""
+        _, *arguments = SIGNATURES[f"logitless_{name}"]
+        return self._call(name, [kind() for kind in arguments]) != NOT_BUILT
+
+    def launch(self, name: str, *arguments: Tensor | torch.dtype | float | None, on: torch.device) -> None:
+        """Queues a function's work on the current stream of the device, which its last two arguments name.
+
+        Tensors go over as their addresses, dtypes as their codes, None as a null pointer. Nothing waits.
+
+        Raises:
+            RuntimeError: the function refused its arguments, or CUDA could not start it.
+        """
+        with _current(on):
+            stream = torch.cuda.current_stream(on).cuda_stream if on.type == "cuda" else None
+            code = self._call(name, [*map(_argument, arguments), on.index or 0, stream])
+        if code != 0:
+            raise RuntimeError(f"logitless_{name}: {self.explain(code)} (code {code})")
+
+    def _call(self, name: str, arguments: list[object]) -> int:
+        return getattr(self._functions, f"logitless_{name}")(*arguments)
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def _argument(value: Tensor | torch.dtype | float | None) -> float | None:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return DTYPES[value] if isinstance(value, torch.dtype) else value
+
+
+def location() -> Path | None:
+    """The library that would be loaded, None where there is none."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    beside = Path(__file__).with_name(NAME)
+    return beside if beside.is_file() else None
+
+
+@cache
+def load(path: Path) -> Library:
+    """The library at a path, loaded once. Needs no driver and no GPU.
+
+    Raises:
+        OSError: there is none, or the system cannot load it.
+        AttributeError: it is of another version.
+    """
+    return Library(path)

@@ -1,0 +1,64 @@
+// Where a row's statistics go, and the moments of parts of the vocabulary on their way there.
+#pragma once
+
+#include <cstdint>
+
+#include "platform.cuh"
+#include "rows.cuh"
+
+namespace logitless {
+
+// [rows] or null each.
+template <typename T>
+struct Results {
+    T *logprob, *lse, *entropy, *mean_logit, *correct, *log_sum_sq;
+};
+
+template <typename T>
+__device__ inline void write(const Results<T>& to, std::int64_t row, const RowStatistics<T>& found) {
+    if (to.logprob) to.logprob[row] = found.logprob;
+    if (to.lse) to.lse[row] = found.lse;
+    if (to.entropy) to.entropy[row] = found.entropy;
+    if (to.mean_logit) to.mean_logit[row] = found.mean_logit;
+    if (to.correct) to.correct[row] = found.correct;
+    if (to.log_sum_sq) to.log_sum_sq[row] = found.log_sum_sq;
+}
+
+// Moments of parts of the vocabulary, the layout that logitless_merge takes.
+template <typename T>
+struct PartialMoments {
+    T* moments;       // [parts, 5, rows]
+    T* target_logit;  // [rows]
+    std::int64_t parts, rows;
+};
+
+template <typename T>
+__device__ inline void write(const PartialMoments<T>& to, std::int64_t part, std::int64_t row,
+                             const Moments<T>& found) {
+    T* const place = to.moments + part * 5 * to.rows + row;
+    const T values[5] = {found.max, found.sum, found.shifted, found.squares, found.total};
+    for (int k = 0; k < 5; ++k) place[k * to.rows] = values[k];
+}
+
+template <typename T>
+__device__ inline Moments<T> read(const PartialMoments<T>& from, std::int64_t part, std::int64_t row) {
+    const T* const place = from.moments + part * 5 * from.rows + row;
+    const std::int64_t n = from.rows;
+    return {place[0], place[n], place[2 * n], place[3 * n], place[4 * n]};
+}
+
+// The same moments on `lanes` neighbouring lanes, a power of two.
+template <typename T>
+__device__ inline Moments<T> merge_lanes(Moments<T> mine, int lanes) {
+    for (int step = 1; step < lanes; step *= 2) {
+        const Moments<T> theirs = {
+            __shfl_xor_sync(FULL_WARP, mine.max, step),     __shfl_xor_sync(FULL_WARP, mine.sum, step),
+            __shfl_xor_sync(FULL_WARP, mine.shifted, step), __shfl_xor_sync(FULL_WARP, mine.squares, step),
+            __shfl_xor_sync(FULL_WARP, mine.total, step),
+        };
+        mine = merge(mine, theirs);
+    }
+    return mine;
+}
+
+}  // namespace logitless

@@ -1,0 +1,324 @@
+"""Statistics of tokens from tiles that never leave the chip, and the tile of gradients that a backward needs.
+
+Forward: a program owns a tile of tokens and a split of the vocabulary, walks the split's tiles, and leaves the sums of
+eq. 3 behind for each row; `merge_kernel` joins the splits. Backward: `gradient_kernel` computes a tile again and writes
+its `dL/ds`, rounded once, for the two products, which are cuBLAS's (kernels/README.md, "Triton kernels", says why).
+No kernel here adds into memory that another program writes: the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import testing
+
+from ...types import OUTPUTS, LogitTransform, TokenStats
+from . import configs
+from .tile import absorb, gradient, grouped, join, products, store_block_lse, store_finished, transform
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device
+
+
+@triton.jit(do_not_specialize=["N", "V", "splits", "tiles_per_split"])
+def forward_kernel(
+    p_hidden,
+    p_weight,
+    p_bias,
+    p_targets,
+    p_top,  # [splits, N], as the next four; None where not asked for
+    p_total,
+    p_moment,
+    p_square,
+    p_sum,
+    p_target_logit,  # [N]
+    p_block_lse,  # [N, blocks] or None
+    N,
+    V,
+    H,
+    splits,
+    tiles_per_split,
+    stride_hn,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    slope,
+    inner,
+    outer,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Eqs. 1 and 3 of a tile of tokens over a split of the vocabulary."""
+    i_n, i_split = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), splits, GROUP_N)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    target = tl.load(p_targets + o_n, mask=m_n, other=-1).to(tl.int32)
+    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    moment = tl.zeros((BLOCK_N,), tl.float32)
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    sum_z = tl.zeros((BLOCK_N,), tl.float32)
+    z_t = tl.zeros((BLOCK_N,), tl.float32)
+    first = i_split * tiles_per_split
+    stop = tl.minimum(first + tiles_per_split, tl.cdiv(V, BLOCK_V))
+    for i_v in range(first, stop):
+        o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        s = products(
+            p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh,
+            BLOCK_H, PRECISION,
+        )  # fmt: skip
+        z, _ = transform(s, slope, inner, outer)
+        m_v = (o_v < V)[None, :]
+        here = o_v[None, :] == target[:, None]
+        z_t += tl.sum(tl.where(here, z, 0.0), 1)
+        if p_block_lse is not None:
+            i_first = i_v * (BLOCK_V // BLOCK)
+            store_block_lse(tl.where(m_v, z, float("-inf")), p_block_lse, o_n, i_first, m_n, tl.cdiv(V, BLOCK), BLOCK)
+        if p_sum is not None:
+            sum_z += tl.sum(tl.where(here | (m_v == 0), 0.0, z), 1)
+        z = tl.where(here | (m_v == 0), float("-inf"), z)
+        top, total, moment, square = absorb(
+            z, top, total, moment, square, p_moment is not None, p_square is not None
+        )  # fmt: skip
+    o_out = i_split.to(tl.int64) * N + o_n
+    tl.store(p_top + o_out, top, mask=m_n)
+    tl.store(p_total + o_out, total, mask=m_n)
+    if p_moment is not None:
+        tl.store(p_moment + o_out, moment, mask=m_n)
+    if p_square is not None:
+        tl.store(p_square + o_out, square, mask=m_n)
+    if p_sum is not None:
+        tl.store(p_sum + o_out, sum_z, mask=m_n)
+    ours = (target >= first * BLOCK_V) & (target < stop * BLOCK_V)
+    tl.store(p_target_logit + o_n, z_t, mask=m_n & ours)
+
+
+@triton.jit(do_not_specialize=["N", "V", "splits"])
+def merge_kernel(
+    p_top,
+    p_total,
+    p_moment,
+    p_square,
+    p_sum,
+    p_target_logit,
+    p_logprob,
+    p_lse,
+    p_entropy,
+    p_mean_logit,
+    p_correct,
+    p_log_sum_sq,
+    N,
+    V,
+    splits,
+    BLOCK_N: tl.constexpr,
+):
+    """Eqs. 4 to 10 of rows from the sums of their splits, in the order of the vocabulary."""
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_n = o_n < N
+    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    moment = tl.zeros((BLOCK_N,), tl.float32)
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    sum_z = tl.zeros((BLOCK_N,), tl.float32)
+    zero = tl.zeros((BLOCK_N,), tl.float32)
+    for i_split in range(splits):
+        o_in = tl.full((), 1, tl.int64) * i_split * N + o_n
+        moment2 = zero
+        square2 = zero
+        if p_moment is not None:
+            moment2 = tl.load(p_moment + o_in, mask=m_n, other=0.0)
+        if p_square is not None:
+            square2 = tl.load(p_square + o_in, mask=m_n, other=0.0)
+        if p_sum is not None:
+            sum_z += tl.load(p_sum + o_in, mask=m_n, other=0.0)
+        top2 = tl.load(p_top + o_in, mask=m_n, other=0.0)
+        total2 = tl.load(p_total + o_in, mask=m_n, other=1.0)
+        top, total, moment, square = join(top, total, moment, square, top2, total2, moment2, square2)
+    z_t = tl.load(p_target_logit + o_n, mask=m_n, other=0.0)
+    store_finished(
+        top, total, moment, square, sum_z, z_t, o_n, m_n, V,
+        p_logprob, p_lse, p_entropy, p_mean_logit, p_correct, p_log_sum_sq,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["N", "V", "first_v"])
+def gradient_kernel(
+    p_hidden,
+    p_weight,
+    p_bias,
+    p_targets,
+    p_lse,  # [N], as the next three
+    p_factor,
+    p_entropy_factor,
+    p_mean_factor,
+    p_gradient,  # [N, width] with width a multiple of BLOCK_V
+    p_column_sum,  # [tiles of tokens, width] or None
+    N,
+    V,
+    H,
+    first_v,
+    stride_hn,
+    stride_hh,
+    stride_wv,
+    stride_wh,
+    width,
+    slope,
+    inner,
+    outer,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    GROUP_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Eqs. 11 and 13 of a tile: tokens by the V columns from `first_v` on, to which weight and bias point already. The
+    target's entry is 0, and so are the columns beyond V: a store without a mask on columns is a wide one."""
+    i_n, i_v = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_n = o_n < N
+    s = products(
+        p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh, BLOCK_H, PRECISION
+    )
+    z, c = transform(s, slope, inner, outer)
+    target = (tl.load(p_targets + o_n, mask=m_n, other=-1) - first_v).to(tl.int32)
+    g = gradient(z, c, p_lse, p_factor, p_entropy_factor, p_mean_factor, o_n, m_n)
+    absent = (o_v >= V)[None, :] | (m_n == 0)[:, None] | (o_v[None, :] == target[:, None])
+    g = tl.where(absent, 0.0, g)
+    p_out = p_gradient + o_n[:, None].to(tl.int64) * width + o_v[None, :]
+    tl.store(p_out, g.to(p_gradient.dtype.element_ty), mask=m_n[:, None])
+    if p_column_sum is not None:
+        tl.store(p_column_sum + i_n.to(tl.int64) * width + o_v, tl.sum(g, 0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Host
+
+
+class Coefficients(NamedTuple):
+    """What the gradient of a row's logits takes beside the logits, `[N]` float32 each (see `tile.gradient`)."""
+
+    lse: Tensor
+    factor: Tensor
+    entropy_factor: Tensor | None
+    mean_factor: Tensor | None  # under a softcap alone: without one, m / V is left to two products
+
+
+def bends(transform: LogitTransform) -> tuple[float, float | None, float | None]:
+    """(slope, inner, outer) of `tile.transform`."""
+    if transform.softcap is None:
+        return transform.slope, None, None
+    return transform.slope, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+    block: int | None = None,
+    config: configs.Tile | None = None,
+) -> tuple[TokenStats, Tensor | None]:
+    """Statistics of `hidden [N, H]`, `weight [V, H]`, contiguous `bias [V]` and `targets [N]`, any strides of the first
+    two; and, for a `block` that divides the tile's columns, the logsumexp of every block of the vocabulary, float32
+    `[N, ceil(V / block)]`. logprob and lse come always."""
+    tokens, vocabulary = hidden.shape[0], weight.shape[0]
+    rich = transform.softcap is not None or block is not None or bool({"entropy", "log_sum_sq"} & set(outputs))
+    config = config or configs.tile(hidden, "forward", rich=rich)
+    assert block is None or config.BLOCK_V % block == 0
+    wanted = {"logprob", "lse", *outputs}
+    stats = TokenStats(**{name: _floats(hidden, tokens) for name in OUTPUTS if name in wanted})
+    block_lse = None if block is None else _floats(hidden, tokens, triton.cdiv(vocabulary, block))
+    if not tokens:
+        return stats, block_lse
+    tiles_n = triton.cdiv(tokens, config.BLOCK_N)
+    splits, each = configs.split(tiles_n, triton.cdiv(vocabulary, config.BLOCK_V), configs.processors(hidden.device))
+    needed = (True, True, "entropy" in wanted, "log_sum_sq" in wanted, "mean_logit" in wanted)
+    parts = [_floats(hidden, splits, tokens) if need else None for need in needed]
+    target_logit = _floats(hidden, tokens)
+    forward_kernel[(tiles_n * splits,)](
+        hidden, weight, bias, targets, *parts, target_logit, block_lse,
+        tokens, vocabulary, hidden.shape[1], splits, each, *hidden.stride(), *weight.stride(), *bends(transform),
+        BLOCK=block or config.BLOCK_V, PRECISION=configs.precision(hidden.dtype), **config.blocks,
+    )  # fmt: skip
+    merge_kernel[(triton.cdiv(tokens, 128),)](
+        *parts, target_logit, *stats, tokens, vocabulary, splits, BLOCK_N=128
+    )  # fmt: skip
+    return stats, block_lse
+
+
+def gradient_config(hidden: Tensor, rows: Coefficients, transform: LogitTransform) -> configs.Tile:
+    """The tile of `gradient_tile`."""
+    return configs.tile(hidden, "gradient", rich=transform.softcap is not None or rows.entropy_factor is not None)
+
+
+def gradient_tile(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    rows: Coefficients,
+    first_v: int,
+    out: Tensor,
+    *,
+    transform: LogitTransform,
+    config: configs.Tile,
+    column_sum: Tensor | None = None,
+) -> None:
+    """`out [N, width] = dL/ds` of `weight [V, H]`, a part of the vocabulary that begins at `first_v`; 0 at a target.
+
+    Args:
+        config: `gradient_config`'s, which the shapes below follow.
+        out: contiguous, any floating dtype; width is a multiple of the tile's BLOCK_V, and columns beyond V become 0.
+        column_sum: `[ceil(N / BLOCK_N), width]` float32, or None: the columns' sums over each tile of tokens, before
+            `out` is rounded.
+    """
+    tokens, part = hidden.shape[0], weight.shape[0]
+    assert out.shape[1] % config.BLOCK_V == 0 and part <= out.shape[1]
+    grid = (triton.cdiv(tokens, config.BLOCK_N) * triton.cdiv(part, config.BLOCK_V),)
+    gradient_kernel[grid](
+        hidden, weight, bias, targets, *rows, out, column_sum,
+        tokens, part, hidden.shape[1], first_v, *hidden.stride(), *weight.stride(), out.shape[1], *bends(transform),
+        PRECISION=configs.precision(hidden.dtype), **config.blocks,
+    )  # fmt: skip
+
+
+def refine(hidden: Tensor, weight: Tensor, *, budget: float = 60.0) -> dict[str, configs.Tile]:
+    """Times tiles near the table's, without softcap and entropy, on the device of these operands, for `budget` seconds
+    a kernel at most (compilation included), and keeps the fastest for later processes. Returns them by their key."""
+    path = configs.cache_path(hidden.device)
+    targets = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    rows = Coefficients(*(_floats(hidden, hidden.shape[0]).zero_() for _ in range(2)), None, None)
+
+    def one_forward(tile: configs.Tile) -> None:
+        forward(hidden, weight, None, targets, transform=LogitTransform(), outputs=(), config=tile)
+
+    out = hidden.new_empty(hidden.shape[0], 1024)
+
+    def one_gradient(tile: configs.Tile) -> None:
+        part = (weight[: out.shape[1]], None, targets, rows, 0, out)
+        gradient_tile(hidden, *part, transform=LogitTransform(), config=tile)
+
+    found = {}
+    for kernel, once in (("forward", one_forward), ("gradient", one_gradient)):
+        key = configs.key(hidden, kernel, rich=False)
+        candidates = configs.neighbours(configs.tile(hidden, kernel, rich=False))
+        found[key] = configs.refine(
+            key, candidates, lambda tile, once=once: testing.do_bench(lambda: once(tile)), path, budget=budget
+        )
+    return found
+
+
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)

@@ -1,0 +1,247 @@
+"""CUDA C++ kernels (`kernels/cuda`) for NVIDIA GPUs from Ampere on, behind a plain C library.
+
+Forward of half-precision operands: one fused GEMM, whose epilogue keeps five numbers for each token and 128 columns,
+and a kernel that merges these; logits stay on the chip. Elsewhere (other dtypes, single pass, backward, unit gradient):
+cuBLAS makes a chunk's logits, one kernel measures them in one read, and one turns them into their gradient in one read
+and one write (`sweep`, with this backend's row engine). In numbers of `2 N H V` flops: forward 1, backward 3, single
+pass 3 in all, frozen head 2 in all.
+
+Memory: `20 N ceil(V / 128)` bytes of partial results, within the budget of a chunk, or one chunk of logits, which its
+gradient overwrites; and float32 accumulators of the gradients asked for. PyTorch's allocator has all of it; the library
+allocates nothing, waits for nothing, and works on the current stream: a call may be captured into a CUDA graph.
+
+Deterministic: no kernel here adds into memory that another block writes to.
+
+Numerics: logits, exponentials and sums are float32 (float64 for float64). A bfloat16 gradient is rounded once, from
+float32, on its way into its two products. No kernel here has run on a GPU yet, only its text on a CPU
+(kernels/README.md, "CUDA kernels"): `supports` takes CPU tensors where that build is loaded.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..types import OUTPUTS, LogitTransform, Options, TokenStats, statistics_dtype
+from . import sweep
+from .divergence import rows as divergence_rows
+from .divergence import sweep as divergence_sweep
+from .problem import (
+    Coefficients,
+    DivergenceProblem,
+    DivergenceResult,
+    Forward,
+    Gradients,
+    Needs,
+    Problem,
+    SinglePass,
+    Upstream,
+)
+from .sweep import RowGradient, RowHead, Tile
+
+if TYPE_CHECKING:
+    from ..kernels.cuda.library import Library
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+#: Columns of the vocabulary in one partial result of the fused forward, and the numbers in it.
+PART_COLUMNS, MOMENTS = 128, 5
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """GPU tensors of any floating dtype, where the library is built and has code for the GPU; CPU tensors where
+    `LOGITLESS_CUDA_LIBRARY` names the library's twin for the CPU."""
+    from ..kernels.cuda import library
+
+    if dtype not in DTYPES:
+        return f"it takes {[str(dtype) for dtype in DTYPES]}, got {dtype}"
+    path = library.location()
+    if path is None:
+        return "its library is not built: install logitless where nvcc is (LOGITLESS_CUDA=require says what is missing)"
+    try:
+        loaded = library.load(path)
+    except (OSError, AttributeError) as error:
+        return f"its library cannot be loaded: {error}"
+    wanted = {"cuda": "cuda", "host": "cpu"}[loaded.target]
+    if device.type != wanted:
+        return f"{path.name} takes tensors on {wanted}, got {device}"
+    code = loaded.device_code(device)
+    return None if code == 0 else f"{device}: {loaded.explain(code)}"
+
+
+def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
+    """The longest group that `single_pass` keeps whole."""
+    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options, (), False))
+
+
+def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
+    """`TokenStats` of every token and, for a frozen head, `d logprob / d hidden`."""
+    kernel = None if unit_gradient else fused_kernel(problem.hidden, problem.weight)
+    if kernel is None:
+        return sweep.forward(ENGINE, problem, outputs, unit_gradient)
+    return Forward(_fused_forward(kernel, problem, _wanted(outputs)), None)
+
+
+def backward(problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
+    """Gradients from `upstream`, the chunk's logits computed again."""
+    return sweep.backward(ENGINE, problem, stats, upstream, needs)
+
+
+def single_pass(
+    problem: Problem, outputs: tuple[str, ...], coefficients: Coefficients, groups: Tensor | None, needs: Needs
+) -> SinglePass:
+    """The sum of a loss and its gradients in one sweep."""
+    return sweep.single_pass(ENGINE, problem, outputs, coefficients, groups, needs)
+
+
+def divergence(problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]) -> DivergenceResult:
+    """Divergences and, where `upstream` is given, gradients, in one sweep, by PyTorch's row operations."""
+    return divergence_sweep(divergence_rows, problem, upstream, needs)
+
+
+def _library() -> Library:
+    """The library that `supports` has accepted."""
+    from ..kernels.cuda import library
+
+    path = library.location()
+    assert path is not None
+    return library.load(path)
+
+
+def _wanted(outputs: tuple[str, ...]) -> tuple[str, ...]:
+    """logprob and lse come always."""
+    return tuple(name for name in OUTPUTS if name in ("logprob", "lse", *outputs))
+
+
+def _options(transform: LogitTransform) -> tuple[float, float, float]:
+    """As the library takes them: softcap 0 for none."""
+    return transform.logit_scale, transform.softcap or 0.0, transform.temperature
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows of a chunk
+
+
+class RowKernels:
+    """`sweep.RowEngine` by `logitless_measure` and `logitless_gradient`."""
+
+    def buffers(self, problem: Problem | Options, outputs: tuple[str, ...], entropy_gradient: bool) -> int:
+        """The chunk itself: its gradient overwrites it."""
+        return 1
+
+    def measure(
+        self, raw: Tensor, head: RowHead, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
+    ) -> Tile:
+        """One read of the raw products `[n, V]`, which are left as they are."""
+        raw = _rows(raw)
+        found = {name: _vector(raw) for name in _wanted(outputs) if name != "mean_logit" or mean_logit is None}
+        library = _library()
+        size = library.measure_workspace(raw.shape[0], raw.shape[1], raw.dtype)
+        workspace = torch.empty(size, dtype=torch.uint8, device=raw.device)
+        library.launch(
+            "measure",
+            *_chunk(raw, head, targets),
+            *(found.get(name) for name in OUTPUTS),
+            *(None, 0, 0),  # no logsumexp of blocks
+            *(workspace, size),
+            on=raw.device,
+        )
+        if mean_logit is not None:
+            found["mean_logit"] = mean_logit
+        return Tile(raw, targets, TokenStats(**found), None)
+
+    def recall(self, raw: Tensor, head: RowHead, targets: Tensor, stats: TokenStats) -> Tile:
+        """Nothing to do: the gradient is made of the raw products themselves."""
+        return Tile(_rows(raw), targets, stats, None)
+
+    def gradient(self, tile: Tile, head: RowHead, upstream: Upstream, operand: torch.dtype) -> RowGradient:
+        """In the memory of the raw products, at twice their row stride where they are float32 and it is narrower."""
+        raw, dtype = tile.logits, statistics_dtype(tile.logits.dtype)
+        capped = head.transform.softcap is not None
+        upstream = upstream._replace(mean_logit=upstream.mean_logit if capped else None)
+        made = operand if raw.dtype == torch.float32 and operand.itemsize <= 4 else raw.dtype
+        stats = (tile.stats.logprob, tile.stats.lse, tile.stats.entropy if upstream.entropy is not None else None)
+        target = _vector(raw)
+        _library().launch(
+            "gradient",
+            *_chunk(raw, head, tile.targets),
+            *(None if x is None else x.to(dtype).contiguous() for x in (*stats, *upstream)),
+            *(target, made),
+            on=raw.device,
+        )
+        return RowGradient(raw.view(made)[:, : raw.shape[1]].to(operand), None, target)
+
+
+ENGINE = RowKernels()
+
+
+def _rows(raw: Tensor) -> Tensor:
+    """Row-major, as a GPU's chunks are; a CPU's are not. (`contiguous` keeps strides where a size is 1.)"""
+    return raw if raw.stride(1) == 1 and raw.stride(0) >= raw.shape[1] else raw.new_empty(raw.shape).copy_(raw)
+
+
+def _vector(raw: Tensor) -> Tensor:
+    return torch.empty(len(raw), dtype=statistics_dtype(raw.dtype), device=raw.device)
+
+
+def _chunk(raw: Tensor, head: RowHead, targets: Tensor) -> tuple[Tensor | torch.dtype | float | None, ...]:
+    """The arguments that both functions begin with."""
+    bias = None if head.bias is None else head.bias.contiguous()
+    return (raw, raw.dtype, *raw.shape, raw.stride(0), bias, targets.contiguous(), *_options(head.transform))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Fused forward
+
+
+def fused_kernel(hidden: Tensor, weight: Tensor) -> str | None:
+    """The fused forward that takes these tensors, None where cuBLAS and the chunk kernels do the work.
+
+    Hopper has its own (wgmma), which a build without CUTLASS leaves out; Ampere and Ada have theirs (mma.sync). From
+    Blackwell on, cuBLAS's tensor-core instructions are far ahead of both.
+    """
+    if hidden.dtype not in (torch.bfloat16, torch.float16) or not (_has_vectors(hidden) and _has_vectors(weight)):
+        return None
+    if hidden.device.type != "cuda":
+        return "forward_sm80"
+    generation = torch.cuda.get_device_capability(hidden.device)[0]
+    if generation == 9:
+        return "forward_sm90" if _library().has("forward_sm90") else None
+    return "forward_sm80" if generation == 8 else None
+
+
+def _has_vectors(matrix: Tensor) -> bool:
+    """Rows can be read 16 bytes at a time."""
+    step = 16 // matrix.itemsize
+    return (
+        matrix.shape[1] > 0
+        and matrix.shape[1] % step == 0
+        and matrix.stride(1) == 1
+        and matrix.stride(0) % step == 0
+        and matrix.data_ptr() % 16 == 0
+    )
+
+
+def _fused_forward(kernel: str, problem: Problem, wanted: tuple[str, ...]) -> TokenStats:
+    hidden, device = problem.hidden, problem.hidden.device
+    parts = -(-len(problem.weight) // PART_COLUMNS)
+    budget = problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES.get(device.type, sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR)
+    tokens = max(1, min(len(hidden), budget // (4 * MOMENTS * parts)))
+    moments = torch.empty(parts * MOMENTS * tokens, dtype=torch.float32, device=device)
+    target_logit = torch.empty(tokens, dtype=torch.float32, device=device)
+    bias = None if problem.bias is None else problem.bias.float()
+    found = {name: torch.empty(len(hidden), dtype=torch.float32, device=device) for name in wanted}
+    for rows in sweep.spans(len(hidden), tokens):
+        part = hidden[rows]
+        _library().launch(
+            kernel,
+            *(part, problem.weight, hidden.dtype, len(part), *problem.weight.shape),
+            *(hidden.stride(0), problem.weight.stride(0), bias, problem.targets[rows].contiguous()),
+            *(*_options(problem.transform), moments, target_logit),
+            on=device,
+        )
+        results = [found[name][rows] if name in found else None for name in OUTPUTS]
+        sizes = (torch.float32, parts, len(part), len(problem.weight))
+        _library().launch("merge", moments, target_logit, *sizes, *results, None, 0, on=device)
+    return TokenStats(**found)

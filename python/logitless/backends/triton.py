@@ -1,0 +1,270 @@
+"""Triton kernels: `kernels/triton/logprobs.py` where logits stay on the chip, `chunk.py` on a chunk of cuBLAS logits.
+
+Forward: one fused kernel, logits in registers. Backward: the gradient of `[tokens, part of the vocabulary]` at a time,
+computed from recomputed logits and written once in the dtype of its two products, which are cuBLAS's. Single pass and
+unit gradient: `sweep` with this backend's row engine. In numbers of `2 N H V` flops: 1, 3, 3 in all, 2 in all.
+
+Memory: five numbers for each token and split of the vocabulary (forward), `GRADIENT_BYTES` (backward), one chunk of
+logits (single pass), and float32 accumulators of the gradients asked for.
+
+Deterministic: no kernel adds into memory that another program writes to, so there is one path, and it gives the same
+bits every time. The one sum whose order may vary is PyTorch's `index_add_` of the targets' rows into the weight's
+gradient (float32 atomics on a GPU), which `torch.use_deterministic_algorithms(True)` replaces by a sorted one.
+
+Numerics: logits, exponentials and sums are float32. float32 operands are multiplied as PyTorch would multiply them
+(`torch.set_float32_matmul_precision`): in float32, or in tf32 where that is allowed. float16 holds no small
+exponential, so its gradient is float32 and is multiplied so. No kernel here has run on a GPU yet (kernels/README.md).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..types import Options, TokenStats
+from . import sweep
+from .divergence import sweep as divergence_sweep
+from .problem import (
+    Coefficients,
+    DivergenceProblem,
+    DivergenceResult,
+    Forward,
+    Gradients,
+    Needs,
+    Problem,
+    SinglePass,
+    Upstream,
+)
+from .rows import target_entry
+from .sweep import RowGradient, RowHead, Tile
+
+if TYPE_CHECKING:
+    from ..kernels.triton import logprobs
+
+#: Of the recomputing backward's scratch: this, or 1/128 of the bfloat16 logits where that is more.
+GRADIENT_BYTES = 16 * 2**20
+#: Tokens that the backward takes together: more of them read and write the weight's sums less often, and leave a
+#: narrower part of the vocabulary within the scratch, so that the hidden's sums are read and written more often.
+GRADIENT_TOKENS = 8192
+#: Tokens whose targets' rows are gathered at once, in float32.
+APART_TOKENS = 1024
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """GPU tensors, bfloat16, float16 or float32; CPU tensors in Triton's interpreter."""
+    if dtype not in DTYPES:
+        return f"it takes {[str(dtype) for dtype in DTYPES]}, got {dtype}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cuda":
+        return None
+    if device.type != "cpu":
+        return f"it takes tensors on a GPU, got {device}"
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return (
+            "the tensors are on a CPU, and Triton's interpreter is off (TRITON_INTERPRET=1 before Triton is imported)"
+        )
+    return None if _kernels().tile.INTERPRETED.value else "TRITON_INTERPRET was set after Triton had been imported"
+
+
+def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
+    """The longest group that `single_pass` keeps whole, where the loss reads logprob alone."""
+    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options, ("logprob",), False))
+
+
+def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
+    """`TokenStats` of every token and, for a frozen head, `d logprob / d hidden`."""
+    if unit_gradient:
+        return sweep.forward(ENGINE, problem, outputs, unit_gradient)
+    return Forward(measure_blocks(problem, outputs, None)[0], None)
+
+
+def measure_blocks(problem: Problem, outputs: tuple[str, ...], block: int | None) -> tuple[TokenStats, Tensor | None]:
+    """`TokenStats` of every token and the logsumexp of every block of `block` vocabulary entries, float32
+    `[N, ceil(V / block)]`, from the same pass; `block` is a power of two that divides the tile's columns."""
+    return _kernels().logprobs.forward(
+        problem.hidden,
+        problem.weight,
+        _contiguous(problem.bias),
+        problem.targets.contiguous(),
+        transform=problem.transform,
+        outputs=outputs,
+        block=block,
+    )
+
+
+def backward(problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
+    """Gradients from `upstream`: each part of `dL/ds` once, for the products that are needed."""
+    chunks = sweep.Chunks(ENGINE, replace(problem, chunk_bytes=1), ())  # for its operands: no chunk is made
+    gradients = sweep.Accumulators(chunks, needs)
+    sums, rows = gradients.sums, _rows(problem, problem.weight.shape[0], stats, upstream)
+    for tokens, columns, matrix, column_sum in _parts(problem, rows.others, chunks.weight.dtype, needs.bias):
+        if sums.hidden is not None:
+            sweep.multiply_add(matrix, chunks.weight[columns], out=sums.hidden[tokens])
+        if sums.weight is not None:
+            sweep.multiply_add(matrix.T, chunks.hidden[tokens], out=sums.weight[columns])
+        if sums.bias is not None:
+            sums.bias[columns] += column_sum
+    for tokens in sweep.spans(len(problem.targets), APART_TOKENS):
+        _add_targets(chunks, tokens, rows.target[tokens], sums)
+        gradients.add_mean(tokens, upstream.rows(tokens))
+    return gradients.finish()
+
+
+def single_pass(
+    problem: Problem, outputs: tuple[str, ...], coefficients: Coefficients, groups: Tensor | None, needs: Needs
+) -> SinglePass:
+    """The sum of a loss and its gradients in one sweep."""
+    return sweep.single_pass(ENGINE, problem, outputs, coefficients, groups, needs)
+
+
+def _kernels() -> Any:
+    """The modules of `kernels/triton`; importing them imports Triton."""
+    from ..kernels import triton
+    from ..kernels.triton import chunk, logprobs, tile  # noqa: F401  attributes of the namespace package
+
+    return triton
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The recomputing backward
+
+
+def _parts(
+    problem: Problem, others: logprobs.Coefficients, operand: torch.dtype, column_sums: bool
+) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """(tokens, columns, their `dL/ds` without the targets' entries, its float32 column sums) in one buffer for all."""
+    kernels = _kernels()
+    config = kernels.logprobs.gradient_config(problem.hidden, others, problem.transform)
+    count, vocabulary = len(problem.targets), problem.weight.shape[0]
+    height = max(1, min(count, GRADIENT_TOKENS))
+    width = _width(problem, height, operand.itemsize, config.BLOCK_V)
+    buffer = problem.hidden.new_empty(height * width, dtype=operand)
+    tiles = -(-height // config.BLOCK_N)
+    sums = problem.hidden.new_empty((tiles, width) if column_sums else (0, width), dtype=torch.float32)
+    bias, targets = _contiguous(problem.bias), problem.targets.contiguous()
+    for tokens in sweep.spans(count, height):
+        taken = kernels.logprobs.Coefficients(*(None if x is None else x[tokens] for x in others))
+        out = buffer[: (tokens.stop - tokens.start) * width].view(-1, width)
+        partial = sums[: -(-len(out) // config.BLOCK_N)]
+        for columns in sweep.spans(vocabulary, width):
+            kernels.logprobs.gradient_tile(
+                problem.hidden[tokens],
+                problem.weight[columns],
+                None if bias is None else bias[columns],
+                targets[tokens],
+                taken,
+                columns.start,
+                out,
+                transform=problem.transform,
+                column_sum=partial if column_sums else None,
+                config=config,
+            )
+            used = columns.stop - columns.start
+            yield tokens, columns, out[:, :used], partial[:, :used].sum(0)
+
+
+def _width(problem: Problem, height: int, itemsize: int, multiple: int) -> int:
+    """Columns of the scratch: what the budget holds, a multiple of the tile's, no more than the vocabulary needs."""
+    logits = height * problem.weight.shape[0] * 2
+    budget = problem.chunk_bytes or max(GRADIENT_BYTES, logits // 128)
+    most = -(-problem.weight.shape[0] // multiple)
+    return multiple * max(1, min(most, budget // (height * itemsize * multiple)))
+
+
+class _Rows(NamedTuple):
+    """Numbers of every token that its gradient takes."""
+
+    others: logprobs.Coefficients  # of the entries other than the target's
+    target: Tensor  # [N] dL/ds at the target
+
+
+def _rows(head: Problem | RowHead, vocabulary: int, stats: TokenStats, upstream: Upstream) -> _Rows:
+    """Eqs. 11 and 12. The target's logit, which a softcap's derivative needs, is logprob + lse."""
+    a, b, entropy_grad, mean_grad = upstream
+    assert stats.logprob is not None and stats.lse is not None
+    zero = torch.zeros_like(stats.lse)
+    factor = (zero if b is None else b) - (zero if a is None else a)
+    if entropy_grad is not None:
+        assert stats.entropy is not None
+        factor = factor - entropy_grad * stats.entropy
+    target, mean_factor = target_entry(stats, upstream), None
+    if mean_grad is not None and head.transform.softcap is not None:
+        mean_factor = mean_grad / vocabulary
+        target = target + mean_factor
+    target = target * head.transform.derivative_at(stats.logprob + stats.lse)
+    vectors = (stats.lse, factor, entropy_grad, mean_factor)
+    contiguous = (None if x is None else x.float().contiguous() for x in vectors)
+    return _Rows(_kernels().logprobs.Coefficients(*contiguous), target)
+
+
+def _add_targets(chunks: sweep.Chunks, tokens: slice, target: Tensor, sums: Gradients) -> None:
+    """The targets' entries, which are 0 in the matrices."""
+    targets = chunks.problem.targets[tokens]
+    if sums.hidden is not None:
+        sums.hidden[tokens].addcmul_(target[:, None], chunks.weight[targets].float())
+    if sums.weight is not None:
+        sums.weight.index_add_(0, targets, chunks.hidden[tokens].float() * target[:, None])
+    if sums.bias is not None:
+        sums.bias.index_add_(0, targets, target)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The row engine of sweeps
+
+
+class _Engine:
+    """See `sweep.RowEngine`: `kernels/triton/chunk.py` on the sweep's buffer."""
+
+    def buffers(self, problem: Problem | Options, outputs: tuple[str, ...], entropy_gradient: bool) -> int:
+        return 1 if problem.chunk_dtype is None else 3  # a float32 gradient of 16-bit logits has no room in their place
+
+    def measure(
+        self, raw: Tensor, head: RowHead, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
+    ) -> Tile:
+        names = tuple(name for name in outputs if name != "mean_logit" or mean_logit is None)
+        stats, _ = _kernels().chunk.measure(
+            raw, _contiguous(head.bias), targets.contiguous(), transform=head.transform, outputs=names
+        )
+        return Tile(raw, targets, stats if mean_logit is None else stats._replace(mean_logit=mean_logit), None)
+
+    def recall(self, raw: Tensor, head: RowHead, targets: Tensor, stats: TokenStats) -> Tile:
+        return Tile(raw, targets, stats, None)
+
+    def gradient(self, tile: Tile, head: RowHead, upstream: Upstream, operand: torch.dtype) -> RowGradient:
+        rows = _rows(head, tile.logits.shape[1], tile.stats, upstream)
+        matrix = _kernels().chunk.gradient_(
+            tile.logits,
+            _contiguous(head.bias),
+            tile.targets.contiguous(),
+            rows.others,
+            transform=head.transform,
+            dtype=operand,
+        )
+        return RowGradient(matrix, None, rows.target)
+
+
+ENGINE = _Engine()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences
+
+
+def divergence(problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]) -> DivergenceResult:
+    """Divergences and, where `upstream` is given, gradients: cuBLAS's chunks, Triton's rows (why, its file says)."""
+    from ..kernels.triton.divergence import rows
+
+    return divergence_sweep(rows, problem, upstream, needs)

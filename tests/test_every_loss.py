@@ -1,0 +1,262 @@
+"""What holds for every loss of the registry: by name and object, against full logits, and however the batch is cut."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from logitless import Head, linear_divergence, linear_loss, losses
+from logitless.losses import Loss
+from logitless.losses.batch import evaluate, layout
+from logitless.reduce import OF_SEQUENCES
+from logitless.testing import TokenProblem, materialised
+from logitless.types import LogitTransform, TokenStats
+
+NAMES = losses.names()
+WHOLE = ("pair", "unpaired")
+B, T, H, V = 6, 5, 4, 11
+
+
+class Batch(NamedTuple):
+    """Rows of sequences, `[B, T]`, and what a loss wants to know about them."""
+
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    inputs: dict[str, Tensor]
+
+    def rows(self, rows: Any) -> Batch:
+        inputs = {name: x if x.dim() == 0 else x[rows] for name, x in self.inputs.items()}
+        return Batch(self.hidden[rows], self.weight, self.targets[rows], inputs)
+
+    def padded(self, width: int) -> Batch:
+        """More positions that do not count, with nonsense behind them."""
+        inputs = {name: pad(x, width, 7.0) if x.dim() >= 2 else x for name, x in self.inputs.items()}
+        return Batch(pad(self.hidden, width, 3.0), self.weight, pad(self.targets, width, -100), inputs)
+
+
+def pad(x: Tensor, width: int, value: float) -> Tensor:
+    return torch.cat([x, x.new_full((len(x), width, *x.shape[2:]), value)], dim=1)
+
+
+def per_token(name: str, generator: torch.Generator) -> Tensor:
+    """A plausible input `[B, T]` of that name."""
+    if name == "demonstration":
+        return torch.tensor([1, 0, 0, 1, 1, 0]).bool()[:, None].expand(B, T).clone()
+    if name == "negative":
+        return torch.rand(B, T, generator=generator) < 0.4
+    if name == "group":
+        return torch.tensor([0, 0, 1, 1, 2, 2])[:, None].expand(B, T).clone()
+    if name.endswith("logprob"):
+        return -2 * torch.rand(B, T, generator=generator, dtype=torch.float64)
+    if name in ("policy_weight", "quality", "token_power"):
+        return torch.rand(B, T, generator=generator, dtype=torch.float64)
+    return torch.randn(B, T, generator=generator, dtype=torch.float64)
+
+
+PER_SEQUENCE = {
+    "desirable": torch.tensor([1, 0, 1, 1, 0, 0]).bool(),
+    "reference_point": torch.tensor(0.1, dtype=torch.float64),
+    "reward_shift": torch.tensor(0.2, dtype=torch.float64),
+}
+
+
+def batch_of(loss: Loss) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(B, T, H, generator=generator, dtype=torch.float64)
+    weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
+    targets = torch.randint(V, (B, T), generator=generator)
+    targets[torch.arange(T) >= torch.tensor([5, 3, 4, 1, 5, 2])[:, None]] = -100
+    inputs = {name: per_token(name, generator) for name in (*loss.inputs, *loss.optional_inputs)}
+    inputs |= {name: PER_SEQUENCE[name] for name in loss.sequence_inputs}
+    if loss.level == "distribution":
+        inputs["ref_hidden"] = torch.randn(B, T, H, generator=generator, dtype=torch.float64)
+    return Batch(hidden, weight, targets, inputs)
+
+
+def run(loss: Loss | str, batch: Batch, **options: Any) -> Any:
+    """Loss and the gradients of hidden states and head."""
+    if losses.get(loss).reduction == "constant_length":
+        options.setdefault("max_length", 8)
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    out = linear_loss(loss, hidden, weight, batch.targets, **batch.inputs, **options)
+    value = out if isinstance(out, Tensor) else out.loss
+    return value.detach(), *torch.autograd.grad(value, (hidden, weight))
+
+
+def close(found: Any, expected: Any, tolerance: float = 1e-9) -> None:
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def total(parts: list[Any]) -> list[Tensor]:
+    return [sum(values) for values in zip(*parts, strict=True)]  # type: ignore[misc]
+
+
+def count_of(loss: Loss, targets: Tensor) -> float:
+    """What the loss's own reduction divides by, of the whole batch."""
+    if loss.level in WHOLE:
+        return len(targets) // 2 if loss.level == "pair" else len(targets)
+    counted = targets != -100
+    return float((counted.any(-1) if loss.reduction in OF_SEQUENCES else counted).sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_by_name_and_by_object(name):
+    batch = batch_of(losses.get(name))
+    close(run(name, batch), run(losses.get(name), batch), 0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_against_the_loss_of_full_logits(name):
+    """Value and gradients are those of plain autograd through `[tokens, vocabulary]` logits."""
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    transform = LogitTransform(temperature=loss.stats_temperature)
+    stats = materialised(TokenProblem(hidden, weight, None, batch.targets), transform, outputs=loss.outputs)
+    inputs = dict(batch.inputs)
+    divergence = None
+    if loss.level == "distribution":
+        mask = batch.targets != -100
+        divergence = linear_divergence(
+            hidden,
+            Head(weight),
+            inputs.pop("ref_hidden"),
+            Head(weight.detach()),
+            mask=mask,
+            backend="reference",
+            **loss.linear_divergence,
+        )
+    tokens = layout(batch.targets != -100, None)
+    length = 8 if loss.reduction == "constant_length" else None
+    out = evaluate(loss, stats, tokens, inputs, reduction=loss.reduction, max_length=length, divergence=divergence)
+    value = out if isinstance(out, Tensor) else out.loss
+    close(run(loss, batch), (value.detach(), *torch.autograd.grad(value, (hidden, weight))))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(losses.get(name) for name in NAMES if losses.get(name).level == "distribution"),
+        losses.ASFT(kl_weight=0.7),
+        losses.SFTKL(kl="reverse_kl", kl_weight=0.0),
+        losses.Distillation("js", nll_weight=0.4),
+    ],
+    ids=str,
+)
+def test_a_distribution_loss_is_affine_in_its_divergence(loss):
+    """What lets the divergence and the rest have a sweep each; their sum is that of the tokens' values."""
+    stats, divergence = TokenStats(logprob=torch.tensor([-0.3, -4.0]).double()), torch.tensor([0.2, 30.0]).double()
+    expected = loss(stats, torch.zeros_like(divergence)) + loss.divergence_weight * divergence
+    torch.testing.assert_close(loss(stats, divergence), expected)
+    batch = batch_of(loss)
+    each = linear_loss(loss, batch.hidden, batch.weight, batch.targets, **batch.inputs, reduction="none")
+    torch.testing.assert_close(run(loss, batch, reduction="sum")[0], each.sum())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_padding_changes_nothing(name):
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    value, d_hidden, d_weight = run(loss, batch)
+    close(run(loss, batch.padded(3)), (value, pad(d_hidden, 3, 0.0), d_weight))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_order_of_rows_changes_nothing(name):
+    """Of pairs: the chosen and the rejected halves alike."""
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    order = torch.tensor([2, 0, 1, 5, 3, 4]) if loss.level == "pair" else torch.tensor([4, 0, 5, 2, 1, 3])
+    value, d_hidden, d_weight = run(loss, batch)
+    close(run(loss, batch.rows(order)), (value, d_hidden[order], d_weight))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if not losses.get(name).batch_wide])
+def test_micro_batches_of_any_size_add_up(name):
+    """With the global count as the normalizer; ranks that sum their gradients are micro-batches."""
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    parts = [[0, 3], [1, 2, 4, 5]] if loss.level == "pair" else [[0], [1, 2, 3], [4, 5]]
+    normalizer = count_of(loss, batch.targets)
+    found = []
+    for rows in parts:
+        value, d_hidden, d_weight = run(loss, batch.rows(torch.tensor(rows)), normalizer=normalizer)
+        spread = torch.zeros_like(batch.hidden)
+        spread[torch.tensor(rows)] = d_hidden
+        found.append((value, spread, d_weight))
+    close(total(found), run(loss, batch))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flat_sequences_are_rows(name):
+    """`[N, H]` with boundaries gives what `[B, T, H]` gives."""
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    keep = batch.targets != -100
+    lengths = keep.sum(-1)
+    boundaries = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    inputs = {k: x[keep] if x.dim() >= 2 else x for k, x in batch.inputs.items()}
+    flat = Batch(batch.hidden[keep], batch.weight, batch.targets[keep], inputs)
+    value, d_hidden, d_weight = run(loss, batch)
+    close(run(loss, flat, cu_seqlens=boundaries), (value, d_hidden[keep], d_weight))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_frozen_head_has_the_same_gradient(name):
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    value, d_hidden, _ = run(loss, batch)
+    hidden = batch.hidden.clone().requires_grad_()
+    length = {"max_length": 8} if loss.reduction == "constant_length" else {}
+    out = linear_loss(loss, hidden, batch.weight, batch.targets, **batch.inputs, **length)
+    found = out if isinstance(out, Tensor) else out.loss
+    close((found.detach(), torch.autograd.grad(found, hidden)[0]), (value, d_hidden))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_token_that_counts(name):
+    """A finite value, connected to the graph, with gradient 0."""
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    batch = batch._replace(targets=torch.full_like(batch.targets, -100))
+    value, d_hidden, d_weight = run(loss, batch)
+    assert value.isfinite() and not d_hidden.any() and not d_weight.any()
+    if loss.level not in WHOLE:
+        assert value == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_missing_and_unknown_inputs_are_named(name):
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    for missing in (*loss.inputs, *loss.sequence_inputs):
+        given = {k: v for k, v in batch.inputs.items() if k != missing}
+        with pytest.raises(ValueError, match=missing):
+            run(loss, batch._replace(inputs=given))
+    with pytest.raises(TypeError, match="nonsense"):
+        run(loss, batch._replace(inputs={**batch.inputs, "nonsense": batch.targets}))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "advantages" in losses.get(name).inputs])
+def test_one_advantage_a_sequence_is_spread_over_its_tokens(name):
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    each = torch.linspace(-1, 1, B, dtype=torch.float64)
+    short = batch._replace(inputs={**batch.inputs, "advantages": each})
+    long = batch._replace(inputs={**batch.inputs, "advantages": each[:, None].expand(B, T)})
+    close(run(loss, short), run(loss, long), 0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstrings_say_what_the_docs_page_shows(name):
+    text = type(losses.get(name)).__doc__ or ""
+    for paragraph in ("Detached:", "When to use:", "Left open:", "Source:"):
+        assert paragraph in text, paragraph
+    if dataclasses.fields(losses.get(name)):  # type: ignore[arg-type]
+        assert "Args:" in text

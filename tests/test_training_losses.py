@@ -1,0 +1,109 @@
+"""The training command takes any loss of the registry: its inputs from the reference model and the rows' columns."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_fixtures import completion_rows, make_model, make_options, preference_rows, write_jsonl
+from transformers import LlamaForCausalLM
+
+from logitless.training import InputError, train
+from logitless.training.metrics import read_metrics
+
+ROWS = [
+    {
+        **row,
+        "advantages": (-1.0) ** i * (1 + i % 3),
+        "label": i % 2 == 0,
+        "demonstration": i % 4 == 0,
+    }
+    for i, row in enumerate(completion_rows())
+]
+
+#: One or more losses of every level, and what is special about their inputs.
+CASES: dict[str, dict[str, Any]] = {
+    "token, a power of p": {"name": "dft", "power": 0.5},
+    "token, an advantage a row": {"name": "dapo"},
+    "token, means of means": {"name": "grpo"},
+    "token, a constant length": {"name": "dr_grpo"},
+    "token, a reference": {"name": "grpo", "beta": 0.1},
+    "token, a policy to stay near": {"name": "psft"},
+    "token, true and false": {"name": "luffy"},
+    "sequence": {"name": "gspo"},
+    "sequence, a reference": {"name": "poft"},
+    "pair, no reference": {"name": "simpo"},
+    "pair, lengths": {"name": "rpo"},
+    "pair, a weighted sum": {"name": "weighted_sum", "terms": ["dpo", "chosen_nll"], "weights": [1.0, 0.1]},
+    "unpaired": {"name": "kto", "loss_type": "apo_zero_unpaired"},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("losses")
+    make_model(folder / "model")
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    write_jsonl(folder / "pairs.jsonl", preference_rows())
+    return folder
+
+
+def curve(folder: Path, loss: dict[str, Any], **changes: Any) -> torch.Tensor:
+    """[steps, 2] losses and gradient norms."""
+    pairs = loss["name"] in ("simpo", "rpo", "weighted_sum")
+    data = folder / ("pairs.jsonl" if pairs else "rows.jsonl")
+    output = folder / f"run-{len(list(folder.iterdir()))}"
+    result = train(make_options(output, str(folder / "model"), str(data), method=loss["name"], loss=loss, **changes))
+    records = [record for record in read_metrics(result.output_dir) if "loss" in record]
+    return torch.tensor([[record["loss"], record["grad_norm"]] for record in records], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
+def test_curves_lie_on_those_of_materialised_logits(folder: Path, loss: dict[str, Any]) -> None:
+    ours = curve(folder, loss)
+    torch.testing.assert_close(ours, curve(folder, loss, backend="materialised"), rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
+def test_accumulation_is_normalised_over_the_whole_step(folder: Path, loss: dict[str, Any]) -> None:
+    whole = curve(folder, loss, per_device_train_batch_size=4)
+    parts = curve(folder, loss, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    torch.testing.assert_close(whole, parts, rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("loss", [{"name": "asft"}, {"name": "distillation", "kind": "js"}], ids=str)
+def test_distributions_are_compared_with_the_model_at_the_start(folder: Path, loss: dict[str, Any]) -> None:
+    """The divergence begins at 0 and grows; evaluation reports it; LoRA's reference is the model without it."""
+    own = {"name": "dft"} if loss["name"] == "asft" else None
+    found = curve(folder, loss)
+    if own is None:
+        assert found.abs().max() < 1e-6  # nothing but the divergence, from itself
+    else:
+        plain = curve(folder, own)
+        torch.testing.assert_close(found[0, 0], plain[0, 0])
+        assert not torch.equal(found[1:], plain[1:])
+    curve(folder, loss, eval_fraction=0.2, use_peft=True, max_steps=1)
+    with pytest.raises(InputError, match="compares distributions"):
+        curve(folder, loss, backend="materialised")
+    with pytest.raises(InputError, match="compares distributions"):
+        curve(folder, loss, precompute_ref_log_probs=True)
+
+
+def test_a_missing_column_is_named(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"rows\.jsonl.*column reward_shift"):
+        curve(folder, {"name": "bco"})
+
+
+def test_a_teacher_is_another_model(folder: Path) -> None:
+    """Distillation from it lowers the divergence; another vocabulary is refused."""
+    teacher = make_model(folder / "teacher", tied=False)
+    loss = {"name": "distillation", "kind": "reverse_kl"}
+    found = curve(folder, loss, teacher_model_name_or_path=teacher, max_steps=12, learning_rate=3e-3)
+    assert 0 < found[-1, 0] < found[0, 0]
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(300)
+    model.save_pretrained(teacher)
+    with pytest.raises(InputError, match="vocabulary"):
+        curve(folder, loss, teacher_model_name_or_path=teacher)

@@ -1,0 +1,286 @@
+"""Every shipped configuration of the Triton kernels, compiled for six architectures without a GPU.
+
+What is read off the code that a GPU would run: shared memory within the architecture's limit, no spill in the loop of
+the product, the tensor-core instruction and the pipeline that the configuration is meant to have, and the instructions
+of that loop against the throughputs of the units, which bound how near to the tensor cores' peak it can be. Nothing
+here is a measurement. The arguments are specialised as the launcher would: pointers, H and strides divisible by 16,
+else the loads are narrow and nothing is pipelined.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from logitless.kernels.triton import chunk, configs, logprobs  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A compute capability (or AMD name), and per multiprocessor: bytes of shared memory a block may have, and flops a
+    clock of dense products with float32 sums, from the vendors' peak rates."""
+
+    target: GPUTarget
+    shared: int
+    flops: dict[str, int]
+
+
+ARCHITECTURES = {
+    "ampere": Architecture(GPUTarget("cuda", 80, 32), 163 * 1024, {"half": 2048, "tf32": 1024, "ieee": 128}),
+    "ada": Architecture(GPUTarget("cuda", 89, 32), 99 * 1024, {"half": 512, "tf32": 256, "ieee": 256}),
+    "hopper": Architecture(GPUTarget("cuda", 90, 32), 227 * 1024, {"half": 4096, "tf32": 2048, "ieee": 256}),
+    "blackwell": Architecture(GPUTarget("cuda", 100, 32), 227 * 1024, {"half": 8192, "tf32": 4096, "ieee": 256}),
+    "geforce-blackwell": Architecture(GPUTarget("cuda", 120, 32), 99 * 1024, {"half": 512, "tf32": 256, "ieee": 256}),
+    "amd": Architecture(GPUTarget("hip", "gfx942", 64), 64 * 1024, {"half": 2048, "ieee": 256}),
+}
+KERNELS = {"forward": logprobs.forward_kernel, "gradient": logprobs.gradient_kernel}
+#: What a rich epilogue may have beyond a plain one, which has at most a bias. Blocks' masses come without moments.
+RICH = {
+    "forward": ("p_bias", "p_moment", "p_square", "p_sum", "inner", "outer"),
+    "blocks": ("p_bias", "p_block_lse", "inner", "outer"),
+    "gradient": ("p_bias", "inner", "outer", "p_entropy_factor", "p_mean_factor", "p_column_sum"),
+}
+OPTIONAL = {name for names in RICH.values() for name in names}
+ALL = [(arch, *key) for arch, table in configs.TILES.items() for key in table]
+#: A few for every run of the tests; the rest takes minutes.
+FAST = [
+    ("ampere", "half", "few", "gradient"),
+    ("hopper", "half", "many", "gradient"),
+    ("amd", "half", "few", "forward"),
+]
+
+
+def slow_unless_fast(cases: list[tuple[str, ...]]) -> list:
+    return [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow, id="-".join(case)) for case in cases]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compiling
+
+
+def signature(kernel, present: tuple[str, ...], values: dict[str, object], halves: str) -> tuple[dict, dict, dict]:
+    """Types, constants and divisibilities of a kernel's arguments as the launcher would find them."""
+    types, constants, attributes = {}, {}, {}
+    unspecialised = {p.name for p in kernel.params if p.do_not_specialize}
+    for i, name in enumerate(kernel.arg_names):
+        if name in values or (name in OPTIONAL and name not in present):
+            types[name], constants[i,] = "constexpr", values.get(name)
+        elif name in ("stride_hh", "stride_wh", "stride_v", "stride_gv"):
+            types[name], constants[i,] = "constexpr", 1
+        elif name.startswith("p_"):
+            operand = name in ("p_hidden", "p_weight", "p_bias", "p_gradient")
+            types[name] = "*i64" if name == "p_targets" else halves if operand else "*fp32"
+        else:
+            types[name] = "fp32" if name in ("slope", "inner", "outer") else "i32"
+        if types[name].startswith("*") or (types[name] == "i32" and name not in unspecialised):
+            attributes[i,] = [["tt.divisibility", 16]]
+    return types, constants, attributes
+
+
+def compiled(
+    kernel, present: tuple[str, ...], values: dict, halves: str, target: GPUTarget, warps: int, stages: int = 2
+):
+    types, constants, attributes = signature(kernel, present, values, halves)
+    source = ASTSource(kernel, types, constants, attributes)
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": stages})
+
+
+@cache
+def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str, ...], target: GPUTarget):
+    kernel = KERNELS["forward" if name == "blocks" else name]
+    values = {k: v for k, v in tile.blocks.items() if k in kernel.arg_names}
+    values |= {"BLOCK": min(128, tile.BLOCK_V), "PRECISION": "ieee" if operands == "half" else operands}
+    values = {k: v for k, v in values.items() if k in kernel.arg_names}
+    halves = "*bf16" if operands == "half" else "*fp32"
+    return compiled(kernel, present, values, halves, target, tile.num_warps, tile.num_stages)
+
+
+def tool(name: str, *arguments: str, data: bytes, folder: Path) -> str:
+    path = folder / "code.cubin"
+    path.write_bytes(data)
+    return subprocess.run([TOOLS / name, *arguments, path], capture_output=True, text=True, check=True).stdout
+
+
+def resources(code, folder: Path) -> SimpleNamespace:
+    """Registers a thread, and bytes of its memory outside them (spills)."""
+    if "cubin" in code.asm:
+        found = tool("cuobjdump", "-res-usage", data=code.asm["cubin"], folder=folder)
+        return SimpleNamespace(
+            registers=int(re.search(r"REG:(\d+)", found)[1]), stack=int(re.search(r"STACK:(\d+)", found)[1])
+        )
+    found = code.asm["amdgcn"]
+    spilt = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", found)[1])  # scalar ones spill into vector registers
+    return SimpleNamespace(registers=int(re.search(r"\.vgpr_count:\s+(\d+)", found)[1]), stack=spilt)
+
+
+def inner_loop(code, folder: Path) -> Counter[str]:
+    """Opcodes of the smallest loop that multiplies, in the machine code of an NVIDIA GPU."""
+    listing = tool("nvdisasm", "-c", data=code.asm["cubin"], folder=folder)
+    lines, labels, loops = [], {}, []
+    for line in listing.splitlines():
+        if found := re.match(r"\s*(\.L_x_\w+):", line):
+            labels[found[1]] = len(lines)
+        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)([^;]*);", line):
+            target = re.search(r"`\((\.L_x_\w+)\)", found[2])
+            if found[1].startswith("BRA") and target and target[1] in labels:
+                loops.append([*lines[labels[target[1]] :], found[1]])
+            lines.append(found[1])
+    products = ("HMMA", "HGMMA", "UTCHMMA", "UTCQMMA", "UTCMMA", "FFMA")
+    multiply = [
+        loop for loop in loops if sum(op.startswith(products) for op in loop) >= 2 or any("GMMA" in op for op in loop)
+    ]
+    assert multiply, "no loop multiplies"
+    return Counter(min(multiply, key=len))
+
+
+def instruction(code) -> str:
+    """The matrix instruction that the PTX asks for, "" for none."""
+    names = ("tcgen05.mma", "wgmma.mma_async", "mma.sync")
+    return next((name for name in names if name in code.asm["ptx"]), "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every configuration
+
+#: Bytes a thread may park in memory. The forward keeps pointers and row numbers of a whole split through each tile's
+#: epilogue, once in thousands of instructions; what matters is that the loop of the product has none.
+PARKED = {"forward": 128, "gradient": 0}
+
+
+def expected_instruction(name: str, operands: str, shape: str) -> str:
+    """Warp-group instructions want 64 rows, and accumulators of their own on Blackwell 128; few tokens have 32."""
+    if operands == "ieee":
+        return ""
+    if shape == "few":
+        return "mma.sync"
+    return {"hopper": "wgmma.mma_async", "blackwell": "tcgen05.mma"}.get(name, "mma.sync")
+
+
+def variants(operands: str, shape: str, kernel: str) -> list[tuple[str, tuple[str, ...]]]:
+    """(kernel, optional arguments present) that a configuration is used with, the most demanding of each sort."""
+    if (operands, shape) == ("half", "many"):
+        return [(kernel, ("p_bias",))]
+    names = (kernel, "blocks") if kernel == "forward" and operands == "half" else (kernel,)
+    return [(name, RICH[name]) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "shape", "kernel"),
+    slow_unless_fast([(*key, kernel) for key in ALL for kernel in KERNELS]),
+)
+def test_configuration(name, operands, shape, kernel, tmp_path):
+    arch, tile = ARCHITECTURES[name], configs.TILES[name][operands, shape]
+    for variant, present in variants(operands, shape, kernel):
+        code = tile_kernel(variant, operands, tile, present, arch.target)
+        used = resources(code, tmp_path)
+        assert code.metadata.shared <= arch.shared
+        if name == "amd":
+            assert used.stack == 0
+            assert ("v_mfma" in code.asm["amdgcn"]) == (operands == "half")
+            continue
+        loop = inner_loop(code, tmp_path)
+        assert not any(op.startswith(("LDL", "STL")) for op in loop)
+        assert used.stack <= PARKED[kernel], f"{used.stack} bytes spilt"
+        assert instruction(code) == expected_instruction(name, operands, shape)
+        stage = (tile.BLOCK_N + tile.BLOCK_V) * tile.BLOCK_H * (2 if operands == "half" else 4)
+        assert code.metadata.shared >= (tile.num_stages - 1) * stage, "the pipeline is not as deep as asked for"
+        assert any(op.startswith(("LDGSTS", "UTMALDG")) for op in loop), "the loop does not copy ahead"
+
+
+def row_kernel(kernel, present: tuple[str, ...], target: GPUTarget):
+    values = {k: v for k, v in configs.ROW.blocks.items() if k in kernel.arg_names}
+    optional = tuple(name for name in kernel.arg_names if name in OPTIONAL_ROW and name not in present)
+    values |= dict.fromkeys(optional) | ({"BLOCK": 128} if "BLOCK" in kernel.arg_names else {})
+    return compiled(kernel, present, values, "*fp32", target, configs.ROW.num_warps)
+
+
+OPTIONAL_ROW = OPTIONAL | {"p_entropy", "p_mean_logit", "p_correct", "p_log_sum_sq"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == "hopper" else pytest.mark.slow) for n in ARCHITECTURES]
+)
+def test_row_kernels(name, tmp_path):
+    """Wide loads, no spill, and a barrier between a block's reads and its writes."""
+    arch = ARCHITECTURES[name]
+    measure = row_kernel(chunk.measure_kernel, ("p_bias", "p_entropy", "p_mean_logit", "p_log_sum_sq"), arch.target)
+    gradient = row_kernel(chunk.gradient_in_place_kernel, ("p_bias", "p_entropy_factor", "inner", "outer"), arch.target)
+    for code in (measure, gradient):
+        assert resources(code, tmp_path).stack == 0 and code.metadata.shared <= arch.shared
+        if name != "amd":
+            assert re.search(r"ld\.global[.\w]*\.v4", code.asm["ptx"]), "narrow loads"
+    if name == "amd":
+        assert "s_barrier" in gradient.asm["amdgcn"]
+        return
+    body = gradient.asm["ptx"]
+    first_write = body.index("st.global")
+    assert "bar.sync" in body[:first_write] or "barrier.sync" in body[:first_write]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The bound that the instructions set
+
+
+def bound(name: str, operands: str, tile: configs.Tile, folder: Path) -> float:
+    """The share of the tensor cores' peak that the forward's loop of the product cannot exceed: clocks of the products
+    over those of whichever takes longest, of
+
+    - the tensor cores (or, for "ieee", the float32 units) themselves,
+    - four schedulers that issue one instruction a clock for all warps,
+    - shared memory at 128 bytes a clock: what is copied in, and what the products read,
+    - the L2 cache at 64 bytes a clock and multiprocessor: what is copied in.
+    """
+    arch = ARCHITECTURES[name]
+    code = tile_kernel("forward", operands, tile, ("p_bias",), arch.target)
+    loop = inner_loop(code, folder)
+    itemsize = 2 if operands == "half" else 4
+    copied = (tile.BLOCK_N + tile.BLOCK_V) * tile.BLOCK_H * itemsize
+    product = 2 * tile.BLOCK_N * tile.BLOCK_V * tile.BLOCK_H / arch.flops[operands]
+    issue = sum(loop.values()) * tile.num_warps / 4
+    shared = (copied + shared_reads(loop, tile, itemsize)) / 128
+    return product / max(product, issue, shared, copied / 64)
+
+
+def shared_reads(loop: Counter[str], tile: configs.Tile, itemsize: int) -> float:
+    """Bytes that products read in one round of the loop: `ldmatrix` and wide loads by their count; a warp group's
+    (64 rows of hidden) or Blackwell's (both operands once) by the instruction's own reading."""
+    counted = sum(n * {"4": 512, "2": 256}.get(op[-1], 128) for op, n in loop.items() if op.startswith("LDSM"))
+    counted += sum(n * (512 if "128" in op else 128) for op, n in loop.items() if op.split(".")[0] == "LDS")
+    if any("GMMA" in op for op in loop):
+        groups = tile.num_warps // 4
+        return (tile.BLOCK_N + groups * tile.BLOCK_V) * tile.BLOCK_H * itemsize
+    if any(op.startswith("UTC") for op in loop):
+        return (tile.BLOCK_N + tile.BLOCK_V) * tile.BLOCK_H * itemsize
+    return counted * tile.num_warps
+
+
+#: What the table's choice for many tokens can reach at least. Blackwell's tensor cores outrun what one block copies
+#: from the L2 cache at this tile; blocks that share their copies would be another kernel.
+LEAST = {"ampere": 0.95, "ada": 0.95, "hopper": 0.95, "blackwell": 0.6, "geforce-blackwell": 0.95}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEAST)
+def test_no_smaller_tile_has_a_better_bound(name, tmp_path):
+    tile = configs.TILES[name]["half", "many"]
+    chosen = bound(name, "half", tile, tmp_path)
+    assert chosen >= LEAST[name]
+    for other in (replace(tile, BLOCK_V=tile.BLOCK_V // 2), replace(tile, BLOCK_N=tile.BLOCK_N // 2)):
+        assert chosen >= bound(name, "half", other, tmp_path), other
