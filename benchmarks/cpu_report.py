@@ -2,6 +2,7 @@
 
 python -m benchmarks.cpu_report                     everything: benchmarks/results/cpu.json, cpu.md
 python -m benchmarks.cpu_report --only dpo nll      these parts; the others in the file stay as they are
+python -m benchmarks.cpu_report --only losses       every registered loss, and TRL's and Liger's of the same name
 python -m benchmarks.cpu_report --only              none: the peers' memory where it is missing, and the tables again
 python -m benchmarks.cpu_report --tiny              the same structure in seconds, to see that it runs; not saved
 """
@@ -99,15 +100,17 @@ class Report:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    names = [part.name for part in parts.PARTS]
+    names = [*parts.GROUPS, *(part.name for part in parts.PARTS)]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", choices=names, default=names, metavar="PART", help=", ".join(names))
+    everything = [part.name for part in parts.PARTS]
+    parser.add_argument("--only", nargs="*", choices=names, default=everything, metavar="PART", help=", ".join(names))
     parser.add_argument("--rounds", type=int, default=3, help="rounds in turns; slow peers get one (default 3)")
-    parser.add_argument("--minutes", type=float, default=12, help="begin nothing new after this long (default 12)")
+    parser.add_argument("--minutes", type=float, default=20, help="begin nothing new after this long (default 20)")
     parser.add_argument("--output", type=Path, help="JSON file to update (default benchmarks/results/cpu.json)")
     parser.add_argument("--tiny", action="store_true", help="milliseconds a step: to see that everything runs")
     given = parser.parse_args(arguments)
-    chosen = [parts.get(name).tiny() if given.tiny else parts.get(name) for name in given.only]
+    wanted = [name for group in given.only for name in parts.GROUPS.get(group, (group,))]
+    chosen = [parts.get(name).tiny() if given.tiny else parts.get(name) for name in wanted]
     output = given.output or (None if given.tiny else RESULTS)
     made = Report(output, deadline=time.monotonic() + 60 * given.minutes, tiny=given.tiny)
     made.measure(chosen, given.rounds)

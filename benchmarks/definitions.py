@@ -90,9 +90,13 @@ def ref_hidden(inputs: Inputs) -> Tensor:
 
 @cache
 def constants(loss: Loss, problem: Problem) -> dict[str, Tensor]:
-    """A plausible constant for every input of a loss, `[sequences, length]` each; the same ones for every dtype."""
+    """Plausible constants for a loss's inputs, `[sequences, length]` each; the same ones for every dtype.
+
+    Of the optional ones only an older policy's log-probabilities, which clipping needs to do anything.
+    """
     draw = torch.Generator().manual_seed(0)
-    found = {name: _per_token(name, problem, draw) for name in (*loss.inputs, *loss.optional_inputs)}
+    names = (*loss.inputs, *(x for x in loss.optional_inputs if x == "old_logprob"))
+    found = {name: _per_token(name, problem, draw) for name in names}
     return found | {name: _per_sequence(name, problem) for name in loss.sequence_inputs}
 
 
@@ -112,7 +116,7 @@ def _per_token(name: str, problem: Problem, draw: torch.Generator) -> Tensor:
         return noise < -0.5
     if name.endswith("logprob"):
         return uniform - 2 + noise / 2  # of logits with a standard deviation of 2 nats
-    return noise.sigmoid() if name in ("policy_weight", "quality", "token_power") else noise
+    return noise
 
 
 def _per_sequence(name: str, problem: Problem) -> Tensor:

@@ -14,13 +14,9 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
-from logitless import backends
 from logitless.backends import sweep
-from logitless.backends.problem import Upstream
 from logitless.testing import watch_allocations
-from logitless.types import LogitTransform, Options, TokenStats
 
 from . import measure
 from .definitions import materialised_nll
@@ -176,21 +172,24 @@ def measure_cell(cell: Cell, ways: Sequence[Way], machine: Machine, deadline: fl
     rows = [Row(way.name, way.role, way.frozen, failure=skip.get(way.name) or way.missing()) for way in ways]
     pairs = list(zip(ways, rows, strict=True))
     inputs = cell.inputs(machine.device)
-    reference = _reference(_few(inputs))
 
     def found(complete: bool = False) -> Json:
         return {**_sizes(cell), "rows": [asdict(row) for row in rows], "complete": complete}
 
-    for way, row in pairs:
-        if row.runs:
-            tell(way.name, found())
-            attempt(row, partial(_first_calls, way, row, inputs, reference, machine), machine)
-    stop = min(deadline, time.monotonic() + SECONDS)
-    for turn in _turns(stop):
-        for way, row in pairs[:: -1 if turn % 2 else 1]:
+    def each(function: Callable[[Way, Row], None], order: int = 1) -> None:
+        for way, row in pairs[::order]:
             if row.runs:
                 tell(way.name, found())
-                attempt(row, partial(_time, way, row, way.of(inputs), machine), machine)
+                attempt(row, partial(function, way, row), machine)
+
+    few = _few(inputs)
+    reference = _reference(few)
+    if reference is not None:
+        each(partial(_check, few=few, reference=reference))
+    del reference  # as large as four heads in bfloat16
+    each(partial(_first_calls, inputs=inputs, machine=machine))
+    for turn in turns(min(deadline, time.monotonic() + SECONDS)):
+        each(partial(_time, inputs=inputs, machine=machine), -1 if turn % 2 else 1)
     return found(complete=True)
 
 
@@ -206,7 +205,7 @@ def _sizes(cell: Cell) -> Json:
     }
 
 
-def _turns(stop: float) -> Iterator[int]:
+def turns(stop: float) -> Iterator[int]:
     """At least one."""
     for turn in range(ROUNDS):
         if turn and time.monotonic() > stop:
@@ -228,12 +227,15 @@ def _reference(few: Inputs) -> Outcome | None:
     return None
 
 
-def _first_calls(way: Way, row: Row, inputs: Inputs, reference: Outcome | None, machine: Machine) -> None:
-    """Errors on few tokens; memory of a whole forward and a whole step, which warm up."""
-    start = time.perf_counter()
-    if way.checked and reference is not None:
-        row.error = measure.errors(differentiate(way.loss, way.of(_few(inputs))), reference)
-    whole = way.of(inputs)
+def _check(way: Way, row: Row, *, few: Inputs, reference: Outcome) -> None:
+    """Errors on few tokens, against float64."""
+    if way.checked:
+        row.error = measure.errors(differentiate(way.loss, way.of(few)), reference)
+
+
+def _first_calls(way: Way, row: Row, *, inputs: Inputs, machine: Machine) -> None:
+    """Memory of a whole forward and of a whole step, which warm up."""
+    start, whole = time.perf_counter(), way.of(inputs)
     row.forward_peak_bytes = machine.peak(lambda: _forward(way, whole))
     row.peak_bytes = machine.peak(lambda: _keep_loss(row, differentiate(way.loss, whole)))
     row.first_call_seconds = time.perf_counter() - start
@@ -249,88 +251,15 @@ def _keep_loss(row: Row, outcome: Outcome) -> None:
         row.loss = float(outcome.loss)
 
 
-def _time(way: Way, row: Row, inputs: Inputs, machine: Machine) -> None:
+def _time(way: Way, row: Row, *, inputs: Inputs, machine: Machine) -> None:
+    whole = way.of(inputs)
     machine.flush()
     start = machine.mark()
-    _forward(way, inputs)
+    _forward(way, whole)
     row.forward.append(machine.seconds(start, machine.mark()))
     machine.flush()
     marks = [machine.mark()]
-    differentiate(way.loss, inputs, between=lambda: marks.append(machine.mark()))
+    differentiate(way.loss, whole, between=lambda: marks.append(machine.mark()))
     marks.append(machine.mark())
     row.both.append(machine.seconds(marks[0], marks[2]))
     row.backward.append(machine.seconds(marks[1], marks[2]))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Kernels on a chunk of logits
-
-
-def measure_rows(cell: Cell, machine: Machine, deadline: float, skip: Json, tell: Tell) -> Json:
-    """What every backend's row engine makes of a chunk of logits, and a copy as large: bytes over seconds."""
-    head = LogitTransform()
-    inputs = cell.inputs(machine.device)
-    tokens = sweep.chunk_tokens(inputs.hidden, inputs.weight, Options(chunk_bytes=cell.problem.chunk_bytes))
-    hidden, targets = inputs.hidden[:tokens], inputs.targets[:tokens]
-    raw = (hidden @ inputs.weight.T).float()
-    kernels = [_copy(raw)]
-    for name in backends.BACKENDS:
-        kernels += _row_kernels(name, raw, inputs.weight, targets, sweep.RowHead(None, head))
-    for _, row, _ in kernels:
-        row.failure = row.failure or skip.get(row.provider)
-
-    def found(complete: bool = False) -> Json:
-        about = {"problem": f"{len(raw)} x {raw.shape[1]} logits", "complete": complete}
-        return {**about, "rows": [asdict(row) for _, row, _ in kernels]}
-
-    stop = min(deadline, time.monotonic() + SECONDS)
-    for turn in _turns(stop):
-        for prepare, row, kernel in kernels:
-            if row.runs:
-                tell(row.provider, found())
-                attempt(row, partial(_time_kernel, prepare, row, kernel, machine, keep=turn > 0), machine)
-    return found(complete=True)
-
-
-#: What comes before a kernel and is not timed, its row, and the kernel.
-Kernel = tuple[Callable[[], Any], Row, Callable[[Any], object]]
-
-
-def _copy(raw: Tensor) -> Kernel:
-    target = torch.empty_like(raw)
-    return lambda: None, Row("copy", "floor", bytes=2 * raw.nbytes), lambda _: target.copy_(raw)
-
-
-def _row_kernels(name: str, raw: Tensor, weight: Tensor, targets: Tensor, head: sweep.RowHead) -> Iterator[Kernel]:
-    """Statistics of float32 logits (one read), and their bfloat16 gradient in their place (one read, half a write)."""
-    backend = backends.BACKENDS[name]
-    failure = backend.supports(weight.device, weight.dtype)
-    engine: sweep.RowEngine = backend.ENGINE
-    outputs = ("logprob", "lse", "entropy")
-
-    def prepare() -> Tensor:
-        return raw.clone()
-
-    def recall() -> tuple[sweep.Tile, Upstream]:
-        buffer = raw.clone()
-        lse = buffer.logsumexp(-1)
-        stats = TokenStats(logprob=buffer.gather(1, targets[:, None])[:, 0] - lse, lse=lse)
-        return engine.recall(buffer, head, targets, stats), Upstream(logprob=torch.ones_like(lse))
-
-    rows = [Row(f"{name}, {what}", "logitless", failure=failure) for what in ("statistics", "gradient")]
-    rows[0].bytes, rows[1].bytes = raw.nbytes, raw.nbytes * 3 // 2
-    yield prepare, rows[0], lambda logits: engine.measure(logits, head, targets, outputs, None)
-    yield recall, rows[1], lambda given: engine.gradient(given[0], head, given[1], torch.bfloat16)
-
-
-def _time_kernel(
-    prepare: Callable[[], Any], row: Row, kernel: Callable[[Any], object], machine: Machine, *, keep: bool
-) -> None:
-    """The first turn loads and compiles, and is not kept."""
-    given = prepare()
-    machine.flush()
-    start = machine.mark()
-    kernel(given)
-    seconds = machine.seconds(start, machine.mark())
-    if keep:
-        row.both.append(seconds)

@@ -43,7 +43,7 @@ def describe(commit: str | None, *, dry: bool) -> Json:
     about["commit"] = commit or about["commit"]
     about["cut_cross_entropy"] = cce_build()
     about["missing"] = {way.name: reason for way in WAYS if (reason := way.missing())}
-    about |= {"device": f"{about['cpu']} (dry run)", "driver": None, "cuda": None}
+    about |= {"dry": dry, "device": about["cpu"], "driver": None, "cuda": None}
     if not dry:
         found = torch.cuda.get_device_properties(0)
         about |= {

@@ -17,7 +17,9 @@ COLUMNS = (
 def markdown(results: Json) -> str:
     """The whole report; what was not measured is left out."""
     parts = results["parts"]
-    sections = ["# Measured on a GPU", _HOW_TO_READ, "## Targets", targets_table(parts)]
+    dry = any(part["environment"]["dry"] for part in parts.values())
+    title = "# A dry run on a CPU: no figure here means anything" if dry else "# Measured on a GPU"
+    sections = [title, _HOW_TO_READ, _build(results["build"]), "## Targets", targets_table(parts)]
     if "tests" in parts:
         sections += ["## Tests on the device", _tests(parts["tests"])]
     if "rows" in parts:
@@ -47,6 +49,12 @@ def _provenance(measured: Json) -> str:
         f"{e['driver'] or 'unknown'}, CUDA {e['cuda'] or 'none'}. {versions}. Cut Cross-Entropy: "
         f"{e['cut_cross_entropy'] or 'not installed'}.{failure}{cut}"
     )
+
+
+def _build(found: Json) -> str:
+    """What the last run built, and what its parts left out."""
+    what = found["library"] or found["failure"].splitlines()[0]
+    return " ".join([f"CUDA library: {what}.", *(note.removeprefix("-- logitless: ") + "." for note in found["notes"])])
 
 
 def _tests(found: Json) -> str:

@@ -128,10 +128,10 @@ def cce_build() -> str | None:
 
 
 TORCH_OP = "torch.nn.functional.linear_cross_entropy"
-_IN_1024 = dict(batch_chunk_size=1024, chunking_method=None)
+_torch_1024 = partial(_torch_nll, batch_chunk_size=1024, chunking_method=None)
 _PEERS = (
     ("torch F.linear_cross_entropy", TORCH_OP, _torch_nll),
-    ("torch F.linear_cross_entropy, chunks of 1024", TORCH_OP, partial(_torch_nll, **_IN_1024)),
+    ("torch F.linear_cross_entropy, chunks of 1024", TORCH_OP, _torch_1024),
     ("TRL ChunkedLogProbFunction", "trl", peers.trl_nll),
     ("Liger fused linear", "liger_kernel", _liger_fused),
     ("Liger fused linear, float32 sums", "liger_kernel", partial(_liger_fused, accum_dtype=torch.float32)),

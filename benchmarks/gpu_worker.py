@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import gpu_measure
+from . import gpu_measure, gpu_rows
 from .gpu_cells import CELLS, MAIN, Cell
 from .gpu_ways import WAYS, Way
 from .report import Json
@@ -81,7 +81,7 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.dry, self.ways), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, self.dry, self.ways))
         self._process.start()
         theirs.close()
 
@@ -123,7 +123,7 @@ def _measure(
     order: Order, machine: gpu_measure.Machine, ways: tuple[Way, ...], dry: bool, tell: gpu_measure.Tell
 ) -> Json:
     if order.part == ROWS:
-        return gpu_measure.measure_rows(_sized(MAIN, dry), machine, order.deadline, order.skip, tell)
+        return gpu_rows.measure_rows(_sized(MAIN, dry), machine, order.deadline, order.skip, tell)
     cell = next(cell for cell in CELLS if cell.name == order.part)
     return gpu_measure.measure_cell(_sized(cell, dry), ways, machine, order.deadline, order.skip, tell)
 

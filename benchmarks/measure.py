@@ -70,7 +70,7 @@ def errors(outcome: Outcome, reference: Outcome) -> dict[str, float]:
     """`|x - reference| / |reference|` of the loss and of each gradient."""
 
     def relative(x: Tensor, exact: Tensor) -> float:
-        return float((x.double() - exact).norm() / exact.norm())
+        return float((x.double() - exact).norm() / (exact.norm() or 1.0))
 
     pairs = zip(Outcome._fields, outcome, reference, strict=True)
     return {name: relative(x, exact) for name, x, exact in pairs if x is not None and exact is not None}

@@ -66,10 +66,10 @@ def _against_peers(provider: Provider, *others: Provider) -> tuple[Target, ...]:
 _NLL_PEERS = (peers.TORCH, peers.TRL, peers.LIGER, peers.CCE)
 _DPO_PEERS = (peers.TRL_DPO, peers.LIGER_DPO)
 
-#: Where losses are compared with each other: a third of the real vocabulary, and as many tokens a chunk as there, so
-#: that a loss's own work weighs three times what it does in training.
-_SMALL = Problem(512, vocabulary=16384, pairs=16, chunk_bytes=2**25 // 3)
-_REAL = Problem(512, pairs=16)
+#: Where losses are compared with each other: a third of the real vocabulary, in chunks of 128 tokens where the real one
+#: has 170, so that a loss's own work weighs three to four times what it does in training.
+_SMALL = Problem(512, vocabulary=16384, pairs=16, chunk_bytes=2**23)
+_REAL = Problem(256, pairs=8)
 
 
 def _registered(*levels: str, backward: BackwardName = "auto") -> tuple[Provider, ...]:

@@ -86,7 +86,7 @@ class Problem:
             tokens, pairs = 40, 0
         else:
             tokens, pairs = 2 * 2 * (32 if self.length > 128 else 8), 2
-        return replace(self, tokens=tokens, pairs=pairs, hidden=16, vocabulary=96, chunk_bytes=16 * 4 * 96)
+        return replace(self, tokens=tokens, pairs=pairs, hidden=24, vocabulary=96, chunk_bytes=16 * 4 * 96)
 
     def __str__(self) -> str:
         sequences = f", {self.pairs} pairs of 2 x {self.length} tokens" if self.pairs else ""

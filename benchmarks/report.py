@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .parts import LOGITS, PARTS, Part, Target
+from .parts import LOGITS, PARTS, Bound, Part, Target
 
 MIB = 2**20
 DOES_NOT_RUN = "does not run"
@@ -19,7 +19,7 @@ def markdown(results: Json) -> str:
     found = [(part, results["parts"][part.name]) for part in PARTS if part.name in results["parts"]]
     sections = ["# Measured on a CPU", _HOW_TO_READ, "## Targets", targets_table(found)]
     for part, measured in found:
-        sections += [f"## {part.name}", _provenance(measured), part_table(measured)]
+        sections += [f"## {part.name}", _provenance(measured), part_table(measured, part.bound)]
     return "\n\n".join(sections) + "\n"
 
 
@@ -41,9 +41,11 @@ def _provenance(measured: Json) -> str:
     )
 
 
-def part_table(measured: Json) -> str:
-    """One row a provider."""
+def part_table(measured: Json, bound: Bound | None = None) -> str:
+    """One row a provider; under a bound, with what it is relative to and what was counted in place of memory."""
     rows: list[Json] = measured["rows"]
+    if bound is not None:
+        return _bounded_table(rows, bound)
     base, floor = (_first(rows, role) for role in ("materialised", "floor"))
     lines = []
     for row in rows:
@@ -67,17 +69,65 @@ def part_table(measured: Json) -> str:
     return table(COLUMNS, lines)
 
 
+def _bounded_table(rows: list[Json], bound: Bound) -> str:
+    base, floor = next((row for row in rows if row["provider"] == bound.relative_to), None), _first(rows, "floor")
+    lines = []
+    for row in rows:
+        error, work = row["error"] or {}, row["work"] or {}
+        lines.append(
+            (
+                row["provider"],
+                _seconds(row),
+                number(ratio(row, base), ".3f"),
+                _spread(row, base),
+                number(ratio(row, floor), ".2f"),
+                number(work.get("products"), ".1f"),
+                number(work.get("passes"), ".1f"),
+                number(error.get("d_hidden"), ".0e"),
+                number(error.get("d_weight"), ".0e"),
+            )
+        )
+    counted = "/ GEMMs", "products", "passes", "d_hidden", "d_weight"
+    return table(("", "seconds", f"/ {bound.relative_to}", "spread", *counted), lines)
+
+
+def _spread(row: Json, base: Json | None) -> str:
+    """The smallest and the largest ratio of a round."""
+    found = ratios(row, base)
+    return f"{min(found):.2f}-{max(found):.2f}" if found else ""
+
+
+def slowest(bound: Bound, measured: Json) -> tuple[str, float] | None:
+    """Of logitless's providers the one with the largest ratio to what the bound names."""
+    rows = measured["rows"]
+    base = next((row for row in rows if row["provider"] == bound.relative_to), None)
+    ours = [row for row in rows if row["role"] == "logitless" and row is not base and ratios(row, base)]
+    found = [(row["provider"], statistics.median(ratios(row, base))) for row in ours]
+    return max(found, key=lambda x: x[1], default=None)
+
+
 def targets_table(found: Sequence[tuple[Part, Json]]) -> str:
     """Each target, what was measured, and whether it is met."""
     lines = []
     for part, measured in found:
+        if part.bound is not None:
+            lines.append((part.name, *_of_bound(part.bound, measured)))
         for target in part.targets:
             value = reached(target, measured)
-            verdict = "not measured" if value is None else "met" if value <= target.limit else "missed"
             what = "time" if target.measure == "seconds" else "extra memory"
             name = f"{target.provider.name}: {what} / {target.relative_to}"
-            lines.append((part.name, name, number(value, ".3f"), f"{target.limit:.3g}", verdict))
+            lines.append((part.name, name, number(value, ".3f"), f"{target.limit:.3g}", _verdict(value, target.limit)))
     return table(("part", "", "measured", "at most", ""), lines)
+
+
+def _of_bound(bound: Bound, measured: Json) -> tuple[str, ...]:
+    name, value = slowest(bound, measured) or ("none", None)
+    what = f"the slowest, {name}: time / {bound.relative_to}"
+    return what, number(value, ".3f"), f"{bound.limit:.3g}", _verdict(value, bound.limit)
+
+
+def _verdict(value: float | None, limit: float) -> str:
+    return "not measured" if value is None else "met" if value <= limit else "missed"
 
 
 def reached(target: Target, measured: Json) -> float | None:
@@ -93,9 +143,15 @@ def reached(target: Target, measured: Json) -> float | None:
 
 def ratio(row: Json | None, other: Json | None) -> float | None:
     """Median over the rounds that both ran in of the ratio of their times."""
-    if row is None or other is None or not row["seconds"] or not other["seconds"]:
-        return None
-    return statistics.median(a / b for a, b in zip(row["seconds"], other["seconds"], strict=False))
+    found = ratios(row, other)
+    return statistics.median(found) if found else None
+
+
+def ratios(row: Json | None, other: Json | None) -> list[float]:
+    """Of each round that both ran in."""
+    if row is None or other is None:
+        return []
+    return [a / b for a, b in zip(row["seconds"], other["seconds"], strict=False)]
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -15,24 +15,19 @@ PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2), "aten::addmm_": (1, 2)}
 
 #: These make another view of the same memory, or reserve some.
 NO_WORK = frozenset(
-    "aten::" + name
-    for name in [
-        "view",
-        "t",
-        "transpose",
-        "as_strided",
-        "slice",
-        "narrow",
-        "select",
-        "split",
-        "expand",
-        "unsqueeze",
-        "detach",
-        "empty",
-        "new_empty",
-        "empty_like",
-        "resize_",
-    ]
+    {
+        *(
+            "aten::view",
+            "aten::t",
+            "aten::transpose",
+            "aten::as_strided",
+            "aten::slice",
+            "aten::narrow",
+            "aten::select",
+        ),
+        *("aten::split", "aten::expand", "aten::unsqueeze", "aten::detach", "aten::resize_"),
+        *("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided"),
+    }
 )
 
 

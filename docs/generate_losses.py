@@ -1,7 +1,6 @@
-"""Writes docs/losses.md from the docstrings of the registered losses: `python docs/generate_losses.py`.
+"""Writes docs/losses.md and README's table from the docstrings of the losses: `python docs/generate_losses.py`.
 
-With `--check` it writes nothing and fails where the page is stale; with `--readme` it prints the short table of README.
-A test holds the page to what this makes of the code.
+With `--check` it writes nothing and fails where one is stale. A test holds both to what this makes of the code.
 """
 
 from __future__ import annotations
@@ -19,6 +18,9 @@ from logitless import losses
 from logitless.losses import Loss
 
 PAGE = Path(__file__).with_name("losses.md")
+README = Path(__file__).parents[1] / "README.md"
+#: What README's table stands between.
+BEGIN, END = "<!-- losses: docs/generate_losses.py -->", "<!-- end of losses -->"
 
 #: The modules of `logitless.losses` in the order of the page.
 FAMILIES = {
@@ -202,18 +204,22 @@ def readme_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def readme() -> str:
+    """README.md with its table of losses as the code has it."""
+    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
+    return f"{before}{BEGIN}\n{readme_table()}{END}{rest.split(END)[1]}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is stale")
-    parser.add_argument("--readme", action="store_true", help="print README's table instead")
-    arguments = parser.parse_args()
-    if arguments.readme:
-        print(readme_table(), end="")
-    elif not arguments.check:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page():
-        print(f"{PAGE} is stale: run python docs/generate_losses.py", file=sys.stderr)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is stale")
+    check = parser.parse_args().check
+    stale = [path for path, made in ((PAGE, page()), (README, readme())) if path.read_text(encoding="utf-8") != made]
+    if check and stale:
+        print(f"stale: {', '.join(map(str, stale))}; run python docs/generate_losses.py", file=sys.stderr)
         return 1
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(), encoding="utf-8")
     return 0
 
 

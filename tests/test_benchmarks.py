@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import cpu_report, measure, memory, parts, peers, report
+from benchmarks import cpu_report, measure, memory, parts, peers, report, work
 from benchmarks.parts import PARTS, Part, Target
 from benchmarks.problems import Inputs
-from benchmarks.providers import NLL, Outcome, Provider, chunked_gemms, gemms
+from benchmarks.providers import LOGPROBS, NLL, Outcome, Provider, chunked_gemms, gemms
 
-COMPILED = {peers.CCE.name, peers.LIGER_DPO.name}
+from logitless import losses
+
+COMPILED = {peers.CCE.name, peers.LIGER_DPO.name} | {liger.name for _, liger in peers.OF_REGISTRY.values()}
 CASES = [
     pytest.param(
         part.tiny(),
@@ -42,6 +45,44 @@ def test_provider_computes_the_loss_it_is_compared_on(part: Part, provider: Prov
     expected = {"loss", "d_hidden"} if part.problem.frozen_head else {"loss", "d_hidden", "d_weight"}
     assert row.error.keys() == expected
     assert max(row.error.values()) < TOLERANCE[part.problem.dtype], row.error
+
+
+LOSS_PARTS = {name: parts.get(name).tiny() for name in parts.GROUPS["losses"]}
+
+
+@pytest.fixture(scope="module")
+def counted() -> dict[str, dict[str, dict[str, float]]]:
+    """Products and passes over the vocabulary of logitless's losses, by part."""
+
+    def of(part: Part) -> dict[str, dict[str, float]]:
+        inputs = part.problem.inputs()
+        ours = [provider for provider in part.providers if provider.role == "logitless"]
+        return {p.name: work.count(partial(p.step, inputs), part.problem)._asdict() for p in ours}
+
+    return {name: of(part) for name, part in LOSS_PARTS.items()}
+
+
+def test_every_registered_loss_has_a_row(counted: Any) -> None:
+    assert {row for rows in counted.values() for row in rows} >= set(losses.names())
+
+
+def test_a_loss_and_its_metrics_add_no_pass_over_the_vocabulary(counted: Any) -> None:
+    """Beyond those of the statistics: entropy, where a loss reads it, costs passes and no product."""
+    for part, base in (("losses-token", "nll"), ("losses-sequence", LOGPROBS.name)):
+        plain = counted[part][base]
+        assert plain["passes"] > 0
+        for name, found in counted[part].items():
+            if name != LOGPROBS.name and losses.get(name).outputs == ("logprob",):
+                assert found == plain, name
+            assert found["products"] == plain["products"], name
+    assert counted["losses-token"]["nll"]["products"] == 3
+    assert counted["losses-sequence"]["dpo"]["products"] == 4
+    assert {found["products"] for found in counted["losses-real"].values()} == {3}
+
+
+def test_a_distribution_loss_costs_a_sweep_of_each_of_its_parts(counted: Any) -> None:
+    products = {name: found["products"] for name, found in counted["losses-distribution"].items()}
+    assert products == {"distillation": 4, "js": 4, "asft": 7, "sft_kl": 7, "distillation and nll": 7}
 
 
 def test_floors_of_one_problem_are_the_same_products() -> None:
@@ -98,7 +139,7 @@ def test_memory_is_beyond_the_gradients() -> None:
     part = parts.get("nll").tiny()
     found = memory.of_step(part, Provider("a quarter MiB", "peer", "nll", step))
     assert found["allocated"] == 4 * (1 << 16) - part.problem.gradient_bytes
-    assert part.problem.gradient_bytes == 4 * 16 * (40 + 96)
+    assert part.problem.gradient_bytes == 4 * 24 * (40 + 96)
 
 
 @pytest.mark.slow
@@ -136,6 +177,16 @@ def test_targets_compare_within_rounds() -> None:
     assert report.reached(Target(NLL, "memory", "other", 1.0), measured) == 1.0
     assert report.reached(Target(NLL, "memory", parts.LOGITS, 1.0), measured) == 0.1
     assert report.reached(Target(NLL, "seconds", "absent", 1.0), measured) is None
+
+
+def test_a_bound_is_about_the_slowest_of_our_losses() -> None:
+    measured = _measured(nll=[1.0, 2.0, 4.0], dft=[1.1, 2.0, 4.4], focal=[1.0, 2.0, 4.0], peer=[9.0, 9.0, 9.0])
+    for row in measured["rows"][:3]:
+        row["role"] = "logitless"
+    bound = parts.Bound("nll", 1.05)
+    assert report.slowest(bound, measured) == ("dft", pytest.approx(1.1))
+    assert "1.00-1.10" in report.part_table(measured, bound)
+    assert report.slowest(parts.Bound("absent", 1.05), measured) is None
 
 
 def test_committed_tables_are_those_of_the_committed_measurements() -> None:

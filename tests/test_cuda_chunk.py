@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import math
+import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -525,6 +527,22 @@ def test_no_second_chunk_is_allocated(backend):
     upstream = backends.problem.Upstream(logprob=ones, entropy=ones)
     for_bfloat16 = cuda.ENGINE.gradient(tile, head, upstream, torch.bfloat16).matrix
     assert for_bfloat16.data_ptr() == raw.data_ptr() and for_bfloat16.stride() == (128, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="the suites' tensors are the CPU's")
+def test_the_suites_of_the_ops(library):
+    """Everything that is asked of every backend."""
+    suites = ("tests/test_linear_logprobs.py", "tests/test_token_loss.py")
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cuda", *suites)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, cuda_library.VARIABLE: str(library.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

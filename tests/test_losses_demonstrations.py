@@ -218,6 +218,9 @@ def test_old_logprob_of_demonstrations_is_not_looked_at(loss: PolicyLoss) -> Non
     spoilt = torch.where(DEMONSTRATION, math.nan, got["old_logprob"])
     assert torch.equal(call(loss, got | {"old_logprob": spoilt}), call(loss, got))
     assert torch.equal(weights(loss, got | {"old_logprob": spoilt}), weights(loss, got))
+    known = {name: got[name] for name in loss.inputs}
+    metrics = loss.metrics(TokenStats(logprob=got["logprob"]), **known, old_logprob=spoilt)
+    assert (metrics.ratio[DEMONSTRATION] == 1).all() and (metrics.ratio[~DEMONSTRATION] != 1).all()
 
 
 @EVERY

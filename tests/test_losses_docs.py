@@ -30,6 +30,7 @@ PAGE: str = GENERATE.page()
 def test_the_committed_page_is_fresh() -> None:
     committed = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     assert committed == PAGE, "run python docs/generate_losses.py"
+    assert GENERATE.README.read_text(encoding="utf-8") == GENERATE.readme(), "run python docs/generate_losses.py"
 
 
 @pytest.mark.parametrize("name", losses.names())

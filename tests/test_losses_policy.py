@@ -668,8 +668,9 @@ def test_sampler_correction(mode: str) -> None:
         sequence=torch.tensor([7, 7, 7, 8, 8, 8]),
     )  # fmt: skip
     torch.testing.assert_close(flat, expected.flatten())
-    extreme = sampler_correction(torch.zeros(1, 2), torch.tensor([[-1e4, 1e4]]), mode="token_mask")
-    assert extreme.tolist() == [[0.0, pytest.approx(math.exp(-20))]]
+    extreme = sampler_correction(torch.zeros(1, 2), torch.tensor([[-1e4, 1e4]]), mode=mode, low=0.5)
+    inside = {"token_truncate": [3.0, 0.5], "token_mask": [0.0, 0.0]}.get(mode, [1.0, 1.0])
+    assert extreme.tolist() == [inside]
 
 
 @given(st.lists(st.floats(0, 3, width=32), min_size=1, max_size=12), st.floats(0.05, 1), st.integers(0, 2**12))
@@ -749,6 +750,7 @@ def test_own_means_make_one_mean_of_two() -> None:
         (lambda: top_entropy_mask(torch.zeros(2), 0.0), ValueError, "share"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), mode="truncate"), ValueError, "mode"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), low=4.0), ValueError, "low, high"),
+        (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), high=math.inf), ValueError, "low, high"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(3)), ValueError, "sampling_logprob"),
     ],
 )

@@ -107,3 +107,18 @@ def test_hyper_parameters_are_checked_when_it_is_made(module, options):
 def test_an_unknown_option_is_refused_when_it_is_made(module):
     with pytest.raises(TypeError, match="lodgit_scale"):
         getattr(logitless.nn, module)(lodgit_scale=1.0)
+
+
+def test_any_loss_is_a_module() -> None:
+    torch.manual_seed(0)
+    hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randint(7, (2, 3))
+    advantages = torch.tensor([1.0, -0.5])
+    module = logitless.nn.LinearLoss("dr_grpo", epsilon_low=0.1, max_length=5, softcap=3.0)
+    loss = logitless.losses.get("dr_grpo", epsilon_low=0.1)
+    expected = logitless.linear_loss(loss, hidden, weight, targets, advantages=advantages, max_length=5, softcap=3.0)
+    assert torch.equal(module(hidden, weight, targets, advantages=advantages), expected)
+    assert "epsilon_low=0.1" in repr(module)
+    with pytest.raises(TypeError, match="no hyper-parameter"):
+        logitless.nn.LinearLoss("dpo", betta=0.2)
+    with pytest.raises(ValueError, match="softcap"):
+        logitless.nn.LinearLoss("dpo", softcap=-1.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_build import host_library, needs_compiler
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,26 +23,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FIELDS = ("logprob", "lse", "entropy", "log_sum_sq", "mean_logit", "correct")
 INF = math.inf
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("cmake") is None or shutil.which("c++") is None, reason="needs cmake and a C++ compiler"
-)
-
-
-def build(folder: Path, *options: str) -> Path:
-    """The path of the library, built as CMakeLists.txt says."""
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release", *options],
-        ["cmake", "--build", str(folder)],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert "warning" not in done.stderr, done.stderr
-    return next(folder.glob("liblogitless_rows.*"))
+pytestmark = needs_compiler
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(tmp_path_factory.mktemp("rows"))))
+def library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(host_library(target="logitless_rows")))
 
 
 def run(
@@ -203,12 +190,12 @@ def test_nan_reaches_every_result(library: ctypes.CDLL, position: int) -> None:
 
 
 @pytest.mark.slow
-def test_under_sanitizers(tmp_path: Path) -> None:
+def test_under_sanitizers() -> None:
     """The tests above with the library built under AddressSanitizer and UndefinedBehaviorSanitizer."""
     runtime = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not Path(runtime).is_absolute():
         pytest.skip("the compiler has no AddressSanitizer runtime")
-    library = build(tmp_path, "-DLOGITLESS_SANITIZE=ON")
+    library = host_library("address", target="logitless_rows")
     done = subprocess.run(
         [sys.executable, "-c", SANITIZED_RUN.format(library=str(library), tests=str(Path(__file__).parent))],
         capture_output=True,

@@ -26,12 +26,9 @@ from test_linear_divergence import (
     measure,
 )
 
-from logitless.backends import BACKENDS
-from logitless.backends import triton as backend
 from logitless.kernels.triton import divergence
 from logitless.types import DivergenceOptions, LogitTransform
 
-BACKENDS.setdefault("triton", backend)  # TEMPORARY
 HERE = dict(backend="triton", device="cuda" if torch.cuda.is_available() else "cpu")
 BENT = LogitTransform(1.3, 3.0, 0.7)
 

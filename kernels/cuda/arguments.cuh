@@ -39,7 +39,8 @@ public:
         return *this;
     }
     Check& options(double logit_scale, double softcap, double temperature) {
-        return positive(logit_scale).positive(temperature).require(softcap == 0 || usable(softcap), LOGITLESS_BAD_OPTION);
+        positive(logit_scale).positive(temperature);
+        return require(softcap == 0 || usable(softcap), LOGITLESS_BAD_OPTION);
     }
     std::int32_t code() const { return code_; }
 

@@ -34,7 +34,8 @@ Shape shape_of(std::int64_t rows, std::int64_t vocabulary, std::int64_t parts, s
     const dim3 block = is_short ? dim3(WARP, SHORT_ROWS_PER_BLOCK) : dim3(LONG_ROW_THREADS);
     const std::int64_t columns = divide_up(divide_up(vocabulary, parts), multiple) * multiple;
     const std::int64_t needed = divide_up(vocabulary, columns);
-    return {block, dim3(static_cast<unsigned>(divide_up(rows, block.y)), static_cast<unsigned>(needed)), columns, needed};
+    const dim3 grid(static_cast<unsigned>(divide_up(rows, block.y)), static_cast<unsigned>(needed));
+    return {block, grid, columns, needed};
 }
 
 template <typename Raw>
@@ -139,8 +140,8 @@ std::int32_t launch_gradient(const Gradient<Raw>& call) {
     const std::int64_t parts = sizeof(Out) < sizeof(Raw) ? 1 : most_parts(chunk.rows, chunk.vocabulary);
     const std::int64_t step = LONG_ROW_THREADS / WARP * Group<WIDTH, UNROLL<Raw>>::COLUMNS;
     const Shape shape = shape_of(chunk.rows, chunk.vocabulary, parts, step);
-    return launch(gradient_kernel<Raw, Out, WIDTH, UNROLL<Raw>>, shape.grid, shape.block, 0, call.stream, chunk, call.from,
-                  call.target_gradient, shape.part_columns);
+    return launch(gradient_kernel<Raw, Out, WIDTH, UNROLL<Raw>>, shape.grid, shape.block, 0, call.stream, chunk,
+                  call.from, call.target_gradient, shape.part_columns);
 }
 
 template <typename Raw, typename Out>
@@ -211,7 +212,8 @@ int32_t logitless_measure(const void* raw, int32_t raw_dtype, int64_t rows, int6
     return with_type(raw_dtype, const_cast<void*>(raw), [&](auto* typed) {
         using Raw = std::remove_pointer_t<decltype(typed)>;
         using T = Compute<Raw>;
-        const auto chunk = as_chunk(typed, rows, vocabulary, raw_stride, bias, targets, logit_scale, softcap, temperature);
+        const auto chunk =
+            as_chunk(typed, rows, vocabulary, raw_stride, bias, targets, logit_scale, softcap, temperature);
         const Measure<Raw> call{chunk,
                                 as_results<T>(logprob, lse, entropy, mean_logit, correct, log_sum_sq),
                                 static_cast<T*>(block_lse),
@@ -236,7 +238,8 @@ int32_t logitless_gradient(void* raw, int32_t raw_dtype, int64_t rows, int64_t v
         using Raw = std::remove_pointer_t<decltype(typed)>;
         using T = Compute<Raw>;
         const auto vector = [](const void* x) { return static_cast<const T*>(x); };
-        const auto chunk = as_chunk(typed, rows, vocabulary, raw_stride, bias, targets, logit_scale, softcap, temperature);
+        const auto chunk =
+            as_chunk(typed, rows, vocabulary, raw_stride, bias, targets, logit_scale, softcap, temperature);
         const RowInputs<T> from{vector(logprob),          vector(lse),          vector(entropy),
                                 vector(logprob_gradient), vector(lse_gradient), vector(entropy_gradient),
                                 vector(mean_logit_gradient)};

@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(LONG_ROW_THREADS, sizeof(Raw) == sizeof(double
         if (blocks.lse) {
             const int lanes = block_columns / WIDTH < WARP ? static_cast<int>(block_columns / WIDTH) : WARP;
             const T lse = lse_of_lanes(found, lanes);
-            if (at.lane % lanes == 0 && first < at.end) blocks.lse[at.row * blocks.stride + (first >> blocks.shift)] = lse;
+            T* const place = blocks.lse + at.row * blocks.stride + (first >> blocks.shift);
+            if (at.lane % lanes == 0 && first < at.end) *place = lse;
         }
         others = merge(others, found);
     }

@@ -43,8 +43,9 @@ int32_t logitless_forward_sm90(const void* hidden, const void* weight, int32_t d
                                int64_t depth, int64_t hidden_stride, int64_t weight_stride, const void* bias,
                                const int64_t* targets, double logit_scale, double softcap, double temperature,
                                void* moments, void* target_logit, int32_t device, void* stream) {
-    const Forward x{hidden, weight,      dtype,   rows,        vocabulary, depth,        hidden_stride, weight_stride, bias,
-                    targets, logit_scale, softcap, temperature, moments,    target_logit, device,        stream};
+    const Forward x{hidden,        weight,        dtype,        rows,    vocabulary,  depth,
+                    hidden_stride, weight_stride, bias,         targets, logit_scale, softcap,
+                    temperature,   moments,       target_logit, device,  stream};
     return start(x, [&] {
         if (const std::int32_t code = check_hopper(device)) return code;
         return dtype == LOGITLESS_BFLOAT16 ? run<cutlass::bfloat16_t>(x) : run<cutlass::half_t>(x);

@@ -1,17 +1,19 @@
-// Fused forward for Hopper: CUTLASS's persistent, warp-specialised GEMM as it stands (TMA loads by a producer warp, wgmma by
-// two consumer warp groups), with an epilogue that reduces rows of the accumulator instead of storing it. Logits never
-// reach memory; the moments of 128 columns each go to logitless_merge, as those of forward_sm80.cuh do.
+// Fused forward for Hopper: CUTLASS's persistent, warp-specialised GEMM as it stands (TMA loads by a producer warp,
+// wgmma by two consumer warp groups), with an epilogue that reduces rows of the accumulator instead of storing it.
+// Logits never reach memory; the moments of 128 columns each go to logitless_merge, as those of forward_sm80.cuh do.
 //
-// Tiling: 128 tokens x 256 columns x 64 of H, as many stages as shared memory holds (4 of 48 KB), clusters of 2 x 1 blocks,
-// which share a tile of weight by multicast. A consumer warp group has 64 x 256 of the tile: 128 accumulators a thread, of
-// two rows 64 columns each (tile_rows.cuh), a row in one quad, so rows are reduced without shared memory.
+// Tiling: 128 tokens x 256 columns x 64 of H, as many stages as shared memory holds (4 of 48 KB), clusters of 2 x 1
+// blocks, which share a tile of weight by multicast. A consumer warp group has 64 x 256 of the tile: 128 accumulators a
+// thread, of two rows 64 columns each (tile_rows.cuh), a row in one quad, so rows are reduced without shared memory.
 // The producer goes on loading the next tile meanwhile; only the tensor cores wait for the epilogue.
-// Work: 2 N H V flops, N V exponentials. Bytes: hidden and weight, each tile's operands once a cluster from L2; 20 N V / 128
-// written.
-// Bound at N = 8192, H = 4096, V = 128256: 8.6 Tflop, 8.7 ms at 989 Tflop/s. A tile's products take 65536 cycles; its 32768
-// logits 2048 cycles of exponentials and some 16 other instructions each, 4096 cycles: 6 to 10% on top, less as H grows.
-// Not yet run on a GPU. What is ours, the reduction of a row, is the text that forward_sm80.cuh's tests check on the CPU;
-// tests/test_cuda_forward.py also checks on the CPU which accumulator holds which element.
+// Work: 2 N H V flops, N V exponentials. Bytes: hidden and weight, each tile's operands once a cluster from L2; 20 N V
+// / 128 written.
+// Bound at N = 8192, H = 4096, V = 128256: 8.6 Tflop, 8.7 ms at 989 Tflop/s. A tile's products take 65536 cycles; its
+// 32768 logits 2048 cycles of exponentials and some 16 other instructions each, 4096 cycles: 6 to 10% on top, less as H
+// grows. 168 registers a thread, no local memory; ptxas pipelines wgmma (with assertions on it would not:
+// hopper.cmake).
+// Not yet run on a GPU. What is ours, the reduction of a row, is the text that forward_sm80.cuh's tests check on the
+// CPU; host/hopper_layout.cu asks CuTe, on the CPU, which element each accumulator holds.
 #pragma once
 
 #include <cute/tensor.hpp>
@@ -27,7 +29,8 @@
 
 namespace logitless {
 
-// CUTLASS's interface of an epilogue that is one call for each tile; Sm90TmaWarpSpecializedAdapter makes the rest of it.
+// CUTLASS's interface of an epilogue that is one call for each tile; Sm90TmaWarpSpecializedAdapter makes the rest of
+// it.
 // C and D are what the interface asks for: neither exists.
 class ReduceRows {
   public:
@@ -75,8 +78,9 @@ class ReduceRows {
 
     // accumulators ((2, 2, 32), 1, 1): column in a pair, row or row + 8, pair of columns 8 further on.
     template <class Problem, class Block, class Coordinate, class Engine, class Layout, class Mma, class Residue>
-    CUTLASS_DEVICE void operator()(Problem, Block block, Coordinate at, const cute::Tensor<Engine, Layout>& accumulators,
-                                   Mma mma, Residue, int thread, char*) {
+    CUTLASS_DEVICE void operator()(Problem, Block block, Coordinate at,
+                                   const cute::Tensor<Engine, Layout>& accumulators, Mma mma, Residue, int thread,
+                                   char*) {
         using namespace cute;
         constexpr int PART = 128, OWN = PART / 4;
         CUTE_STATIC_ASSERT_V(shape(accumulators) == make_shape(make_shape(_2{}, _2{}, _32{}), _1{}, _1{}));

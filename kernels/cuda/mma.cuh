@@ -1,5 +1,5 @@
-// The tensor-core and asynchronous-copy instructions of Ampere and later (PTX ISA: mma.m16n8k16, ldmatrix, cp.async), one
-// function each. host/mma.h has the same functions for the CPU, by the documented fragment layouts:
+// The tensor-core and asynchronous-copy instructions of Ampere and later (PTX ISA: mma.m16n8k16, ldmatrix, cp.async),
+// one function each. host/mma.h has the same functions for the CPU, by the documented fragment layouts:
 //
 //     A [16, 16]: register v of lane l holds row l / 4 + 8 (v % 2), columns 2 (l % 4) + 8 (v / 2) and the next
 //     B [16, 8]:  register v of lane l holds rows 2 (l % 4) + 8 v and the next, column l / 4
@@ -26,7 +26,8 @@ class Copies {
     // Zeros where `present` is false; `global` is then not read.
     __device__ void copy(void* shared, const void* global, bool present) {
         const int bytes = present ? 16 : 0;
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                     "r"(bytes)
                      : "memory");
     }
 
@@ -40,8 +41,8 @@ class Copies {
     }
 };
 
-// Four 8 x 8 matrices: lanes 8 m .. 8 m + 7 bring the addresses of the rows of matrix m, 16 bytes each; result m of lane
-// l is elements 2 (l % 4) and the next of its row l / 4.
+// Four 8 x 8 matrices: lanes 8 m .. 8 m + 7 bring the addresses of the rows of matrix m, 16 bytes each; result m of
+// lane l is elements 2 (l % 4) and the next of its row l / 4.
 __device__ inline void load_matrices(std::uint32_t (&to)[4], const void* row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
@@ -58,13 +59,13 @@ __device__ inline void load_matrices_transposed(std::uint32_t (&to)[4], const vo
 }
 
 // c += a b
-#define LOGITLESS_MMA(HALF, NAME)                                                                                      \
-    __device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1, \
-                                        HALF) {                                                                        \
-        asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "          \
-            "{%8, %9}, {%0, %1, %2, %3};"                                                                              \
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                           \
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                           \
+#define LOGITLESS_MMA(HALF, NAME)                                                                              \
+    __device__ inline void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,          \
+                                        std::uint32_t b1, HALF) {                                              \
+        asm("mma.sync.aligned.m16n8k16.row.col.f32." NAME "." NAME ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, " \
+            "{%8, %9}, {%0, %1, %2, %3};"                                                                      \
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                   \
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                   \
     }
 LOGITLESS_MMA(bfloat16, "bf16")
 LOGITLESS_MMA(float16, "f16")

@@ -8,10 +8,11 @@
 //
 //     starts[b slices + s]    where block b's tokens in [128 s, 128 s + 128) begin; starts[blocks slices] is the end
 //
-// A thread has one block and one slice and goes down its tokens, twice: to count, and, after a scan of the counts, to list.
-// So the order is that of the tokens whatever runs when, and nothing waits for the host: the list is as long as it may be.
-// Traffic: block_lse is read twice (a warp reads 32 blocks of a token: 128 bytes), tail written once, 4 N V / B bytes each;
-// the list 4 bytes a pair. At N = 8192, V / B = 1002: 0.1 GB, 0.03 ms at 3.35 TB/s. Exponentials: 2 N V / B.
+// A thread has one block and one slice and goes down its tokens, twice: to count, and, after a scan of the counts, to
+// list. So the order is that of the tokens whatever runs when, and nothing waits for the host: the list is as long as
+// it may be.
+// Traffic: block_lse is read twice (a warp reads 32 blocks of a token: 128 bytes), tail written once, 4 N V / B bytes
+// each; the list 4 bytes a pair. At N = 8192, V / B = 1002: 0.1 GB, 0.03 ms at 3.35 TB/s. Exponentials: 2 N V / B.
 // Registers: a few. Not yet run on a GPU.
 #pragma once
 
@@ -69,8 +70,8 @@ __global__ void __launch_bounds__(ROUTE_THREADS) route_kernel(const Route x) {
     if (!LIST) *start = at;
 }
 
-// Counts become the sums of those before them, and the total stands at the end. One block: each thread sums a run of the
-// counts, the runs' sums are scanned in shared memory, and each thread goes over its run again.
+// Counts become the sums of those before them, and the total stands at the end. One block: each thread sums a run of
+// the counts, the runs' sums are scanned in shared memory, and each thread goes over its run again.
 __global__ void __launch_bounds__(SCAN_THREADS) scan_kernel(std::int32_t* values, std::int64_t count) {
     LOGITLESS_SHARED(std::int32_t, sums, SCAN_THREADS);
     const int own = static_cast<int>(threadIdx.x);

@@ -57,9 +57,10 @@ void run(const T* raw, const std::int64_t* targets, std::int64_t rows, std::int6
 }  // namespace
 
 #define LOGITLESS_ROWS(NAME, T)                                                                                       \
-    extern "C" void NAME(const T* raw, const std::int64_t* targets, std::int64_t rows, std::int64_t vocabulary,       \
-                         const std::int32_t* part_of, std::int32_t parts, const T* options, const T* upstream,        \
-                         T* statistics, T* gradient) {                                                                \
+    extern "C" __attribute__((visibility("default"))) void NAME(                                                      \
+        const T* raw, const std::int64_t* targets, std::int64_t rows, std::int64_t vocabulary,                        \
+        const std::int32_t* part_of, std::int32_t parts, const T* options, const T* upstream,                         \
+        T* statistics, T* gradient) {                                                                                 \
         run<T>(raw, targets, rows, vocabulary, part_of, parts, options, upstream, statistics, gradient);              \
     }
 

@@ -40,16 +40,17 @@ std::int32_t check_product(const SparseProduct& x) {
         .code();
 }
 
+const float* vector(const void* x) { return static_cast<const float*>(x); }
+
 unsigned tiles(std::int64_t size) { return static_cast<unsigned>(divide_up(size, TILE)); }
 
 }  // namespace
 
 int32_t logitless_route(const void* block_lse, int64_t block_stride, const void* lse, const void* magnitude,
-                        const void* threshold, int64_t rows, int64_t blocks, int32_t* starts, int32_t* tokens, void* tail,
-                        int64_t tail_stride, int32_t device, void* stream) {
-    const Route x{static_cast<const float*>(block_lse), block_stride, static_cast<const float*>(lse),
-                  static_cast<const float*>(magnitude), static_cast<const float*>(threshold), rows, blocks, starts, tokens,
-                  static_cast<float*>(tail), tail_stride};
+                        const void* threshold, int64_t rows, int64_t blocks, int32_t* starts, int32_t* tokens,
+                        void* tail, int64_t tail_stride, int32_t device, void* stream) {
+    const Route x{vector(block_lse), block_stride, vector(lse), vector(magnitude), vector(threshold), rows, blocks,
+                  starts, tokens, static_cast<float*>(tail), tail_stride};
     if (rows == 0) return LOGITLESS_DONE;  // of no rows, PyTorch has no address
     const std::int32_t code = Check()
                                   .size(rows, 1, 65535 * SLICE)
@@ -68,28 +69,29 @@ int32_t logitless_route(const void* block_lse, int64_t block_stride, const void*
     if (code != LOGITLESS_DONE) return code;
     if (const std::int32_t failed = use_device(device)) return failed;
     const dim3 grid(static_cast<unsigned>(divide_up(blocks, ROUTE_THREADS)), static_cast<unsigned>(slices_of(rows)));
-    if (const std::int32_t failed = launch(route_kernel<false>, grid, dim3(ROUTE_THREADS), 0, stream, x)) return failed;
+    const dim3 route(ROUTE_THREADS), scan(SCAN_THREADS);
+    if (const std::int32_t failed = launch(route_kernel<false>, grid, route, 0, stream, x)) return failed;
     const std::int64_t counts = blocks * slices_of(rows);
-    if (const std::int32_t failed = launch(scan_kernel, dim3(1), dim3(SCAN_THREADS), 0, stream, starts, counts)) return failed;
-    return launch(route_kernel<true>, grid, dim3(ROUTE_THREADS), 0, stream, x);
+    if (const std::int32_t failed = launch(scan_kernel, dim3(1), scan, 0, stream, starts, counts)) return failed;
+    return launch(route_kernel<true>, grid, route, 0, stream, x);
 }
 
-int32_t logitless_sparse_gradient(const void* hidden, const void* weight, int64_t rows, int64_t vocabulary, int64_t depth,
-                                  int64_t hidden_stride, int64_t weight_stride, const void* bias, const int64_t* targets,
-                                  double logit_scale, double softcap, double temperature, const void* lse,
-                                  const void* entropy, const void* logprob_gradient, const void* lse_gradient,
-                                  const void* entropy_gradient, const int32_t* starts, const int32_t* tokens,
-                                  int64_t first_block, int64_t block_count, void* gradient, int64_t gradient_rows,
-                                  int32_t device, void* stream) {
+int32_t logitless_sparse_gradient(const void* hidden, const void* weight, int64_t rows, int64_t vocabulary,
+                                  int64_t depth, int64_t hidden_stride, int64_t weight_stride, const void* bias,
+                                  const int64_t* targets, double logit_scale, double softcap, double temperature,
+                                  const void* lse, const void* entropy, const void* logprob_gradient,
+                                  const void* lse_gradient, const void* entropy_gradient, const int32_t* starts,
+                                  const int32_t* tokens, int64_t first_block, int64_t block_count, void* gradient,
+                                  int64_t gradient_rows, int32_t device, void* stream) {
     if (rows == 0 || block_count == 0) return LOGITLESS_DONE;
-    const auto vector = [](const void* x) { return static_cast<const float*>(x); };
     const auto transform = make_transform(logit_scale, softcap, temperature);
     const SparseGradient x{
         matrix(hidden, hidden_stride, rows, depth),
         matrix(weight, weight_stride, vocabulary, depth),
         vector(bias),
         {static_cast<float>(transform.slope), static_cast<float>(transform.inner), static_cast<float>(transform.outer)},
-        {targets, vector(lse), vector(entropy), vector(logprob_gradient), vector(lse_gradient), vector(entropy_gradient)},
+        {targets, vector(lse), vector(entropy), vector(logprob_gradient), vector(lse_gradient),
+         vector(entropy_gradient)},
         {starts, tokens, rows, vocabulary, first_block, block_count},
         static_cast<bfloat16*>(gradient),
     };
@@ -114,10 +116,10 @@ int32_t logitless_sparse_gradient(const void* hidden, const void* weight, int64_
     return launch(sparse_gradient_kernel, grid, dim3(TILE_THREADS), 0, stream, x);
 }
 
-int32_t logitless_sparse_d_weight(const void* gradient, const void* hidden, int64_t rows, int64_t vocabulary, int64_t depth,
-                                  int64_t hidden_stride, const int32_t* starts, const int32_t* tokens, int64_t first_block,
-                                  int64_t block_count, void* d_weight, int64_t d_weight_stride, int32_t device,
-                                  void* stream) {
+int32_t logitless_sparse_d_weight(const void* gradient, const void* hidden, int64_t rows, int64_t vocabulary,
+                                  int64_t depth, int64_t hidden_stride, const int32_t* starts, const int32_t* tokens,
+                                  int64_t first_block, int64_t block_count, void* d_weight, int64_t d_weight_stride,
+                                  int32_t device, void* stream) {
     const SparseProduct x{static_cast<const bfloat16*>(gradient), matrix(hidden, hidden_stride, rows, depth),
                           {starts, tokens, rows, vocabulary, first_block, block_count}, static_cast<float*>(d_weight),
                           d_weight_stride};
@@ -128,10 +130,10 @@ int32_t logitless_sparse_d_weight(const void* gradient, const void* hidden, int6
     return launch(sparse_d_weight_kernel, grid, dim3(TILE_THREADS), 0, stream, x);
 }
 
-int32_t logitless_sparse_d_hidden(const void* gradient, const void* weight, int64_t rows, int64_t vocabulary, int64_t depth,
-                                  int64_t weight_stride, const int32_t* starts, const int32_t* tokens, int64_t first_block,
-                                  int64_t block_count, int32_t ordered, void* d_hidden, int64_t d_hidden_stride,
-                                  int32_t device, void* stream) {
+int32_t logitless_sparse_d_hidden(const void* gradient, const void* weight, int64_t rows, int64_t vocabulary,
+                                  int64_t depth, int64_t weight_stride, const int32_t* starts, const int32_t* tokens,
+                                  int64_t first_block, int64_t block_count, int32_t ordered, void* d_hidden,
+                                  int64_t d_hidden_stride, int32_t device, void* stream) {
     const SparseProduct x{static_cast<const bfloat16*>(gradient), matrix(weight, weight_stride, vocabulary, depth),
                           {starts, tokens, rows, vocabulary, first_block, block_count}, static_cast<float*>(d_hidden),
                           d_hidden_stride};

@@ -1,23 +1,26 @@
-// The products of the tail-corrected backward, over the (token, block of 128 vocabulary entries) pairs that route.cuh listed.
-// Row r of the list is one pair; G [listed rows, 128] holds its part of dL/ds, equations 11 and 13, in bfloat16.
+// The products of the tail-corrected backward, over the (token, block of 128 vocabulary entries) pairs that route.cuh
+// listed. Row r of the list is one pair; G [listed rows, 128] holds its part of dL/ds, equations 11 and 13, in
+// bfloat16.
 //
-//     sparse_gradient_kernel       logits of a block for its listed tokens, once more, and their gradient     2 R 128 H flops
-//     sparse_d_weight_kernel       d_weight[v] += sum_r G[r, v] hidden[token r]                               2 R 128 H
-//     sparse_d_hidden_kernel       d_hidden[token r] += sum_v G[r, v] weight[v], by float32 reductions        2 R 128 H
+//     sparse_gradient_kernel       logits of a block for its listed tokens, and their gradient         2 R 128 H flops
+//     sparse_d_weight_kernel       d_weight[v] += sum_r G[r, v] hidden[token r]                        2 R 128 H
+//     sparse_d_hidden_kernel       d_hidden[token r] += sum_v G[r, v] weight[v], by float32 reductions 2 R 128 H
 //     ordered_d_hidden_kernel      the same sum in the order of blocks, the same bits every time
 //
-// for R listed rows. All multiply as tile_gemm.cuh says; rows of tokens are gathered. The target's entry of G is 0 and the
-// tail is not in it: both are added apart (kernels/README.md, section 3), and so is the mean logit's part.
+// for R listed rows. All multiply as tile_gemm.cuh says; rows of tokens are gathered. The target's entry of G is 0 and
+// the tail is not in it: both are added apart (kernels/README.md, section 3), and so is the mean logit's part.
 //
-// A call takes some of the blocks, so that G, with room for every token in each of them, stays small without anyone asking
-// the device how many there are; blocks beyond a list's end stop at once. d_weight and d_hidden accumulate over calls.
+// A call takes some of the blocks, so that G, with room for every token in each of them, stays small without anyone
+// asking the device how many there are; blocks beyond a list's end stop at once. d_weight and d_hidden accumulate over
+// calls.
 //
-// Bytes from L2 for each tile of products: 256 H in sparse_gradient_kernel and 32 KB out; in sparse_d_hidden_kernel 64 KB in
-// and 64 KB of float32 reductions out for 4.2 Mflop, so R H 4 bytes of them in all: at R = 0.15 N V / 128, N = 8192,
-// H = 4096, V = 128256 20 GB, which L2's reductions bound (some 10 ms where they take 2 TB/s, twice the products of the
-// ordered form on a Hopper GPU). ordered_d_hidden_kernel writes each element once, and multiplies every block that one of 128 tokens
-// needs for all of them: 0.6 to 0.8 of a dense GEMM at that R (tail-corrected-backward's measurements). Which wins is for a
-// GPU to say: neither has run on one yet.
+// Bytes from L2 for each tile of products: 256 H in sparse_gradient_kernel and 32 KB out; in sparse_d_hidden_kernel 64
+// KB in and 64 KB of float32 reductions out for 4.2 Mflop, so R H 4 bytes of them in all: at R = 0.15 N V / 128, N =
+// 8192, H = 4096, V = 128256 20 GB, 10 ms if L2 takes 2 TB/s of them. ordered_d_hidden_kernel writes each element once,
+// and multiplies every block that one of 128 tokens needs for all of them: 0.57 to 0.81 of a dense GEMM at such an R on
+// real hidden states (SmolLM2, tolerance 2^-12). Which wins is for a GPU to say.
+// Registers: 236 to 254, no local memory.
+// Not yet run on a GPU: the text is tested on the CPU, its instructions emulated there.
 // Numerics: G is rounded to bfloat16 once (2^-9 of an entry); sums are float32.
 #pragma once
 
@@ -62,17 +65,20 @@ struct SparseGradient {
     bfloat16* gradient;  // [rows count, 128]
 };
 
-__device__ inline float value_or_zero(const float* vector, std::int64_t at) { return vector == nullptr ? 0.0f : vector[at]; }
+__device__ inline float value_or_zero(const float* vector, std::int64_t at) {
+    return vector == nullptr ? 0.0f : vector[at];
+}
 
 // The part of Matrix `whole` that a block's rows are: gathered tokens, or columns of the vocabulary.
-__device__ inline Matrix<bfloat16, true> listed_tokens(const Matrix<bfloat16>& hidden, const Listed& list, const Span& span) {
+__device__ inline Matrix<bfloat16, true> listed_tokens(const Matrix<bfloat16>& hidden, const Listed& list,
+                                                       const Span& span) {
     return {hidden.base, hidden.stride, span.count, hidden.columns, list.tokens + span.first};
 }
 
 __device__ inline Matrix<bfloat16> block_rows(const Matrix<bfloat16>& weight, std::int64_t block) {
     const std::int64_t first = block * BLOCK_COLUMNS, left = weight.rows - first;
-    return {weight.base + first * weight.stride, weight.stride, left < BLOCK_COLUMNS ? left : BLOCK_COLUMNS, weight.columns,
-            nullptr};
+    const std::int64_t rows = left < BLOCK_COLUMNS ? left : BLOCK_COLUMNS;
+    return {weight.base + first * weight.stride, weight.stride, rows, weight.columns, nullptr};
 }
 
 __device__ inline Matrix<bfloat16> gradient_rows(const bfloat16* gradient, const Span& span) {
@@ -86,8 +92,9 @@ __device__ inline int own_row(int i, int high) {
 __device__ inline int own_column(int j) { return warp_column() + 8 * j + static_cast<int>(threadIdx.x) % 4 * 2; }
 
 // dL/ds of a raw product in a column of the vocabulary; 0 for the target and beyond the last.
-__device__ inline float listed_gradient(const SparseGradient& x, const Upstream<float>& g, const RowStatistics<float>& row,
-                                        float raw, std::int64_t column, std::int64_t target) {
+__device__ inline float listed_gradient(const SparseGradient& x, const Upstream<float>& g,
+                                        const RowStatistics<float>& row, float raw, std::int64_t column,
+                                        std::int64_t target) {
     if (column >= x.weight.rows || column == target) return 0.0f;
     const Logit<float> found = logit(x.transform, raw + value_or_zero(x.bias, column));
     return other_gradient(g, row, found.z, x.weight.rows) * found.derivative;
@@ -103,8 +110,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_gradient_kernel(const 
 
     Accumulators acc;
     clear(acc);
-    multiply_tile<false, false>(acc, *shared, listed_tokens(x.hidden, x.list, span), first, block_rows(x.weight, block), 0,
-                                x.hidden.columns);
+    multiply_tile<false, false>(acc, *shared, listed_tokens(x.hidden, x.list, span), first,
+                                block_rows(x.weight, block), 0, x.hidden.columns);
     LOGITLESS_UNROLL
     for (int i = 0; i < WARP_TILE / 16; ++i)
         LOGITLESS_UNROLL
@@ -112,7 +119,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_gradient_kernel(const 
             const std::int64_t listed = first + own_row(i, high);
             if (listed >= span.count) continue;
             const std::int64_t token = x.list.tokens[span.first + listed];
-            const Upstream<float> g{value_or_zero(x.row.logprob_gradient, token), value_or_zero(x.row.lse_gradient, token),
+            const Upstream<float> g{value_or_zero(x.row.logprob_gradient, token),
+                                    value_or_zero(x.row.lse_gradient, token),
                                     value_or_zero(x.row.entropy_gradient, token), 0.0f};
             RowStatistics<float> row{};
             row.lse = x.row.lse[token];
@@ -162,8 +170,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_weight_kernel(const 
 
     Accumulators acc;
     clear(acc);
-    multiply_tile<true, true>(acc, *shared, gradient_rows(x.gradient, span), 0, listed_tokens(x.operand, x.list, span), first,
-                              span.count);
+    multiply_tile<true, true>(acc, *shared, gradient_rows(x.gradient, span), 0,
+                              listed_tokens(x.operand, x.list, span), first, span.count);
     LOGITLESS_UNROLL
     for (int i = 0; i < WARP_TILE / 16; ++i)
         LOGITLESS_UNROLL
@@ -184,8 +192,8 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_hidden_kernel(const 
 
     Accumulators acc;
     clear(acc);
-    multiply_tile<false, true>(acc, *shared, gradient_rows(x.gradient, span), first_listed, block_rows(x.operand, block), first,
-                               BLOCK_COLUMNS);
+    multiply_tile<false, true>(acc, *shared, gradient_rows(x.gradient, span), first_listed,
+                               block_rows(x.operand, block), first, BLOCK_COLUMNS);
     // Lanes in pairs hold 4 columns of 2 rows: the even lane takes the upper row whole, the odd one the lower.
     const int odd = static_cast<int>(threadIdx.x) % 2;
     LOGITLESS_UNROLL
@@ -197,16 +205,16 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_hidden_kernel(const 
             const float(&c)[4] = acc.at[i][j];
             const float first_theirs = __shfl_xor_sync(FULL_WARP, odd ? c[0] : c[2], 1);
             const float second_theirs = __shfl_xor_sync(FULL_WARP, odd ? c[1] : c[3], 1);
-            const float four[4] = {odd ? first_theirs : c[0], odd ? second_theirs : c[1], odd ? c[2] : first_theirs,
-                                   odd ? c[3] : second_theirs};
+            const float four[4] = {odd ? first_theirs : c[0], odd ? second_theirs : c[1],
+                                   odd ? c[2] : first_theirs, odd ? c[3] : second_theirs};
             const std::int64_t column = first + own_column(j) - 2 * odd;
             if (token >= 0 && column < x.operand.columns) add_to_global(x.out + token * x.out_stride + column, four);
         }
     }
 }
 
-// Grid: tiles of 128 columns of H; slices of 128 tokens. For each block, the listed rows of the slice's tokens stand in the
-// tile at their tokens' places, zeros elsewhere, so that the sum stays in registers from block to block.
+// Grid: tiles of 128 columns of H; slices of 128 tokens. For each block, the listed rows of the slice's tokens stand in
+// the tile at their tokens' places, zeros elsewhere, so that the sum stays in registers from block to block.
 __global__ void __launch_bounds__(TILE_THREADS, 2) ordered_d_hidden_kernel(const SparseProduct x) {
     typedef Stages<bfloat16, 2> TwoStages;  // places needs a little of the 48 KB
     LOGITLESS_SHARED(TwoStages, shared, 1);

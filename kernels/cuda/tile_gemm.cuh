@@ -3,10 +3,10 @@
 //     acc[m, n] = sum_k A[first_a + m, k] B[first_b + n, k]
 //
 // Tiling: 4 warps, 2 x 2, a warp 64 x 64 of the tile: 128 accumulators a thread. A stage holds 32 of k: 8 KB for each
-// operand; 3 stages of both, 48 KB, are what a block gets without asking, and two blocks of it fit every GPU since Ampere.
-// Two of the stages are on their way (cp.async) while one is multiplied (ldmatrix, mma.m16n8k16).
-// Traffic of a step of 32: 16 KB in, 32 KB out of shared memory to registers for 2 x 128 x 128 x 32 flops: at Ampere's 1024
-// multiplications a cycle 512 cycles, of which shared memory is busy 384. From L2: 16 KB for 1 Mflop.
+// operand; 3 stages of both, 48 KB, are what a block gets without asking, and two blocks of it fit every GPU since
+// Ampere. Two of the stages are on their way (cp.async) while one is multiplied (ldmatrix, mma.m16n8k16).
+// Traffic of a step of 32: 16 KB in, 32 KB out of shared memory to registers for 2 x 128 x 128 x 32 flops: at Ampere's
+// 1024 multiplications a cycle 512 cycles, of which shared memory is busy 384. From L2: 16 KB for 1 Mflop.
 // Numerics: products of halves are exact, sums float32 in the order of k.
 //
 // An operand is a matrix of halves in rows, wherever those lie (a gather), read along its rows or across them:
@@ -19,10 +19,10 @@
 
 namespace logitless {
 
-constexpr int TILE = 128;       // rows and columns of a tile
+constexpr int TILE = 128;  // rows and columns of a tile
 constexpr int TILE_THREADS = 128;
-constexpr int DEPTH = 32;       // of k in a stage
-constexpr int WARP_TILE = 64;    // rows and columns of a warp's part
+constexpr int DEPTH = 32;  // of k in a stage
+constexpr int WARP_TILE = 64;  // rows and columns of a warp's part
 
 // Matrix of halves [rows, columns]. GATHERED: row r of it lies at row index[r] of the memory, and is zero where that is
 // negative.
@@ -51,8 +51,8 @@ struct Accumulators {
 __device__ inline int warp_row() { return static_cast<int>(threadIdx.x) / 32 % 2 * WARP_TILE; }
 __device__ inline int warp_column() { return static_cast<int>(threadIdx.x) / 64 * WARP_TILE; }
 
-// Where 16 bytes lie in a stage, in halves: row and chunk of the matrix, chunks swizzled so that neither eight rows of one
-// chunk (ldmatrix) nor eight chunks in order (the copy) meet in a bank.
+// Where 16 bytes lie in a stage, in halves: row and chunk of the matrix, chunks swizzled so that neither eight rows of
+// one chunk (ldmatrix) nor eight chunks in order (the copy) meet in a bank.
 template <bool ACROSS>
 __device__ inline int stage_offset(int row, int chunk) {
     constexpr int CHUNKS = (ACROSS ? TILE : DEPTH) / 8;
@@ -62,7 +62,8 @@ __device__ inline int stage_offset(int row, int chunk) {
 
 // Starts the copy of an operand's [128, 32] that begins at (first, k).
 template <bool ACROSS, typename Half, bool GATHERED>
-__device__ inline void copy_stage(Copies& copies, Half* stage, const Matrix<Half, GATHERED>& from, std::int64_t first, std::int64_t k) {
+__device__ inline void copy_stage(Copies& copies, Half* stage, const Matrix<Half, GATHERED>& from, std::int64_t first,
+                                  std::int64_t k) {
     constexpr int CHUNKS = (ACROSS ? TILE : DEPTH) / 8;
     LOGITLESS_UNROLL
     for (int piece = 0; piece < TILE * DEPTH / 8; piece += TILE_THREADS) {

@@ -1,13 +1,13 @@
 // What the epilogue of a fused forward does with a row of its tile, on Ampere and Hopper alike: equations 1 and 3.
 //
-// Both instruction sets leave a row of the tile to a quad, four neighbouring lanes: of every 8 columns, lane q of the quad
-// holds 2 q and 2 q + 1. So n values of a thread are the quad's 4 n columns, and quad_column says which.
+// Both instruction sets leave a row of the tile to a quad, four neighbouring lanes: of every 8 columns, lane q of the
+// quad holds 2 q and 2 q + 1. So n values of a thread are the quad's 4 n columns, and quad_column says which.
 //
 // Work for each logit: one exponential, and some 14 other instructions without a softcap.
 #pragma once
 
-#include "partials.cuh"
 #include "mma.cuh"
+#include "partials.cuh"
 
 namespace logitless {
 
@@ -21,6 +21,25 @@ struct RowHead {
 
 __device__ inline int quad_column(int j) { return j / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + j % 2; }
 
+// Equation 1 of a row's raw products, `end` columns of it. What a head does not have is stepped over once a row, not
+// once a logit: unrolled, the code for a softcap is long.
+template <int n>
+__device__ inline void add_bias_and_transform(float (&s)[n], std::int64_t first, int end, const RowHead& head) {
+    if (head.bias != nullptr) {
+        LOGITLESS_UNROLL
+        for (int j = 0; j < n; ++j)
+            if (quad_column(j) < end) s[j] += head.bias[first + quad_column(j)];
+    }
+    if (head.transform.outer == 0.0f) {
+        const Transform<float> uncapped = {head.transform.slope, 0.0f, 0.0f};
+        LOGITLESS_UNROLL
+        for (int j = 0; j < n; ++j) s[j] = transform(uncapped, s[j]);
+    } else {
+        LOGITLESS_UNROLL
+        for (int j = 0; j < n; ++j) s[j] = transform(head.transform, s[j]);
+    }
+}
+
 // Moments of the raw products `s` of a row but its target's, the same on all lanes of the quad, whose first column is
 // `first`. Writes the target's logit where the target is among them. All lanes of a warp come here together, with rows
 // beyond the last too.
@@ -31,12 +50,11 @@ __device__ inline Moments<float> reduce_row(float (&s)[n], std::int64_t first, s
     const int end = left < 4 * n ? static_cast<int>(left) : 4 * n;
     const std::int64_t target = row < to.rows ? head.targets[row] - first : -1;
     const int own = target >= 0 && target < end ? static_cast<int>(target) : -1;
+    add_bias_and_transform(s, first, end, head);
     float total = 0.0f;
     LOGITLESS_UNROLL
     for (int j = 0; j < n; ++j) {
         const int column = quad_column(j);
-        if (head.bias != nullptr && column < end) s[j] += head.bias[first + column];
-        s[j] = transform(head.transform, s[j]);
         if (column == own) to.target_logit[row] = s[j];
         const bool counts = column < end && column != own;
         total += counts ? s[j] : 0.0f;

@@ -145,10 +145,11 @@ def measure(
     stats = TokenStats(**{name: raw.new_empty(count, dtype=torch.float32) for name in OUTPUTS if name in wanted})
     blocks = None if block is None else raw.new_empty(count, triton.cdiv(vocabulary, block), dtype=torch.float32)
     if count:
-        measure_kernel[(triton.cdiv(count, config.BLOCK_N),)](
-            raw, bias, targets, *stats, blocks, count, vocabulary, *raw.stride(), *bends(transform),
-            BLOCK=block or config.BLOCK_V, **config.blocks,
-        )  # fmt: skip
+        with configs.on_device(raw):
+            measure_kernel[(triton.cdiv(count, config.BLOCK_N),)](
+                raw, bias, targets, *stats, blocks, count, vocabulary, *raw.stride(), *bends(transform),
+                BLOCK=block or config.BLOCK_V, **config.blocks,
+            )  # fmt: skip
     return stats, blocks
 
 
@@ -169,10 +170,11 @@ def gradient_(
     out = raw if dtype == raw.dtype else _narrowed(raw, dtype)
     config = configs.row(raw.device)
     if len(raw):
-        gradient_in_place_kernel[(triton.cdiv(len(raw), config.BLOCK_N),)](
-            raw, bias, targets, *rows, out, *raw.shape, *raw.stride(), *out.stride(), *bends(transform),
-            **config.blocks,
-        )  # fmt: skip
+        with configs.on_device(raw):
+            gradient_in_place_kernel[(triton.cdiv(len(raw), config.BLOCK_N),)](
+                raw, bias, targets, *rows, out, *raw.shape, *raw.stride(), *out.stride(), *bends(transform),
+                **config.blocks,
+            )  # fmt: skip
     return out
 
 

@@ -8,6 +8,7 @@ No kernel here adds into memory that another program writes: the same inputs giv
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -247,14 +248,15 @@ def forward(
     needed = (True, True, "entropy" in wanted, "log_sum_sq" in wanted, "mean_logit" in wanted)
     parts = [_floats(hidden, splits, tokens) if need else None for need in needed]
     target_logit = _floats(hidden, tokens)
-    forward_kernel[(tiles_n * splits,)](
-        hidden, weight, bias, targets, *parts, target_logit, block_lse,
-        tokens, vocabulary, hidden.shape[1], splits, each, *hidden.stride(), *weight.stride(), *bends(transform),
-        BLOCK=block or config.BLOCK_V, PRECISION=configs.precision(hidden.dtype), **config.blocks,
-    )  # fmt: skip
-    merge_kernel[(triton.cdiv(tokens, 128),)](
-        *parts, target_logit, *stats, tokens, vocabulary, splits, BLOCK_N=128
-    )  # fmt: skip
+    with configs.on_device(hidden):
+        forward_kernel[(tiles_n * splits,)](
+            hidden, weight, bias, targets, *parts, target_logit, block_lse,
+            tokens, vocabulary, hidden.shape[1], splits, each, *hidden.stride(), *weight.stride(), *bends(transform),
+            BLOCK=block or config.BLOCK_V, PRECISION=configs.precision(hidden.dtype), **config.blocks,
+        )  # fmt: skip
+        merge_kernel[(triton.cdiv(tokens, 128),)](
+            *parts, target_logit, *stats, tokens, vocabulary, splits, BLOCK_N=128, **configs.FUSED
+        )  # fmt: skip
     return stats, block_lse
 
 
@@ -287,11 +289,12 @@ def gradient_tile(
     tokens, part = hidden.shape[0], weight.shape[0]
     assert out.shape[1] % config.BLOCK_V == 0 and part <= out.shape[1]
     grid = (triton.cdiv(tokens, config.BLOCK_N) * triton.cdiv(part, config.BLOCK_V),)
-    gradient_kernel[grid](
-        hidden, weight, bias, targets, *rows, out, column_sum,
-        tokens, part, hidden.shape[1], first_v, *hidden.stride(), *weight.stride(), out.shape[1], *bends(transform),
-        PRECISION=configs.precision(hidden.dtype), **config.blocks,
-    )  # fmt: skip
+    with configs.on_device(hidden):
+        gradient_kernel[grid](
+            hidden, weight, bias, targets, *rows, out, column_sum,
+            tokens, part, hidden.shape[1], first_v, *hidden.stride(), *weight.stride(), out.shape[1],
+            *bends(transform), PRECISION=configs.precision(hidden.dtype), **config.blocks,
+        )  # fmt: skip
 
 
 def refine(hidden: Tensor, weight: Tensor, *, budget: float = 60.0) -> dict[str, configs.Tile]:
@@ -299,7 +302,8 @@ def refine(hidden: Tensor, weight: Tensor, *, budget: float = 60.0) -> dict[str,
     a kernel at most (compilation included), and keeps the fastest for later processes. Returns them by their key."""
     path = configs.cache_path(hidden.device)
     targets = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    rows = Coefficients(*(_floats(hidden, hidden.shape[0]).zero_() for _ in range(2)), None, None)
+    zeros = _floats(hidden, hidden.shape[0]).zero_()
+    rows = Coefficients(zeros, zeros, None, None)
 
     def one_forward(tile: configs.Tile) -> None:
         forward(hidden, weight, None, targets, transform=LogitTransform(), outputs=(), config=tile)
@@ -314,9 +318,11 @@ def refine(hidden: Tensor, weight: Tensor, *, budget: float = 60.0) -> dict[str,
     for kernel, once in (("forward", one_forward), ("gradient", one_gradient)):
         key = configs.key(hidden, kernel, rich=False)
         candidates = configs.neighbours(configs.tile(hidden, kernel, rich=False))
-        found[key] = configs.refine(
-            key, candidates, lambda tile, once=once: testing.do_bench(lambda: once(tile)), path, budget=budget
-        )
+
+        def seconds(tile: configs.Tile, once: Callable[[configs.Tile], None] = once) -> float:
+            return testing.do_bench(lambda: once(tile))
+
+        found[key] = configs.refine(key, candidates, seconds, path, budget=budget)
     return found
 
 

@@ -7,8 +7,9 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from . import functional
-from .losses import DFT, DPO, NLL, FDivergenceSFT, PreferenceResult
-from .types import OptionKeywords, Options, Reduction
+from .linear import OPTION_NAMES, linear_loss
+from .losses import DFT, DPO, NLL, FDivergenceSFT, Loss, PreferenceResult, get
+from .types import LossReduction, OptionKeywords, Options, Reduction
 
 
 class _LinearLoss(nn.Module):
@@ -21,6 +22,33 @@ class _LinearLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.bound.items())
+
+
+class LinearLoss(_LinearLoss):
+    """Any loss of the registry as a module: `LinearLoss("grpo", delta=4.0)(hidden, weight, targets, advantages=...)`.
+
+    Args:
+        loss: a loss, or its name.
+        reduction, max_length: as in `logitless.linear_loss`, whose other arguments are given at the call.
+        **settings: the loss's hyper-parameters, and the options of the head and the backend.
+    """
+
+    def __init__(
+        self,
+        loss: Loss | str,
+        *,
+        reduction: LossReduction | None = None,
+        max_length: int | None = None,
+        **settings: Any,
+    ) -> None:
+        options = {name: x for name, x in settings.items() if name in OPTION_NAMES}
+        made = get(loss, **{name: x for name, x in settings.items() if name not in OPTION_NAMES})
+        super().__init__(options, loss=made, reduction=reduction, max_length=max_length)  # type: ignore[arg-type]
+
+    def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **call: Any) -> Any:
+        """`hidden [..., H]`, `weight [V, H]`, `targets [...]`; the loss's inputs and what changes by name."""
+        bound = {**self.bound, **call}
+        return linear_loss(bound.pop("loss"), hidden, weight, targets, **bound)
 
 
 class LinearCrossEntropyLoss(_LinearLoss):

@@ -1,5 +1,5 @@
-// Which element of its tile each accumulator of the Hopper kernel holds, by CuTe itself, on the CPU: how many lie elsewhere
-// than forward_sm90.cuh and tile_rows.cuh take for granted.
+// Which element of its tile each accumulator of the Hopper kernel holds, by CuTe itself, on the CPU: how many lie
+// elsewhere than forward_sm90.cuh and tile_rows.cuh take for granted.
 #include <cstdio>
 
 #include "forward_sm90.cuh"

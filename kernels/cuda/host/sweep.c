@@ -62,7 +62,7 @@ static void chunk(int64_t rows, int64_t vocabulary, int64_t stride, int64_t bloc
                               found[1], found[2], found[3], found[4], found[5], block_lse, blocks, block, workspace,
                               bytes, 0, NULL),
             "measure");
-    require(logitless_gradient(raw, LOGITLESS_FLOAT32, rows, vocabulary, stride, bias, targets, 0.5, 0.0, 2.0, found[0],
+    require(logitless_gradient(raw, LOGITLESS_FLOAT32, rows, vocabulary, stride, bias, targets, 0.5, softcap, 2.0, found[0],
                                found[1], found[2], ones, NULL, NULL, NULL, target_gradient, gradient, 0, NULL),
             "gradient");
     for (int64_t i = 0; i < rows && softcap == 0; ++i) {

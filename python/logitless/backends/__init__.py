@@ -23,14 +23,16 @@ from . import chunked, cuda, triton
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "chunked": chunked}
 
 
-def pick(name: str, hidden: Tensor) -> str:
-    """The backend to use. A named one runs or raises; nothing falls back silently."""
-    return _pick(name, hidden.device, hidden.dtype)
+def pick(name: str, hidden: Tensor, without: tuple[str, ...] = ()) -> str:
+    """The backend to use. A named one runs or raises; nothing falls back silently. `without`: those that "auto" passes
+    over."""
+    return _pick(name, hidden.device, hidden.dtype, without)
 
 
-def _pick(name: str, device: torch.device, dtype: torch.dtype) -> str:
+def _pick(name: str, device: torch.device, dtype: torch.dtype, without: tuple[str, ...]) -> str:
     if name == "auto":
-        return next(candidate for candidate in BACKENDS if BACKENDS[candidate].supports(device, dtype) is None)
+        known = (candidate for candidate in BACKENDS if candidate not in without)
+        return next(candidate for candidate in known if BACKENDS[candidate].supports(device, dtype) is None)
     if name not in BACKENDS:
         raise ValueError(f"backend: expected one of {['auto', 'reference', *BACKENDS]}, got {name!r}")
     reason = BACKENDS[name].supports(device, dtype)

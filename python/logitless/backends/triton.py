@@ -65,7 +65,9 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":
-        return None
+        capability = torch.cuda.get_device_capability(device)
+        old = torch.version.hip is None and capability < (8, 0)
+        return f"it takes GPUs of compute capability 8.0 and above, got {capability}" if old else None
     if device.type != "cpu":
         return f"it takes tensors on a GPU, got {device}"
     if os.environ.get("TRITON_INTERPRET") != "1":

@@ -133,6 +133,7 @@ def register(cls: _LossType) -> _LossType:
 
 def names() -> list[str]:
     """The names of the registered losses, sorted."""
+    _load_all()
     return sorted(_REGISTRY)
 
 
@@ -153,11 +154,18 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
     if not isinstance(loss, str):
         raise TypeError(f"loss must be a name or a logitless.losses.Loss, got {type(loss).__name__}")
     if loss not in _REGISTRY:
+        _load_all()
+    if loss not in _REGISTRY:
         raise ValueError(f"no loss is named {loss!r}{_near(loss, names())}; there are {', '.join(names())}")
     cls = _REGISTRY[loss]
     if overrides:  # torch.compile cannot trace `dataclasses.fields`, and need not where there are none
         _check_overrides(cls, overrides)
     return cls(**overrides)
+
+
+def _load_all() -> None:
+    """Registers the families that are not loaded yet."""
+    from . import families  # noqa: F401
 
 
 def _check_overrides(cls: type[Loss], overrides: dict[str, Any]) -> None:

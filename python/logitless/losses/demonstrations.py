@@ -276,9 +276,9 @@ class PrefixRFT(_Mixed, PPO):
         mask = super()._entropy_mask(samples)
         if self.keep == 1:
             return mask
-        assert samples.entropy is not None and samples.sequences is not None
+        assert samples.entropy is not None
         prefix = _demonstration(samples)
-        chosen = ~prefix | top_entropy_mask(samples.entropy, self.keep, samples.sequences.mask & prefix)
+        chosen = ~prefix | top_entropy_mask(samples.entropy, self.keep, prefix)
         return chosen if mask is None else chosen & mask
 
 

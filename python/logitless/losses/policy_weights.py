@@ -5,6 +5,8 @@ They leave the normaliser alone: a token that is masked here still counts in the
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,6 @@ from .base import widest
 from .runs import Sequences
 
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
-
-#: Logarithms of importance weights are held within this: exp(20) = 4.9e8.
-_LIMIT = 20.0
 
 
 def sampler_correction(
@@ -50,8 +49,8 @@ def sampler_correction(
     """
     if mode not in CORRECTIONS:
         raise ValueError(f"mode: expected one of {', '.join(CORRECTIONS)}, got {mode!r}")
-    if not (high > 0 and (low is None or 0 <= low <= high)):
-        raise ValueError(f"low, high: expected 0 <= low <= high, got {low} and {high}")
+    if not (0 < high < math.inf and (low is None or 0 <= low <= high)):
+        raise ValueError(f"low, high: expected 0 <= low <= high, finite, got {low} and {high}")
     if sampling_logprob.shape != old_logprob.shape:
         shapes = f"{list(old_logprob.shape)} like old_logprob, got {list(sampling_logprob.shape)}"
         raise ValueError(f"sampling_logprob: expected shape {shapes}")
@@ -59,7 +58,7 @@ def sampler_correction(
     difference = (old_logprob.detach() - sampling_logprob.detach()).nan_to_num(nan=0.0)
     if mode.startswith("sequence"):
         difference = sequences.sum(difference)
-    rho = torch.exp(difference.clamp(-_LIMIT, _LIMIT))
+    rho = torch.exp(difference)  # inf is above any bound
     bounded = rho.clamp(min=low, max=high)
     if mode.endswith("mask"):
         bounded = torch.where(bounded == rho, rho, 0.0)
