@@ -95,7 +95,7 @@ def sample(folder: Path, name: str, tokens: int, cache: Path) -> Sample:
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
         model, tokenizer = load(folder)
-        ids = sequences(tokenizer, text[: 40 * tokens], LENGTH)[: -(-tokens // LENGTH)]
+        ids = sequences(tokenizer, text[: 40 * max(tokens, LENGTH)], LENGTH)[: -(-tokens // LENGTH)]
         with torch.no_grad():
             hidden = torch.cat([model.model(row[None, :-1])[0][0] for row in ids])
         weight = model.get_output_embeddings().weight.detach()

@@ -362,3 +362,10 @@ def test_dpo_of_an_odd_number_of_rows():
     p = make_problem((3, 4), 5, 9)
     arguments = dict(hidden=p.hidden, weight=p.weight, targets=p.targets, ref_logprob=torch.zeros(3, 4))
     refused(logitless.linear_dpo, "2B sequences", ValueError, **arguments)
+
+
+@pytest.mark.parametrize("option", [dict(chunk_dtype=torch.bfloat16), dict(tail_tolerance=0.1)], ids=str)
+def test_what_a_divergence_does_not_take_is_named(option):
+    hidden, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)
+    with pytest.raises(ValueError, match=next(iter(option))):
+        logitless.linear_loss("distillation", hidden, weight, targets, ref_hidden=hidden, **option)

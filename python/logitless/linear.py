@@ -227,6 +227,9 @@ def _distribution(
     """A sweep that sums the divergence, and one that sums the per-token part; values of every token where asked for."""
     if ref_hidden is None:
         raise ValueError(f"ref_hidden: {batch.loss.name!r} needs the reference's hidden states, got None")
+    for name in ("chunk_dtype", "tail_tolerance"):
+        if batch.options.get(name) is not None:
+            raise ValueError(f"{name}: {batch.loss.name!r} compares distributions, which does not take it")
     head, reference, options = _heads(batch.weight, ref_head, batch.options)
     options |= batch.loss.linear_divergence
     ref_hidden, mask, reduction = ref_hidden.detach(), batch.tokens.mask, reducing["reduction"]
