@@ -20,8 +20,8 @@ TOKENS = (8192, 2048, 32768)
 
 #: Standard deviation of the logits without their peaks, in nats, as in `logitless.testing.make_problem`.
 SPREAD = 2.0
-#: Mean and standard deviation of a peaked target's lead over all others together, in nats: an NLL of about 0.8 on
-#: average, and half of the tokens under 0.13.
+#: Mean and standard deviation of a peaked target's lead over all others together, in nats: an NLL of about 1 on
+#: average, and half of the tokens under 0.15.
 LEAD, LEAD_SPREAD = 2.0, 4.0
 
 
