@@ -43,6 +43,12 @@ class Case:
         frozen = not any(x is not None and x.requires_grad for x in self.problem[1:3])
         return self.problem.weight.abs().max().item() if frozen else 0.0
 
+    @property
+    def bent_scale(self) -> float:
+        """Under a softcap, of the terms of a gradient: its factor `1 - tanh^2` is a difference, of two such at worst."""
+        largest = max((x.abs().max().item() for x in self.problem[:2] if x is not None and x.numel()), default=0.0)
+        return 0.0 if self.transform.softcap is None else self.transform.slope * largest
+
 
 shapes = st.one_of(
     st.tuples(st.integers(0, 9)),
