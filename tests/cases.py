@@ -45,7 +45,7 @@ class Case:
 
     @property
     def bent_scale(self) -> float:
-        """Under a softcap, of the terms of a gradient: its factor `1 - tanh^2` is a difference, of two such at worst."""
+        """Under a softcap, of the terms of a gradient: its factor `1 - tanh^2` is a difference, of two such."""
         largest = max((x.abs().max().item() for x in self.problem[:2] if x is not None and x.numel()), default=0.0)
         return 0.0 if self.transform.softcap is None else self.transform.slope * largest
 
