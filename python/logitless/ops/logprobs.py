@@ -86,7 +86,8 @@ def linear_logprobs(
         logit_scale, softcap, temperature: see `LogitTransform`. The defaults leave the logits as they are.
         ignore_index: tokens with this target give 0 and no gradient, and cost nothing. -100 as in PyTorch.
         outputs: which fields of `TokenStats` to compute. The differentiable ones may all be used together.
-        backend: "reference" (full logits, plain autograd), "chunked", or "auto" for the first that fits.
+        backend: "reference" (full logits, plain autograd), "cuda", "triton", "chunked", or "auto": the first of the
+            last three that takes these tensors (`python -m logitless info` says which, and why not the others).
         backward: "recompute" computes each chunk's logits again (1 + 3 GEMMs of 2 N H V flops); "single_pass" keeps
             `d logprob / d hidden` of a frozen head (2 GEMMs in all, for any loss on top; not for `entropy`, nor a
             trainable bias, nor `mean_logit` under a softcap). "auto" takes the cheapest that is exact.
@@ -97,6 +98,9 @@ def linear_logprobs(
         chunk_dtype: of a chunk's logits, where chunks are used. None: float32 (float64 for float64). torch.bfloat16
             halves their memory traffic on a GPU and rounds every logit by up to 2^-9 of itself (backends/chunked.py
             has the error measured); never a default.
+        tail_tolerance: of "tail_corrected" alone, in [0, 1]: an entry of the logits whose gradient is below
+            `tail_tolerance / 8` times the mean token's is left to its block's mean. 2^-12 has twice the error of
+            bfloat16 arithmetic on a trained model, 2^-13 its own; 0 is exact.
 
     Returns:
         `TokenStats`, each field of `hidden`'s leading shape in float32 (float64 for float64); None where not asked for.

@@ -14,9 +14,10 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from logitless.training.errors import InputError, nearest
+from logitless.types import BackwardName
 
 if TYPE_CHECKING:
     from logitless.losses import Loss
@@ -92,9 +93,15 @@ class TrainOptions:
     alpha: float | None = option(None, "The order of the alpha divergence.", group="Method")
     backend: str = option(
         "auto",
-        "auto, chunked, reference (full logits, through the patch), or materialised (the unpatched model's own "
-        "logits: what the run costs without logitless).",
+        "auto, cuda, triton, chunked, reference (full logits, through the patch), or materialised (the unpatched "
+        "model's own logits: what the run costs without logitless).",
         group="Method",
+    )
+    backward: str = option(
+        "auto",
+        "Strategy of the loss's gradient; tail_corrected approximates it.",
+        group="Method",
+        choices=get_args(BackwardName),
     )
 
     # Model

@@ -40,7 +40,7 @@ from logitless.training.setup import (
     stored_reference,
     use_bf16,
 )
-from logitless.types import BackendName
+from logitless.types import BackendName, BackwardName
 
 
 class TrainResult(NamedTuple):
@@ -122,7 +122,8 @@ class Trainer:
         from logitless.integrations.transformers import patch
 
         try:
-            return patch(plain, loss=self.loss, backend=cast(BackendName, self.options.backend))
+            strategy = cast(BackwardName, self.options.backward)
+            return patch(plain, loss=self.loss, backend=cast(BackendName, self.options.backend), backward=strategy)
         except (TypeError, ValueError) as error:
             raise InputError(f"{self.options.model_name_or_path}: {error}") from error
 
