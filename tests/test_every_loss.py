@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from loss_cases import loss_inputs
 from torch import Tensor
 
 from logitless import Head, linear_divergence, linear_loss, losses
@@ -42,38 +43,13 @@ def pad(x: Tensor, width: int, value: float) -> Tensor:
     return torch.cat([x, x.new_full((len(x), width, *x.shape[2:]), value)], dim=1)
 
 
-def per_token(name: str, generator: torch.Generator) -> Tensor:
-    """A plausible input `[B, T]` of that name."""
-    if name == "demonstration":
-        return torch.tensor([1, 0, 0, 1, 1, 0]).bool()[:, None].expand(B, T).clone()
-    if name == "negative":
-        return torch.rand(B, T, generator=generator) < 0.4
-    if name == "group":
-        return torch.tensor([0, 0, 1, 1, 2, 2])[:, None].expand(B, T).clone()
-    if name.endswith("logprob"):
-        return -2 * torch.rand(B, T, generator=generator, dtype=torch.float64)
-    if name in ("policy_weight", "quality", "token_power"):
-        return torch.rand(B, T, generator=generator, dtype=torch.float64)
-    return torch.randn(B, T, generator=generator, dtype=torch.float64)
-
-
-PER_SEQUENCE = {
-    "desirable": torch.tensor([1, 0, 1, 1, 0, 0]).bool(),
-    "reference_point": torch.tensor(0.1, dtype=torch.float64),
-    "reward_shift": torch.tensor(0.2, dtype=torch.float64),
-}
-
-
 def batch_of(loss: Loss) -> Batch:
     generator = torch.Generator().manual_seed(3)
     hidden = torch.randn(B, T, H, generator=generator, dtype=torch.float64)
     weight = torch.randn(V, H, generator=generator, dtype=torch.float64)
     targets = torch.randint(V, (B, T), generator=generator)
     targets[torch.arange(T) >= torch.tensor([5, 3, 4, 1, 5, 2])[:, None]] = -100
-    inputs = {name: per_token(name, generator) for name in (*loss.inputs, *loss.optional_inputs)}
-    inputs |= {name: PER_SEQUENCE[name] for name in loss.sequence_inputs}
-    if loss.level == "distribution":
-        inputs["ref_hidden"] = torch.randn(B, T, H, generator=generator, dtype=torch.float64)
+    inputs = loss_inputs(loss, B, T, H, generator)
     return Batch(hidden, weight, targets, inputs)
 
 

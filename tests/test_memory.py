@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from loss_cases import loss_inputs
 
 import logitless
 from logitless import losses
@@ -172,7 +173,9 @@ def test_the_watch_sees_inside_registered_ops():
 def test_every_registered_loss_is_watched(name):
     """A loss that is added is found by itself."""
     loss = losses.get(name)
-    inputs = {key: REF.view(4, -1) for key in loss.inputs}
+    inputs = loss_inputs(loss, 4, N // 4, H, torch.Generator().manual_seed(0), torch.float32)
+    if loss.reduction == "constant_length":
+        inputs["max_length"] = N
 
     def call(p, **options):
         out = logitless.linear_loss(loss, **pairs(p, 4), **inputs, **options)
