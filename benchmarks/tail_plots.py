@@ -21,7 +21,11 @@ def draw(results: Json, path: Path) -> None:
     kept_against_tolerance(axes[0][0], results.get("curves", {}))
     error_against_kept(axes[0][1], results.get("curves", {}))
     time_against_exact(axes[1][0], results.get("times", {}))
-    losses(axes[1][1], results.get("finetune", {}).get("runs", {}))
+    runs = results.get("finetune", {}).get("runs", {})
+    if runs:
+        losses(axes[1][1], runs)
+    else:
+        axes[1][1].set_axis_off()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -48,7 +52,7 @@ def error_against_kept(axis: Any, curves: Json) -> None:
             axis.plot(*zip(*points, strict=True), style, color=colour, label=name if style == "-" else None)
         axis.axhline(found["bfloat16"][0], color=colour, linewidth=0.5)
     axis.set(xscale="log", yscale="log", xlabel="share of the logits kept", ylabel="relative error of d hidden")
-    axis.set_title("error: corrected, dropped (dashed), blocks (dotted), bf16 arithmetic (thin)", fontsize=10)
+    axis.set_title("error: corrected; dropped (dashed), blocks (dotted), bf16 (thin)", fontsize=10)
 
 
 def time_against_exact(axis: Any, times: Json) -> None:

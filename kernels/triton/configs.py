@@ -107,8 +107,8 @@ TILES: dict[str, dict[tuple[str, str], Tile]] = {
         ("ieee", "few"): Tile(32, 64, 32, 1, 4, 2),
     },
 }
-#: GeForce Blackwell (compute capability 12) has Ada's shared memory and warp-wide tensor-core instructions. Its compiler
-#: spills a little at Ada's depth of a float32 tile.
+#: GeForce Blackwell (compute capability 12) has Ada's shared memory and warp-wide tensor-core instructions; at Ada's
+#: depth of a float32 tile it spills a little.
 TILES["geforce-blackwell"] = {**TILES["ada"], ("ieee", "few"): Tile(32, 64, 16, 1, 4, 3)}
 
 #: For every architecture: a row of 128k float32 entries is 32 blocks, 16 numbers a thread each.
