@@ -11,7 +11,7 @@ from . import reduce
 from .linear import linear_loss
 from .losses import DFT, DPO, NLL, FDivergenceSFT, PreferenceResult
 from .ops import linear_logprobs, linear_token_loss
-from .ops.checks import check_tensor, check_tokens
+from .ops.checks import check_constant, check_tensor, check_tokens
 from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input
 from .types import Head, OptionKeywords, Options, Reduction, TokenStats, statistics_dtype
@@ -157,10 +157,7 @@ def _checked_class_weight(class_weight: Tensor, weight: Tensor) -> Tensor:
     check_tensor("class_weight", class_weight, f"[{weight.shape[0]}]", 1)
     if len(class_weight) != weight.shape[0]:
         raise ValueError(f"class_weight: expected shape [{weight.shape[0]}], got {list(class_weight.shape)}")
-    if class_weight.device != weight.device:
-        raise ValueError(f"class_weight: expected device {weight.device} like weight, got {class_weight.device}")
-    if class_weight.requires_grad:
-        raise ValueError("class_weight: is a constant of the loss and gets no gradient, but requires one; detach it")
+    check_constant("class_weight", class_weight, weight.device, like="weight")
     return class_weight
 
 

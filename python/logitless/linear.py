@@ -21,7 +21,7 @@ from . import backends, reduce
 from .losses import Loss, get
 from .losses.batch import Layout, evaluate, layout, need_sequences, of_groups, of_sequences, reduced, rule_of, spread
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
-from .ops.checks import check_ignore_index, check_tensor, check_tokens
+from .ops.checks import check_constant, check_ignore_index, check_tensor, check_tokens
 from .ops.logprobs import prepare
 from .ops.token_loss import check_token_input, single_pass
 from .types import Head, LossReduction, OptionKeywords, Options, TokenStats
@@ -143,10 +143,7 @@ def _constant(name: str, value: object, shape: torch.Size, device: torch.device)
     """A constant tensor on the tokens' device."""
     check_tensor(name, value, f"{list(shape)}, or one number a sequence")
     assert isinstance(value, Tensor)
-    if value.requires_grad:
-        raise ValueError(f"{name}: is a constant of the loss and gets no gradient, but requires one; detach it")
-    if value.device != device:
-        raise ValueError(f"{name}: expected device {device} like hidden, got {value.device}")
+    check_constant(name, value, device)
     return value
 
 
@@ -291,20 +288,17 @@ class _Sequences:
 
     def loss(self, reduction: LossReduction, normalizer: Tensor | float | None) -> Any:
         """The loss's named tuple, reduced."""
-        if reduction == "none" or not self.one_sweep():
-            stats = linear_logprobs(
-                self.call.hidden,
-                self.batch.weight,
-                self.call.targets,
-                outputs=self.batch.loss.outputs,
-                **vars(self.call.options),
-            )
-            return reduced(self.result(stats), reduction, normalizer)
-        result = self.sweep()
-        if reduction == "mean":
-            normalizer = max(self.count, 1) if normalizer is None else normalizer
-            result = result._replace(loss=reduce.mean(result.loss, normalizer))
-        return result
+        if reduction != "none" and self.one_sweep():
+            result, total = self.sweep()
+            return reduced(result, reduction, normalizer, total)
+        stats = linear_logprobs(
+            self.call.hidden,
+            self.batch.weight,
+            self.call.targets,
+            outputs=self.batch.loss.outputs,
+            **vars(self.call.options),
+        )
+        return reduced(self.result(stats), reduction, normalizer)
 
     def result(self, stats: TokenStats) -> Any:
         """The loss of every pair from the tokens' statistics `[N]`."""
@@ -332,8 +326,8 @@ class _Sequences:
         sizes = torch.bincount((self.sequence % self.count)[self.tokens.mask.reshape(-1)], minlength=1)
         return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)
 
-    def sweep(self) -> Any:
-        """One sweep over whole groups; the sum of the losses, and the metrics from the log-probs it leaves behind."""
+    def sweep(self) -> tuple[Any, Tensor]:
+        """One sweep over whole groups: values and metrics from the log-probs it leaves behind, and the losses' sum."""
         loss, inputs = self.batch.loss, self.batch.inputs
         names = tuple(name for name in inputs if name not in loss.sequence_inputs)
         constants = tuple((name, inputs[name]) for name in inputs if name in loss.sequence_inputs)
@@ -343,7 +337,7 @@ class _Sequences:
         total, logprob = single_pass(self.call, of_chunk, per_token, ("logprob",), groups=group)
         result = self.result(TokenStats(logprob=logprob))
         # A group without a token that counts is in no chunk; its constant belongs to the value all the same.
-        return result._replace(loss=total + (result.loss.sum() - total).detach())
+        return result, total + (result.loss.sum() - total).detach()
 
 
 @dataclass(frozen=True)

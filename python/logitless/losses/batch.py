@@ -143,14 +143,16 @@ def evaluate(
     return reduce.apply(losses, tokens.mask, rule, keep_tokens=reduction == "none")
 
 
-def reduced(result: Any, reduction: LossReduction, normalizer: Tensor | float | None) -> Any:
-    """A named tuple of per-pair or per-sequence numbers with its loss reduced over them."""
+def reduced(
+    result: Any, reduction: LossReduction, normalizer: Tensor | float | None, total: Tensor | None = None
+) -> Any:
+    """A named tuple of per-pair or per-sequence numbers with its loss reduced over them; `total`: their sum, where a
+    sweep has it."""
     if reduction == "none":
         return result
-    count = len(result.loss)
-    total = result.loss.sum()
+    total = result.loss.sum() if total is None else total
     if reduction == "mean":
-        total = reduce.mean(total, max(count, 1) if normalizer is None else normalizer)
+        total = reduce.mean(total, max(len(result.loss), 1) if normalizer is None else normalizer)
     return result._replace(loss=total)
 
 

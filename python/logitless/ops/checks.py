@@ -77,6 +77,14 @@ def check_tail_tolerance(options: Options) -> None:
         )
 
 
+def check_constant(name: str, value: Tensor, device: torch.device, like: str = "hidden") -> None:
+    """A loss's constant: without a gradient, and where the tensor called `like` is."""
+    if value.requires_grad:
+        raise ValueError(f"{name}: is a constant of the loss and gets no gradient, but requires one; detach it")
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device} like {like}, got {value.device}")
+
+
 def check_ignore_index(value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")

@@ -138,7 +138,4 @@ def check_token_input(name: str, value: Tensor, hidden: Tensor) -> None:
     checks.check_tensor(name, value, f"{list(hidden.shape[:-1])}")
     if value.shape != hidden.shape[:-1]:
         raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like targets, got {list(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(f"{name}: is a constant of the loss and gets no gradient, but requires one; detach it")
-    if value.device != hidden.device:
-        raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {value.device}")
+    checks.check_constant(name, value, hidden.device)
