@@ -23,7 +23,7 @@ def nll(stats, *inputs):
     return -stats.logprob
 
 
-REF = torch.zeros(4, 3)
+REF, MARKS = torch.zeros(4, 3), torch.ones(4, dtype=torch.bool)
 ONES, MASK = torch.ones(9), torch.tensor([-math.inf] + [0.0] * 8)
 VALUES, CE = losses.FDivergenceSFT(value="lse"), "linear_cross_entropy"
 FUNCTIONS = {
@@ -262,6 +262,12 @@ def test_what_is_no_loss(loss):
         ("dft", "ref_logprob", TypeError, dict(ref_logprob=REF)),
         ("dpo", "ref_logprob", ValueError, {}),
         ("dpo", "token_weight", ValueError, dict(ref_logprob=REF, token_weight=REF)),
+        ("dpo", "ref_hidden", ValueError, dict(ref_logprob=REF, ref_hidden=torch.randn(4, 3, 5))),
+        ("dpo", "ref_head", ValueError, dict(ref_logprob=REF, ref_head=torch.randn(9, 5))),
+        ("distillation", "ref_hidden", TypeError, dict(ref_hidden=[[1.0]])),
+        ("kto", r"desirable.*\[4\], one", ValueError, dict(ref_logprob=REF)),
+        ("bco", r"reward_shift.*\[4\], one", TypeError, dict(ref_logprob=REF, desirable=MARKS, reward_shift=0.0)),
+        ("dpo", r"beta.*losses\.DPO\(beta", TypeError, dict(ref_logprob=REF, beta=0.2)),
         ("dft", "token_weight", ValueError, dict(token_weight=torch.ones(3))),
         ("dft", "token_weight", ValueError, dict(token_weight=torch.ones(4, 3, requires_grad=True))),
         ("dft", "token_weight", TypeError, dict(token_weight=2.0)),

@@ -206,6 +206,34 @@ def test_no_token_that_counts(name):
         assert value == 0
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        *(x for x in map(losses.get, NAMES) if x.of_sequences),
+        losses.FDivergenceSFT(value="lse"),
+        losses.PPO(off_policy_threshold=0.1),
+        losses.DensePathReinforce(credit="token", off_policy_threshold=0.1),
+    ],
+    ids=str,
+)
+def test_flat_tokens_are_no_sequence_unless_said_so(loss):
+    """One for all of a batch's tokens would be a silent mistake, whatever the reduction."""
+    batch = batch_of(loss)
+    inputs = {k: x.flatten() if x.dim() == 2 else x for k, x in batch.inputs.items()}
+    flat = Batch(batch.hidden.flatten(0, 1), batch.weight, batch.targets.flatten(), inputs)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        run(loss, flat, reduction="sum")
+
+
+@pytest.mark.parametrize("loss", [losses.DeformedLog(form="cayley"), losses.PPO(top_entropy=0.5)], ids=str)
+def test_a_loss_of_the_whole_batch_needs_no_sequences(loss):
+    batch = batch_of(loss)
+    assert loss.level == "sequence" and not loss.of_sequences
+    inputs = {k: x.flatten() for k, x in batch.inputs.items()}
+    flat = Batch(batch.hidden.flatten(0, 1), batch.weight, batch.targets.flatten(), inputs)
+    close(run(loss, flat)[::2], run(loss, batch)[::2])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_missing_and_unknown_inputs_are_named(name):
     loss = losses.get(name)

@@ -118,12 +118,19 @@ def test_srft(sign: int) -> None:
     got = inputs()
     lp, a, h = got["logprob"].detach(), got["advantages"], got["entropy"].clamp(max=1.5)
     p = lp.exp()
-    imitation, rollout = 0.5 * (sign * h).exp(), 0.1 * h.exp() * a
+    imitation, rollout = 0.5 * (sign * h).exp(), torch.where(a > 0, 0.1 * h.exp(), 1.0) * a
     loss = SRFT(entropy_sign=sign, entropy_cap=1.5)
     assert_parts(loss, -imitation * lp - a * p, imitation + a * p, (-rollout * lp, rollout))
     entropy = got["entropy"].clone().requires_grad_()
     total = call(loss, got | {"entropy": entropy}).sum()
     assert torch.autograd.grad(total, entropy, allow_unused=True) == (None,), "detached"
+
+
+def test_srft_weights_rewarded_answers_alone() -> None:
+    """`w_RL E[-log p(y+)] + E[log p(y-)]`, w_RL = 0.1 exp(H): an answer without the reward weighs 1."""
+    stats = TokenStats(logprob=torch.tensor([-2.0, -2.0]), entropy=torch.tensor([1.0, 1.0]))
+    found = SRFT()(stats, advantages=torch.tensor([1.0, -1.0]), demonstration=torch.tensor([False, False]))
+    torch.testing.assert_close(found, torch.tensor([0.2 * math.e, -2.0]))
 
 
 def test_prefix_rft_keeps_the_prefix_tokens_of_highest_entropy() -> None:

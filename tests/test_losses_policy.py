@@ -601,6 +601,13 @@ def test_kl_values_and_gradients() -> None:
                 torch.testing.assert_close(found, weight * slope[gradient or estimator])
 
 
+def test_kl_estimators_are_named() -> None:
+    x = torch.zeros(2)
+    for field in ("estimator", "gradient"):
+        with pytest.raises(ValueError, match=rf"{field}: expected one of k1, k2, k3, got 'k4'"):
+            kl_estimate(x, x, **{field: "k4"})  # type: ignore[arg-type]
+
+
 def test_kl_with_the_ratio_in_the_graph_has_the_k2_gradient() -> None:
     """d (r k3) = r (logprob - ref_logprob)."""
     batch = Batch()

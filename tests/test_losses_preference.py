@@ -540,7 +540,14 @@ def test_an_impossible_completion_has_a_finite_gradient(loss: Loss, side: str) -
 
 @pytest.mark.parametrize(
     ("loss", "lost"),
-    [(DPO(), math.inf), (DPO(loss_type="apo_zero"), 1.5), (SimPO(), math.inf), (ORPO(), math.inf), (CPO(), math.inf)],
+    [
+        (DPO(), math.inf),
+        (DPO(loss_type="apo_zero"), 1.5),
+        (SimPO(), math.inf),
+        (ORPO(), math.inf),
+        (CPO(), math.inf),
+        (DPOP(penalty=0.0), math.inf),
+    ],
     ids=ident,
 )
 def test_value_of_an_impossible_chosen_completion(loss: Loss, lost: float) -> None:

@@ -584,6 +584,23 @@ def test_discriminative_sft_far_from_the_base_model() -> None:
     torch.testing.assert_close(loss(TokenStats(logprob), **none), -logprob)
 
 
+@pytest.mark.parametrize("loss", [DiscriminativeSFT(), DiscriminativeSFT(ref_free=True), DiscriminativeSFT(decay=1.0)],
+                         ids=ident)  # fmt: skip
+def test_discriminative_sft_of_samples_that_the_model_excludes(loss: DiscriminativeSFT) -> None:
+    """All samples of the second prompt, one without a token, and one of the first's: they weigh nothing."""
+    logprob = torch.full((7, 5), -1.0, dtype=F64)
+    logprob[2, 0] = logprob[5, 1] = -math.inf
+    mask = torch.ones(7, 5, dtype=torch.bool)
+    mask[6] = False
+    more = {"group": torch.cat([GROUP, GROUP[-1:]]), "negative": torch.cat([NEGATIVE, NEGATIVE[-1:]])}
+    given = discriminative(loss, logprob, torch.full_like(logprob, -2.0), log_normalizer=doubles(*7 * [0.0]), **more)
+    value = loss(TokenStats(logprob.requires_grad_()), **given, mask=mask)
+    (gradient,) = torch.autograd.grad(value.sum(), logprob)
+    assert value.isfinite().all() and gradient.isfinite().all()
+    assert not gradient[[2, 5, 6]].any() and gradient[[0, 1, 3, 4]].all()
+    assert not loss.updated_normalizer(TokenStats(logprob), **given, mask=mask).isnan().any()
+
+
 def test_discriminative_sft_tells_prompts_apart_that_are_one_number_in_float32() -> None:
     logprob, ref = (-torch.rand(6, 5, generator=torch.Generator().manual_seed(n), dtype=F64) for n in (1, 2))
     single, double = (
@@ -660,6 +677,7 @@ IMPOSSIBLE: list[tuple[Loss, float, float]] = [
     (PoFT(), math.inf, 0.5),
     (IWSFT(), 0.0, 0.0),
     (IWSFT(per="token"), math.inf, 0.2),
+    (IWSFT(temperature=0.0), math.inf, 1.0),
     (FDivergenceSFT(divergence="squared_hellinger", per="sequence"), math.inf, 4.0),
     (IFT(), math.inf, 2e6 / (2e6 + 1)),
 ]

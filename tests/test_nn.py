@@ -122,3 +122,12 @@ def test_any_loss_is_a_module() -> None:
         logitless.nn.LinearLoss("dpo", betta=0.2)
     with pytest.raises(ValueError, match="softcap"):
         logitless.nn.LinearLoss("dpo", softcap=-1.0)
+
+
+def test_a_name_that_the_head_and_the_loss_share() -> None:
+    """With a loss's name nobody knows which is meant."""
+    with pytest.raises(ValueError, match=r"temperature: .*losses\.IWSFT\(temperature"):
+        logitless.nn.LinearLoss("iw_sft", temperature=2.0)
+    loss = logitless.losses.IWSFT(temperature=2.0)
+    module = logitless.nn.LinearLoss(loss, temperature=0.5)
+    assert module.bound["loss"] == loss and module.bound["temperature"] == 0.5

@@ -254,6 +254,17 @@ def test_a_loss_for_one_call_and_its_inputs() -> None:
     torch.testing.assert_close(nll, -(weight * reference.logprob).sum())
 
 
+def test_a_loss_at_another_temperature_is_no_function_of_the_statistics_asked_for() -> None:
+    model, inputs = patch(llama(), loss=losses.GEM(beta=0.3)), batch()
+    logits = model(inputs["input_ids"]).logits
+    tempered = logprobs(logits / 0.3, inputs["labels"])
+    counted = shifted(inputs["labels"]) != -100
+    for asked in ((), ("logprob",)):
+        found = model(**inputs, token_outputs=asked)
+        torch.testing.assert_close(found.loss, -0.3 * tempered.sum() / counted.sum())
+    torch.testing.assert_close(found.token_stats.logprob, logprobs(logits, inputs["labels"]))
+
+
 def test_dpo_of_rows_equals_dpo_of_a_packed_batch_and_its_definition() -> None:
     model = patch(llama())
     torch.manual_seed(2)

@@ -26,6 +26,8 @@ ROWS = [
 #: One or more losses of every level, and what is special about their inputs.
 CASES: dict[str, dict[str, Any]] = {
     "token, a power of p": {"name": "dft", "power": 0.5},
+    "token, at a temperature of its own": {"name": "gem", "beta": 0.6},
+    "token, the collision probability": {"name": "deformed_log", "form": "deft"},
     "token, an advantage a row": {"name": "dapo"},
     "token, means of means": {"name": "grpo"},
     "token, a constant length": {"name": "dr_grpo"},
@@ -64,6 +66,22 @@ def curve(folder: Path, loss: dict[str, Any], **changes: Any) -> torch.Tensor:
 def test_curves_lie_on_those_of_materialised_logits(folder: Path, loss: dict[str, Any]) -> None:
     ours = curve(folder, loss)
     torch.testing.assert_close(ours, curve(folder, loss, backend="materialised"), rtol=3e-5, atol=3e-5)
+
+
+def test_evaluation_has_the_loss_s_own_temperature(folder: Path) -> None:
+    """It is the loss that is trained; without a step taken, the same of both ways and of the same rows."""
+    loss, rows = {"name": "gem", "beta": 0.5}, str(folder / "rows.jsonl")
+    found = []
+    for backend in ("auto", "materialised"):
+        changes: dict[str, Any] = {"backend": backend, "eval_dataset_name": rows, "max_steps": 1, "learning_rate": 0.0}
+        options = make_options(
+            folder / f"eval-{backend}", str(folder / "model"), rows, method="gem", loss=loss, **changes
+        )
+        found.append(train(options).eval_metrics)
+    assert found[0]["eval_loss"] == pytest.approx(found[1]["eval_loss"], rel=1e-5)
+    whole = curve(folder, loss, per_device_train_batch_size=len(ROWS), max_steps=1)
+    assert found[0]["eval_loss"] == pytest.approx(float(whole[0, 0]), rel=1e-5)
+    assert found[0]["eval_loss"] != pytest.approx(0.5 * found[0]["eval_nll"], rel=1e-3)
 
 
 @pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())

@@ -30,7 +30,8 @@ class LinearLoss(_LinearLoss):
     Args:
         loss: a loss, or its name.
         reduction, max_length: as in `logitless.linear_loss`, whose other arguments are given at the call.
-        **settings: the loss's hyper-parameters, and the options of the head and the backend.
+        **settings: the loss's hyper-parameters, and the options of the head and the backend. A name that is both (the
+            `temperature` of `iw_sft`) is refused with a loss's name; with an object it is the head's.
     """
 
     def __init__(
@@ -43,6 +44,12 @@ class LinearLoss(_LinearLoss):
     ) -> None:
         options = {name: x for name, x in settings.items() if name in OPTION_NAMES}
         made = get(loss, **{name: x for name, x in settings.items() if name not in OPTION_NAMES})
+        for name in options:
+            if isinstance(loss, str) and name in vars(made):
+                both = f"an option of the head and a hyper-parameter of {loss!r}"
+                raise ValueError(
+                    f"{name}: {both}; give the loss as an object, losses.{type(made).__name__}({name}=...)"
+                )
         super().__init__(options, loss=made, reduction=reduction, max_length=max_length)  # type: ignore[arg-type]
 
     def forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, **call: Any) -> Any:

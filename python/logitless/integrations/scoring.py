@@ -204,7 +204,7 @@ class _HeadCall:
             "backward": self.state.backward,
         }
         found = self._token_stats(hidden, weight, options)
-        if self.loss.level == "token" and found:
+        if found and self._reads_them:
             found["loss"] = self._loss_of_stats(found)
         else:
             found |= self._linear_loss(hidden, weight, options)
@@ -214,11 +214,16 @@ class _HeadCall:
             found["loss"] = found["loss"] + self.rule.z_loss * lse.square().mean()
         return found
 
+    @property
+    def _reads_them(self) -> bool:
+        """Whether the loss is a function of what is asked for: a token's own statistics at the head's temperature."""
+        return self.loss.level == "token" and self.loss.stats_temperature == 1.0
+
     def _token_stats(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
-        """The statistics asked for, and where the loss is per token those it reads: one product for both."""
+        """The statistics asked for, and those that the loss reads of them: one product for both."""
         if not self.request.token_outputs:
             return {}
-        read = self.loss.outputs if self.loss.level == "token" else ()
+        read = self.loss.outputs if self._reads_them else ()
         outputs = tuple(dict.fromkeys((*self.request.token_outputs, *read)))
         stats = linear_logprobs(hidden, weight, self.targets, outputs=outputs, **_recomputable(options))
         return {f"stats.{name}": value for name, value in stats._asdict().items() if value is not None}

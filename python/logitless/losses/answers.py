@@ -193,7 +193,7 @@ class IWSFT(Loss):
         if self.per == "sequence":
             tokens = sequences_of(self, logprob, mask, sequence)
             logprob = torch.where(tokens.mask, logprob, 0.0)
-            exponent = self.temperature * tokens.mean(exponent)
+            exponent = self.temperature * tokens.mean(exponent).clamp(min=torch.finfo(exponent.dtype).min)
         weight = exponent.exp().clamp(*self.bounds)
         if quality is not None:
             weight = weight * constant(self, "quality", quality, logprob)
@@ -275,7 +275,7 @@ class DiscriminativeSFT(Loss):
         tokens = sequences_of(self, logprob, mask, sequence)
         sampled = constant(self, "negative", negative, logprob) != 0
         score, normalizer, size = self._scores(logprob, tokens, ref_logprob, group, sampled, log_normalizer)
-        weight = torch.where(sampled, -(score - normalizer).exp() / size, 1.0)
+        weight = torch.where(sampled & tokens.mask, -(score - normalizer).exp() / size, 1.0)
         loss = weighted_nll(weight, torch.where(tokens.mask, logprob, 0.0))
         return loss / tokens.count(loss.dtype) if self.ref_free else loss
 
@@ -315,6 +315,8 @@ class DiscriminativeSFT(Loss):
         heads = (tokens.first() & sampled).flatten()  # one token for each sampled answer
         peak, size = (logprob.new_zeros(logprob.numel()) for _ in range(2))
         peak = peak.scatter_reduce(0, prompt[heads], score.flatten()[heads], "amax", include_self=False)
+        lowest = torch.finfo(peak.dtype).min  # of an answer that the model excludes: -inf - -inf would be NaN
+        peak = peak.clamp(min=lowest)
         size = size.index_add(0, prompt[heads], torch.ones_like(score.flatten()[heads])).clamp(min=1.0)
         above = (score.flatten() - peak[prompt])[heads].exp()
         mean = torch.zeros_like(size).index_add(0, prompt[heads], above) / size
@@ -322,7 +324,7 @@ class DiscriminativeSFT(Loss):
         kept = constant(self, "log_normalizer", log_normalizer, logprob)
         if self.decay < 1:
             log_mean = torch.logaddexp(kept + math.log1p(-self.decay), log_mean + math.log(self.decay))
-        return score, log_mean, sizes
+        return score, log_mean.clamp(min=lowest), sizes
 
 
 @register

@@ -86,6 +86,11 @@ class Loss:
         return 1.0
 
     @property
+    def of_sequences(self) -> bool:
+        """Whether a value depends on where sequences begin; a loss of the whole batch's tokens alone need not."""
+        return self.level in ("sequence", "pair", "unpaired")
+
+    @property
     def batch_wide(self) -> bool:
         """Whether a value depends on the whole batch, so that no part of it can be computed alone."""
         return False
@@ -235,9 +240,13 @@ def read(loss: Loss, stats: TokenStats, field: str) -> Tensor:
 
 
 def constant(loss: Loss, name: str, value: Tensor | None, like: Tensor) -> Tensor:
-    """A per-token input, detached and in the statistics' dtype; raises where it is missing or of another shape."""
+    """A per-token input, detached and in the statistics' dtype; raises where missing or of another type or shape."""
     if value is None:
         raise ValueError(f"{loss.name} needs {name}, a tensor of shape {tuple(like.shape)}, got None")
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"{loss.name}: {name} must be a tensor of shape {tuple(like.shape)}, got {type(value).__name__}"
+        )
     if value.shape != like.shape:
         raise ValueError(f"{loss.name}: {name} must have shape {tuple(like.shape)}, got {tuple(value.shape)}")
     return value.detach().to(like.dtype)

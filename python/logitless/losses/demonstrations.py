@@ -177,7 +177,8 @@ class SRFT(_Mixed):
 
     - demonstrations: `-sft_weight sg(exp(-H)) logprob - A p`: imitation where the policy is sure of itself, and the
       ratio p / 1 without a clip;
-    - own tokens: `-rollout_weight sg(exp(H)) A logprob`, A the reward itself, 1 or -1.
+    - own tokens, A the reward itself, 1 or -1: `-rollout_weight sg(exp(H)) A logprob` where A > 0, `-A logprob`
+      elsewhere.
 
     H is the entropy of the token's distribution, held below `entropy_cap` (exp(H) can reach the size of the
     vocabulary). Nothing stops the logprob of tokens with A < 0 from falling on.
@@ -188,7 +189,7 @@ class SRFT(_Mixed):
 
     Args:
         sft_weight: 0.5 (the paper's), not negative.
-        rollout_weight: 0.1 (the paper's), not negative.
+        rollout_weight: of own tokens with A > 0; 0.1 (the paper's), not negative.
         entropy_sign: of H on demonstrations: -1 as in the paper (default), or 1 as in its released code; they disagree.
         entropy_cap: nats; 5 is our choice.
 
@@ -196,7 +197,8 @@ class SRFT(_Mixed):
 
     Left open: the sign, above.
 
-    Source: arXiv 2506.19767, equations 8 to 13. Unverified source: the equations are known through notes.
+    Source: arXiv 2506.19767, equations 8 to 13. Unverified source: the equations are known through notes, and through
+    a reimplementation that has the same weights on own tokens.
     """
 
     sft_weight: float = 0.5
@@ -222,7 +224,8 @@ class SRFT(_Mixed):
         logprob, advantages = samples.logprob, samples.advantages
         entropy = samples.entropy.detach().clamp(max=self.entropy_cap)
         imitation = weighted_nll(self.sft_weight * torch.exp(self.entropy_sign * entropy), logprob)
-        own = weighted_nll(self.rollout_weight * torch.exp(entropy) * advantages, logprob)
+        own_weight = torch.where(advantages > 0, self.rollout_weight * torch.exp(entropy), 1.0)
+        own = weighted_nll(own_weight * advantages, logprob)
         return torch.where(_demonstration(samples), imitation - advantages * logprob.exp(), own)
 
 
@@ -326,7 +329,7 @@ class DensePathReinforce(Reinforce):
 
     @property
     def of_sequences(self) -> bool:
-        return self.credit == "return"
+        return self.credit == "return" or self.off_policy_threshold is not None
 
     def _samples(
         self,

@@ -80,7 +80,13 @@ def kl_estimate(
 
     Source: J. Schulman's note on approximating KL (2020); the weight as in DeepSeek-V3.2; the separate gradient as in
     verl's `+` estimators.
+
+    Raises:
+        ValueError: an estimator of another name.
     """
+    for name, choice in (("estimator", estimator), ("gradient", estimator if gradient is None else gradient)):
+        if choice not in ESTIMATORS:
+            raise ValueError(f"{name}: expected one of {', '.join(ESTIMATORS)}, got {choice!r}")
     kappa = ref_logprob.detach() - logprob
     value = _ESTIMATES[estimator](kappa)
     value = value if ratio is None else ratio * value
@@ -190,12 +196,12 @@ class PolicyLoss(Loss):
 
     @property
     def level(self) -> str:
-        return "sequence" if self.of_sequences or self.batch_wide or self.off_policy_threshold is not None else "token"
+        return "sequence" if self.of_sequences or self.batch_wide else "token"
 
     @property
     def of_sequences(self) -> bool:
-        """Whether the loss's own term looks at whole sequences."""
-        return False
+        """Whether the loss's own term, or its mask, looks at whole sequences."""
+        return self.off_policy_threshold is not None
 
     @property
     def batch_wide(self) -> bool:

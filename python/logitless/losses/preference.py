@@ -368,7 +368,8 @@ class DPOP(PairLoss):
 
     `-logsigmoid(beta (v_chosen - v_rejected - penalty max(0, -v_chosen)))`, v = logprob - ref_logprob. While the
     chosen sequence is less likely than under the reference its gradient is 1 + penalty times DPO's, so that the margin
-    cannot be won by making both less likely. A logprob of -inf gives a finite gradient.
+    cannot be won by making both less likely. A logprob of -inf gives a finite gradient, and the loss inf where it is
+    the chosen one's; of both, NaN.
 
     Detached: the reference and the metrics, whose rewards are DPO's.
 
@@ -394,7 +395,9 @@ class DPOP(PairLoss):
     def __call__(self, chosen: Tensor, rejected: Tensor, ref_chosen: Tensor, ref_rejected: Tensor) -> PreferenceResult:
         """Per-pair loss and metrics from summed log-probabilities, all `[B]`; ValueError where shapes differ."""
         v_chosen, v_rejected = log_ratios(self, chosen, rejected, ref_chosen, ref_rejected)
-        h = v_chosen - v_rejected - self.penalty * torch.relu(-v_chosen)
+        h = v_chosen - v_rejected
+        if self.penalty > 0:  # 0 * inf would be NaN
+            h = h - self.penalty * torch.relu(-v_chosen)
         loss = smoothed_logistic(self.beta * h, 0.0)
         return preference_result(loss, self.beta * v_chosen, self.beta * v_rejected, chosen, rejected)
 

@@ -121,6 +121,10 @@ class DeformedLog(Loss):
         return "sequence" if self.form == "cayley" else "token"
 
     @property
+    def of_sequences(self) -> bool:
+        return False
+
+    @property
     def batch_wide(self) -> bool:
         return self.form == "cayley"
 

@@ -61,7 +61,7 @@ def _sums(model: Any, loss: Loss, engine: Engine, batch: Batch) -> dict[str, flo
     """The loss and what it is a mean over (`weight`), the metrics and what they are means over (`count`)."""
     wanted = loss.outputs if loss.level == "pair" else (*loss.outputs, "logprob", "correct")
     stats = engine.stats(model, batch, tuple(dict.fromkeys(wanted)))
-    if loss.level == "distribution":
+    if loss.level == "distribution" or loss.stats_temperature != 1.0:  # not a function of these statistics
         objective = engine.objective(model, batch, 1.0)
     else:
         objective = objective_of_stats(loss, stats, batch)

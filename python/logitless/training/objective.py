@@ -105,13 +105,19 @@ class Materialised:
             with autocast(self.device, self.bf16):
                 output = model(**batch.model_inputs(), labels=batch.labels, num_items_in_batch=count)
             return Objective(output.loss)
-        stats = self.stats(model, batch, self.loss.outputs)
+        logits = self._logits(model, batch)
+        if self.loss.stats_temperature != 1.0:
+            logits = logits / self.loss.stats_temperature
+        stats = stats_of_logits(logits, shifted(batch.labels), self.loss.outputs)
         return objective_of_stats(self.loss, stats, batch, normalizer, self.max_length)
 
     def stats(self, model: Any, batch: Batch, outputs: tuple[str, ...]) -> TokenStats:
+        return stats_of_logits(self._logits(model, batch), shifted(batch.labels), outputs)
+
+    def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.bf16):
-            logits = model(**batch.model_inputs()).logits.float()
-        return stats_of_logits(logits, shifted(batch.labels), outputs)
+            logits: torch.Tensor = model(**batch.model_inputs()).logits
+        return logits.float()
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:
@@ -129,6 +135,7 @@ def stats_of_logits(logits: torch.Tensor, targets: torch.Tensor, outputs: tuple[
         "entropy": lambda: -(logprobs.exp() * logprobs).sum(-1),
         "mean_logit": lambda: logits.mean(-1),
         "correct": lambda: (logits.argmax(-1) == targets).float(),
+        "log_sum_sq": lambda: (2 * logprobs.detach()).logsumexp(-1),
     }
     return TokenStats(**{name: torch.where(counts, values[name](), 0.0) for name in outputs})
 
