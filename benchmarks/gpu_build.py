@@ -20,8 +20,12 @@ from .report import Json
 FOLDER = ROOT / "build" / "gpu_report"
 #: Where `kernels/cuda/library.py` looks for the library.
 VARIABLE = "LOGITLESS_CUDA_LIBRARY"
-#: What runs on a device: the ops over every backend, their bits, and the Triton kernels one by one.
-SUITES = ("tests/device_suite.py", "tests/test_triton.py", "tests/test_triton_divergence.py")
+#: What runs on a device: the CUDA kernels one by one, the ops over every backend, their bits, and the Triton kernels.
+SUITES = (
+    *(f"tests/test_cuda_{name}.py" for name in ("forward", "chunk", "sparse", "tail")),
+    "tests/device_suite.py",
+    *(f"tests/test_{name}.py" for name in ("triton", "triton_tail", "triton_divergence")),
+)
 #: Failures that the report repeats.
 SHOWN = 10
 

@@ -34,7 +34,7 @@ PARTS = (TESTS, MAIN.name, ROWS, *(cell.name for cell in CELLS[1:]))
 #: Of all the time: what the build and the tests may take each, and what is kept back for a last step to end in.
 BUILD_SHARE, TESTS_SHARE, RESERVE = 0.3, 0.25, 0.05
 #: In dry mode: a part of each kind, and the quickest of the tests.
-DRY_PARTS, DRY_TESTS = (TESTS, MAIN.name, ROWS), "same_bits"
+DRY_PARTS, DRY_TESTS = (TESTS, MAIN.name, ROWS), "test_same_bits_twice"
 
 
 def describe(commit: str | None, *, dry: bool) -> Json:

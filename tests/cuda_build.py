@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+
+from logitless.kernels.cuda.library import VARIABLE, Library
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "build" / "tests"
@@ -65,5 +69,45 @@ def cutlass_headers() -> Path | None:
 
 def gpu_library() -> Path:
     """The library for every architecture, warnings as errors; with Hopper's fused forward where its headers are."""
-    options = ("-DLOGITLESS_CUDA=ON", "-DLOGITLESS_HOST=OFF", f"-DLOGITLESS_CUTLASS={cutlass_headers() or ''}")
+    headers = f"-DLOGITLESS_CUTLASS={cutlass_headers() or ''}"
+    options = ("-DLOGITLESS_CUDA=ON", "-DLOGITLESS_HOST=OFF", "-DLOGITLESS_STRICT=ON", headers)
     return build("cuda", *options, target="logitless_cuda")
+
+
+def library_here() -> Path:
+    """On a GPU the library that `LOGITLESS_CUDA_LIBRARY` names, else one for every architecture; elsewhere the twin."""
+    if not torch.cuda.is_available():
+        return host_library()
+    named = os.environ.get(VARIABLE)
+    return Path(named) if named else gpu_library()
+
+
+class Remote(Library):
+    """For tests with their tensors on the CPU: memory goes to the device before a launch and comes back after it, byte
+    for byte, what lies around a tensor too."""
+
+    def __init__(self, path: Path, device: torch.device) -> None:
+        super().__init__(path)
+        self.device = device
+
+    def launch(self, name: str, *arguments: Tensor | torch.dtype | float | None, on: torch.device) -> None:
+        memory: dict[int, tuple[Tensor, Tensor]] = {}  # address -> bytes here, bytes there
+
+        def there(x: Tensor) -> Tensor:
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in memory:
+                here = torch.empty(0, dtype=torch.uint8).set_(storage)
+                memory[storage.data_ptr()] = here, here.to(self.device, copy=True)
+            copy, empty = memory[storage.data_ptr()][1], torch.empty(0, dtype=x.dtype, device=self.device)
+            return empty.set_(copy.untyped_storage(), x.storage_offset(), x.size(), x.stride())
+
+        sent = [there(x) if isinstance(x, Tensor) else x for x in arguments]
+        super().launch(name, *sent, on=self.device)
+        for here, copy in memory.values():
+            here.copy_(copy)
+
+
+def library_of_cpu_tensors() -> Library:
+    """`library_here` for tests that have their tensors on the CPU."""
+    path = library_here()
+    return Remote(path, torch.device("cuda", 0)) if torch.cuda.is_available() else Library(path)

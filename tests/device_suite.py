@@ -20,6 +20,8 @@ from logitless.testing import TokenProblem, assert_matches_float64, make_problem
 from logitless.types import DIFFERENTIABLE, OUTPUTS, DivergenceKind, LogitTransform
 
 outputs_subset = st.sets(st.sampled_from(OUTPUTS), min_size=1).map(lambda s: tuple(x for x in OUTPUTS if x in s))
+#: Examples of a property. On a GPU Triton compiles for most of them, a second or so each.
+MANY, SOME = (60, 20) if DEVICE.type == "cpu" else (16, 8)
 #: Several tiles of every kernel each way, none of them full at the end; rows that 16-byte accesses can read.
 SIZES = ((331,), 192, 5003)
 
@@ -43,14 +45,14 @@ def check(case: Case, outputs: tuple[str, ...], **options) -> None:
 
 
 @pytest.mark.parametrize("backend", HERE)
-@settings(max_examples=60)
+@settings(max_examples=MANY)
 @given(data=st.data(), outputs=outputs_subset, backward=st.sampled_from(["auto", "recompute"]))
 def test_any_options_against_float64(backend, data, outputs, backward):
     check(data.draw(cases(taken(backend))), outputs, backend=backend, backward=backward)
 
 
 @pytest.mark.parametrize("backend", HERE)
-@settings(max_examples=20)
+@settings(max_examples=SOME)
 @given(data=st.data(), outputs=st.sampled_from(["logprob", "logprob lse", "lse"]))
 def test_a_frozen_head(backend, data, outputs):
     case = data.draw(cases(taken(backend), trainable=st.just(("hidden",))))
@@ -58,7 +60,7 @@ def test_a_frozen_head(backend, data, outputs):
 
 
 @pytest.mark.parametrize("backend", HERE)
-@settings(max_examples=20)
+@settings(max_examples=SOME)
 @given(data=st.data(), reduction=st.sampled_from(["sum", "mean"]))
 def test_single_pass(backend, data, reduction):
     """A loss of several statistics."""

@@ -1,5 +1,6 @@
-"""The fused forwards of kernels/cuda, up to the statistics, against float64: the Ampere kernel's own text on the CPU,
-its tensor-core and copy instructions emulated (kernels/cuda/host/mma.h), and what of Hopper's can be checked on one."""
+"""The fused forwards of kernels/cuda, up to the statistics, against float64. On a GPU where there is one; elsewhere the
+Ampere kernel's own text on the CPU, its tensor-core and copy instructions emulated (kernels/cuda/host/mma.h), and what
+of Hopper's can be checked there."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from cases import transforms
-from cuda_build import ROOT, cutlass_headers, gpu_library, host_library, needs_compiler, needs_nvcc
+from cuda_build import ROOT, cutlass_headers, gpu_library, library_of_cpu_tensors, needs_compiler, needs_nvcc
 from cuda_build import run as run_command
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -49,7 +50,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="module")
 def library() -> Library:
-    return Library(host_library())
+    return library_of_cpu_tensors()
 
 
 def draw(
@@ -86,11 +87,17 @@ def arguments(x: Operands, transform: LogitTransform, moments: Tensor, target_lo
     return (x.hidden, x.weight, x.hidden.dtype, *sizes, *strides, x.bias, x.targets, *options, moments, target_logit)
 
 
-def run(library: Library, x: Operands, transform: LogitTransform) -> Result:
+def forwards(library: Library) -> list[str]:
+    """Those that run here."""
+    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9 and library.has("forward_sm90")
+    return ["forward_sm80", *(["forward_sm90"] if hopper else [])]
+
+
+def run(library: Library, x: Operands, transform: LogitTransform, kernel: str = "forward_sm80") -> Result:
     rows, vocabulary = len(x.hidden), len(x.weight)
     parts = -(-vocabulary // PART)
     moments, target_logit = torch.full((parts, 5, rows), math.nan), torch.full((rows,), math.nan)
-    library.launch("forward_sm80", *arguments(x, transform, moments, target_logit), on=CPU)
+    library.launch(kernel, *arguments(x, transform, moments, target_logit), on=CPU)
     found = {name: torch.full((rows,), math.nan) for name in OUTPUTS}
     block_lse = torch.full((rows, parts), math.nan)
     sizes = (torch.float32, parts, rows, vocabulary)
@@ -118,7 +125,12 @@ def logit_error(x: Operands, transform: LogitTransform) -> float:
 
 
 def check(library: Library, x: Operands, transform: LogitTransform) -> None:
-    found, z = run(library, x, transform), logits(x, transform)
+    for kernel in forwards(library):
+        check_kernel(library, x, transform, kernel)
+
+
+def check_kernel(library: Library, x: Operands, transform: LogitTransform, kernel: str) -> None:
+    found, z = run(library, x, transform, kernel), logits(x, transform)
     want = reference.statistics(z, x.targets, OUTPUTS)
     error = logit_error(x, transform)
     # By how much a change of every logit by 1 may move a statistic; entropy moves with p (log p + entropy).
@@ -209,6 +221,7 @@ def test_operands_that_the_chunk_kernels_take_instead(library: Library, change: 
         run(library, change(draw(4, 20, 16, torch.bfloat16)), LogitTransform())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a build for GPUs may have it")
 def test_hopper_is_not_on_a_cpu(library: Library) -> None:
     assert not library.has("forward_sm90")
     assert library.has("forward_sm80")

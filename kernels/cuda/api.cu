@@ -27,15 +27,13 @@ __global__ void nothing_kernel() {}
 
 std::int32_t check_device(std::int32_t device) {
     int count = 0;
-    if (const cudaError_t code = cudaGetDeviceCount(&count)) return static_cast<std::int32_t>(code);
+    if (const std::int32_t code = logitless::settled(cudaGetDeviceCount(&count))) return code;
     if (device < 0 || device >= count) return static_cast<std::int32_t>(cudaErrorInvalidDevice);
     if (const std::int32_t code = logitless::use_device(device)) return code;
     cudaFuncAttributes attributes;
-    const cudaError_t code = cudaFuncGetAttributes(&attributes, nothing_kernel);
-    cudaGetLastError();  // found out, not left for the next call to report
-    return code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction
-               ? static_cast<std::int32_t>(LOGITLESS_BAD_DEVICE)
-               : static_cast<std::int32_t>(code);
+    const std::int32_t code = logitless::settled(cudaFuncGetAttributes(&attributes, nothing_kernel));
+    const bool no_code = code == cudaErrorNoKernelImageForDevice || code == cudaErrorInvalidDeviceFunction;
+    return no_code ? static_cast<std::int32_t>(LOGITLESS_BAD_DEVICE) : code;
 }
 
 const char* target() { return "cuda"; }

@@ -10,6 +10,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "partials.cuh"
 #include "platform.cuh"
@@ -17,8 +18,12 @@
 
 namespace logitless {
 
-// A long row's block. Registers are to allow three or four of them on a multiprocessor: 48 KB of loads under way.
+// A long row's block.
 constexpr int LONG_ROW_THREADS = 256;
+// Of them on a multiprocessor, as many as registers allow without a spill: four have 64 KB of loads under way. Out is
+// what a kernel writes for each column, or void.
+template <typename Raw, typename Out>
+constexpr int BLOCKS_AT_ONCE = std::is_same_v<Raw, double> ? 2 : std::is_same_v<Out, float> ? 3 : 4;
 
 // A chunk and its head. T is what it is computed in.
 template <typename Raw>
@@ -77,17 +82,6 @@ __device__ inline void load(Compute<Raw> (&s)[WIDTH * UNROLL], const Chunk<Raw>&
     }
 }
 
-// Whether there is a softcap is asked once for K columns.
-template <typename T, int K>
-__device__ inline void make_logits(Logit<T> (&to)[K], Transform<T> t, const T (&s)[K]) {
-    if (t.outer == T(0)) {
-        const Transform<T> plain = {t.slope, T(0), T(0)};
-        for (int k = 0; k < K; ++k) to[k] = logit(plain, s[k]);
-    } else {
-        for (int k = 0; k < K; ++k) to[k] = logit(t, s[k]);
-    }
-}
-
 // Eq. 3 of a lane's columns of a group, those from `end` on and the target left out.
 template <int WIDTH, int UNROLL, typename Raw>
 __device__ inline Moments<Compute<Raw>> group_moments(const Chunk<Raw>& chunk, std::int64_t row, std::int64_t first,
@@ -140,7 +134,7 @@ struct BlockLse {
 
 // Block (WARP * warps, teams), grid (rows / teams, parts); more than one warp in a team: one team.
 template <typename Raw, int WIDTH, int UNROLL>
-__global__ void __launch_bounds__(LONG_ROW_THREADS, sizeof(Raw) == sizeof(double) ? 2 : 4)
+__global__ void __launch_bounds__(LONG_ROW_THREADS, BLOCKS_AT_ONCE<Raw, void>)
     measure_kernel(Chunk<Raw> chunk, Results<Compute<Raw>> to, PartialMoments<Compute<Raw>> partials,
                    BlockLse<Compute<Raw>> blocks, std::int64_t part_columns) {
     using T = Compute<Raw>;
@@ -199,7 +193,7 @@ __device__ inline T value_or_zero(const T* from, std::int64_t row) {
 // Out is Raw, or narrower: then a row's gradient fills the first half of the row's memory, over columns that were read
 // in this step or before it, which a barrier makes sure of; the row is one team's. Block and grid as above.
 template <typename Raw, typename Out, int WIDTH, int UNROLL>
-__global__ void __launch_bounds__(LONG_ROW_THREADS, sizeof(Raw) == sizeof(double) ? 2 : 3)
+__global__ void __launch_bounds__(LONG_ROW_THREADS, BLOCKS_AT_ONCE<Raw, Out>)
     gradient_kernel(Chunk<Raw> chunk, RowInputs<Compute<Raw>> from, Compute<Raw>* target_to,
                     std::int64_t part_columns) {
     using T = Compute<Raw>;

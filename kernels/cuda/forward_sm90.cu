@@ -9,8 +9,8 @@ using namespace logitless;
 // wgmma is Hopper's alone: neither earlier nor later GPUs have it.
 std::int32_t check_hopper(std::int32_t device) {
     int major = 0;
-    const cudaError_t code = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (code != cudaSuccess) return static_cast<std::int32_t>(code);
+    if (const std::int32_t code = settled(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)))
+        return code;
     return major == 9 ? LOGITLESS_DONE : LOGITLESS_BAD_DEVICE;
 }
 
@@ -32,9 +32,8 @@ std::int32_t run(const Forward& x) {
     if (Gemm::get_workspace_size(arguments) != 0) return LOGITLESS_BAD_WORKSPACE;
     Gemm gemm;
     const cutlass::Status status = gemm.run(arguments, nullptr, static_cast<cudaStream_t>(x.stream));
-    if (status == cutlass::Status::kSuccess) return LOGITLESS_DONE;
-    const cudaError_t code = cudaGetLastError();
-    return static_cast<std::int32_t>(code == cudaSuccess ? cudaErrorLaunchFailure : code);
+    // Of a launch that failed, CUTLASS has taken CUDA's code.
+    return status == cutlass::Status::kSuccess ? LOGITLESS_DONE : static_cast<std::int32_t>(cudaErrorLaunchFailure);
 }
 
 }  // namespace

@@ -49,8 +49,14 @@ std::int32_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::s
     return static_cast<std::int32_t>(cudaGetLastError());
 }
 
+// The code of a call that is no launch. What it says is forgotten: `launch` asks for the last error, and would have it.
+inline std::int32_t settled(cudaError_t code) {
+    if (code != cudaSuccess) cudaGetLastError();
+    return static_cast<std::int32_t>(code);
+}
+
 // This thread's launches go to `device` from here on. The static runtime has a current device of its own.
-inline std::int32_t use_device(std::int32_t device) { return static_cast<std::int32_t>(cudaSetDevice(device)); }
+inline std::int32_t use_device(std::int32_t device) { return settled(cudaSetDevice(device)); }
 
 #else
 

@@ -67,6 +67,17 @@ LOGITLESS_FUNCTION T derivative(Transform<T> t, T raw) {
     return logit(t, raw).derivative;
 }
 
+// Whether there is a softcap is asked once for K columns: its code is long.
+template <typename T, int K>
+LOGITLESS_FUNCTION void make_logits(Logit<T> (&to)[K], Transform<T> t, const T (&s)[K]) {
+    if (t.outer == T(0)) {
+        const Transform<T> plain = {t.slope, T(0), T(0)};
+        for (int k = 0; k < K; ++k) to[k] = logit(plain, s[k]);
+    } else {
+        for (int k = 0; k < K; ++k) to[k] = logit(t, s[k]);
+    }
+}
+
 // e^x for the terms of a sum, x <= 0. In float32: one multiplication and the GPU's exponential of 2, right to 2^-22. A
 // term's error is at most e^x (|x| 2^-23 + 2^-22), below 2^-21 of the largest term, which is 1.
 LOGITLESS_FUNCTION double fast_exp(double x) { return std::exp(x); }

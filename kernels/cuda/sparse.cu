@@ -1,5 +1,7 @@
 #include "sparse.cuh"
 
+#include <algorithm>
+
 #include "arguments.cuh"
 
 namespace {
@@ -43,6 +45,9 @@ std::int32_t check_product(const SparseProduct& x) {
 const float* vector(const void* x) { return static_cast<const float*>(x); }
 
 unsigned tiles(std::int64_t size) { return static_cast<unsigned>(divide_up(size, TILE)); }
+
+// Along a block's list, whose length the host does not know.
+unsigned listed_tiles(std::int64_t rows) { return std::min(tiles(rows), static_cast<unsigned>(LISTED_TILES)); }
 
 }  // namespace
 
@@ -112,7 +117,7 @@ int32_t logitless_sparse_gradient(const void* hidden, const void* weight, int64_
         .maybe(entropy_gradient, sizeof(float));
     if (check.code() != LOGITLESS_DONE) return check.code();
     if (const std::int32_t failed = use_device(device)) return failed;
-    const dim3 grid(tiles(rows), static_cast<unsigned>(block_count));
+    const dim3 grid(listed_tiles(rows), static_cast<unsigned>(block_count));
     return launch(sparse_gradient_kernel, grid, dim3(TILE_THREADS), 0, stream, x);
 }
 
@@ -144,6 +149,6 @@ int32_t logitless_sparse_d_hidden(const void* gradient, const void* weight, int6
         const dim3 grid(tiles(depth), static_cast<unsigned>(slices_of(rows)));
         return launch(ordered_d_hidden_kernel, grid, dim3(TILE_THREADS), 0, stream, x);
     }
-    const dim3 grid(tiles(depth), tiles(rows), static_cast<unsigned>(block_count));
+    const dim3 grid(listed_tiles(rows), static_cast<unsigned>(block_count), tiles(depth));
     return launch(sparse_d_hidden_kernel, grid, dim3(TILE_THREADS), 0, stream, x);
 }

@@ -11,25 +11,31 @@
 // the tail is not in it: both are added apart (kernels/README.md, section 3), and so is the mean logit's part.
 //
 // A call takes some of the blocks, so that G, with room for every token in each of them, stays small without anyone
-// asking the device how many there are; blocks beyond a list's end stop at once. d_weight and d_hidden accumulate over
-// calls.
+// asking the device how many there are; a grid has LISTED_TILES thread blocks along a list at most, however long it is.
+// d_weight and d_hidden accumulate over calls.
 //
 // Bytes from L2 for each tile of products: 256 H in sparse_gradient_kernel and 32 KB out; in sparse_d_hidden_kernel 64
 // KB in and 64 KB of float32 reductions out for 4.2 Mflop, so R H 4 bytes of them in all: at R = 0.15 N V / 128, N =
 // 8192, H = 4096, V = 128256 20 GB, 10 ms if L2 takes 2 TB/s of them. ordered_d_hidden_kernel writes each element once,
 // and multiplies every block that one of 128 tokens needs for all of them: 0.57 to 0.81 of a dense GEMM at such an R on
 // real hidden states (SmolLM2, tolerance 2^-12). Which wins is for a GPU to say.
-// Registers: 236 to 254, no local memory.
+// Registers: 236 to 255, no local memory.
 // Not yet run on a GPU: the text is tested on the CPU, its instructions emulated there.
 // Numerics: G is rounded to bfloat16 once (2^-9 of an entry); sums are float32.
 #pragma once
 
+#include <cstring>
+
 #include "route.cuh"
 #include "tile_gemm.cuh"
+#include "tile_rows.cuh"
 
 namespace logitless {
 
 constexpr int BLOCK_COLUMNS = TILE;
+// Thread blocks along a list, which may have every token and mostly has a tenth: one that finds nothing takes about a
+// microsecond and the place of one that works. Not measured.
+constexpr int LISTED_TILES = 8;
 
 // Blocks [first, first + count) of a routed list, of the vocabulary's `vocabulary` columns.
 struct Listed {
@@ -91,52 +97,60 @@ __device__ inline int own_row(int i, int high) {
 }
 __device__ inline int own_column(int j) { return warp_column() + 8 * j + static_cast<int>(threadIdx.x) % 4 * 2; }
 
-// dL/ds of a raw product in a column of the vocabulary; 0 for the target and beyond the last.
-__device__ inline float listed_gradient(const SparseGradient& x, const Upstream<float>& g,
-                                        const RowStatistics<float>& row, float raw, std::int64_t column,
-                                        std::int64_t target) {
-    if (column >= x.weight.rows || column == target) return 0.0f;
-    const Logit<float> found = logit(x.transform, raw + value_or_zero(x.bias, column));
-    return other_gradient(g, row, found.z, x.weight.rows) * found.derivative;
+// dL/ds of a row's raw products `s`, which are the quad's 4 n columns from `first` on, in their place; 0 for the target
+// and beyond the last column.
+template <int n>
+__device__ inline void make_gradient(float (&s)[n], const SparseGradient& x, std::int64_t first, std::int64_t token) {
+    const Upstream<float> g{value_or_zero(x.row.logprob_gradient, token), value_or_zero(x.row.lse_gradient, token),
+                            value_or_zero(x.row.entropy_gradient, token), 0.0f};
+    const RowStatistics<float> row{0.0f, x.row.lse[token], value_or_zero(x.row.entropy, token), 0.0f, 0.0f, 0.0f};
+    const int end = columns_left<n>(x.weight.rows, first);
+    const std::int64_t target = x.row.targets[token] - first;
+    Logit<float> logits[n];
+    add_bias(s, x.bias, first, end);
+    make_logits(logits, x.transform, s);
+    LOGITLESS_UNROLL
+    for (int j = 0; j < n; ++j) s[j] = raw_gradient(g, row, logits[j], 1);  // 1: there is no mean logit to divide by it
+    LOGITLESS_UNROLL
+    for (int j = 0; j < n; ++j) s[j] = quad_column(j) < end && quad_column(j) != target ? s[j] : 0.0f;
 }
 
-// Grid: tiles of 128 listed rows, as many as a block could have; blocks.
+// Two halves a store, 4 bytes: as a Vector of two, nvcc 13.0 makes two stores of them.
+template <int n>
+__device__ inline void store_row(bfloat16* to, const float (&s)[n]) {
+    LOGITLESS_UNROLL
+    for (int j = 0; j < n; j += 2) {
+        const bfloat16 pair[2] = {narrow<bfloat16>(s[j]), narrow<bfloat16>(s[j + 1])};
+        std::uint32_t both;
+        memcpy(&both, pair, sizeof both);
+        *reinterpret_cast<std::uint32_t*>(to + quad_column(j)) = both;
+    }
+}
+
+// Grid: tiles of 128 listed rows, up to LISTED_TILES, from which a thread block goes on by as many; blocks.
 __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_gradient_kernel(const SparseGradient x) {
     LOGITLESS_SHARED(Stages<bfloat16>, shared, 1);
     const std::int64_t block = x.list.first + blockIdx.y;
-    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
     const Span span = span_of(x.list, block);
-    if (first >= span.count) return;
-
-    Accumulators acc;
-    clear(acc);
-    multiply_tile<false, false>(acc, *shared, listed_tokens(x.hidden, x.list, span), first,
-                                block_rows(x.weight, block), 0, x.hidden.columns);
-    LOGITLESS_UNROLL
-    for (int i = 0; i < WARP_TILE / 16; ++i)
+    for (std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE; first < span.count;
+         first += static_cast<std::int64_t>(gridDim.x) * TILE) {
+        Accumulators acc;
+        clear(acc);
+        multiply_tile<false, false>(acc, *shared, listed_tokens(x.hidden, x.list, span), first,
+                                    block_rows(x.weight, block), 0, x.hidden.columns);
         LOGITLESS_UNROLL
-        for (int high = 0; high < 2; ++high) {
-            const std::int64_t listed = first + own_row(i, high);
-            if (listed >= span.count) continue;
-            const std::int64_t token = x.list.tokens[span.first + listed];
-            const Upstream<float> g{value_or_zero(x.row.logprob_gradient, token),
-                                    value_or_zero(x.row.lse_gradient, token),
-                                    value_or_zero(x.row.entropy_gradient, token), 0.0f};
-            RowStatistics<float> row{};
-            row.lse = x.row.lse[token];
-            row.entropy = value_or_zero(x.row.entropy, token);
-            const std::int64_t target = x.row.targets[token];
-            bfloat16* const to = x.gradient + (span.at + listed) * BLOCK_COLUMNS;
+        for (int i = 0; i < WARP_TILE / 16; ++i)
             LOGITLESS_UNROLL
-            for (int j = 0; j < WARP_TILE / 8; ++j) {
-                const std::int64_t column = block * BLOCK_COLUMNS + own_column(j);
-                const float* const raw = &acc.at[i][j][2 * high];
-                const Vector<bfloat16, 2> pair{
-                    {narrow<bfloat16>(listed_gradient(x, g, row, raw[0], column, target)),
-                     narrow<bfloat16>(listed_gradient(x, g, row, raw[1], column + 1, target))}};
-                *reinterpret_cast<Vector<bfloat16, 2>*>(to + own_column(j)) = pair;
+            for (int high = 0; high < 2; ++high) {
+                const std::int64_t listed = first + own_row(i, high);
+                if (listed >= span.count) continue;
+                float s[WARP_TILE / 4];
+                LOGITLESS_UNROLL
+                for (int j = 0; j < WARP_TILE / 4; ++j) s[j] = acc.at[i][j / 2][2 * high + j % 2];
+                make_gradient(s, x, block * BLOCK_COLUMNS + warp_column(), x.list.tokens[span.first + listed]);
+                store_row(x.gradient + (span.at + listed) * BLOCK_COLUMNS + warp_column(), s);
             }
-        }
+    }
 }
 
 // Adds the accumulators at[i][..] of one row to `row`, whose columns [first, columns) the tile covers.
@@ -181,25 +195,15 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_weight_kernel(const 
         }
 }
 
-// Grid: tiles of 128 columns of H; tiles of 128 listed rows; blocks.
-__global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_hidden_kernel(const SparseProduct x) {
-    LOGITLESS_SHARED(Stages<bfloat16>, shared, 1);
-    const std::int64_t block = x.list.first + blockIdx.z;
-    const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
-    const std::int64_t first_listed = static_cast<std::int64_t>(blockIdx.y) * TILE;
-    const Span span = span_of(x.list, block);
-    if (first_listed >= span.count) return;
-
-    Accumulators acc;
-    clear(acc);
-    multiply_tile<false, true>(acc, *shared, gradient_rows(x.gradient, span), first_listed,
-                               block_rows(x.operand, block), first, BLOCK_COLUMNS);
-    // Lanes in pairs hold 4 columns of 2 rows: the even lane takes the upper row whole, the odd one the lower.
+// Adds the tile's rows, of the list's tokens from `listed` on, to `out`; the tile's columns are those from `first` on.
+// Lanes in pairs hold 4 columns of 2 rows: the even lane takes the upper row whole, the odd one the lower.
+__device__ inline void scatter_add(const Accumulators& acc, const SparseProduct& x, const Span& span,
+                                   std::int64_t listed, std::int64_t first) {
     const int odd = static_cast<int>(threadIdx.x) % 2;
     LOGITLESS_UNROLL
     for (int i = 0; i < WARP_TILE / 16; ++i) {
-        const std::int64_t listed = first_listed + own_row(i, odd);
-        const std::int64_t token = listed < span.count ? x.list.tokens[span.first + listed] : -1;
+        const std::int64_t row = listed + own_row(i, odd);
+        const std::int64_t token = row < span.count ? x.list.tokens[span.first + row] : -1;
         LOGITLESS_UNROLL
         for (int j = 0; j < WARP_TILE / 8; ++j) {
             const float(&c)[4] = acc.at[i][j];
@@ -210,6 +214,23 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_hidden_kernel(const 
             const std::int64_t column = first + own_column(j) - 2 * odd;
             if (token >= 0 && column < x.operand.columns) add_to_global(x.out + token * x.out_stride + column, four);
         }
+    }
+}
+
+// Grid: tiles of 128 listed rows, as for sparse_gradient_kernel; blocks; tiles of 128 columns of H, which go slowest: 128
+// columns of d_hidden and a call's G fit the L2, all of d_hidden does not.
+__global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_hidden_kernel(const SparseProduct x) {
+    LOGITLESS_SHARED(Stages<bfloat16>, shared, 1);
+    const std::int64_t block = x.list.first + blockIdx.y;
+    const std::int64_t first = static_cast<std::int64_t>(blockIdx.z) * TILE;
+    const Span span = span_of(x.list, block);
+    for (std::int64_t listed = static_cast<std::int64_t>(blockIdx.x) * TILE; listed < span.count;
+         listed += static_cast<std::int64_t>(gridDim.x) * TILE) {
+        Accumulators acc;
+        clear(acc);
+        multiply_tile<false, true>(acc, *shared, gradient_rows(x.gradient, span), listed, block_rows(x.operand, block),
+                                   first, BLOCK_COLUMNS);
+        scatter_add(acc, x, span, listed, first);
     }
 }
 

@@ -21,15 +21,27 @@ struct RowHead {
 
 __device__ inline int quad_column(int j) { return j / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + j % 2; }
 
+// Of the quad's 4 n columns from `first` on, how many there are; not above 0 beyond the last.
+template <int n>
+__device__ inline int columns_left(std::int64_t vocabulary, std::int64_t first) {
+    const std::int64_t left = vocabulary - first;
+    return left < 4 * n ? static_cast<int>(left) : 4 * n;
+}
+
+// Adds the bias, which may be null, to a row's raw products from column `first` on, `end` of them.
+template <int n>
+__device__ inline void add_bias(float (&s)[n], const float* bias, std::int64_t first, int end) {
+    if (bias == nullptr) return;
+    LOGITLESS_UNROLL
+    for (int j = 0; j < n; ++j)
+        if (quad_column(j) < end) s[j] += bias[first + quad_column(j)];
+}
+
 // Equation 1 of a row's raw products, `end` columns of it. What a head does not have is stepped over once a row, not
 // once a logit: unrolled, the code for a softcap is long.
 template <int n>
 __device__ inline void add_bias_and_transform(float (&s)[n], std::int64_t first, int end, const RowHead& head) {
-    if (head.bias != nullptr) {
-        LOGITLESS_UNROLL
-        for (int j = 0; j < n; ++j)
-            if (quad_column(j) < end) s[j] += head.bias[first + quad_column(j)];
-    }
+    add_bias(s, head.bias, first, end);
     if (head.transform.outer == 0.0f) {
         const Transform<float> uncapped = {head.transform.slope, 0.0f, 0.0f};
         LOGITLESS_UNROLL
@@ -46,8 +58,7 @@ __device__ inline void add_bias_and_transform(float (&s)[n], std::int64_t first,
 template <int n>
 __device__ inline Moments<float> reduce_row(float (&s)[n], std::int64_t first, std::int64_t row, const RowHead& head,
                                             const PartialMoments<float>& to) {
-    const std::int64_t left = head.vocabulary - first;
-    const int end = left < 4 * n ? static_cast<int>(left) : 4 * n;
+    const int end = columns_left<n>(head.vocabulary, first);
     const std::int64_t target = row < to.rows ? head.targets[row] - first : -1;
     const int own = target >= 0 && target < end ? static_cast<int>(target) : -1;
     add_bias_and_transform(s, first, end, head);
