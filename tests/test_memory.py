@@ -139,6 +139,23 @@ def test_single_pass_needs_five_percent_of_the_logits_beyond_the_gradients(name,
     assert peak(p.to(torch.float32), loss, backend="reference") >= 1.5 * whole
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trainable", [("hidden", "weight"), ("hidden",), ()], ids=["all", "frozen", "nothing"])
+@pytest.mark.parametrize("backward", ["recompute", "single_pass"])
+def test_a_head_in_half_precision_is_not_copied_whole(dtype, trainable, backward):
+    """N 1024, V 8192, H 64: a float32 copy of the head would be 1/16 of the float32 logits, a chunk is 1/32 of them."""
+    tokens, vocabulary = 1024, 8192
+    p = make_problem((tokens,), 64, vocabulary, trainable=trainable, dtype=dtype)
+    whole = tokens * vocabulary * 4
+    with watch_allocations() as seen:
+        loss = logitless.linear_loss("nll", p.hidden, p.weight, p.targets, backward=backward, chunk_bytes=whole // 32)
+        if trainable:
+            loss.backward()
+    # One float32 sum of each gradient, and the gradient that is rounded from it.
+    sums = sum(x.numel() * (4 + x.element_size()) for x in p[:2] if x is not None and x.requires_grad)
+    assert seen.peak - sums <= 0.05 * whole
+
+
 def test_one_accumulator_is_the_gradient():
     """float32: the head's gradient is made once, and not copied when it is scaled."""
     p = make_problem((64,), 64, 4096)

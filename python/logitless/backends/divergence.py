@@ -30,7 +30,17 @@ from torch import Tensor
 
 from ..types import DivergenceOptions, Options, statistics_dtype
 from .problem import DivergenceProblem, DivergenceResult, Gradients, Needs, Side, empty_gradients
-from .sweep import RowHead, chunk_tokens, multiply, multiply_add, operand_dtype, products, spans
+from .sweep import (
+    RowHead,
+    chunk_tokens,
+    lay_out,
+    multiply_add,
+    operand_dtype,
+    products,
+    products_with_head,
+    row_stride,
+    spans,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kinds
@@ -258,19 +268,22 @@ class _SideChunks:
 
     def __init__(self, side: Side, needs: Needs, tokens: int, dtype: torch.dtype) -> None:
         operand = operand_dtype(side.hidden.dtype, side.hidden.device)
-        self.hidden, self.weight = side.hidden.to(operand), side.weight.to(operand)
+        self.hidden, self.weight = side.hidden.to(operand), side.weight
         self.head = RowHead(None if side.bias is None else side.bias.to(dtype), side.transform)
-        self.buffer = torch.empty(tokens * len(self.weight), dtype=dtype, device=self.hidden.device)
+        device = self.hidden.device
+        self.buffer = torch.empty(tokens * row_stride(len(self.weight), dtype, device.type), dtype=dtype, device=device)
         self.operand = operand if any(needs) else None
         self.sums: Gradients = empty_gradients(side, needs, dtype)
 
     def raw(self, span: slice) -> RawSide:
-        return RawSide(products(self.hidden[span], self.weight, self.buffer), self.head, self.operand)
+        hidden = self.hidden[span]
+        out = lay_out(self.buffer, len(hidden), len(self.weight), hidden.device.type)
+        return RawSide(products(hidden, self.weight, out), self.head, self.operand)
 
     def add(self, span: slice, gradient: Tensor) -> None:
         """Adds what a chunk of `dL / d raw product` contributes."""
         if self.sums.hidden is not None:
-            multiply(gradient, self.weight, out=self.sums.hidden[span])
+            products_with_head(gradient, self.weight, self.sums.hidden[span])
         if self.sums.weight is not None:
             multiply_add(gradient.T, self.hidden[span], out=self.sums.weight)
         if self.sums.bias is not None:

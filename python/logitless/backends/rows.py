@@ -14,10 +14,14 @@ so a confident token keeps all its digits, and the gradient of the logits needs 
 for upstream gradients a (logprob), b (lse), e (entropy) and m (mean_logit), one number a row. Without entropy and
 softcap the bracket is one number a row too, and is left to the products (`row_scale`): the exponentials are the
 gradient as they stand. kernels/README.md derives each line.
+
+Row operations take a part of the vocabulary at a time, which stays in a core's cache from one operation to the next; a
+temporary is as large as that part.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -26,6 +30,13 @@ from torch import Tensor
 from ..types import Options, TokenStats
 from .problem import Problem, Upstream
 from .sweep import RowGradient, RowHead, Tile
+
+#: Bytes of that part.
+PIECE_BYTES = {"cpu": 2**20}
+PIECE_BYTES_ACCELERATOR = 64 * 2**20
+
+#: Stands for `log 0` where it is multiplied by 0: below the logarithm of every positive number, which is -745 or more.
+LOG_OF_ZERO = -1000.0
 
 
 class _Exponentials(NamedTuple):
@@ -38,9 +49,8 @@ class _Exponentials(NamedTuple):
 class _Engine:
     """See `sweep.RowEngine`."""
 
-    def buffers(self, problem: Problem | Options, outputs: tuple[str, ...], entropy_gradient: bool) -> int:
-        softcap = problem.transform.softcap is not None
-        return 2 if softcap or entropy_gradient or "entropy" in outputs or problem.chunk_dtype is not None else 1
+    def buffers(self, problem: Problem | Options) -> int:
+        return 2 if problem.transform.softcap is not None or problem.chunk_dtype is not None else 1
 
     def measure(
         self, raw: Tensor, head: RowHead, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
@@ -71,21 +81,40 @@ def _statistics(
     if mean_logit is None and "mean_logit" in outputs:
         mean_logit = z.mean(-1)
     top = z.amax(-1, keepdim=True)
-    e = z.sub_(top).exp_().scatter_(1, column, 0)
-    others, d, top = e.sum(-1).log_(), (target - top)[:, 0], top[:, 0]
+    z.scatter_(1, column, -math.inf)
+    sums = torch.stack([_exponentials_(piece, top, outputs) for piece in _pieces(z)]).sum(0)
+    others, weighted, squares = sums[0].log(), sums[1], sums[2]
+    d, top = (target - top)[:, 0], top[:, 0]
     log_total = torch.logaddexp(others, d)
     found = {"logprob": -torch.logaddexp(others - d, torch.zeros_like(d)), "lse": top + log_total}
     if mean_logit is not None:
         found["mean_logit"] = mean_logit
     if "entropy" in outputs:
         # log p_ij = log e_ij - log_total
-        weighted = _times_log(e).sum(-1) + _times_log(d.exp())
+        weighted = weighted + d.exp() * d.clamp(min=LOG_OF_ZERO)
         found["entropy"] = log_total - weighted * (-log_total).exp()
     if "correct" in outputs:
         found["correct"] = (d >= 0).to(z.dtype)
     if "log_sum_sq" in outputs:
-        found["log_sum_sq"] = (torch.linalg.vector_norm(e, dim=-1).square() + (2 * d).exp()).log() - 2 * log_total
-    return Tile(e, targets, TokenStats(**found), _Exponentials(log_total, derivative))
+        found["log_sum_sq"] = (squares + (2 * d).exp()).log() - 2 * log_total
+    return Tile(z, targets, TokenStats(**found), _Exponentials(log_total, derivative))
+
+
+def _pieces(chunk: Tensor) -> tuple[Tensor, ...]:
+    """Views `[n, part of V]`."""
+    budget = PIECE_BYTES.get(chunk.device.type, PIECE_BYTES_ACCELERATOR)
+    return chunk.split(max(1, budget // (len(chunk) * chunk.itemsize)), dim=1)
+
+
+def _exponentials_(z: Tensor, top: Tensor, outputs: tuple[str, ...]) -> Tensor:
+    """Replaces logits by `e`; returns the sums of `e`, `e log e` and `e^2`, `[3, n]`, 0 for those not needed."""
+    z.sub_(top)
+    logarithm = z.clamp(min=LOG_OF_ZERO) if "entropy" in outputs else None
+    total = z.exp_().sum(-1)
+    none = torch.zeros_like(total)
+    weighted = none if logarithm is None else logarithm.mul_(z).sum(-1)
+    squares = torch.linalg.vector_norm(z, dim=-1).square() if "log_sum_sq" in outputs else none
+    return torch.stack([total, weighted, squares])
 
 
 def _gradient(tile: Tile, head: RowHead, upstream: Upstream) -> RowGradient:
@@ -130,14 +159,12 @@ def target_entry(stats: TokenStats, upstream: Upstream) -> Tensor:
     return entry
 
 
-def _times_log(e: Tensor) -> Tensor:
-    """`e log e`, 0 where e is 0 (a logit of -inf, or far below the top). `torch.xlogy`, at 0.4 of its time on a CPU."""
-    return e.log().clamp_(min=torch.finfo(e.dtype).min).mul_(e)
-
-
 def _bend_(e: Tensor, factor: Tensor, entropy_factor: Tensor | None) -> Tensor:
     """`e_ij (factor_i - entropy_factor_i log e_ij)` in place."""
+    factor = factor[:, None]
     if entropy_factor is None:
-        return e.mul_(factor[:, None])
-    log_term = _times_log(e).mul_(entropy_factor[:, None])
-    return e.mul_(factor[:, None]).sub_(log_term)
+        return e.mul_(factor)
+    for piece in _pieces(e):
+        logarithm = piece.log().clamp_(min=LOG_OF_ZERO)
+        piece.mul_(torch.addcmul(factor, logarithm, entropy_factor[:, None], value=-1, out=logarithm))
+    return e
