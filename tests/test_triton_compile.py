@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from logitless.kernels.triton import chunk, configs, logprobs  # noqa: E402
+from logitless.kernels.triton import chunk, configs, logprobs, sparse  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -51,6 +51,13 @@ ARCHITECTURES = {
     "amd": Architecture(GPUTarget("hip", "gfx942", 64), 64 * 1024, {"half": 2048, "ieee": 256}),
 }
 KERNELS = {"forward": logprobs.forward_kernel, "gradient": logprobs.gradient_kernel}
+#: Of listed pairs; each takes the configuration of its name, the first that of a gradient.
+LISTED = {
+    "listed": sparse.listed_gradient_kernel,
+    "d_weight": sparse.d_weight_kernel,
+    "d_hidden": sparse.d_hidden_kernel,
+    "ordered": sparse.ordered_d_hidden_kernel,
+}
 #: What a rich epilogue may have beyond a plain one, which has at most a bias. Blocks' masses come without moments.
 RICH = {
     "forward": ("p_bias", "p_moment", "p_square", "p_sum", "inner", "outer"),
@@ -64,7 +71,10 @@ FAST = [
     ("ampere", "half", "few", "gradient"),
     ("hopper", "half", "many", "gradient"),
     ("amd", "half", "few", "forward"),
+    ("hopper", "half", "d_hidden"),
+    ("ampere", "half", "d_weight"),
 ]
+INDICES = ("p_starts", "p_tokens", "p_counts", "p_place", "p_alive", "p_alive_count")
 
 
 def slow_unless_fast(cases: list[tuple[str, ...]]) -> list:
@@ -87,6 +97,7 @@ def signature(kernel, present: tuple[str, ...], values: dict[str, object], halve
         elif name.startswith("p_"):
             operand = name in ("p_hidden", "p_weight", "p_bias", "p_gradient")
             types[name] = "*i64" if name == "p_targets" else halves if operand else "*fp32"
+            types[name] = "*i32" if name in INDICES else types[name]
         else:
             types[name] = "fp32" if name in ("slope", "inner", "outer") else "i32"
         if types[name].startswith("*") or (types[name] == "i32" and name not in unspecialised):
@@ -110,6 +121,16 @@ def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str
     values = {k: v for k, v in values.items() if k in kernel.arg_names}
     halves = "*bf16" if operands == "half" else "*fp32"
     return compiled(kernel, present, values, halves, target, tile.num_warps, tile.num_stages)
+
+
+@cache
+def listed_kernel(name: str, operands: str, tile: configs.Tile, target: GPUTarget):
+    kernel = LISTED[name]
+    values = {**tile.blocks, "BLOCK": sparse.BLOCK, "SLICE": sparse.SLICE}
+    values["PRECISION"] = "ieee" if operands == "half" else operands
+    values = {k: v for k, v in values.items() if k in kernel.arg_names}
+    halves = "*bf16" if operands == "half" else "*fp32"
+    return compiled(kernel, ("p_bias",), values, halves, target, tile.num_warps, tile.num_stages)
 
 
 def tool(name: str, *arguments: str, data: bytes, folder: Path) -> str:
@@ -177,7 +198,7 @@ def variants(operands: str, shape: str, kernel: str) -> list[tuple[str, tuple[st
     """(kernel, optional arguments present) that a configuration is used with, the most demanding of each sort."""
     if (operands, shape) == ("half", "many"):
         return [(kernel, ("p_bias",))]
-    names = (kernel, "blocks") if kernel == "forward" and operands == "half" else (kernel,)
+    names = (kernel, "blocks") if kernel == "forward" and (operands == "half" or shape == "many") else (kernel,)
     return [(name, RICH[name]) for name in names]
 
 
@@ -202,6 +223,65 @@ def test_configuration(name, operands, shape, kernel, tmp_path):
         stage = (tile.BLOCK_N + tile.BLOCK_V) * tile.BLOCK_H * (2 if operands == "half" else 4)
         assert code.metadata.shared >= (tile.num_stages - 1) * stage, "the pipeline is not as deep as asked for"
         assert any(op.startswith(("LDGSTS", "UTMALDG")) for op in loop), "the loop does not copy ahead"
+
+
+def check_resources(code, arch: Architecture, folder: Path) -> None:
+    assert code.metadata.shared <= arch.shared
+    assert resources(code, folder).stack == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "shape"),
+    [pytest.param(*case, marks=pytest.mark.slow, id="-".join(case)) for case in ALL],
+)
+def test_the_gradient_of_listed_pairs(name, operands, shape, tmp_path):
+    """By every tile that it may have, down to a block's width."""
+    arch, tile = ARCHITECTURES[name], configs.TILES[name][operands, shape]
+    tile = replace(tile, BLOCK_V=min(tile.BLOCK_V, sparse.BLOCK))
+    code = listed_kernel("listed", operands, tile, arch.target)
+    check_resources(code, arch, tmp_path)
+    if name != "amd":
+        assert instruction(code) == expected_instruction(name, operands, shape)
+        assert any(op.startswith("LDGSTS") for op in inner_loop(code, tmp_path)), "the loop does not copy ahead"
+
+
+@pytest.mark.parametrize(
+    ("name", "operands", "product"),
+    slow_unless_fast([(arch, *key) for arch, table in configs.LISTED.items() for key in table]),
+)
+def test_products_of_listed_pairs(name, operands, product, tmp_path):
+    """Rows are gathered as deep ahead as asked for, although where they are is itself read. The sum over a block's 128
+    entries may be unrolled, copies and all."""
+    arch, tile = ARCHITECTURES[name], configs.LISTED[name][operands, product]
+    code = listed_kernel(product, operands, tile, arch.target)
+    check_resources(code, arch, tmp_path)
+    if name == "amd":
+        assert "v_mfma" in code.asm["amdgcn"]
+        return
+    assert instruction(code) == expected_instruction(name, operands, "many")
+    if product == "d_hidden":
+        wide = name in ("hopper", "blackwell", "geforce-blackwell")
+        assert ("red.global.gpu.relaxed.add.v4.f32" in code.asm["ptx"]) == wide
+        return
+    rows = tile.BLOCK_N + tile.BLOCK_H if product == "ordered" else tile.BLOCK_V + tile.BLOCK_H
+    depth = tile.BLOCK_V if product == "ordered" else tile.BLOCK_N
+    stage = rows * depth * (2 if operands == "half" else 4)
+    assert code.metadata.shared >= (tile.num_stages - 1) * stage, "the pipeline is not as deep as asked for"
+    assert any(op.startswith("LDGSTS") for op in inner_loop(code, tmp_path)), "the loop does not copy ahead"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_routing(name, tmp_path):
+    arch = ARCHITECTURES[name]
+    counting, listing = ("p_tail", "p_counts"), ("p_starts", "p_tokens")
+    for absent in (counting, listing):
+        values = {"SLICE": sparse.SLICE, "BLOCK_B": sparse.ROUTE_BLOCKS, **dict.fromkeys(absent)}
+        check_resources(
+            compiled(sparse.route_kernel, ("p_block_lse",), values, "*fp32", arch.target, 4), arch, tmp_path
+        )
+    code = compiled(sparse.place_kernel, (), {"SLICE": sparse.SLICE}, "*fp32", arch.target, 4)
+    check_resources(code, arch, tmp_path)
 
 
 def row_kernel(kernel, present: tuple[str, ...], target: GPUTarget):

@@ -309,21 +309,25 @@ def test_a_nan_in_one_token_stays_there():
 # The kernels themselves
 
 
-@pytest.mark.parametrize("block", [8, 32])
+@pytest.mark.parametrize("block", [8, 32, 64])
 @pytest.mark.parametrize("kernel", ["fused", "chunk"])
 def test_logsumexp_of_every_block(block, kernel):
-    problem = several_tiles(masked=slice(8, 32))
+    """Without the target's entry, the only one that counts of its block of 8; a block of 64 is two tiles wide."""
+    problem = several_tiles(masked=slice(8, 32), ignored=0.0)
     hidden, weight, bias, targets = (x.detach() for x in on_device(problem))
+    bias[65:72], targets[3] = -math.inf, 64
+    targets[(targets > 64) & (targets < 72)] = 0
     z = reference.logits(hidden.double(), weight.double(), bias.double(), BENT)
     width = -(-z.shape[1] // block)
-    padded = torch.nn.functional.pad(z, (0, width * block - z.shape[1]), value=-math.inf)
+    others = z.scatter(1, targets[:, None], -math.inf)
+    padded = torch.nn.functional.pad(others, (0, width * block - z.shape[1]), value=-math.inf)
     expected = padded.unflatten(1, (width, block)).logsumexp(-1)
     if kernel == "fused":
         stats, found = backend.measure_blocks(Problem(hidden, weight, bias, targets, BENT), (), block)
     else:
         stats, found = chunk.measure(hidden @ weight.T, bias, targets, transform=BENT, outputs=(), block=block)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stats.lse.double(), expected.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.lse.double(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("logits", [torch.float32, *HALVES], ids=str)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
-from .logprobs import Coefficients, bends
+from .logprobs import Coefficients, bends, joined
 from .tile import absorb, gradient, store_block_lse, store_finished, transform, with_bias
 
 
@@ -72,13 +72,12 @@ def measure_kernel(
         m_v = (o_v < V)[None, :]
         s = load_raw(p_raw, o_n, o_v, m_v & m_n[:, None], stride_n, stride_v)
         z, _ = transform(with_bias(s, p_bias, o_v, V), slope, inner, outer)
-        if p_block_lse is not None:
-            masked = tl.where(m_v, z, float("-inf"))
-            store_block_lse(masked, p_block_lse, o_n, v // BLOCK, m_n, tl.cdiv(V, BLOCK), BLOCK)
         absent = (o_v[None, :] == target[:, None]) | (m_v == 0)
         if p_mean_logit is not None:
             sum_z += tl.sum(tl.where(absent, 0.0, z), 1)
         z = tl.where(absent, float("-inf"), z)
+        if p_block_lse is not None:
+            store_block_lse(z, p_block_lse, o_n, v // BLOCK, m_n, tl.cdiv(V, BLOCK), BLOCK)
         top, total, moment, square = absorb(
             z, top, total, moment, square, p_entropy is not None, p_log_sum_sq is not None
         )  # fmt: skip
@@ -136,21 +135,21 @@ def measure(
     outputs: tuple[str, ...],
     block: int | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """Statistics of raw products `[n, V]` of any floating dtype and strides; and, where `block` is given, a power of
-    two, the blocks' logsumexps, float32 `[n, ceil(V / block)]`. logprob and lse come always. `raw` is left as it is."""
+    """Statistics of raw products `[n, V]` of any floating dtype and strides; and, for a power of two `block`, the
+    blocks' logsumexps as `logprobs.forward`'s. logprob and lse come always. `raw` is left as it is."""
     count, vocabulary = raw.shape
     config = configs.row(raw.device)
-    assert block is None or config.BLOCK_V % block == 0
+    part = min(block or config.BLOCK_V, config.BLOCK_V)
     wanted = {"logprob", "lse", *outputs}
     stats = TokenStats(**{name: raw.new_empty(count, dtype=torch.float32) for name in OUTPUTS if name in wanted})
-    blocks = None if block is None else raw.new_empty(count, triton.cdiv(vocabulary, block), dtype=torch.float32)
+    parts = None if block is None else raw.new_empty(count, triton.cdiv(vocabulary, part), dtype=torch.float32)
     if count:
         with configs.on_device(raw):
             measure_kernel[(triton.cdiv(count, config.BLOCK_N),)](
-                raw, bias, targets, *stats, blocks, count, vocabulary, *raw.stride(), *bends(transform),
-                BLOCK=block or config.BLOCK_V, **config.blocks,
+                raw, bias, targets, *stats, parts, count, vocabulary, *raw.stride(), *bends(transform),
+                BLOCK=part, **config.blocks,
             )  # fmt: skip
-    return stats, blocks
+    return stats, joined(parts, part, block)
 
 
 def gradient_(

@@ -41,6 +41,11 @@ class Tile:
         """As keyword arguments of a kernel."""
         return asdict(self) | FUSED
 
+    @property
+    def ungrouped(self) -> dict[str, int]:
+        """The same, of a kernel whose grid has its tiles in order."""
+        return {name: value for name, value in self.blocks.items() if name != "GROUP_N"}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -111,6 +116,45 @@ TILES: dict[str, dict[tuple[str, str], Tile]] = {
 #: depth of a float32 tile it spills a little.
 TILES["geforce-blackwell"] = {**TILES["ada"], ("ieee", "few"): Tile(32, 64, 16, 1, 4, 3)}
 
+#: architecture -> (operands, product) -> tile of a product with a listed gradient (`sparse.py`), in the same letters:
+#: "d_weight" makes `[BLOCK_V, BLOCK_H]` and sums BLOCK_N listed tokens at a time; "d_hidden", with its atomics, and
+#: "ordered" make `[BLOCK_N, BLOCK_H]` and sum BLOCK_V entries. BLOCK_V divides 128, and so does BLOCK_N of the latter.
+#: Before Hopper there are no atomics of four numbers, and the pointers of a wide tile's spill.
+LISTED: dict[str, dict[tuple[str, str], Tile]] = {
+    "ampere": {
+        ("half", "d_weight"): Tile(32, 128, 128, 1, 8, 4),
+        ("half", "d_hidden"): Tile(128, 64, 64, 1, 8, 3),
+        ("half", "ordered"): Tile(128, 32, 128, 1, 8, 4),
+        ("tf32", "d_weight"): Tile(32, 128, 128, 1, 8, 3),
+        ("tf32", "d_hidden"): Tile(128, 32, 64, 1, 8, 3),
+        ("tf32", "ordered"): Tile(128, 32, 128, 1, 8, 3),
+        ("ieee", "d_weight"): Tile(16, 64, 64, 1, 4, 3),
+        ("ieee", "d_hidden"): Tile(64, 16, 64, 1, 4, 3),
+        ("ieee", "ordered"): Tile(64, 16, 64, 1, 4, 3),
+    },
+    "hopper": {
+        ("half", "d_weight"): Tile(64, 128, 128, 1, 8, 4),
+        ("half", "d_hidden"): Tile(128, 64, 128, 1, 8, 2),
+        ("half", "ordered"): Tile(128, 64, 128, 1, 8, 4),
+        ("tf32", "d_weight"): Tile(32, 128, 128, 1, 8, 4),
+        ("tf32", "d_hidden"): Tile(128, 32, 128, 1, 8, 4),
+        ("tf32", "ordered"): Tile(128, 32, 128, 1, 8, 4),
+        ("ieee", "d_weight"): Tile(16, 64, 64, 1, 4, 3),
+        ("ieee", "d_hidden"): Tile(64, 16, 64, 1, 4, 3),
+        ("ieee", "ordered"): Tile(64, 16, 64, 1, 4, 3),
+    },
+    "amd": {
+        ("half", "d_weight"): Tile(32, 128, 128, 1, 8, 2),
+        ("half", "d_hidden"): Tile(128, 32, 128, 1, 8, 2),
+        ("half", "ordered"): Tile(128, 32, 128, 1, 8, 2),
+        ("ieee", "d_weight"): Tile(32, 64, 64, 1, 4, 2),
+        ("ieee", "d_hidden"): Tile(64, 32, 64, 1, 4, 2),
+        ("ieee", "ordered"): Tile(64, 32, 64, 1, 4, 2),
+    },
+}
+LISTED |= {"ada": LISTED["ampere"], "blackwell": LISTED["hopper"]}
+LISTED["geforce-blackwell"] = {**LISTED["ada"], ("ieee", "d_hidden"): Tile(64, 16, 32, 1, 4, 3)}
+
 #: For every architecture: a row of 128k float32 entries is 32 blocks, 16 numbers a thread each.
 ROW = Row(1, 4096, 8)
 #: Rows of two heads at once (`divergence.py`): 8 numbers of each a thread. With 16 some forms fill 128 registers.
@@ -118,6 +162,7 @@ ROW_PAIR = Row(1, 1024, 4)
 
 #: Small enough that a small problem has several tiles and splits each way.
 INTERPRETED, INTERPRETED_ROW = Tile(16, 32, 16, 2, 1, 1), Row(8, 32, 1)
+INTERPRETED_LISTED = Tile(64, 64, 32, 1, 1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,6 +210,12 @@ def tile(hidden: torch.Tensor, kernel: str, *, rich: bool) -> Tile:
     _, kind, shape = wanted.split("/")
     kept = refined(hidden.device).get(wanted)
     return kept or TILES[name].get((kind, shape)) or TILES[name][kind, "many"]
+
+
+def listed(operand: torch.Tensor, product: str) -> Tile:
+    """Of a product of a listed gradient, "d_weight", "d_hidden" or "ordered", with an operand of its dtype."""
+    name = architecture(operand.device)
+    return INTERPRETED_LISTED if name == "interpreter" else LISTED[name][operands(operand.dtype), product]
 
 
 def row(device: torch.device) -> Row:

@@ -279,11 +279,12 @@ def _launch(
         tensors += [side.raw, None if bias is None else bias.contiguous(), gradient]
         strides += [*side.raw.stride(), *(side.raw if gradient is None else gradient).stride()]
     config = configs.row_pair(model.raw.device)
-    divergence_kernel[(triton.cdiv(count, config.BLOCK_N),)](
-        *tensors, None if upstream is None else upstream.contiguous(), value, count, vocabulary, *strides,
-        *bends(model.head.transform), *bends(ref.head.transform), taken.x, taken.scale,
-        FORM=taken.name, **config.blocks,
-    )  # fmt: skip
+    with configs.on_device(model.raw):
+        divergence_kernel[(triton.cdiv(count, config.BLOCK_N),)](
+            *tensors, None if upstream is None else upstream.contiguous(), value, count, vocabulary, *strides,
+            *bends(model.head.transform), *bends(ref.head.transform), taken.x, taken.scale,
+            FORM=taken.name, **config.blocks,
+        )  # fmt: skip
     return value, gradients[0], gradients[1]
 
 

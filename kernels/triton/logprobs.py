@@ -80,12 +80,11 @@ def forward_kernel(
         m_v = (o_v < V)[None, :]
         here = o_v[None, :] == target[:, None]
         z_t += tl.sum(tl.where(here, z, 0.0), 1)
-        if p_block_lse is not None:
-            i_first = i_v * (BLOCK_V // BLOCK)
-            store_block_lse(tl.where(m_v, z, float("-inf")), p_block_lse, o_n, i_first, m_n, tl.cdiv(V, BLOCK), BLOCK)
         if p_sum is not None:
             sum_z += tl.sum(tl.where(here | (m_v == 0), 0.0, z), 1)
         z = tl.where(here | (m_v == 0), float("-inf"), z)
+        if p_block_lse is not None:
+            store_block_lse(z, p_block_lse, o_n, i_v * (BLOCK_V // BLOCK), m_n, tl.cdiv(V, BLOCK), BLOCK)
         top, total, moment, square = absorb(
             z, top, total, moment, square, p_moment is not None, p_square is not None
         )  # fmt: skip
@@ -232,17 +231,17 @@ def forward(
     config: configs.Tile | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of `hidden [N, H]`, `weight [V, H]`, contiguous `bias [V]` and `targets [N]`, any strides of the first
-    two; and, for a `block` that divides the tile's columns, the logsumexp of every block of the vocabulary, float32
-    `[N, ceil(V / block)]`. logprob and lse come always."""
+    two; and, for a power of two `block`, the logsumexp of every block of the vocabulary without the target's entry,
+    float32 `[N, ceil(V / block)]`, -inf for a block of nothing else. logprob and lse come always."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rich = transform.softcap is not None or block is not None or bool({"entropy", "log_sum_sq"} & set(outputs))
     config = config or configs.tile(hidden, "forward", rich=rich)
-    assert block is None or config.BLOCK_V % block == 0
+    part = min(block or config.BLOCK_V, config.BLOCK_V)  # of a block that is wider than a tile
     wanted = {"logprob", "lse", *outputs}
     stats = TokenStats(**{name: _floats(hidden, tokens) for name in OUTPUTS if name in wanted})
-    block_lse = None if block is None else _floats(hidden, tokens, triton.cdiv(vocabulary, block))
+    part_lse = None if block is None else _floats(hidden, tokens, triton.cdiv(vocabulary, part))
     if not tokens:
-        return stats, block_lse
+        return stats, joined(part_lse, part, block)
     tiles_n = triton.cdiv(tokens, config.BLOCK_N)
     splits, each = configs.split(tiles_n, triton.cdiv(vocabulary, config.BLOCK_V), configs.processors(hidden.device))
     needed = (True, True, "entropy" in wanted, "log_sum_sq" in wanted, "mean_logit" in wanted)
@@ -250,14 +249,23 @@ def forward(
     target_logit = _floats(hidden, tokens)
     with configs.on_device(hidden):
         forward_kernel[(tiles_n * splits,)](
-            hidden, weight, bias, targets, *parts, target_logit, block_lse,
+            hidden, weight, bias, targets, *parts, target_logit, part_lse,
             tokens, vocabulary, hidden.shape[1], splits, each, *hidden.stride(), *weight.stride(), *bends(transform),
-            BLOCK=block or config.BLOCK_V, PRECISION=configs.precision(hidden.dtype), **config.blocks,
+            BLOCK=part, PRECISION=configs.precision(hidden.dtype), **config.blocks,
         )  # fmt: skip
         merge_kernel[(triton.cdiv(tokens, 128),)](
             *parts, target_logit, *stats, tokens, vocabulary, splits, BLOCK_N=128, **configs.FUSED
         )  # fmt: skip
-    return stats, block_lse
+    return stats, joined(part_lse, part, block)
+
+
+def joined(part_lse: Tensor | None, part: int, block: int | None) -> Tensor | None:
+    """Logsumexps of blocks from those of their parts, `[N, parts]`; what there is already is left as it is."""
+    if part_lse is None or block is None or block == part:
+        return part_lse
+    ragged = -part_lse.shape[1] % (block // part)
+    whole = torch.nn.functional.pad(part_lse, (0, ragged), value=-torch.inf)
+    return whole.unflatten(1, (-1, block // part)).logsumexp(-1)
 
 
 def gradient_config(hidden: Tensor, rows: Coefficients, transform: LogitTransform) -> configs.Tile:

@@ -215,7 +215,7 @@ def store_finished(
 @triton.jit
 def store_block_lse(z, p_block_lse, o_n, i_first, m_n, blocks, BLOCK: tl.constexpr):
     """The logsumexp of every run of BLOCK columns of `z [BLOCK_N, BLOCK_V]`, into the `blocks` columns of a contiguous
-    `[N, blocks]` from column `i_first` on. Columns beyond V are -inf."""
+    `[N, blocks]` from column `i_first` on. Columns that do not count, the target's among them, are -inf."""
     PARTS: tl.constexpr = z.shape[1] // BLOCK
     parts = tl.reshape(z, (z.shape[0], PARTS, BLOCK))
     top = tl.max(parts, 2)

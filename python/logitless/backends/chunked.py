@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import Options, TokenStats
-from . import sweep
+from ..types import LogitTransform, Options, TokenStats
+from . import sweep, tail
 from .divergence import rows as divergence_rows
 from .divergence import sweep as divergence_sweep
 from .problem import (
@@ -25,6 +25,7 @@ from .problem import (
     Gradients,
     Needs,
     Problem,
+    Saved,
     SinglePass,
     Upstream,
 )
@@ -37,8 +38,8 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
-    """The longest group that `single_pass` keeps whole, where the loss reads logprob alone."""
-    buffers = ENGINE.buffers(options, ("logprob",), False)
+    """The longest group that `single_pass` keeps whole."""
+    buffers = ENGINE.buffers(options)
     return sweep.chunk_tokens(hidden, weight, options, buffers)
 
 
@@ -57,6 +58,36 @@ def single_pass(
 ) -> SinglePass:
     """The sum of a loss and its gradients in one sweep."""
     return sweep.single_pass(ENGINE, problem, outputs, coefficients, groups, needs)
+
+
+def tail_forward(problem: Problem, outputs: tuple[str, ...], tolerance: float) -> tuple[Forward, Saved]:
+    """`TokenStats` of every token, and its entries that carry probability."""
+    found, kept = tail.forward(ENGINE, problem, outputs, tolerance)
+    return found, kept[:4]
+
+
+def tail_backward(
+    problem: Problem, stats: TokenStats, saved: Saved, upstream: Upstream, needs: Needs, tolerance: float
+) -> Gradients:
+    """Gradients from those entries."""
+    return tail.backward(ENGINE, problem, stats, tail.Kept(*saved), upstream, needs, tolerance)
+
+
+def tail_single_pass(
+    problem: Problem,
+    outputs: tuple[str, ...],
+    coefficients: Coefficients,
+    groups: Tensor | None,
+    needs: Needs,
+    tolerance: float,
+) -> SinglePass:
+    """As `single_pass`, tail-corrected."""
+    return tail.single_pass(ENGINE, problem, outputs, coefficients, groups, needs, tolerance)
+
+
+def tail_blocks(hidden: Tensor, weight: Tensor, transform: LogitTransform) -> int:
+    """Blocks of the vocabulary whose masses `tail_forward` saves."""
+    return tail.blocks(weight.shape[0])
 
 
 def divergence(problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]) -> DivergenceResult:

@@ -6,11 +6,19 @@ cuBLAS makes a chunk's logits, one kernel measures them in one read, and one tur
 and one write (`sweep`, with this backend's row engine). In numbers of `2 N H V` flops: forward 1, backward 3, single
 pass 3 in all, frozen head 2 in all.
 
-Memory: `20 N ceil(V / 128)` bytes of partial results, within the budget of a chunk, or one chunk of logits, which its
-gradient overwrites; and float32 accumulators of the gradients asked for. PyTorch's allocator has all of it; the library
-allocates nothing, waits for nothing, and works on the current stream: a call may be captured into a CUDA graph.
+Tail-corrected, bfloat16 without a softcap: by pairs of a token and a block of 128 columns (`blocks`), 1 + 3 s in all
+with s the share of the pairs that matter, for per-token losses and `linear_logprobs` alike. The forward's merge, or the
+measuring kernel, leaves the logsumexp of every pair; one kernel lists those that are kept, three compute them. Anything
+else is tail-corrected entry by entry, in PyTorch's operations on this backend's row engine (`tail`).
 
-Deterministic: no kernel here adds into memory that another block writes to.
+Memory: `20 N ceil(V / 128)` bytes of partial results, within the budget of a chunk, or one chunk of logits, which its
+gradient overwrites; and float32 accumulators of the gradients asked for. By blocks: `4 N V / 128` bytes between the
+passes, twice as much again in the backward, and the listed gradient of a group of blocks, within the budget of a chunk.
+PyTorch's allocator has all of it; the library allocates nothing, waits for nothing, and works on the current stream: a
+call may be captured into a CUDA graph. A tail-corrected backward may not: the host reads one number in it.
+
+Deterministic: no kernel here adds into memory that another block writes to, but the hidden states' gradient of a
+tail-corrected backward, whose order of sums is fixed under `torch.use_deterministic_algorithms(True)`, for more work.
 
 Numerics: logits, exponentials and sums are float32 (float64 for float64). A bfloat16 gradient is rounded once, from
 float32, on its way into its two products. No kernel here has run on a GPU yet, only its text on a CPU
@@ -19,13 +27,15 @@ float32, on its way into its two products. No kernel here has run on a GPU yet, 
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..types import OUTPUTS, LogitTransform, Options, TokenStats, statistics_dtype
-from . import sweep
+from . import blocks, sweep
+from .blocks import BLOCK, Routed
 from .divergence import rows as divergence_rows
 from .divergence import sweep as divergence_sweep
 from .problem import (
@@ -45,8 +55,8 @@ if TYPE_CHECKING:
     from ..kernels.cuda.library import Library
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-#: Columns of the vocabulary in one partial result of the fused forward, and the numbers in it.
-PART_COLUMNS, MOMENTS = 128, 5
+#: Numbers in one partial result of the fused forward, which is of `BLOCK` columns of the vocabulary.
+MOMENTS = 5
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -71,8 +81,10 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
-    """The longest group that `single_pass` keeps whole."""
-    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options, (), False))
+    """The longest group that `single_pass` keeps whole; any, where it goes by blocks."""
+    if options.tail is not None and TAIL.takes(hidden, weight, options.transform):
+        return sys.maxsize
+    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options))
 
 
 def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
@@ -80,7 +92,7 @@ def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> 
     kernel = None if unit_gradient else fused_kernel(problem.hidden, problem.weight)
     if kernel is None:
         return sweep.forward(ENGINE, problem, outputs, unit_gradient)
-    return Forward(_fused_forward(kernel, problem, _wanted(outputs)), None)
+    return Forward(_fused_forward(kernel, problem, _wanted(outputs), None), None)
 
 
 def backward(problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
@@ -124,9 +136,13 @@ def _options(transform: LogitTransform) -> tuple[float, float, float]:
 
 
 class RowKernels:
-    """`sweep.RowEngine` by `logitless_measure` and `logitless_gradient`."""
+    """`sweep.RowEngine` by `logitless_measure` and `logitless_gradient`; a tile has the logsumexps of blocks of the
+    vocabulary where `block` says how many columns are one."""
 
-    def buffers(self, problem: Problem | Options, outputs: tuple[str, ...], entropy_gradient: bool) -> int:
+    def __init__(self, block: int = 0) -> None:
+        self.block = block
+
+    def buffers(self, problem: Problem | Options) -> int:
         """The chunk itself: its gradient overwrites it."""
         return 1
 
@@ -139,17 +155,19 @@ class RowKernels:
         library = _library()
         size = library.measure_workspace(raw.shape[0], raw.shape[1], raw.dtype)
         workspace = torch.empty(size, dtype=torch.uint8, device=raw.device)
+        count = blocks.blocks(raw.shape[1])
+        block_lse = _vector(raw).new_empty(len(raw), count) if self.block else None
         library.launch(
             "measure",
             *_chunk(raw, head, targets),
             *(found.get(name) for name in OUTPUTS),
-            *(None, 0, 0),  # no logsumexp of blocks
+            *(block_lse, count, self.block),
             *(workspace, size),
             on=raw.device,
         )
         if mean_logit is not None:
             found["mean_logit"] = mean_logit
-        return Tile(raw, targets, TokenStats(**found), None)
+        return Tile(raw, targets, TokenStats(**found), block_lse)
 
     def recall(self, raw: Tensor, head: RowHead, targets: Tensor, stats: TokenStats) -> Tile:
         """Nothing to do: the gradient is made of the raw products themselves."""
@@ -213,24 +231,22 @@ def fused_kernel(hidden: Tensor, weight: Tensor) -> str | None:
 
 def _has_vectors(matrix: Tensor) -> bool:
     """Rows can be read 16 bytes at a time."""
-    step = 16 // matrix.itemsize
-    return (
-        matrix.shape[1] > 0
-        and matrix.shape[1] % step == 0
-        and matrix.stride(1) == 1
-        and matrix.stride(0) % step == 0
-        and matrix.data_ptr() % 16 == 0
-    )
+    return _has_width(matrix) and blocks.has_aligned_rows(matrix)
 
 
-def _fused_forward(kernel: str, problem: Problem, wanted: tuple[str, ...]) -> TokenStats:
+def _has_width(matrix: Tensor) -> bool:
+    return matrix.shape[1] > 0 and matrix.shape[1] * matrix.itemsize % 16 == 0
+
+
+def _fused_forward(kernel: str, problem: Problem, wanted: tuple[str, ...], block_lse: Tensor | None) -> TokenStats:
+    """`block_lse [N, blocks]` is written where it is given."""
     hidden, device = problem.hidden, problem.hidden.device
-    parts = -(-len(problem.weight) // PART_COLUMNS)
+    parts = blocks.blocks(len(problem.weight))
     budget = problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES.get(device.type, sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR)
     tokens = max(1, min(len(hidden), budget // (4 * MOMENTS * parts)))
     moments = torch.empty(parts * MOMENTS * tokens, dtype=torch.float32, device=device)
     target_logit = torch.empty(tokens, dtype=torch.float32, device=device)
-    bias = None if problem.bias is None else problem.bias.float()
+    bias = None if problem.bias is None else problem.bias.float().contiguous()
     found = {name: torch.empty(len(hidden), dtype=torch.float32, device=device) for name in wanted}
     for rows in sweep.spans(len(hidden), tokens):
         part = hidden[rows]
@@ -243,5 +259,70 @@ def _fused_forward(kernel: str, problem: Problem, wanted: tuple[str, ...]) -> To
         )
         results = [found[name][rows] if name in found else None for name in OUTPUTS]
         sizes = (torch.float32, parts, len(part), len(problem.weight))
-        _library().launch("merge", moments, target_logit, *sizes, *results, None, 0, on=device)
+        of_blocks = None if block_lse is None else block_lse[rows]
+        _library().launch("merge", moments, target_logit, *sizes, *results, of_blocks, parts, on=device)
     return TokenStats(**found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tail-corrected backward
+
+
+class BlockKernels:
+    """`blocks.BlockEngine` by `logitless_route` and `logitless_sparse_*`, for bfloat16."""
+
+    def takes(self, hidden: Tensor, weight: Tensor, transform: LogitTransform) -> bool:
+        return hidden.dtype == torch.bfloat16 and _has_width(weight) and transform.softcap is None
+
+    def measure(self, problem: Problem, outputs: tuple[str, ...]) -> tuple[TokenStats, Tensor]:
+        """As `forward`: the fused kernel's merge, or `logitless_measure`, writes the blocks' logsumexps too."""
+        shape = (len(problem.hidden), blocks.blocks(len(problem.weight)))
+        block_lse = torch.empty(shape, dtype=torch.float32, device=problem.hidden.device)
+        kernel = fused_kernel(problem.hidden, problem.weight)
+        if kernel is not None:
+            return _fused_forward(kernel, problem, _wanted(outputs), block_lse), block_lse
+        chunks, found = sweep.Chunks(RowKernels(BLOCK), problem, outputs), []
+        for rows in sweep.spans(len(problem.hidden), chunks.tokens):
+            tile = chunks.measure(rows)
+            found.append(tile.stats)
+            block_lse[rows] = tile.private
+        return sweep.concatenate(found, torch.float32, problem, outputs), block_lse
+
+    def route(self, block_lse: Tensor, lse: Tensor, magnitude: Tensor, threshold: Tensor) -> Routed:
+        count, width = block_lse.shape
+        routed = Routed(
+            lse.new_empty(width * -(-count // blocks.SLICE) + 1, dtype=torch.int32),
+            lse.new_empty(count * width, dtype=torch.int32),
+            torch.empty_like(block_lse),
+        )
+        inputs = (block_lse, width, lse, magnitude, threshold)
+        _library().launch("route", *inputs, count, width, *routed, width, on=lse.device)
+        return routed
+
+    def gradient(
+        self, problem: Problem, lse: Tensor, factor: Tensor, routed: Routed, first: int, count: int, out: Tensor
+    ) -> None:
+        hidden, weight, bias = problem.hidden, problem.weight, problem.bias
+        _library().launch(
+            "sparse_gradient",
+            *(hidden, weight, len(hidden), *weight.shape, hidden.stride(0), weight.stride(0)),
+            *(None if bias is None else bias.float().contiguous(), problem.targets, *_options(problem.transform)),
+            *(lse, None, None, factor, None),
+            *(routed.starts, routed.tokens, first, count, out, len(out)),
+            on=hidden.device,
+        )
+
+    def add_weight(self, gradient: Tensor, hidden: Tensor, routed: Routed, first: int, count: int, out: Tensor) -> None:
+        sizes = (len(hidden), len(out), hidden.shape[1], hidden.stride(0))
+        pairs = (routed.starts, routed.tokens, first, count)
+        _library().launch("sparse_d_weight", gradient, hidden, *sizes, *pairs, out, out.stride(0), on=out.device)
+
+    def add_hidden(self, gradient: Tensor, weight: Tensor, routed: Routed, first: int, count: int, out: Tensor) -> None:
+        """By float32 reductions in memory; in order, with more work, where PyTorch is told to be deterministic."""
+        sizes = (len(out), *weight.shape, weight.stride(0))
+        pairs = (routed.starts, routed.tokens, first, count, int(torch.are_deterministic_algorithms_enabled()))
+        _library().launch("sparse_d_hidden", gradient, weight, *sizes, *pairs, out, out.stride(0), on=out.device)
+
+
+TAIL = blocks.Tail(BlockKernels(), ENGINE, backward)
+tail_forward, tail_backward, tail_single_pass, tail_blocks = TAIL.forward, TAIL.backward, TAIL.single_pass, TAIL.blocks

@@ -23,6 +23,7 @@ class Problem:
     transform: LogitTransform
     chunk_bytes: int | None = None  # budget for a chunk of logits; None: the backend's default
     chunk_dtype: torch.dtype | None = None  # of a chunk's logits; None: the statistics'
+    vocabulary_order: Tensor | None = None  # [V] int64, of the tail's blocks (`order`); None: the head's own
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,11 @@ class Gradients(NamedTuple):
     hidden: Tensor | None  # [N, H]
     weight: Tensor | None  # [V, H]
     bias: Tensor | None  # [V]
+
+
+#: What a tail-corrected forward leaves for its backward; what stands in these is the backend's own affair:
+#: counts [N] int32, of each token's in column [K] int32 and value [K]; by_block [N, as many as `tail_blocks` says].
+Saved = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class SinglePass(NamedTuple):

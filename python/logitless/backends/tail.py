@@ -10,6 +10,7 @@ and what is left of a block b of B = 256 vocabulary entries is put back as its m
     d hidden_i = sum_kept g_ij weight_j   + sum_b tail_ib mean_b(weight)           tail_ib = sum_(j in b, left) g_ij
     d weight_j = sum_kept g_ij hidden_i   + sum_i tail_i,b(j) hidden_i / B
 
+The blocks are those of the problem's `vocabulary_order`, where it has one.
 The target's entry is always kept. Row i's error has L1 norm at most `2 left_i`, with `left_i = sum_left |g_ij|`, and L2
 norm at most `sqrt(tolerance / SHARE * mean c * left_i)`. docs/tail-corrected.md derives this, the cost, and why entries
 rather than blocks are the unit here. The products with the kept entries are `embedding_bag`s: sums of rows of the head,
@@ -21,7 +22,7 @@ or more than a quarter of its gradient would be left.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,7 +34,8 @@ from torch import Tensor
 from ..types import TokenStats
 from . import rows as row_math
 from . import sweep
-from .problem import Coefficients, Forward, Gradients, Needs, Problem, SinglePass, Upstream
+from .order import places
+from .problem import Coefficients, Forward, Gradients, Needs, Problem, SinglePass, Upstream, empty_gradients
 
 #: Vocabulary entries in a block of the tail. 64 takes 2% off the error and four times the memory.
 BLOCK = 256
@@ -125,6 +127,11 @@ def tail_report() -> Iterator[TailReport]:
         _reports.remove(report)
 
 
+def reports() -> tuple[TailReport, ...]:
+    """Those that are collecting."""
+    return tuple(_reports)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A matrix in two parts
 
@@ -143,9 +150,26 @@ class Split(NamedTuple):
     tail: Tensor  # [n, blocks] sums of what is left
 
 
-def _by_block(matrix: Tensor) -> Tensor:
+class Layout(NamedTuple):
+    """Which entries a block of the tail has. An order changes nothing else: no copy of the head is made for it."""
+
+    order: Tensor | None  # [V] int64: the entries, block after block; None: as they stand in the head
+    block: Tensor  # [V] int32: the block of each entry
+
+
+def layout(problem: Problem) -> Layout:
+    order = problem.vocabulary_order
+    place = torch.arange(len(problem.weight), device=problem.weight.device) if order is None else places(order)
+    return Layout(order, (place // BLOCK).int())
+
+
+def _by_block(matrix: Tensor, order: Tensor | None) -> Tensor:
     """Sums over blocks of the vocabulary, `[n, V]` to `[n, blocks]`, along the memory of a vocabulary-major chunk."""
     vocabulary_major = matrix.stride(0) == 1
+    if order is not None and vocabulary_major:
+        return F.embedding_bag(order, matrix.T, torch.arange(0, len(order), BLOCK, device=order.device), mode="sum").T
+    if order is not None:
+        matrix = matrix.index_select(1, order)
     x, dim = (matrix.T, 0) if vocabulary_major else (matrix, 1)
     whole = x.shape[dim] // BLOCK
     sums = x.narrow(dim, 0, whole * BLOCK).unflatten(dim, (whole, BLOCK)).sum(dim + 1)
@@ -165,7 +189,7 @@ def _positions(mask: Tensor) -> Tensor:
     return found.index_select(0, which) * 8 + byte
 
 
-def _split(matrix: Tensor, threshold: Tensor, *, signed: bool) -> Split | None:
+def _split(matrix: Tensor, threshold: Tensor, where: Layout, *, signed: bool) -> Split | None:
     """Entries of at least `threshold [n]` in absolute value, and the rest by block; None where too many are kept."""
     size = matrix.abs() if signed else matrix
     vocabulary_major = matrix.stride(0) == 1
@@ -176,14 +200,14 @@ def _split(matrix: Tensor, threshold: Tensor, *, signed: bool) -> Split | None:
     slow, fast = position // mask.shape[1], position % mask.shape[1]
     token, column = (fast, slow) if vocabulary_major else (slow, fast)
     value = (matrix.T if vocabulary_major else matrix).reshape(-1).index_select(0, position)
-    tail = _by_block(matrix)
-    return Split(token.int(), column.int(), value, _without(tail, token, column, value))
+    tail = _by_block(matrix, where.order)
+    return Split(token.int(), column.int(), value, _without(tail, token, where.block.index_select(0, column), value))
 
 
-def _without(tail: Tensor, token: Tensor, column: Tensor, value: Tensor) -> Tensor:
+def _without(tail: Tensor, token: Tensor, block: Tensor, value: Tensor) -> Tensor:
     """Block sums less those entries."""
     kept = torch.zeros_like(tail, memory_format=torch.contiguous_format)
-    kept.view(-1).index_add_(0, token.long() * tail.shape[1] + column.long() // BLOCK, value)
+    kept.view(-1).index_add_(0, token.long() * tail.shape[1] + block, value)
     return tail - kept
 
 
@@ -199,8 +223,8 @@ class _Accumulators(sweep.Accumulators):
     def __init__(self, chunks: sweep.Chunks, needs: Needs, tolerance: float) -> None:
         super().__init__(chunks, needs._replace(weight=False))  # made where it is first added to, and not before
         self.needs, self.tolerance = needs, tolerance
-        vocabulary = chunks.weight.shape[0]
-        self.blocks = blocks(vocabulary)
+        self.blocks = blocks(chunks.weight.shape[0])
+        self.layout = layout(chunks.problem)
         self.weight = chunks.weight.to(chunks.dtype)
         self.spread = self._spread()
         self.block_weight = self._block_means() if needs.hidden else None
@@ -215,11 +239,13 @@ class _Accumulators(sweep.Accumulators):
         takes = torch.ones(self.weight.shape[0], dtype=chunks.dtype, device=self.weight.device)
         if bias is not None:
             takes = takes.masked_fill(bias.isneginf(), 0)
-        return takes / _by_block(takes[None])[0].clamp(min=1).repeat_interleave(BLOCK)[: len(takes)]
+        members = takes.new_zeros(self.blocks).index_add_(0, self.layout.block, takes)
+        return takes / members.clamp(min=1).index_select(0, self.layout.block)
 
     def _block_means(self) -> Tensor:
-        rows = torch.arange(len(self.spread), dtype=torch.int32, device=self.weight.device)
-        return _bag(self.weight, rows, rows // BLOCK, self.spread, self.blocks)
+        place = torch.arange(len(self.spread), dtype=torch.int32, device=self.weight.device)
+        rows = place if self.layout.order is None else self.layout.order.int()
+        return _bag(self.weight, rows, place // BLOCK, self.spread.index_select(0, rows), self.blocks)
 
     def add_gradient(self, rows: slice, targets: Tensor, gradient: sweep.RowGradient, upstream: Upstream) -> None:
         coefficient = coefficient_size(upstream)
@@ -254,7 +280,7 @@ class _Accumulators(sweep.Accumulators):
         signed = upstream.entropy is not None or self.chunks.problem.transform.softcap is not None
         matrix = gradient.matrix.to(self.chunks.dtype)
         scale = torch.ones_like(coefficient) if gradient.row_scale is None else gradient.row_scale
-        split = _split(matrix, threshold / scale.abs(), signed=signed)
+        split = _split(matrix, threshold / scale.abs(), self.layout, signed=signed)
         if split is None:
             return None
         left = _left(matrix, split, signed=signed) * scale.abs()
@@ -267,22 +293,28 @@ class _Accumulators(sweep.Accumulators):
 
     def add_split(self, rows: slice, split: Split) -> None:
         """The products of a matrix in two parts; its entries may be in any order."""
-        hidden = self.chunks.hidden[rows].to(self.chunks.dtype)
         if self.sums.hidden is not None:
             token, order = split.token.sort(stable=True)
             column, value = split.column.index_select(0, order), split.value.index_select(0, order)
-            sums = _bag(self.weight, column, token, value, len(hidden))
+            self.set_hidden(rows, _bag(self.weight, column, token, value, len(split.tail)), split.tail)
+        self.add_head(rows, split)
+
+    def set_hidden(self, rows: slice, near: Tensor, tail: Tensor) -> None:
+        """`d hidden`, `near [n, H]` of it from the entries."""
+        if self.sums.hidden is not None:
             assert self.block_weight is not None
-            torch.addmm(sums, split.tail, self.block_weight, out=self.sums.hidden[rows])
+            torch.addmm(near, tail, self.block_weight, out=self.sums.hidden[rows])
+
+    def add_head(self, rows: slice, split: Split) -> None:
+        """The head's part of `add_split`."""
         if self.needs.weight:
-            self.tail_weight.addmm_(split.tail.T, hidden)
+            self.tail_weight.addmm_(split.tail.T, self.chunks.hidden[rows].to(self.chunks.dtype))
             self.waiting.append((split.token + rows.start, split.column, split.value))
             if sum(len(token) for token, *_ in self.waiting) > MOST_WAITING:
                 self._flush()
         if self.sums.bias is not None:
             self.sums.bias.index_add_(0, split.column, split.value)
-            shares = split.tail.sum(0).repeat_interleave(BLOCK)[: len(self.spread)]
-            self.sums.bias.addcmul_(shares, self.spread)
+            self.sums.bias.addcmul_(split.tail.sum(0).index_select(0, self.layout.block), self.spread)
 
     def add_targets(self, rows: slice, targets: Tensor, entry: Tensor) -> None:
         if self.sums.hidden is not None:
@@ -299,7 +331,7 @@ class _Accumulators(sweep.Accumulators):
         device, vocabulary = self.weight.device, len(self.spread)
         hidden = self.chunks.hidden.to(self.chunks.dtype)
         row = torch.arange(vocabulary, dtype=torch.int32, device=device)
-        tail = (row // BLOCK + len(hidden), row, self.spread)
+        tail = (self.layout.block + len(hidden), row, self.spread)
         token, column, value = (torch.cat(parts) for parts in zip(*self.waiting, tail, strict=True))
         column, order = column.sort(stable=True)
         table = torch.cat([hidden, self.tail_weight])
@@ -361,35 +393,36 @@ class Kept(NamedTuple):
     column: Tensor  # [K] int32, token after token
     value: Tensor  # [K]
     tail: Tensor  # [N, blocks]
+    near: Tensor | None = None  # [N, H] the sum of each token's values times the head's rows, where that was made
 
 
 def forward(
     engine: sweep.RowEngine, problem: Problem, outputs: tuple[str, ...], tolerance: float
 ) -> tuple[Forward, Kept]:
     """`TokenStats` of every token, and its entries of `p_ij >= tolerance / SHARE`: no coefficient is known yet."""
-    chunks = sweep.Chunks(engine, problem, outputs)
+    chunks, where = sweep.Chunks(engine, problem, outputs), layout(problem)
     found, kept = [], []
     for rows in sweep.spans(len(problem.targets), chunks.tokens):
         tile = chunks.measure(rows)
         found.append(tile.stats)
-        kept.append(_keep(chunks, tile, tolerance))
+        kept.append(_keep(chunks, tile, where, tolerance))
         del tile
     if not kept:
         kept = [_exact(chunks, 0)]
     stats = sweep.concatenate(found, chunks.dtype, problem, outputs)
-    return Forward(stats, None), Kept(*(torch.cat(parts) for parts in zip(*kept, strict=True)))
+    return Forward(stats, None), Kept(*(torch.cat(parts) for parts in zip(*(part[:4] for part in kept), strict=True)))
 
 
-def _keep(chunks: sweep.Chunks, tile: sweep.Tile, tolerance: float) -> Kept:
+def _keep(chunks: sweep.Chunks, tile: sweep.Tile, where: Layout, tolerance: float) -> Kept:
     count = len(tile.targets)
     if chunks.problem.transform.softcap is not None:
         return _exact(chunks, count)
     one = torch.ones(count, dtype=chunks.dtype, device=tile.targets.device)
-    gradient = chunks.engine.gradient(tile, chunks.head, Upstream(logprob=-one), chunks.weight.dtype)
+    gradient = chunks.engine.gradient(tile, chunks.head, Upstream(logprob=-one), chunks.operand)
     matrix = gradient.matrix.to(chunks.dtype)
     scale = one if gradient.row_scale is None else gradient.row_scale
     slope = chunks.problem.transform.slope
-    split = _split(matrix, tolerance / SHARE * slope / scale, signed=False)
+    split = _split(matrix, tolerance / SHARE * slope / scale, where, signed=False)
     if split is None:
         return _exact(chunks, count)
     tail = split.tail * scale[:, None]
@@ -402,7 +435,7 @@ def _keep(chunks: sweep.Chunks, tile: sweep.Tile, tolerance: float) -> Kept:
 
 
 def _exact(chunks: sweep.Chunks, count: int) -> Kept:
-    weight = chunks.weight
+    weight = chunks.problem.weight
     return Kept(
         torch.full((count,), -1, dtype=torch.int32, device=weight.device),
         torch.empty(0, dtype=torch.int32, device=weight.device),
@@ -423,7 +456,7 @@ def backward(
     """Gradients from what the forward kept; exact, by recomputation, where it kept nothing and for the entropy's.
 
     Entries that the upstream gradients make needless, `|c_i| p_ij < tolerance / SHARE * mean c`, join the tail."""
-    chunks = sweep.Chunks(engine, problem, (), entropy_gradient=upstream.entropy is not None)
+    chunks = sweep.Chunks(engine, problem, ())
     accumulators = _Accumulators(chunks, needs, tolerance)
     exact = kept.counts < 0 if upstream.entropy is None else torch.ones_like(kept.counts, dtype=torch.bool)
     runs = torch.unique_consecutive(exact, return_counts=True)
@@ -434,11 +467,36 @@ def backward(
             _recompute(accumulators, run, stats, upstream)
         else:
             end = first + int(kept.counts[run].sum())
-            part = Kept(kept.counts[run], kept.column[first:end], kept.value[first:end], kept.tail[run])
+            near = None if kept.near is None else kept.near[run]
+            part = Kept(kept.counts[run], kept.column[first:end], kept.value[first:end], kept.tail[run], near)
             _from_kept(accumulators, run, part, stats, upstream)
             first = end
         start += length
     return accumulators.finish()
+
+
+def rows_of_head(weight: Tensor, kept: Kept) -> Tensor:
+    """`near` of what `forward` kept, `[N, H]`."""
+    counts = kept.counts.clamp(min=0)
+    token = torch.arange(len(counts), dtype=torch.int32, device=counts.device).repeat_interleave(counts.long())
+    return _bag(weight.to(kept.value.dtype), kept.column, token, kept.value, len(counts))
+
+
+def around_a_loss(
+    problem: Problem,
+    stats: TokenStats,
+    coefficients: Coefficients,
+    needs: Needs,
+    gradients: Callable[[Upstream], Gradients],
+) -> SinglePass:
+    """A loss of all tokens' statistics between a forward that has been and a backward."""
+    assert stats.logprob is not None
+    loss, upstream = stats.logprob.new_zeros(()), Upstream()
+    if len(problem.targets):
+        loss, upstream = coefficients(stats, slice(0, len(problem.targets)))
+    if all(g is None for g in upstream):
+        return SinglePass(loss, stats.logprob, empty_gradients(problem, needs, loss.dtype))
+    return SinglePass(loss, stats.logprob, gradients(upstream))
 
 
 def _recompute(accumulators: _Accumulators, run: slice, stats: TokenStats, upstream: Upstream) -> None:
@@ -447,7 +505,7 @@ def _recompute(accumulators: _Accumulators, run: slice, stats: TokenStats, upstr
         rows = slice(run.start + part.start, run.start + part.stop)
         known = TokenStats(*(None if x is None else x[rows] for x in stats))
         tile = chunks.recall(rows, known)
-        gradient = chunks.engine.gradient(tile, chunks.head, upstream.rows(rows), chunks.weight.dtype)
+        gradient = chunks.engine.gradient(tile, chunks.head, upstream.rows(rows), chunks.operand)
         accumulators.add_exact(rows, tile.targets, gradient, upstream.rows(rows))
 
 
@@ -463,12 +521,18 @@ def _from_kept(accumulators: _Accumulators, rows: slice, kept: Kept, stats: Toke
     value, tail = kept.value * factor.index_select(0, token), kept.tail * factor[:, None]
     stays = value.abs() >= threshold
     few = ~stays
-    tail = _without(tail, token[few], kept.column[few], -value[few])
+    block = accumulators.layout.block.index_select(0, kept.column[few])
+    tail = _without(tail, token[few], block, -value[few])
     left = tail.sum(-1).abs()
     for report in _reports:
         count, largest = int(stays.sum()) + len(counts), threshold.maximum(factor.abs() * rule)
         report.add(left, largest, factor.abs() * slope, count, problem.weight.shape[0])
-    accumulators.add_split(rows, Split(token[stays], kept.column[stays], value[stays], tail))
+    split = Split(token[stays], kept.column[stays], value[stays], tail)
+    if kept.near is None:
+        accumulators.add_split(rows, split)
+    else:
+        accumulators.set_hidden(rows, kept.near * factor[:, None], kept.tail * factor[:, None])
+        accumulators.add_head(rows, split)
     accumulators.add_targets(rows, problem.targets[rows], row_math.target_entry(known, here) * slope)
     accumulators.add_mean(rows, here)
 

@@ -7,9 +7,12 @@ unit gradient: `sweep` with this backend's row engine. In numbers of `2 N H V` f
 Memory: five numbers for each token and split of the vocabulary (forward), `GRADIENT_BYTES` (backward), one chunk of
 logits (single pass), and float32 accumulators of the gradients asked for.
 
+Tail-corrected: `blocks`, with `kernels/triton/sparse.py`.
+
 Deterministic: no kernel adds into memory that another program writes to, so there is one path, and it gives the same
-bits every time. The one sum whose order may vary is PyTorch's `index_add_` of the targets' rows into the weight's
-gradient (float32 atomics on a GPU), which `torch.use_deterministic_algorithms(True)` replaces by a sorted one.
+bits every time. Two sums have an order that may vary (float32 atomics on a GPU), unless
+`torch.use_deterministic_algorithms(True)` asks for one: PyTorch's `index_add_` of the targets' rows into the weight's
+gradient, and the hidden states' gradient of a tail-corrected backward.
 
 Numerics: logits, exponentials and sums are float32. float32 operands are multiplied as PyTorch would multiply them
 (`torch.set_float32_matmul_precision`): in float32, or in tf32 where that is allowed. float16 holds no small
@@ -20,6 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,8 +31,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Options, TokenStats
-from . import sweep
+from ..types import LogitTransform, Options, TokenStats
+from . import blocks, sweep
+from .blocks import Routed
 from .divergence import sweep as divergence_sweep
 from .problem import (
     Coefficients,
@@ -78,8 +83,10 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
-    """The longest group that `single_pass` keeps whole, where the loss reads logprob alone."""
-    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options, ("logprob",), False))
+    """The longest group that `single_pass` keeps whole."""
+    if options.tail is not None and TAIL.takes(hidden, weight, options.transform):
+        return sys.maxsize
+    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options))
 
 
 def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
@@ -90,8 +97,8 @@ def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> 
 
 
 def measure_blocks(problem: Problem, outputs: tuple[str, ...], block: int | None) -> tuple[TokenStats, Tensor | None]:
-    """`TokenStats` of every token and the logsumexp of every block of `block` vocabulary entries, float32
-    `[N, ceil(V / block)]`, from the same pass; `block` is a power of two that divides the tile's columns."""
+    """`TokenStats` of every token and the logsumexp of every block of `block` vocabulary entries without the target's,
+    float32 `[N, ceil(V / block)]`, from the same pass; `block` is a power of two."""
     return _kernels().logprobs.forward(
         problem.hidden,
         problem.weight,
@@ -131,7 +138,7 @@ def single_pass(
 def _kernels() -> Any:
     """The modules of `kernels/triton`; importing them imports Triton."""
     from ..kernels import triton
-    from ..kernels.triton import chunk, logprobs, tile  # noqa: F401  attributes of the namespace package
+    from ..kernels.triton import chunk, logprobs, sparse, tile  # noqa: F401  attributes of the namespace package
 
     return triton
 
@@ -230,7 +237,7 @@ def _add_targets(chunks: sweep.Chunks, tokens: slice, target: Tensor, sums: Grad
 class _Engine:
     """See `sweep.RowEngine`: `kernels/triton/chunk.py` on the sweep's buffer."""
 
-    def buffers(self, problem: Problem | Options, outputs: tuple[str, ...], entropy_gradient: bool) -> int:
+    def buffers(self, problem: Problem | Options) -> int:
         return 1 if problem.chunk_dtype is None else 3  # a float32 gradient of 16-bit logits has no room in their place
 
     def measure(
@@ -259,6 +266,54 @@ class _Engine:
 
 
 ENGINE = _Engine()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tail-corrected backward
+
+
+class _Blocks:
+    """See `blocks.BlockEngine`: the fused forward and `kernels/triton/sparse.py`."""
+
+    def takes(self, hidden: Tensor, weight: Tensor, transform: LogitTransform) -> bool:
+        """Not float16, which cannot hold a small gradient."""
+        return hidden.dtype in (torch.bfloat16, torch.float32) and transform.softcap is None
+
+    def measure(self, problem: Problem, outputs: tuple[str, ...]) -> tuple[TokenStats, Tensor]:
+        stats, block_lse = measure_blocks(problem, outputs, blocks.BLOCK)
+        assert block_lse is not None
+        return stats, block_lse
+
+    def route(self, block_lse: Tensor, lse: Tensor, magnitude: Tensor, threshold: Tensor) -> Routed:
+        return Routed(*_kernels().sparse.route(block_lse, lse, magnitude, threshold))
+
+    def gradient(
+        self, problem: Problem, lse: Tensor, factor: Tensor, routed: Routed, first: int, count: int, out: Tensor
+    ) -> None:
+        _kernels().sparse.listed_gradient(
+            problem.hidden,
+            problem.weight,
+            _contiguous(problem.bias),
+            problem.targets,
+            lse,
+            factor,
+            *routed[:2],
+            first,
+            count,
+            out,
+            slope=problem.transform.slope,
+        )
+
+    def add_weight(self, gradient: Tensor, hidden: Tensor, routed: Routed, first: int, count: int, out: Tensor) -> None:
+        _kernels().sparse.add_weight(gradient, hidden, *routed[:2], first, count, out)
+
+    def add_hidden(self, gradient: Tensor, weight: Tensor, routed: Routed, first: int, count: int, out: Tensor) -> None:
+        ordered = torch.are_deterministic_algorithms_enabled()
+        _kernels().sparse.add_hidden(gradient, weight, *routed[:2], first, count, out, ordered=ordered)
+
+
+TAIL = blocks.Tail(_Blocks(), ENGINE, backward)
+tail_forward, tail_backward, tail_single_pass, tail_blocks = TAIL.forward, TAIL.backward, TAIL.single_pass, TAIL.blocks
 
 
 # ---------------------------------------------------------------------------------------------------------------------
