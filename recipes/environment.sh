@@ -3,9 +3,10 @@
 #
 #   bash recipes/environment.sh VENV EXTRAS        e.g. bash recipes/environment.sh .venv recipes
 #
-# A second run does nothing until pyproject.toml changes. Three variables steer it:
+# A second run does nothing until pyproject.toml or what is compiled changes. Four variables steer it:
 #   PYTHON           the interpreter to make it with (default: the first of python3, python3.14 .. python3.11 that will do)
 #   LOGITLESS_TORCH  pip's arguments for PyTorch, e.g. "torch --index-url <the index of the build you want>"
+#   LOGITLESS_CPU    auto (the default), require or off, as setup.py says
 #   LOGITLESS_CUDA   auto, require or off, as setup.py says (default: auto where there is an NVIDIA GPU, else off, as nvcc
 #                    would take minutes over kernels that cannot run here; the tests build their own)
 set -euo pipefail
@@ -49,7 +50,8 @@ if [ -z "${LOGITLESS_CUDA:-}" ]; then
 fi
 export LOGITLESS_CUDA
 
-key="$(cksum <"$root/pyproject.toml") ${LOGITLESS_TORCH:-} $LOGITLESS_CUDA"
+sources=("$root"/pyproject.toml "$root"/setup.py "$root"/kernels/cpu/{CMakeLists.txt,screen.cpp,screen.h})
+key="$(cat "${sources[@]}" | cksum) ${LOGITLESS_TORCH:-} $LOGITLESS_CUDA ${LOGITLESS_CPU:-}"
 stamp="$venv/logitless-${extras//[^a-z]/-}.stamp"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$root $key" ]; then
     exit 0

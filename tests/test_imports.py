@@ -130,7 +130,8 @@ def test_command_line_names_the_package_that_it_lacks() -> None:
     assert done.stderr == "the command line needs typer: pip install 'logitless[train]'\n"
 
 
-def test_import_takes_no_longer_than_torch_and_a_fifth_of_a_second() -> None:
-    """Processor time, since a loaded machine is slow, not wrong; the least of five."""
-    code = "import time, torch\nstart = time.process_time()\nimport logitless\nprint(time.process_time() - start)"
-    assert min(float(fresh(code)) for _ in range(5)) < 0.2
+def test_import_adds_little_to_torchs() -> None:
+    """A quarter at most, of processor time: a loaded machine takes more of it for both. The least of five."""
+    clock = "time.process_time()"
+    code = f"import time; a = {clock}; import torch; b = {clock}; import logitless; print(({clock} - b) / (b - a))"
+    assert min(float(fresh(code)) for _ in range(5)) < 0.25

@@ -68,7 +68,7 @@ def test_opcheck_token_loss(monkeypatch, softcap, trainable, dtype):
     with library.function_handle(lambda stats, x: x * stats.logprob * stats.entropy) as handle:
         arguments = (
             hidden, weight, bias, targets, [torch.rand(6)], None, handle, [], 1.5, softcap, 0.7, -100,
-            "logprob entropy", needs, "chunked", 200, None, None,
+            "logprob entropy", needs, "chunked", 200, None, None, None,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.logitless.token_loss.default, arguments, test_utils=TESTS)
 

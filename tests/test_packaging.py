@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from cuda_build import needs_compiler
 
 import logitless
 
@@ -28,7 +29,7 @@ def call_hook(
     """A build hook of setuptools, in `folder`, as pip would call it without isolation."""
     code = f"import setuptools.build_meta as b; print(b.{hook}({'' if out is None else repr(str(out))}))"
     command = [sys.executable, "-W", "ignore", "-c", code]
-    environment = {**os.environ, "LOGITLESS_CUDA": cuda, **environment}
+    environment = {**os.environ, "LOGITLESS_CUDA": cuda, "LOGITLESS_CPU": "off", **environment}
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
 
 
@@ -53,8 +54,11 @@ def package_files(folder: Path) -> set[str]:
     kernels = (package / "kernels").resolve()  # which rglob does not enter by a link
     files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed", "kernels/README.md"}
     files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*.py")}
-    files |= {f"kernels/cuda/{p.name}" for p in (kernels / "cuda").iterdir() if p.suffix in (".cu", ".cuh", ".h")}
+    for folder in ("cpu", "cuda"):
+        here = kernels / folder
+        files |= {f"kernels/{folder}/{p.name}" for p in here.iterdir() if p.suffix in (".cu", ".cuh", ".h")}
     assert {"kernels/cuda/rows.cuh", "kernels/cuda/logitless.h", "kernels/cuda/library.py"} <= files
+    assert {"kernels/cpu/screen.h", "kernels/cpu/library.py"} <= files
     return {f"logitless/{name}" for name in files}
 
 
@@ -87,6 +91,8 @@ def test_sdist_holds_everything_and_builds_the_same_wheel(checkout: Path, tmp_pa
     (folder,) = unpacked.iterdir()
     for name in (
         "kernels/cuda/rows_host.cpp",
+        "kernels/cpu/screen.cpp",
+        "kernels/cpu/CMakeLists.txt",
         "kernels/cuda/host/shim.cpp",
         "kernels/cuda/sources.cmake",
         "CMakeLists.txt",
@@ -214,6 +220,41 @@ def test_a_library_that_does_not_build_is_an_error_with_two_ways_out(
     assert done.returncode != 0 and not list(tmp_path.glob("*.whl"))
     assert "did not build (exit code 7" in done.stderr
     assert "LOGITLESS_CUDA=off" in done.stderr and "LOGITLESS_CUDA_ARCHITECTURES" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The CPU library in the wheel
+
+
+@needs_compiler
+def test_wheel_carries_the_cpu_library_where_a_compiler_is(checkout: Path, tmp_path: Path) -> None:
+    """And that finds it."""
+    done = call_hook(checkout, "build_wheel", tmp_path, LOGITLESS_CPU="require")
+    assert done.returncode == 0, done.stdout + done.stderr
+    wheel = tmp_path / done.stdout.split()[-1]
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        archive.extractall(tmp_path / "installed")
+    assert names == package_files(checkout) | {"logitless/kernels/cpu/liblogitless_cpu.so"}
+    code = "from logitless.kernels.cpu import library; print(library.load(library.location()).supported)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "installed")}
+    environment.pop("LOGITLESS_CPU_LIBRARY", None)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() in ("True", "False"), done.stderr
+
+
+def test_require_without_a_compiler_is_an_error(checkout: Path, tmp_path: Path) -> None:
+    done = call_hook(checkout, "build_wheel", tmp_path, LOGITLESS_CPU="require", CXX="no-such-compiler")
+    assert done.returncode != 0 and not list(tmp_path.glob("*.whl"))
+    assert "LOGITLESS_CPU=require, but there is no C++ compiler no-such-compiler in PATH" in done.stderr
+
+
+def test_without_a_compiler_one_line_says_that_the_library_was_skipped(checkout: Path, tmp_path: Path) -> None:
+    done = call_hook(checkout, "build_wheel", tmp_path, LOGITLESS_CPU="auto", CXX="no-such-compiler")
+    assert done.returncode == 0, done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "CPU kernels" in line]
+    assert said == ["logitless: CPU kernels skipped: no C++ compiler no-such-compiler in PATH"]
+    check_wheel(tmp_path / done.stdout.split()[-1], package_files(checkout))
 
 
 def test_what_an_isolated_build_needs(checkout: Path, tmp_path: Path, tools: Path) -> None:

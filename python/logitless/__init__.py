@@ -1,6 +1,7 @@
 """logitless: losses for language-model post-training from hidden states and the output head, never from logits."""
 
 from . import losses, nn
+from .backends.order import vocabulary_order
 from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft
 from .info import info
 from .integrations.transformers import patch, unpatch
@@ -26,5 +27,6 @@ __all__ = [
     "patch",
     "tail_report",
     "unpatch",
+    "vocabulary_order",
 ]
 __version__ = "0.1.0"

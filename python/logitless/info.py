@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import backends
+from .backends import screen
 
 
 def info() -> dict[str, str]:
@@ -29,6 +30,7 @@ def info() -> dict[str, str]:
         found[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
         for name, module in backends.BACKENDS.items():
             found[f"{name} on {device.type}"] = module.supports(device, torch.float32) or "available"
+    found["screened on cpu"] = screen.supports(torch.device("cpu"), torch.float32) or "available"
     return found
 
 

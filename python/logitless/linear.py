@@ -86,6 +86,9 @@ def linear_loss(
         raise ValueError(f"token_weight: a {loss.level} loss ({loss.name}) has no per-token losses to weight")
     if whole and reduction in reduce.OF_SEQUENCES:
         raise ValueError(f"reduction: a {loss.level} loss ({loss.name}) has no per-token losses, got {reduction!r}")
+    if loss.level != "distribution" and (ref_hidden is not None or ref_head is not None):
+        name = "ref_hidden" if ref_hidden is not None else "ref_head"
+        raise ValueError(f"{name}: {loss.name!r} compares no distributions; its inputs are {loss.inputs}")
     reduce.check(reduction, normalizer, max_length)
     ignore_index = Options(**options).ignore_index
     check_ignore_index(ignore_index)
@@ -101,9 +104,6 @@ def linear_loss(
     )
     if loss.level == "distribution":
         return _distribution(batch, ref_hidden, ref_head, reducing)
-    if ref_hidden is not None or ref_head is not None:
-        name = "ref_hidden" if ref_hidden is not None else "ref_head"
-        raise ValueError(f"{name}: {loss.name!r} compares no distributions; its inputs are {loss.inputs}")
     return _token(batch, **reducing) if loss.level == "token" else _of_statistics(batch, reducing)
 
 
@@ -123,25 +123,33 @@ class _Batch:
 def loss_inputs(loss: Loss, given: Mapping[str, Any], tokens: Layout, device: torch.device) -> dict[str, Tensor]:
     """The loss's inputs, checked, one value a token (those of an unpaired loss's sequences as they are).
 
-    Unknown inputs and missing ones are errors; an optional one may be None.
+    Unknown inputs and missing ones are errors; an optional one may be None. So are tokens whose sequences nobody named,
+    where the loss looks at these.
     """
     needed = (*loss.inputs, *loss.sequence_inputs)
     known = (*needed, *loss.optional_inputs)
     for name in given:
         if name not in known:
             takes = ", ".join(known) or "none"
-            raise TypeError(f"linear_loss: {loss.name!r} has no input or option {name!r}; its inputs are {takes}")
+            hint = f"; a hyper-parameter: losses.{type(loss).__name__}({name}=...)" if name in vars(loss) else ""
+            raise TypeError(f"linear_loss: {loss.name!r} has no input or option {name!r}; its inputs are {takes}{hint}")
+    per_sequence = f"[{tokens.sequences}], one number a sequence"
+    shapes = dict.fromkeys(known, f"{list(tokens.mask.shape)}, or {per_sequence}")
+    shapes |= dict.fromkeys(loss.sequence_inputs, per_sequence)
     for name in needed:
         if given.get(name) is None:
-            raise ValueError(f"{name}: {loss.name!r} needs it, a tensor {list(tokens.mask.shape)}, got None")
+            raise ValueError(f"{name}: {loss.name!r} needs it, a tensor {shapes[name]}, got None")
     present = [name for name in known if given.get(name) is not None]
-    constants = {name: _constant(name, given[name], tokens.mask.shape, device) for name in present}
-    return {name: x if name in loss.sequence_inputs else spread(name, x, tokens) for name, x in constants.items()}
+    constants = {name: _constant(name, given[name], shapes[name], device) for name in present}
+    found = {name: x if name in loss.sequence_inputs else spread(name, x, tokens) for name, x in constants.items()}
+    if loss.of_sequences:
+        need_sequences(tokens, f"a loss of whole sequences ({loss.name})")
+    return found
 
 
-def _constant(name: str, value: object, shape: torch.Size, device: torch.device) -> Tensor:
-    """A constant tensor on the tokens' device."""
-    check_tensor(name, value, f"{list(shape)}, or one number a sequence")
+def _constant(name: str, value: object, shape: str, device: torch.device) -> Tensor:
+    """A constant tensor on the tokens' device; `shape` is for the message."""
+    check_tensor(name, value, shape)
     assert isinstance(value, Tensor)
     check_constant(name, value, device)
     return value
@@ -224,7 +232,8 @@ def _distribution(
     """A sweep that sums the divergence, and one that sums the per-token part; values of every token where asked for."""
     if ref_hidden is None:
         raise ValueError(f"ref_hidden: {batch.loss.name!r} needs the reference's hidden states, got None")
-    for name in ("chunk_dtype", "tail_tolerance"):
+    check_tensor("ref_hidden", ref_hidden, "[..., H']")
+    for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
             raise ValueError(f"{name}: {batch.loss.name!r} compares distributions, which does not take it")
     head, reference, options = _heads(batch.weight, ref_head, batch.options)
@@ -322,7 +331,7 @@ class _Sequences:
             return True
         if torch.compiler.is_compiling() or self.count == 0:
             return False
-        backend = backends.BACKENDS[backends.pick(options.backend, self.call.hidden)]
+        backend = backends.STRATEGIES[self.call.strategy()]
         sizes = torch.bincount((self.sequence % self.count)[self.tokens.mask.reshape(-1)], minlength=1)
         return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)
 

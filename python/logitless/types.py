@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 BackendName = Literal["auto", "reference", "chunked", "triton", "cuda"]
-BackwardName = Literal["auto", "recompute", "single_pass", "tail_corrected"]
+BackwardName = Literal["auto", "recompute", "single_pass", "tail_corrected", "screened"]
 Reduction = Literal["none", "sum", "mean"]
 LossReduction = Literal["none", "sum", "mean", "sequence_mean", "mean_of_means", "constant_length"]
 
+#: The names of strategies that approximate gradients.
+TAIL_CORRECTED = ("tail_corrected", "screened")
 #: Of a tail-corrected backward: gradients as far off as bfloat16 arithmetic's, twice at most (docs/tail-corrected.md).
 TAIL_TOLERANCE = 2**-12
 #: The fields of `TokenStats`, in order; the first four carry gradients.
@@ -164,6 +166,7 @@ class Options:
     chunk_bytes: int | None = None
     chunk_dtype: torch.dtype | None = None
     tail_tolerance: float = TAIL_TOLERANCE
+    vocabulary_order: Tensor | None = None
 
     @property
     def transform(self) -> LogitTransform:
@@ -172,7 +175,7 @@ class Options:
     @property
     def tail(self) -> float | None:
         """The tolerance of a tail-corrected backward; None where it is exact, as at a tolerance of 0."""
-        return self.tail_tolerance if self.backward == "tail_corrected" and self.tail_tolerance > 0 else None
+        return self.tail_tolerance if self.backward in TAIL_CORRECTED and self.tail_tolerance > 0 else None
 
 
 class OptionKeywords(TypedDict, total=False):
@@ -188,6 +191,7 @@ class OptionKeywords(TypedDict, total=False):
     chunk_bytes: int | None
     chunk_dtype: torch.dtype | None
     tail_tolerance: float
+    vocabulary_order: Tensor | None
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..types import OUTPUTS, TAIL_TOLERANCE, BackwardName, Options
+from ..types import OUTPUTS, TAIL_CORRECTED, TAIL_TOLERANCE, BackwardName, Options
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,6 +61,7 @@ def check_head(
     if options.chunk_dtype is not None and hidden.dtype == torch.float64:
         raise ValueError(f"chunk_dtype: expected None for float64 inputs, got {options.chunk_dtype}")
     check_tail_tolerance(options)
+    _check_vocabulary_order(options, weight)
     check_ignore_index(options.ignore_index)
     options.transform  # noqa: B018  its own checks run when it is made
 
@@ -71,10 +72,36 @@ def check_tail_tolerance(options: Options) -> None:
         raise TypeError(f"tail_tolerance: expected a number, got {type(value).__name__}")
     if not 0 <= value <= 1:
         raise ValueError(f"tail_tolerance: expected a number in [0, 1], got {value}")
-    if value != TAIL_TOLERANCE and options.backward != "tail_corrected":
+    if value != TAIL_TOLERANCE and options.backward not in TAIL_CORRECTED:
         raise ValueError(
-            f"tail_tolerance: is read by backward='tail_corrected' alone, got backward={options.backward!r}"
+            f"tail_tolerance: is read by backward in {list(TAIL_CORRECTED)} alone, got backward={options.backward!r}"
         )
+
+
+def _check_vocabulary_order(options: Options, weight: Tensor) -> None:
+    order, expected = options.vocabulary_order, f"int64 [{weight.shape[0]}]"
+    if order is None:
+        return
+    check_tensor("vocabulary_order", order, expected)
+    if order.dtype != torch.int64:
+        raise TypeError(f"vocabulary_order: expected {expected}, got {order.dtype}")
+    if order.shape != weight.shape[:1]:
+        raise ValueError(f"vocabulary_order: expected {expected}, got shape {list(order.shape)}")
+    _same_device("vocabulary_order", order, weight)
+    if options.backward not in TAIL_CORRECTED:
+        raise ValueError(
+            f"vocabulary_order: is read by backward in {list(TAIL_CORRECTED)} alone, got backward={options.backward!r}"
+        )
+
+
+def check_permutation(order: Tensor) -> None:
+    """Every entry of the vocabulary once. On a GPU nothing waits for the answer."""
+    known = (order >= 0) & (order < len(order))
+    once = torch.zeros_like(known).index_fill_(0, order.where(known, 0), True).all() & known.all()
+    if order.is_cuda:
+        torch._assert_async(once)
+    elif not once:
+        raise ValueError(f"vocabulary_order: expected a permutation of the {len(order)} vocabulary entries")
 
 
 def check_constant(name: str, value: Tensor, device: torch.device, like: str = "hidden") -> None:

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends import tail
 from ..backends.problem import Coefficients, Gradients, Needs, Problem, Upstream
 from ..types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats, statistics_dtype
-from .checks import check_ids
+from .checks import check_ids, check_permutation
 
 PerTokenLoss = Callable[..., Tensor]
 
@@ -67,11 +66,14 @@ def _problem(
     transform: LogitTransform,
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
+    vocabulary_order: Tensor | None = None,
 ) -> Problem:
     """What a backend sees: the tokens that count."""
+    if vocabulary_order is not None:
+        check_permutation(vocabulary_order)
     if kept is not None:
         hidden, targets = hidden[kept], targets[kept]
-    return Problem(hidden, weight, bias, targets, transform, chunk_bytes, chunk_dtype)
+    return Problem(hidden, weight, bias, targets, transform, chunk_bytes, chunk_dtype, vocabulary_order)
 
 
 def _spread(x: Tensor | None, kept: Tensor | None, like: Tensor) -> Tensor:
@@ -281,35 +283,36 @@ def logprobs_tail(
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
     tail_tolerance: float,
+    vocabulary_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The six statistics as `logprobs`, then the fields of `backends.tail.Kept`."""
+    """The six statistics as `logprobs`, then the backend's `Saved`."""
     kept = _kept(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
     with _no_autocast(hidden.device):
-        found, entries = tail.forward(
-            backends.BACKENDS[backend].ENGINE, problem, tuple(outputs.split()), tail_tolerance
-        )
+        found, saved = backends.STRATEGIES[backend].tail_forward(problem, tuple(outputs.split()), tail_tolerance)
     stats = [_spread(x, kept, hidden) for x in found.stats]
-    counts, by_block = _spread(entries.counts, kept, hidden), _spread(entries.tail, kept, hidden)
-    return (stats[0], stats[1], stats[2], stats[3], stats[4], stats[5], counts, entries.column, entries.value, by_block)
+    counts, column, value, by_block = saved
+    counts, by_block = _spread(counts, kept, hidden), _spread(by_block, kept, hidden)
+    return (stats[0], stats[1], stats[2], stats[3], stats[4], stats[5], counts, column, value, by_block)
 
 
 @logprobs_tail.register_fake
 def _logprobs_tail_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, *_
+    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, backend, *_
 ):
-    dtype = statistics_dtype(hidden.dtype)
+    dtype, transform = statistics_dtype(hidden.dtype), LogitTransform(logit_scale, softcap, temperature)
     *stats, _ = _logprobs_fake(
         hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, False
     )
+    width = backends.STRATEGIES[backend].tail_blocks(hidden, weight, transform)
     entries = torch.library.get_ctx().new_dynamic_size()
     return (
         *stats,
         hidden.new_empty(targets.shape, dtype=torch.int32),
         hidden.new_empty(entries, dtype=torch.int32),
         hidden.new_empty(entries, dtype=dtype),
-        hidden.new_empty((targets.shape[0], tail.blocks(weight.shape[0])), dtype=dtype),
+        hidden.new_empty((targets.shape[0], width), dtype=dtype),
     )
 
 
@@ -321,7 +324,7 @@ def logprobs_tail_backward(
     bias: Tensor | None,
     targets: Tensor,
     stats: Sequence[Tensor | None],
-    entries: Sequence[Tensor],
+    saved: Sequence[Tensor],
     logit_scale: float,
     softcap: float | None,
     temperature: float,
@@ -331,19 +334,19 @@ def logprobs_tail_backward(
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
     tail_tolerance: float,
+    vocabulary_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `logprobs_backward`, from what `logprobs_tail` kept."""
+    """As `logprobs_backward`, from what `logprobs_tail` saved."""
     kept = _kept(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
-    counts, column, value, by_block = entries
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
+    counts, column, value, by_block = saved
     counts, by_block = (x if kept is None else x[kept] for x in (counts, by_block))
     with _no_autocast(hidden.device):
-        gradients = tail.backward(
-            backends.BACKENDS[backend].ENGINE,
+        gradients = backends.STRATEGIES[backend].tail_backward(
             problem,
             TokenStats(*(_take(x, kept) for x in stats)),
-            tail.Kept(counts, column, value, by_block),
+            (counts, column, value, by_block),
             Upstream(*(_take(g, kept) for g in upstream)),
             Needs(*needs),
             tail_tolerance,
@@ -353,31 +356,32 @@ def logprobs_tail_backward(
 
 @logprobs_tail_backward.register_fake
 def _logprobs_tail_backward_fake(  # type: ignore[no-untyped-def]
-    upstream, hidden, weight, bias, targets, stats, entries, logit_scale, softcap, temperature, ignore_index, needs, *_
+    upstream, hidden, weight, bias, targets, stats, saved, logit_scale, softcap, temperature, ignore_index, needs, *_
 ):
     return _empty_like_wanted(hidden, weight, bias, needs)
 
 
 def _save_logprobs_tail(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, *rest = inputs
+    hidden, weight, bias, targets, logit_scale, softcap, temperature, ignore_index, outputs, *rest, order = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[4:])
-    ctx.save_for_backward(hidden, weight, bias, targets, *output[:3], *output[6:])
+    ctx.save_for_backward(hidden, weight, bias, targets, order, *output[:3], *output[6:])
     ctx.transform, ctx.ignore_index = (logit_scale, softcap, temperature), ignore_index
     ctx.outputs, ctx.rest = outputs.split(), rest
 
 
 def _differentiate_logprobs_tail(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     _refuse_double_backward()
-    hidden, weight, bias, targets, logprob, lse, entropy, *entries = ctx.saved_tensors
+    hidden, weight, bias, targets, order, logprob, lse, entropy, *saved = ctx.saved_tensors
     upstream = _upstream(ctx.outputs, grads)
-    found: list[Tensor | None] = [None] * 13
+    found: list[Tensor | None] = [None] * 14
     if all(g is None for g in upstream):
         return tuple(found)
     needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
     stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
+    head = (*ctx.transform, ctx.ignore_index)
     gradients = logprobs_tail_backward(
-        upstream, hidden, weight, bias, targets, stats, entries, *ctx.transform, ctx.ignore_index, needs, *ctx.rest
+        upstream, hidden, weight, bias, targets, stats, saved, *head, needs, *ctx.rest, order
     )
     found[:3] = [g if need else None for g, need in zip(gradients, needs, strict=True)]
     return tuple(found)
@@ -410,6 +414,7 @@ def token_loss(
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
     tail_tolerance: float | None,
+    vocabulary_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of a function's losses over the tokens that count, their log-probs `[N]`, and the sum's gradients for
     hidden, weight and bias, in the statistics' dtype. `function` is a handle of `_functions`, `numbers` its floats;
@@ -419,17 +424,17 @@ def token_loss(
         kept = _grouped(kept, groups)
         groups = groups[kept]
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
+    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
     inputs = [x if kept is None else x[kept] for x in token_inputs]
     names = tuple(outputs.split())
     made = _rebuild(_functions[function], iter(numbers))
     coefficients = _coefficients(made, inputs, names, differentiate=any(needs), per_token=groups is None)
-    module, wanted = backends.BACKENDS[backend], Needs(*needs)
+    module, wanted = backends.STRATEGIES[backend], Needs(*needs)
     with _no_autocast(hidden.device):
         if tail_tolerance is None:
             found = module.single_pass(problem, names, coefficients, groups, wanted)
         else:
-            found = tail.single_pass(module.ENGINE, problem, names, coefficients, groups, wanted, tail_tolerance)
+            found = module.tail_single_pass(problem, names, coefficients, groups, wanted, tail_tolerance)
     loss, logprob, gradients = found
     return (
         loss,
@@ -543,7 +548,7 @@ def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     _refuse_double_backward()
-    found: list[Any] = [None] * 18
+    found: list[Any] = [None] * 19
     found[4] = [None] * ctx.token_inputs
     found[7] = None if ctx.numbers else []  # torch.library takes an empty list for a list of tensors
     if grad is None:

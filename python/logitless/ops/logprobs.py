@@ -26,6 +26,17 @@ class Call(NamedTuple):
         tensors = (self.hidden, self.weight, self.options.bias)
         return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
 
+    @property
+    def tail(self) -> float | None:
+        """The tolerance of a tail-corrected backward; None where there is none."""
+        return self.options.tail if any(self.needs()) else None
+
+    def strategy(self) -> str:
+        """The backend, of `backends.STRATEGIES`."""
+        if self.tail is None:
+            return backends.pick(self.options.backend, self.hidden)
+        return backends.pick_strategy(self.options.backend, self.options.backward, self.hidden)
+
 
 def prepare(
     hidden: Tensor,
@@ -73,6 +84,7 @@ def linear_logprobs(
     chunk_bytes: int | None = None,
     chunk_dtype: torch.dtype | None = None,
     tail_tolerance: float = TAIL_TOLERANCE,
+    vocabulary_order: Tensor | None = None,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
     temperature`, with no `[tokens, vocabulary]` tensor.
@@ -94,13 +106,17 @@ def linear_logprobs(
             "tail_corrected" approximates the gradients of logprob and lse, within a bound that it reports
             (`tail_report`), for little more than the forward's GEMM: docs/tail-corrected.md. Exact where the
             distributions are too flat for it, for entropy's gradient, for mean_logit's, and under a softcap.
+            "screened", on a CPU, has the forward approximate too what carries no probability, for half a GEMM in all.
         chunk_bytes: budget for a chunk's float32 logits. None: 32 MiB on a CPU, 256 MiB elsewhere.
         chunk_dtype: of a chunk's logits, where chunks are used. None: float32 (float64 for float64). torch.bfloat16
             halves their memory traffic on a GPU and rounds every logit by up to 2^-9 of itself (backends/chunked.py
             has the error measured); never a default.
-        tail_tolerance: of "tail_corrected" alone, in [0, 1]: an entry of the logits whose gradient is below
-            `tail_tolerance / 8` times the mean token's is left to its block's mean. 2^-12 has twice the error of
-            bfloat16 arithmetic on a trained model, 2^-13 its own; 0 is exact.
+        tail_tolerance: of these two alone, in [0, 1]: an entry of the logits whose gradient is below
+            `tail_tolerance / 8` times the mean token's is left to its block's mean; where a GPU's kernels take whole
+            blocks of 128 entries, a block below `tail_tolerance` times that. 2^-12 has twice the error of bfloat16
+            arithmetic on a trained model, 2^-13 its own; 0 is exact.
+        vocabulary_order: of these two alone, `[V]` int64, from `logitless.vocabulary_order`: like entries side by
+            side, which a corrected tail is much nearer to. None: the head's own order.
 
     Returns:
         `TokenStats`, each field of `hidden`'s leading shape in float32 (float64 for float64); None where not asked for.
@@ -121,6 +137,7 @@ def linear_logprobs(
         chunk_bytes,
         chunk_dtype,
         tail_tolerance,
+        vocabulary_order,
     )
     outputs = checks.check_outputs(outputs, with_targets=targets is not None)
     call = prepare(hidden, weight, targets, options)
@@ -145,7 +162,7 @@ def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
             outputs=outputs,
         )
     unit = _takes_unit_gradient(call, outputs)
-    backend = backends.pick(options.backend, call.hidden)
+    backend = call.strategy()
     # Without targets any token id serves: the statistics asked for do not depend on it.
     targets = call.hidden.new_zeros(len(call.hidden), dtype=torch.long) if call.targets is None else call.targets
     problem = (
@@ -160,8 +177,8 @@ def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         " ".join(outputs),
     )
     rest = (backend, options.chunk_bytes, options.chunk_dtype)
-    if options.tail is not None and any(call.needs()):
-        found = library.logprobs_tail(*problem, *rest, options.tail)
+    if call.tail is not None:
+        found = library.logprobs_tail(*problem, *rest, call.tail, options.vocabulary_order)
     else:
         found = library.logprobs(*problem, unit, *rest)
     return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, found, strict=False)))

@@ -8,7 +8,7 @@ from typing import NamedTuple, Unpack, get_args
 import torch
 from torch import Tensor
 
-from .. import backends, reduce
+from .. import reduce
 from ..types import OptionKeywords, Options, Reduction
 from . import checks, library
 from .library import PerTokenLoss
@@ -101,7 +101,7 @@ def single_pass(
     """The op on a prepared call. `groups [N]`: tokens of one group must be in one chunk."""
     assert call.targets is not None
     options = call.options
-    backend = backends.pick(options.backend, call.hidden)
+    backend = call.strategy()
 
     def run(handle: int, numbers: list[float]) -> Total:
         loss, logprob, *_ = library.token_loss(
@@ -122,7 +122,8 @@ def single_pass(
             backend,
             options.chunk_bytes,
             options.chunk_dtype,
-            options.tail,
+            call.tail,
+            options.vocabulary_order,
         )
         return Total(loss, logprob)
 

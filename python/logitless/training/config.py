@@ -99,7 +99,7 @@ class TrainOptions:
     )
     backward: str = option(
         "auto",
-        "Strategy of the loss's gradient; tail_corrected approximates it.",
+        "Strategy of the loss's gradient; tail_corrected and screened approximate it.",
         group="Method",
         choices=get_args(BackwardName),
     )

@@ -1,0 +1,91 @@
+"""The compiled library behind screen.h, through ctypes. Nothing is compiled here, and nothing is loaded at import.
+
+The library is `liblogitless_cpu.so` beside this file, where `pip install` puts it. The environment variable
+`LOGITLESS_CPU_LIBRARY` names another, such as one that CMake left in a build folder.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+VARIABLE = "LOGITLESS_CPU_LIBRARY"
+NAME = "liblogitless_cpu.so"
+#: `enum logitless_screen_dtype`.
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Head rows in a panel, tokens in a tile, vocabulary entries in a block of the tail.
+PANEL, TILE, BLOCK = 16, 6, 256
+
+_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
+
+#: What a function returns, then what it takes; tests/test_screen.py holds this and `Screen` against the header.
+SIGNATURES: dict[str, tuple[type | None, ...]] = {
+    "logitless_screen_supported": (_I,),
+    "logitless_screen_pack": (None, _P, _I, _L, _L, _L, _P, _L, _L, _P, _P),
+    "logitless_screen_chunk": (_L, _P, _L, _L, _P, _P, _P, _P, _L),
+}
+
+
+class Screen(ctypes.Structure):
+    """`struct logitless_screen`."""
+
+    _fields_ = (
+        *((name, _P) for name in ("hidden", "weight", "bias", "targets")),
+        *((name, _P) for name in ("order", "places", "panels", "units", "offset")),
+        *((name, _L) for name in ("vocabulary", "depth", "hidden_stride", "weight_stride")),
+        *(("dtype", _I), ("slope", _F), ("largest_unit", _F), ("keep", _F)),
+        *((name, _P) for name in ("logprob", "lse", "rows")),
+    )
+
+    def __init__(self, **values: Tensor | float | None) -> None:
+        """Of tensors the addresses; the caller keeps them alive."""
+        super().__init__(**{name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in values.items()})
+
+
+class Library:
+    """A loaded library."""
+
+    def __init__(self, path: Path) -> None:
+        functions = ctypes.CDLL(str(path))
+        for name, (result, *arguments) in SIGNATURES.items():
+            function = getattr(functions, name)
+            function.restype, function.argtypes = result, arguments
+        self.supported: bool = bool(functions.logitless_screen_supported())
+        self._functions = functions
+
+    def pack(self, weight: Tensor, order: Tensor | None, places: slice, panels: Tensor, units: Tensor) -> None:
+        """Places of the head, `[V, H]` of unit column stride; the first is a multiple of `PANEL`."""
+        head = (weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, weight.stride(0))
+        where = (None if order is None else order.data_ptr(), places.start, places.stop - places.start)
+        self._functions.logitless_screen_pack(*head, *where, panels.data_ptr(), units.data_ptr())
+
+    def chunk(self, screen: Screen, rows: slice, logits: Tensor, counts: Tensor, column: Tensor, value: Tensor) -> int:
+        """How many entries of those tokens were kept; -1 where they are more than `column` and `value` hold."""
+        room = (x.data_ptr() for x in (logits, counts, column, value))
+        tokens = (rows.start, rows.stop - rows.start)
+        return self._functions.logitless_screen_chunk(ctypes.addressof(screen), *tokens, *room, len(column))
+
+
+def location() -> Path | None:
+    """The library that would be loaded, None where there is none."""
+    named = os.environ.get(VARIABLE)
+    if named:
+        return Path(named)
+    beside = Path(__file__).with_name(NAME)
+    return beside if beside.is_file() else None
+
+
+@cache
+def load(path: Path) -> Library:
+    """The library at a path, loaded once.
+
+    Raises:
+        OSError: there is none, or the system cannot load it.
+        AttributeError: it is of another version.
+    """
+    return Library(path)

@@ -1,0 +1,249 @@
+"""Screened gradients on a CPU: the forward, too, computes in full precision what carries probability, and no more.
+
+`kernels/cpu/screen.cpp` makes all logits of a chunk of tokens by a product of 16-bit integers, at twice the speed of
+float32's. Entries with `p_ij >= tolerance / SHARE` are kept; those of them for which an integer's error matters, and
+the target, are computed again from the operands. The kept ones' part of `d logprob / d hidden` is summed on the way. So
+a token leaves its log-prob, its kept entries, the tail's masses by block (`tail` says what a tail is) and that vector,
+`near`; and the backward
+
+    d hidden_i = c_i (near_i + sum_b tail_ib mean_b(weight)) + its target's and its mean logit's part
+    d weight                                                   as `tail.backward` has it
+
+multiplies no matrix of the size of the logits. About 0.5 + e + k s GEMMs of 2 N H V flops, with s the share of the
+entries kept and k what one costs; docs/tail-corrected.md has figures.
+
+A loss of per-token statistics takes the same two functions with the loss in between, over all tokens at once.
+
+`tail_corrected` stands in where this has nothing to offer: float64, a softcap, statistics other than logprob and lse,
+and where the first chunks are too flat. A flat chunk among others is computed again, exactly.
+
+Memory: the head in integers (2 V H bytes), a chunk of float32 logits for each thread, and what is kept: 8 bytes an
+entry, 4 (V / 256 + H) bytes a token.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..types import LogitTransform, Options, TokenStats
+from . import chunked, sweep, tail
+from .order import places as places_of
+from .problem import Coefficients, Forward, Gradients, Needs, Problem, Saved, SinglePass, Upstream
+from .rows import ENGINE
+
+if TYPE_CHECKING:
+    from ..kernels.cpu.library import Library, Screen
+
+STATISTICS = {"logprob", "lse"}
+
+
+def supports(device: torch.device, dtype: torch.dtype) -> str | None:
+    """CPU tensors, where the library is built and the processor has AVX2."""
+    from ..kernels.cpu import library
+
+    if device.type != "cpu":
+        return f"it takes tensors on a CPU, got {device}"
+    path = library.location()
+    if path is None:
+        return "its library is not built: install logitless where there is a C++ compiler (LOGITLESS_CPU=require)"
+    try:
+        supported = library.load(path).supported
+    except (OSError, AttributeError) as error:
+        return f"its library cannot be loaded: {error}"
+    return None if supported else "the processor lacks AVX2, FMA or F16C"
+
+
+def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
+    """No group is too long for `tail_single_pass`: the loss stands between a whole forward and a whole backward."""
+    if _takes(hidden, options.transform, ()):
+        return sys.maxsize
+    return chunked.tokens_at_once(hidden, weight, options)
+
+
+def tail_blocks(hidden: Tensor, weight: Tensor, transform: LogitTransform) -> int:
+    """Numbers that a token leaves: its tail by block, and `near`."""
+    return tail.blocks(weight.shape[0]) + weight.shape[1]
+
+
+def _takes(hidden: Tensor, transform: LogitTransform, outputs: Iterable[str]) -> bool:
+    return hidden.dtype != torch.float64 and transform.softcap is None and STATISTICS.issuperset(outputs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward
+
+
+def tail_forward(problem: Problem, outputs: tuple[str, ...], tolerance: float) -> tuple[Forward, Saved]:
+    """`TokenStats` of every token; its entries that carry probability, the rest by block, and `near`."""
+    found = _screened(problem, tolerance) if _takes(problem.hidden, problem.transform, outputs) else None
+    return _by_entries(problem, outputs, tolerance) if found is None else found
+
+
+def _by_entries(problem: Problem, outputs: tuple[str, ...], tolerance: float) -> tuple[Forward, Saved]:
+    """`tail`'s forward, and `near` from what it kept."""
+    found, saved = chunked.tail_forward(problem, outputs, tolerance)
+    kept = tail.Kept(*saved)
+    return found, (*saved[:3], torch.cat([kept.tail, tail.rows_of_head(problem.weight, kept)], 1))
+
+
+class _Chunk(NamedTuple):
+    """What the kernel found of some tokens."""
+
+    counts: Tensor  # [n] int32; -1: too flat, all of them
+    column: Tensor  # [K] int32
+    value: Tensor  # [K] float32
+
+
+class _Call:
+    """One call's operands as the kernel takes them, and room for its results."""
+
+    def __init__(self, library: Library, problem: Problem, tolerance: float) -> None:
+        from ..kernels.cpu.library import PANEL, TILE
+
+        self.library, self.problem, self.threads = library, problem, torch.get_num_threads()
+        self.hidden, self.weight = _unit_stride(problem.hidden), _unit_stride(problem.weight)
+        self.count, self.vocabulary = len(problem.targets), len(problem.weight)
+        padded = -(-self.vocabulary // PANEL) * PANEL
+        share = (problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES["cpu"]) // self.threads
+        even = -(-self.count // self.threads)
+        tiles = max(1, min(share // (4 * padded * TILE), -(-even // TILE)))
+        self.tokens, self.row = tiles * TILE, padded
+        self.logprob, self.lse = torch.empty(self.count), torch.empty(self.count)
+        self.rows = torch.empty(self.count, tail_blocks(self.hidden, self.weight, problem.transform))
+        self.screen, self._alive = self._packed(padded, tolerance)
+
+    def _packed(self, padded: int, tolerance: float) -> tuple[Screen, tuple[Tensor | None, ...]]:
+        from ..kernels.cpu.library import DTYPES, PANEL, Screen
+
+        problem, order, slope = self.problem, self.problem.vocabulary_order, self.problem.transform.slope
+        panels, units = torch.empty(padded * (-(-self.weight.shape[1] // 2)), dtype=torch.int32), torch.empty(padded)
+        step = -(-self.vocabulary // (self.threads * PANEL)) * PANEL
+        spans = list(sweep.spans(self.vocabulary, step))
+        self._in_threads(lambda places: self.library.pack(self.weight, order, places, panels, units), spans)
+        bias = torch.zeros(self.vocabulary) if problem.bias is None else problem.bias.float().contiguous()
+        by_place = bias if order is None else bias.index_select(0, order)
+        offset = F.pad(by_place * slope, (0, padded - self.vocabulary), value=-torch.inf)
+        targets = problem.targets.contiguous()
+        places = targets if order is None else places_of(order).index_select(0, targets)
+        tensors = dict(
+            **dict(hidden=self.hidden, weight=self.weight, bias=bias, targets=targets, order=order, places=places),
+            **dict(panels=panels, units=units.mul_(slope), offset=offset),
+            **dict(logprob=self.logprob, lse=self.lse, rows=self.rows),
+        )
+        screen = Screen(
+            **tensors,
+            **dict(vocabulary=self.vocabulary, depth=self.weight.shape[1], dtype=DTYPES[self.weight.dtype]),
+            **dict(hidden_stride=self.hidden.stride(0), weight_stride=self.weight.stride(0)),
+            **dict(slope=slope, largest_unit=float(units.max()), keep=tolerance / tail.SHARE),
+        )
+        return screen, tuple(tensors.values())
+
+    def run(self) -> list[_Chunk] | None:
+        """Every token; None where the first chunks are too flat."""
+        spans, scratch = list(sweep.spans(self.count, self.tokens)), SimpleQueue[Tensor]()
+        for _ in range(min(self.threads, len(spans))):
+            scratch.put(torch.empty(self.tokens * self.row))
+
+        def one(rows: slice) -> _Chunk:
+            logits = scratch.get()
+            try:
+                return self._chunk(rows, logits)
+            finally:
+                scratch.put(logits)
+
+        first = self._in_threads(one, spans[: self.threads])
+        if first and all(_is_flat(chunk) for chunk in first):
+            return None
+        return first + self._in_threads(one, spans[self.threads :])
+
+    def _chunk(self, rows: slice, logits: Tensor) -> _Chunk:
+        count = rows.stop - rows.start
+        room = int(tail.MOST_KEPT * count * self.vocabulary)
+        counts, column, value = torch.empty(count).int(), torch.empty(room, dtype=torch.int32), torch.empty(room)
+        kept = self.library.chunk(self.screen, rows, logits, counts, column, value)
+        left = self.rows[rows, : tail.blocks(self.vocabulary)].sum()
+        if kept < 0 or left > tail.MOST_LEFT * self.problem.transform.slope * count:
+            return _Chunk(counts.fill_(-1), column[:0].clone(), value[:0].clone())
+        return _Chunk(counts, column[:kept].clone(), value[:kept].clone())
+
+    def _in_threads(self, work: Callable[[slice], _Chunk | None], spans: list[slice]) -> list:
+        with ThreadPoolExecutor(self.threads) as pool:
+            return list(pool.map(work, spans))
+
+
+def _is_flat(chunk: _Chunk) -> bool:
+    return bool((chunk.counts < 0).any())
+
+
+def _unit_stride(matrix: Tensor) -> Tensor:
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+
+
+def _screened(problem: Problem, tolerance: float) -> tuple[Forward, Saved] | None:
+    from ..kernels.cpu import library
+
+    path = library.location()
+    assert path is not None
+    call = _Call(library.load(path), problem, tolerance)
+    chunks = call.run()
+    if not chunks:
+        return None
+    counts, column, value = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    stats = TokenStats(logprob=call.logprob, lse=call.lse)
+    flat = (counts < 0).nonzero()[:, 0]
+    if len(flat):
+        _recompute(problem, flat, stats)
+        call.rows.index_fill_(0, flat, 0)
+    return Forward(stats, None), (counts, column, value, call.rows)
+
+
+def _recompute(problem: Problem, tokens: Tensor, stats: TokenStats) -> None:
+    """The statistics of tokens that were too flat, exactly."""
+    part = replace(problem, hidden=problem.hidden[tokens], targets=problem.targets[tokens])
+    exact, _ = chunked.forward(part, (), unit_gradient=False)
+    for known, found in zip(stats[:2], exact[:2], strict=True):
+        assert known is not None and found is not None
+        known.index_copy_(0, tokens, found)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Backward
+
+
+def tail_backward(
+    problem: Problem, stats: TokenStats, saved: Saved, upstream: Upstream, needs: Needs, tolerance: float
+) -> Gradients:
+    """Gradients from that."""
+    counts, column, value, rows = saved
+    width = tail.blocks(len(problem.weight))
+    kept = tail.Kept(counts, column, value, rows[:, :width], rows[:, width:])
+    return tail.backward(ENGINE, problem, stats, kept, upstream, needs, tolerance)
+
+
+def tail_single_pass(
+    problem: Problem,
+    outputs: tuple[str, ...],
+    coefficients: Coefficients,
+    groups: Tensor | None,
+    needs: Needs,
+    tolerance: float,
+) -> SinglePass:
+    """The sum of a loss and its gradients: forward, loss and backward, each of all tokens; no group is cut."""
+    found = _screened(problem, tolerance) if _takes(problem.hidden, problem.transform, outputs) else None
+    if found is None and groups is None:
+        return chunked.tail_single_pass(problem, outputs, coefficients, groups, needs, tolerance)
+    (stats, _), saved = found or _by_entries(problem, outputs, tolerance)
+
+    def gradients(upstream: Upstream) -> Gradients:
+        return tail_backward(problem, stats, saved, upstream, needs, tolerance)
+
+    return tail.around_a_loss(problem, stats, coefficients, needs, gradients)

@@ -1,0 +1,485 @@
+"""The screened forward (kernels/cpu, backends/screen.py): its integers' error, its bound, and what it leaves to others.
+
+With the identity for a head, hidden states are logits and `d hidden` is the gradient of the logits itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuda_build import ROOT, build, needs_compiler, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_cuda_library import ctype
+from test_tail import cases, exact_of, gradients, peaked_problem, relative
+from torch import Tensor
+
+from logitless import linear_logprobs, linear_loss, linear_token_loss, tail_report
+from logitless.backends import STRATEGIES, chunked, screen
+from logitless.kernels.cpu import library as cpu_library
+from logitless.losses import DPO
+from logitless.testing import make_problem
+
+pytestmark = needs_compiler
+HEADER = ROOT / "kernels" / "cpu" / "screen.h"
+FLOATING = ("hidden", "weight", "bias", "coefficient")
+SCREENED: dict[str, Any] = {"backward": "screened", "tail_tolerance": 2.0**-8}
+
+
+def built(sanitize: str = "") -> Path:
+    options = ("-DLOGITLESS_CUDA=OFF", "-DLOGITLESS_HOST=OFF", f"-DLOGITLESS_SANITIZE={sanitize}")
+    return build(f"cpu{sanitize}", *options, target="logitless_cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library() -> Iterator[cpu_library.Library]:
+    """This checkout's, not an installed one."""
+    if cpu_library.VARIABLE in os.environ:
+        yield cpu_library.load(Path(os.environ[cpu_library.VARIABLE]))
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cpu_library.VARIABLE, str(built()))
+        loaded = cpu_library.load(built())
+        if not loaded.supported:
+            pytest.skip("the processor lacks AVX2")
+        yield loaded
+
+
+def logit_error(hidden: Tensor, weight: Tensor, slope: float = 1.0) -> Tensor:
+    """`[N]`: what a screened logit is off by at most: half a unit an integer, of rows of 32767 - sqrt(H) / 2 units."""
+    depth = weight.shape[1]
+    units = 32767 - math.sqrt(depth) / 2
+    of_row = math.sqrt(depth) / 2 / units
+    norms = hidden.double().norm(dim=1) * weight.double().norm(dim=1).max()
+    return slope * norms * (2 * of_row + of_row**2 + 1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The library
+
+
+def test_signatures_are_those_of_the_header() -> None:
+    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
+    found = {}
+    for result, name, arguments in re.findall(r"LOGITLESS_API\s+([\w\s*]+?)(\w+)\(([^)]*)\)\s*;", text):
+        parts = [] if arguments.strip() == "void" else arguments.replace("struct logitless_screen", "void").split(",")
+        found[name] = (ctype(result), *(ctype(re.sub(r"\w+$", "", part.strip())) for part in parts))
+    assert found == cpu_library.SIGNATURES
+    codes = dict(re.findall(r"LOGITLESS_SCREEN_(\w+) = (\d+)", text))
+    assert {name: int(code) for name, code in codes.items()} == {
+        str(dtype).removeprefix("torch.").upper(): code for dtype, code in cpu_library.DTYPES.items()
+    }
+
+
+def test_the_structure_is_that_of_the_header(tmp_path: Path) -> None:
+    """Names in order, offsets and size as a compiler has them."""
+    fields = [name for name, _ in cpu_library.Screen._fields_]
+    source = tmp_path / "offsets.c"
+    prints = "".join(f'printf("%zu\\n", offsetof(struct logitless_screen, {name}));' for name in fields)
+    source.write_text(
+        f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\n'
+        f'int main(void) {{ {prints} printf("%zu\\n", sizeof(struct logitless_screen)); return 0; }}\n'
+    )
+    run("cc", "-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", source, "-o", tmp_path / "offsets")
+    found = [int(line) for line in run(tmp_path / "offsets").stdout.split()]
+    ours = [getattr(cpu_library.Screen, name).offset for name in fields]
+    assert found == [*ours, ctypes.sizeof(cpu_library.Screen)] and sorted(ours) == ours
+
+
+def test_nothing_but_the_interface_is_exported() -> None:
+    lines = run("nm", "-D", "--defined-only", built()).stdout.splitlines()
+    assert {line.split()[-1] for line in lines if " T " in line} == set(cpu_library.SIGNATURES)
+
+
+def test_warnings_are_errors() -> None:
+    source = ROOT / "kernels" / "cpu" / "screen.cpp"
+    flags = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-fsyntax-only")
+    run("c++", *flags, "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", source)
+
+
+def test_the_product_keeps_its_sums_in_registers(tmp_path: Path) -> None:
+    """Twelve multiplications and additions a step, none with an operand on the stack."""
+    text = run("objdump", "-d", "--no-show-raw-insn", built()).stdout
+    loops = re.findall(r"(?:.*vpmaddwd.*\n(?:.*\n){0,3}?){12}", text)
+    assert loops and all("rsp" not in loop and "rbp" not in loop for loop in loops)
+
+
+def packed(library: cpu_library.Library, weight: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Integers `[V, H]` in float64, and their units."""
+    rows, pairs = -(-len(weight) // 16) * 16, -(-weight.shape[1] // 2)
+    panels, units = torch.full((rows * pairs,), 77, dtype=torch.int32), torch.full((rows,), math.nan)
+    library.pack(weight, order, slice(0, len(weight)), panels, units)
+    by_row = torch.empty(rows, pairs, dtype=torch.int32)
+    by_row.view(rows // 16, 16, pairs).copy_(panels.view(rows // 16, pairs, 16).transpose(1, 2))
+    return by_row.view(torch.int16).double(), units.double()
+
+
+@settings(max_examples=40)
+@given(
+    vocabulary=st.integers(1, 40),
+    depth=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    power=st.sampled_from([-30, -3, 0, 3, 30]),
+    outlier=st.booleans(),
+    reorder=st.booleans(),
+)
+def test_packed_rows(library, vocabulary, depth, dtype, power, outlier, reorder) -> None:
+    """Each integer is its element to half a unit, whatever the row's size; no row's norm is beyond the budget."""
+    weight = torch.randn(vocabulary, depth) * 10.0 ** (power if dtype != torch.float16 else power / 10)
+    if outlier:
+        weight[:, 0] *= 1e3 if dtype != torch.float16 else 10
+    weight = weight.to(dtype)
+    order = torch.randperm(vocabulary) if reorder else None
+    integers, units = packed(library, weight, order)
+    rows = (weight if order is None else weight[order]).double()
+    assert (integers[vocabulary:] == 0).all() and (units[vocabulary:] == 0).all()
+    assert (integers[:vocabulary, depth:] == 0).all()
+    off = (integers[:vocabulary, :depth] * units[:vocabulary, None] - rows).abs()
+    assert (off <= units[:vocabulary, None] * 0.5001 + rows.abs() * 1e-6).all()
+    assert (integers.norm(dim=1) <= 32767).all()
+
+
+def test_rows_without_a_size() -> None:
+    """Zeros stay zeros; what is not finite makes the unit NaN."""
+    loaded = cpu_library.load(Path(os.environ[cpu_library.VARIABLE]))
+    weight = torch.randn(4, 12)
+    weight[0], weight[1, 3], weight[2, 5] = 0, math.nan, math.inf
+    integers, units = packed(loaded, weight)
+    assert units[0] == 0 and (integers[0] == 0).all()
+    assert units[1:3].isnan().all() and units[3].isfinite()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+@settings(max_examples=60)
+@given(
+    count=st.integers(1, 20),
+    vocabulary=st.integers(1, 700),
+    depth=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    bias=st.booleans(),
+    transform=st.sampled_from([(1.0, 1.0), (0.25, 3.0), (4.0, 0.5)]),
+    spread=st.sampled_from([0.5, 4.0, 20.0]),
+    layout=st.sampled_from(["contiguous", "transposed", "strided"]),
+    chunk=st.sampled_from([None, 1, 40_000]),
+    seed=st.integers(0, 10**6),
+)
+def test_statistics(count, vocabulary, depth, dtype, bias, transform, spread, layout, chunk, seed) -> None:
+    """Within the screen's error of float64's, which only what is not computed again has."""
+    made = make_problem((count,), depth, vocabulary, dtype=dtype, bias=bias, spread=spread, trainable=(), seed=seed)
+    hidden, weight = (laid_out(x, layout).requires_grad_() for x in (made.hidden, made.weight))
+    options = {"bias": made.bias, "logit_scale": transform[0], "temperature": transform[1], "chunk_bytes": chunk}
+    found = linear_logprobs(hidden, weight, made.targets, outputs=("logprob", "lse"), **options, **SCREENED)
+    options = {**options, "bias": None if bias is False else made.bias.double()}
+    head = (made.hidden.double(), made.weight.double(), made.targets)
+    want = linear_logprobs(*head, outputs=("logprob", "lse"), **options, backend="reference")
+    slope = transform[0] / transform[1]
+    rounding = 1e-5 * (1 + want.lse.abs() + want.logprob.abs())
+    for name in ("logprob", "lse"):
+        off = (getattr(found, name).double() - getattr(want, name)).abs()
+        assert (off <= logit_error(made.hidden, made.weight, slope) + rounding).all(), name
+
+
+def laid_out(x: Tensor, layout: str) -> Tensor:
+    if layout == "transposed":
+        return x.T.contiguous().T
+    return torch.stack([x, x], 1)[:, 0] if layout == "strided" else x
+
+
+def test_what_matters_leaves_no_error_of_the_screen() -> None:
+    """At a low tolerance everything that counts is computed again: float32's error is far below an integer's."""
+    problem = peaked_problem(dtype=torch.float32, hidden_size=64)
+    problem["hidden"] *= 4
+    head = (problem["hidden"].requires_grad_(), problem["weight"], problem["targets"])
+    found = linear_logprobs(*head, backward="screened", tail_tolerance=2.0**-20).logprob.detach().double()
+    exact = linear_logprobs(*(x.detach().double() if x.is_floating_point() else x for x in head)).logprob
+    assert (found - exact).abs().max() < 1e-4 < logit_error(head[0].detach(), head[1]).min()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["hidden", "weight", "bias"])
+def test_nan_is_not_hidden(name: str, value: float) -> None:
+    problem = peaked_problem(dtype=torch.float32)
+    problem["bias"] = torch.zeros(2000)
+    problem[name].view(-1)[5] = value
+    hidden = problem["hidden"].requires_grad_()
+    stats = linear_logprobs(hidden, problem["weight"], problem["targets"], bias=problem["bias"], **SCREENED)
+    touched = torch.tensor([name != "hidden"] * 24)
+    touched[0] = True
+    assert stats.logprob[touched].isfinite().logical_not().all() and stats.logprob[~touched].isfinite().all()
+    stats.logprob.sum().backward()
+    assert hidden.grad[touched].isnan().any(1).all() and hidden.grad[~touched].isfinite().all()
+
+
+def test_masked_vocabulary_and_a_masked_target() -> None:
+    problem = peaked_problem(dtype=torch.float32)
+    bias = torch.zeros(2000)
+    bias[100:1900] = -torch.inf
+    problem["targets"][:] = torch.arange(24)
+    problem["targets"][3] = 200
+    hidden, weight = problem["hidden"].requires_grad_(), problem["weight"].requires_grad_()
+    stats = linear_logprobs(hidden, weight, problem["targets"], bias=bias, **SCREENED)
+    exact = linear_logprobs(hidden, weight, problem["targets"], bias=bias)
+    assert stats.logprob[3] == -torch.inf
+    torch.testing.assert_close(stats.logprob, exact.logprob, rtol=0, atol=1e-3)
+    stats.logprob[:3].sum().backward()
+    assert weight.grad[100:1900].abs().max() == 0 and hidden.grad.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+@settings(max_examples=60)
+@given(cases())
+def test_the_bounds_hold_and_rows_keep_their_sum(case: dict[str, Any]) -> None:
+    """To the screen's error, a factor of exp(2 delta) on every probability; where a chunk is flat, all is exact."""
+    case = {name: x.float() if name in FLOATING and x is not None else x for name, x in case.items()}
+    with tail_report() as report:
+        found, of_weight, of_bias = gradients(**case, backward="screened")
+    doubled = {name: x.double() if name in FLOATING and x is not None else x for name, x in case.items()}
+    exact, exact_weight, exact_bias = exact_of(doubled)
+    size = case["coefficient"].double().abs() / case["temperature"]
+    delta = logit_error(case["hidden"], case["weight"], 1 / case["temperature"])
+    error, rounding = found.double() - exact, 2e-5 * size
+    allowed = report.l1_bound * (2 * delta).exp() + (report.left > 0) * size * torch.expm1(2 * delta) + rounding
+    assert (error.abs().sum(-1) <= allowed).all()
+    assert (found.double().sum(-1).abs() <= rounding).all()
+    assert (report.tail_mass <= 1 + 1e-5).all()
+    hidden = case["hidden"].double().abs()
+    assert ((of_weight.double() - exact_weight).abs().sum(0) <= hidden.T @ allowed).all()
+    if of_bias is not None and exact_bias is not None:
+        assert (of_bias.double() - exact_bias).abs().sum() <= allowed.sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_every_gradient_is_tail_correcteds(dtype: torch.dtype) -> None:
+    """Nearly the same entries are kept; for d hidden those too that a small coefficient leaves to d weight's tail."""
+    problem = peaked_problem(dtype=dtype, count=50)
+    problem["bias"] = torch.linspace(-1, 1, 2000).to(dtype)
+    found = {}
+    for backward in ("tail_corrected", "screened"):
+        with tail_report() as report:
+            found[backward] = gradients(**problem, **{**SCREENED, "backward": backward}, chunk_bytes=4 * 2000 * 24)
+        found[backward] = (*found[backward], torch.tensor(float(report.kept)))
+        assert report.exact_tokens == 0
+    for x, y in zip(*found.values(), strict=True):
+        assert x.dtype == y.dtype and relative(x.double(), y.double()) < 0.02
+
+
+def test_an_order_of_the_vocabulary_changes_the_blocks_alone() -> None:
+    """Entries that share a row of the head stand apart in it, and together in the order: their means are exact."""
+    count, vocabulary = 30, 2048
+    kinds = torch.arange(vocabulary) % 4
+    rows = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    weight = rows[kinds] + 1e-4 * torch.randn(vocabulary, 16, generator=torch.Generator().manual_seed(1))
+    hidden = torch.randn(count, 16, generator=torch.Generator().manual_seed(2))
+    bias = torch.full((vocabulary,), -9.0)
+    bias[:40] = 0
+    targets = torch.arange(count)
+    problem = dict(hidden=hidden, weight=weight, bias=bias, targets=targets, coefficient=torch.ones(count))
+    exact = gradients(**problem)
+    order = kinds.argsort(stable=True)
+    plain = gradients(**problem, backward="screened", tail_tolerance=2.0**-6)
+    sorted_ = gradients(**problem, backward="screened", tail_tolerance=2.0**-6, vocabulary_order=order)
+    assert relative(plain[0], exact[0]) > 4e-3 and relative(sorted_[0], exact[0]) < 2e-4
+
+
+def test_flat_distributions_take_the_exact_products() -> None:
+    made = make_problem((40,), 8, 2000, spread=0.5, trainable=())
+    problem = dict(hidden=made.hidden, weight=made.weight, targets=made.targets, coefficient=torch.ones(40))
+    with tail_report() as report:
+        found = gradients(**problem, backward="screened")
+    assert report.exact_tokens == 40
+    for x, y in zip(found[:2], gradients(**problem)[:2], strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_a_flat_chunk_among_others_is_computed_again() -> None:
+    problem = peaked_problem(count=60, dtype=torch.float32)
+    problem["hidden"][24:36] = 0
+    options = {**SCREENED, "chunk_bytes": 4 * 2000 * 12 * torch.get_num_threads()}
+    with tail_report() as report:
+        found = gradients(**problem, **options)
+    assert report.exact_tokens == 12 and len(report.left) == 60
+    exact = gradients(**problem)
+    torch.testing.assert_close(found[0][24:36], exact[0][24:36])
+    for x, y in zip(found[:2], exact[:2], strict=True):
+        assert relative(x, y) < 0.03
+
+
+@pytest.mark.parametrize(
+    "options", [{"softcap": 20.0}, {"outputs": ("logprob", "entropy")}, {"outputs": ("logprob", "correct")}]
+)
+def test_what_it_does_not_take_is_tail_correcteds(options: dict[str, Any]) -> None:
+    problem = peaked_problem(dtype=torch.float32)
+    found = []
+    for backward in ("tail_corrected", "screened"):
+        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        stats = linear_logprobs(hidden, weight, problem["targets"], **options, **{**SCREENED, "backward": backward})
+        loss = stats.logprob.sum() if stats.entropy is None else (stats.logprob + stats.entropy).sum()
+        loss.backward()
+        found.append((stats.logprob.detach(), hidden.grad, weight.grad))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_loss_of_statistics() -> None:
+    """Between a whole forward and a whole backward; ignored tokens cost nothing and are not reported."""
+    problem = peaked_problem(dtype=torch.float32, count=50)
+    problem["targets"][::5] = -100
+    found = []
+    for options in ({}, SCREENED):
+        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        with tail_report() as report:
+            loss = linear_token_loss(
+                hidden, weight, problem["targets"], lambda s: -s.logprob.detach().exp() * s.logprob, **options
+            )
+            loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    assert len(report.left) == 40 and report.exact_tokens == 0
+    assert found[1][1][::5].abs().max() == 0
+    for x, y in zip(*found, strict=True):
+        assert relative(x, y) < 0.03
+
+
+def test_pairs_longer_than_a_chunk() -> None:
+    """No group is cut, and none is too long."""
+    problem = peaked_problem(dtype=torch.float32, count=64)
+    hidden, targets = problem["hidden"].view(4, 16, -1), problem["targets"].view(4, 16)
+    found = []
+    for options in ({}, {**SCREENED, "chunk_bytes": 4 * 2000 * 6}):
+        leaves = [x.clone().requires_grad_() for x in (hidden, problem["weight"])]
+        loss = linear_loss(DPO(), *leaves, targets, ref_logprob=torch.full((4, 16), -2.0), **options).loss
+        loss.backward()
+        found.append((loss.detach(), leaves[0].grad, leaves[1].grad))
+    for x, y in zip(*found, strict=True):
+        assert relative(x, y) < 0.03
+
+
+def test_a_frozen_head_and_frozen_hidden_states() -> None:
+    problem = peaked_problem(dtype=torch.float32)
+    both = gradients(**problem, **SCREENED)
+    for trainable, want in (("hidden", both[0]), ("weight", both[1])):
+        leaves = {name: problem[name].clone().requires_grad_(name == trainable) for name in ("hidden", "weight")}
+        stats = linear_logprobs(leaves["hidden"], leaves["weight"], problem["targets"], **SCREENED)
+        (problem["coefficient"] * stats.logprob).sum().backward()
+        torch.testing.assert_close(leaves[trainable].grad, want)
+
+
+def test_without_a_gradient_the_forward_is_exact() -> None:
+    problem = peaked_problem(dtype=torch.float32)
+    arguments = (problem["hidden"], problem["weight"], problem["targets"])
+    found, exact = linear_logprobs(*arguments, **SCREENED), linear_logprobs(*arguments)
+    assert torch.equal(found.logprob, exact.logprob)
+
+
+def test_no_tokens_and_none_that_counts() -> None:
+    problem = peaked_problem(dtype=torch.float32)
+    problem["targets"][:] = -100
+    assert gradients(**problem, **SCREENED)[1].abs().max() == 0
+    empty = {name: value[:0] if name != "weight" else value for name, value in problem.items()}
+    assert gradients(**empty, **SCREENED)[1].abs().max() == 0
+
+
+def test_the_same_bits_whatever_the_number_of_threads() -> None:
+    problem = peaked_problem(dtype=torch.float32, count=100)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients(**problem, **SCREENED)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_compiled_gradients_are_the_eager_ones() -> None:
+    problem = peaked_problem(dtype=torch.float32)
+
+    def total(hidden: Tensor, weight: Tensor) -> Tensor:
+        stats = linear_logprobs(hidden, weight, problem["targets"], **SCREENED)
+        return (problem["coefficient"] * stats.logprob).sum()
+
+    found = []
+    for function in (total, torch.compile(total, backend="aot_eager", fullgraph=True)):
+        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        function(hidden, weight).backward()
+        found.append((hidden.grad, weight.grad))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where it cannot be used
+
+
+def ask(**options: Any) -> None:
+    problem = peaked_problem(dtype=torch.float32)
+    linear_logprobs(problem["hidden"].requires_grad_(), problem["weight"], problem["targets"], **SCREENED, **options)
+
+
+def test_another_backend_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"backward: 'screened' .* backend='chunked', got backend='triton'"):
+        ask(backend="triton")
+
+
+def test_a_library_that_is_missing_or_of_no_use_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu_library, "location", lambda: None)
+    with pytest.raises(ValueError, match="backward: 'screened' cannot be used: its library is not built"):
+        ask()
+    monkeypatch.setattr(cpu_library, "location", lambda: tmp_path / "none.so")
+    with pytest.raises(ValueError, match="its library cannot be loaded"):
+        ask()
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu_library.load(cpu_library.location()), "supported", False)
+    with pytest.raises(ValueError, match="the processor lacks AVX2"):
+        ask()
+
+
+def test_the_strategy_is_not_a_backend() -> None:
+    assert STRATEGIES["screened"] is screen and screen.chunked is chunked
+    with pytest.raises(ValueError, match="backend: expected one of"):
+        linear_logprobs(torch.randn(2, 3), torch.randn(5, 3), torch.zeros(2).long(), backend="screened")
+
+
+@pytest.mark.slow
+def test_under_the_address_and_undefined_behaviour_sanitizers() -> None:
+    """The property tests of this file again."""
+    runtime = run("c++", "-print-file-name=libasan.so").stdout.strip()
+    environment = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        "ASAN_OPTIONS": "detect_leaks=0",
+        cpu_library.VARIABLE: str(built("address")),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        str(ROOT / "tests" / "test_screen.py"),
+    ]
+    done = subprocess.run(
+        [*command, "-k", "packed_rows or test_statistics or bounds or masked"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=environment,
+    )
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
