@@ -11,16 +11,18 @@ COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:
 
 
 def draw(results: Json, path: Path) -> None:
-    """Four panels in one PNG; a panel whose measurement is missing stays empty."""
+    """Six panels in one PNG; a panel whose measurement is missing stays empty."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9))
+    figure, axes = pyplot.subplots(3, 2, figsize=(12, 13.5))
     kept_against_tolerance(axes[0][0], results.get("curves", {}))
     error_against_kept(axes[0][1], results.get("curves", {}))
     time_against_exact(axes[1][0], results.get("times", {}))
+    error_by_order(axes[2][0], results.get("orders", {}), "entries")
+    error_by_order(axes[2][1], results.get("orders", {}), "blocks of 128")
     runs = results.get("finetune", {}).get("runs", {})
     if runs:
         losses(axes[1][1], runs)
@@ -71,6 +73,28 @@ def _methods(times: Json) -> list[tuple[str, Json, str]]:
     ]
 
 
+def error_by_order(axis: Any, orders: Json, rule: str) -> None:
+    """The larger of the two errors, of the first text measured."""
+    for label, texts in list(orders.items())[:1]:
+        text, found = next(iter(texts.items()))
+        for (name, rows), colour in zip(_drawn(found["orders"]), COLOURS, strict=False):
+            points = [(point["kept"], max(point["errors"])) for point in rows[rule]["points"]]
+            axis.plot(*zip(*points, strict=True), color=colour, label=name)
+        axis.axhline(max(found["equal_error"]), color="black", linewidth=0.5)
+        axis.set(xscale="log", yscale="log", xlabel="share of the logits kept", ylabel="the larger relative error")
+        axis.xaxis.set_minor_formatter("")
+        axis.set_title(f"orders of the vocabulary, {rule}: {text}, {label}", fontsize=10)
+        axis.legend(fontsize=7)
+
+
+def _drawn(orders: Json) -> list[tuple[str, Json]]:
+    """The native order, the best of each way from other tokens of the text, from another text, and from the head."""
+    starts = ("native", "mean probability, another part", "head: clusters", "clusters of logits, another part")
+    names = [name for start in starts for name in orders if name.startswith(start)][:4]
+    others = [name for name in orders if name.startswith("clusters of logits") and "part" not in name]
+    return [(name, orders[name]) for name in [*names, *(x for x in others if "these" not in x)]]
+
+
 def losses(axis: Any, runs: Json, width: int = 10) -> None:
     for (name, values), colour in zip(runs.items(), COLOURS, strict=False):
         smooth = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
@@ -89,8 +113,8 @@ def markdown(results: Json) -> str:
         title = f"## {name}: loss {found['loss']:.2f}, {found['tokens']} tokens"
         note = "Exact in bfloat16: d hidden {:.4f}, d weight {:.4f}.".format(*found["bfloat16"])
         sections += [title, note, _curve(found["points"])]
-    for label, found in results.get("orders", {}).items():
-        sections += [f"## Orders of the vocabulary, {found['text']}, {label}", _orders(found)]
+    for name, found in _each(results.get("orders", {})):
+        sections += [f"## Orders of the vocabulary: {name}, {found['tokens']} tokens", _orders(found)]
     for part in ("times", "flat"):
         for label, texts in results.get(part, {}).items():
             sections += [
@@ -129,10 +153,34 @@ def _exponent(tolerance: float) -> int:
     return round(math.log2(tolerance))
 
 
+def cpu_time(kept: float) -> float:
+    """Of a single pass by entries, over the three GEMMs: docs/tail-corrected.md has the model and its numbers."""
+    return (1 + 0.21 + 2 * 9 * kept + 2 / 256) / 3
+
+
+def gpu_gemms(kept: float) -> float:
+    """Of a forward and a backward by blocks; the exact single pass has 3, recomputing 4."""
+    return 1 + 3 * kept
+
+
 def _orders(found: Json) -> str:
-    orders = [name for name in found if name != "text"]
-    head = ["order", *(f"blocks of {block}" for block in found[orders[0]])]
-    return _table(head, [[name, *(_pair(errors) for errors in found[name].values())] for name in orders])
+    note = "Equal error: that of single entries in the native order at 2^-12, d hidden {:.4f} and d weight {:.4f}."
+    tried, costs = (
+        {"entries": 2.0**-12, "blocks of 128": 2.0**-10, "blocks of 64": 2.0**-10},
+        [cpu_time, *[gpu_gemms] * 2],
+    )
+    head = ["order"]
+    for (rule, tolerance), unit in zip(tried.items(), ("of three GEMMs", "GEMMs", "GEMMs"), strict=True):
+        head += [f"{rule}, errors at 2^{_exponent(tolerance)}", "kept at equal error", unit]
+    rows = []
+    for name, by_rule in found["orders"].items():
+        row = [name]
+        for (rule, tolerance), cost in zip(tried.items(), costs, strict=True):
+            kept = by_rule[rule]["kept_at_equal_error"]
+            row.append(_pair(next(p["errors"] for p in by_rule[rule]["points"] if p["tolerance"] == tolerance)))
+            row += ["", ""] if kept is None else [f"{kept:.4f}", f"{cost(kept):.2f}"]
+        rows.append(row)
+    return note.format(*found["equal_error"]) + "\n\n" + _table(head, rows)
 
 
 def _times(title: str, found: Json) -> str:

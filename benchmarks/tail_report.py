@@ -1,6 +1,7 @@
 """Measures the tail-corrected backward on SmolLM2 and real text; docs/tail-corrected.md reads what it writes.
 
-python -m benchmarks.tail_report curves      share kept, error with and without correction, orders of the vocabulary
+python -m benchmarks.tail_report curves      share kept, error with and without correction
+python -m benchmarks.tail_report orders      of the vocabulary, on tokens that they were not made from
 python -m benchmarks.tail_report times       against the three GEMMs and the exact methods, in turns
 python -m benchmarks.tail_report finetune    loss curves with it and without; resumes after the last finished run
 python -m benchmarks.tail_report plots       the PNG and the tables beside the JSON, from whatever is in it
@@ -27,9 +28,9 @@ from torch import Tensor
 import logitless
 from logitless import linear_logprobs, linear_token_loss
 from logitless.backends import tail
-from logitless.types import TAIL_TOLERANCE, TokenStats
+from logitless.types import TokenStats
 
-from . import environment, tail_data
+from . import environment, tail_data, tail_orders
 from .tail_data import Sample
 
 RESULTS = Path(__file__).resolve().parent / "results" / "tail.json"
@@ -117,21 +118,6 @@ def curves(sample: Sample) -> Json:
     return {"loss": exact.loss, "tokens": len(sample.targets), "bfloat16": exact.of_bfloat16(), "points": points}
 
 
-def orders(sample: Sample) -> Json:
-    """Errors at the default tolerance, the vocabulary in several orders: a block's mean is of other entries then."""
-    p = Exact(sample).p.mean(0)
-    shuffled = torch.randperm(len(p), generator=torch.Generator().manual_seed(0))
-    found = {}
-    for name, order in (("native", None), ("by mean probability", p.argsort(descending=True)), ("random", shuffled)):
-        moved = sample
-        if order is not None:
-            moved = Sample(sample.hidden, sample.weight[order], order.argsort()[sample.targets])
-        exact = Exact(moved)
-        keep = exact.entries(TAIL_TOLERANCE / tail.SHARE)
-        found[name] = {str(block): exact.errors(exact.left(keep, block)) for block in (64, tail.BLOCK, len(p))}
-    return found
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Times
 
@@ -176,41 +162,42 @@ def by_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any)
     return -logprob.mean()
 
 
-def methods(sample: Sample) -> dict[str, Callable[[], Any]]:
-    """What is timed, by name."""
+def methods(sample: Sample, order: Tensor) -> dict[str, Callable[[], Any]]:
+    """What is timed, by name; "ordered" has the vocabulary in `order`."""
 
     def single(hidden: Tensor, weight: Tensor, targets: Tensor, **options: Any) -> Tensor:
         return linear_token_loss(hidden, weight, targets, nll, **options)
 
+    def by(strategy: str, k: int, *, ordered: bool = False) -> Json:
+        options: Json = {"backward": strategy.replace("-", "_"), "tail_tolerance": 2.0**-k}
+        return options | ({"vocabulary_order": order} if ordered else {})
+
     half = Sample(sample.hidden.bfloat16(), sample.weight.bfloat16(), sample.targets)
-    tails: dict[str, Json] = {
-        f"2^-{k}": {"backward": "tail_corrected", "tail_tolerance": 2.0**-k} for k in (10, 11, 12, 13)
-    }
-    default = tails["2^-12"]
     found: dict[str, Callable[[], Any]] = {
         "three GEMMs": partial(three_gemms, sample),
         "materialised": partial(gradients, sample, materialised),
         "single pass": partial(gradients, sample, single),
-    }
-    for name, options in tails.items():
-        found[f"tail-corrected {name}"] = partial(gradients, sample, partial(single, **options))
-    others: dict[str, Callable[[], Any]] = {
         "log-probs, recompute": partial(gradients, sample, by_logprobs),
-        "log-probs, tail-corrected 2^-12": partial(gradients, sample, partial(by_logprobs, **default)),
         "frozen head, two GEMMs": partial(three_gemms, sample, frozen=True),
         "frozen head, single pass": partial(gradients, sample, single, frozen=True),
-        "frozen head, tail-corrected 2^-12": partial(gradients, sample, partial(single, **default), frozen=True),
+        "bfloat16, materialised": partial(gradients, half, materialised),
         "bfloat16, single pass": partial(gradients, half, single),
-        "bfloat16, tail-corrected 2^-12": partial(gradients, half, partial(single, **default)),
     }
-    return found | others
+    for name, tolerances in (("tail-corrected", (10, 12, 13)), ("screened", (9, 10, 12, 13))):
+        for k in tolerances:
+            found[f"{name} 2^-{k}"] = partial(gradients, sample, partial(single, **by(name, k)))
+        found[f"{name} 2^-10, ordered"] = partial(gradients, sample, partial(single, **by(name, 10, ordered=True)))
+        found[f"log-probs, {name} 2^-12"] = partial(gradients, sample, partial(by_logprobs, **by(name, 12)))
+        found[f"frozen head, {name} 2^-12"] = partial(gradients, sample, partial(single, **by(name, 12)), frozen=True)
+        found[f"bfloat16, {name} 2^-12"] = partial(gradients, half, partial(single, **by(name, 12)))
+    return found
 
 
-def flat_methods(sample: Sample) -> dict[str, Callable[[], Any]]:
+def flat_methods(sample: Sample, order: Tensor) -> dict[str, Callable[[], Any]]:
     """An untrained model's near-uniform distributions: the exact path, found out."""
     flat = Sample(0.1 * sample.hidden, sample.weight, sample.targets)
-    made = methods(flat)
-    return {name: made[name] for name in ("three GEMMs", "single pass", "tail-corrected 2^-12")}
+    made = methods(flat, order)
+    return {name: made[name] for name in ("three GEMMs", "single pass", "tail-corrected 2^-12", "screened 2^-12")}
 
 
 def times(made: dict[str, Callable[[], Any]], rounds: int) -> Json:
@@ -229,7 +216,7 @@ def times(made: dict[str, Callable[[], Any]], rounds: int) -> Json:
         found[name] = {"seconds": seconds[name], "cpu_seconds": _cpu_seconds(run)}
         if outcomes[name] is not None:
             found[name]["errors"] = _errors(outcomes[name], outcomes["single pass"])
-        if "tail-corrected" in name:
+        if "2^-" in name:
             with logitless.tail_report() as report:
                 run()
             found[name] |= {
@@ -309,19 +296,39 @@ def run_curves(given: argparse.Namespace, folder: Path) -> None:
         few = Sample(sample.hidden[chosen], sample.weight, sample.targets[chosen])
         found = curves(few) | {"environment": environment.describe()}
         update(given.output, ["curves", given.label, text], found)
-        if text == given.texts[0]:
-            update(given.output, ["orders", given.label], {"text": text, **orders(few)})
         print(f"{given.label} {text}: loss {found['loss']:.3f}", flush=True)
+
+
+def run_orders(given: argparse.Namespace, folder: Path) -> None:
+    """An order is made from other tokens of a text, from other texts, and from the model as it was at first."""
+    first = tail_data.model_folder(given.work)
+    for text in given.texts:
+        whole = tail_data.sample(folder, text, 4096, given.work / "hidden")
+        sample, others = tail_orders.split(whole, given.tokens)
+        sources = {"another part": tail_orders.Source(whole.weight, others)}
+        for name in tail_data.TEXTS:
+            if name != text:
+                other = tail_data.sample(folder, name, 4096, given.work / "hidden")
+                sources[name] = tail_orders.Source(other.weight, other.hidden[: len(others)])
+        if folder != first:
+            before = tail_data.sample(first, text, 4096, given.work / "hidden")
+            sources["another part, before"] = tail_orders.Source(before.weight, before.hidden[-len(others) :])
+        found = tail_orders.measure(sample, sources, partial(print, f"{given.label} {text}", flush=True))
+        update(given.output, ["orders", given.label, text], found | {"environment": environment.describe()})
 
 
 def run_times(given: argparse.Namespace, folder: Path) -> None:
     for text in given.texts:
         sample = tail_data.sample(folder, text, given.tokens, given.work / "hidden")
+        other = tail_data.sample(
+            folder, next(name for name in tail_data.TEXTS if name != text), 4096, given.work / "hidden"
+        )
+        order = logitless.vocabulary_order(sample.weight, other.hidden)
         for part, make in (("times", methods), ("flat", flat_methods)):
             if part == "flat" and text != given.texts[0]:
                 continue
             found = {"environment": environment.describe(), "tokens": given.tokens}
-            found["methods"] = times(make(sample), given.rounds)
+            found["methods"] = times(make(sample, order), given.rounds)
             update(given.output, [part, given.label, text], found)
             base = min(found["methods"]["three GEMMs"]["seconds"])
             for name, row in found["methods"].items():
@@ -343,12 +350,12 @@ def run_finetune(given: argparse.Namespace, folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("command", choices=("curves", "times", "finetune", "plots"))
+    add("command", choices=("curves", "orders", "times", "finetune", "plots"))
     add("--work", type=Path, default=Path("runs/tail"))
     add("--model", type=Path, help="folder of a Transformers model (default: SmolLM2)")
     add("--label", default="as released", help="its name in the results")
     add("--texts", nargs="+", choices=list(tail_data.TEXTS), default=list(tail_data.TEXTS))
-    add("--tokens", type=int, help="of each text (default 1024 for curves, 4096 for times)")
+    add("--tokens", type=int, help="of each text (default 1024, 4096 for times)")
     add("--rounds", type=int, default=4)
     add("--steps", type=int, default=300)
     add("--seeds", type=int, nargs="+", default=[0, 1])
@@ -357,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--lr", type=float, default=5e-5)
     add("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
-    given.tokens = given.tokens or {"curves": 1024, "times": 4096}.get(given.command)
+    given.tokens = given.tokens or {"times": 4096}.get(given.command, 1024)
     if given.command == "plots":
         from . import tail_plots
 
@@ -365,7 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         given.output.with_suffix(".md").write_text(tail_plots.markdown(results))
         return tail_plots.draw(results, given.output.with_suffix(".png"))
     folder = given.model or tail_data.model_folder(given.work)
-    {"curves": run_curves, "times": run_times, "finetune": run_finetune}[given.command](given, folder)
+    runs = {"curves": run_curves, "orders": run_orders, "times": run_times, "finetune": run_finetune}
+    runs[given.command](given, folder)
 
 
 if __name__ == "__main__":
