@@ -180,7 +180,6 @@ def methods(sample: Sample, order: Tensor) -> dict[str, Callable[[], Any]]:
         "log-probs, recompute": partial(gradients, sample, by_logprobs),
         "frozen head, two GEMMs": partial(three_gemms, sample, frozen=True),
         "frozen head, single pass": partial(gradients, sample, single, frozen=True),
-        "bfloat16, materialised": partial(gradients, half, materialised),
         "bfloat16, single pass": partial(gradients, half, single),
     }
     for name, tolerances in (("tail-corrected", (10, 12, 13)), ("screened", (9, 10, 12, 13))):

@@ -110,48 +110,72 @@ class _Call:
         from ..kernels.cpu.library import PANEL, TILE
 
         self.library, self.problem, self.threads = library, problem, torch.get_num_threads()
-        self.hidden, self.weight = _unit_stride(problem.hidden), _unit_stride(problem.weight)
         self.count, self.vocabulary = len(problem.targets), len(problem.weight)
-        padded = -(-self.vocabulary // PANEL) * PANEL
+        self.padded = -(-self.vocabulary // PANEL) * PANEL
         share = (problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES["cpu"]) // self.threads
         even = -(-self.count // self.threads)
-        tiles = max(1, min(share // (4 * padded * TILE), -(-even // TILE)))
-        self.tokens, self.row = tiles * TILE, padded
+        self.tokens = TILE * max(1, min(share // (4 * self.padded * TILE), -(-even // TILE)))
         self.logprob, self.lse = torch.empty(self.count), torch.empty(self.count)
-        self.rows = torch.empty(self.count, tail_blocks(self.hidden, self.weight, problem.transform))
-        self.screen, self._alive = self._packed(padded, tolerance)
+        self.rows = torch.empty(self.count, tail_blocks(problem.hidden, problem.weight, problem.transform))
+        self.tensors: dict[str, Tensor | None] = self._tensors()  # the kernel has their addresses alone
+        self.screen = self._screen(tolerance)
 
-    def _packed(self, padded: int, tolerance: float) -> tuple[Screen, tuple[Tensor | None, ...]]:
-        from ..kernels.cpu.library import DTYPES, PANEL, Screen
+    def _tensors(self) -> dict[str, Tensor | None]:
+        problem, targets = self.problem, self.problem.targets.contiguous()
+        order = None if problem.vocabulary_order is None else problem.vocabulary_order.contiguous()
+        bias = None if problem.bias is None else problem.bias.float().contiguous()
+        weight = _unit_stride(problem.weight)
+        panels, units = self._packed(weight, order)
+        by_place = torch.zeros(self.vocabulary) if bias is None else bias
+        by_place = (by_place if order is None else by_place.index_select(0, order)) * problem.transform.slope
+        return {
+            "hidden": _unit_stride(problem.hidden),
+            "weight": weight,
+            "bias": bias,
+            "targets": targets,
+            "order": order,
+            "places": targets if order is None else places_of(order).index_select(0, targets),
+            "panels": panels,
+            "units": units,
+            "offset": F.pad(by_place, (0, self.padded - self.vocabulary), value=-torch.inf),
+            "logprob": self.logprob,
+            "lse": self.lse,
+            "rows": self.rows,
+        }
 
-        problem, order, slope = self.problem, self.problem.vocabulary_order, self.problem.transform.slope
-        panels, units = torch.empty(padded * (-(-self.weight.shape[1] // 2)), dtype=torch.int32), torch.empty(padded)
+    def _packed(self, weight: Tensor, order: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The head in integers, and their units in logits."""
+        from ..kernels.cpu.library import PANEL
+
+        panels = torch.empty(self.padded * (-(-weight.shape[1] // 2)), dtype=torch.int32)
+        units = torch.empty(self.padded)
         step = -(-self.vocabulary // (self.threads * PANEL)) * PANEL
-        spans = list(sweep.spans(self.vocabulary, step))
-        self._in_threads(lambda places: self.library.pack(self.weight, order, places, panels, units), spans)
-        bias = torch.zeros(self.vocabulary) if problem.bias is None else problem.bias.float().contiguous()
-        by_place = bias if order is None else bias.index_select(0, order)
-        offset = F.pad(by_place * slope, (0, padded - self.vocabulary), value=-torch.inf)
-        targets = problem.targets.contiguous()
-        places = targets if order is None else places_of(order).index_select(0, targets)
-        tensors = dict(
-            **dict(hidden=self.hidden, weight=self.weight, bias=bias, targets=targets, order=order, places=places),
-            **dict(panels=panels, units=units.mul_(slope), offset=offset),
-            **dict(logprob=self.logprob, lse=self.lse, rows=self.rows),
+        parts = list(sweep.spans(self.vocabulary, step))
+        self._in_threads(lambda places: self.library.pack(weight, order, places, panels, units), parts)
+        return panels, units.mul_(self.problem.transform.slope)
+
+    def _screen(self, tolerance: float) -> Screen:
+        from ..kernels.cpu.library import DTYPES, Screen
+
+        hidden, weight, units = (self.tensors[name] for name in ("hidden", "weight", "units"))
+        assert hidden is not None and weight is not None and units is not None
+        return Screen(
+            vocabulary=self.vocabulary,
+            depth=weight.shape[1],
+            hidden_stride=hidden.stride(0),
+            weight_stride=weight.stride(0),
+            dtype=DTYPES[weight.dtype],
+            slope=self.problem.transform.slope,
+            largest_unit=float(units.max()),
+            keep=tolerance / tail.SHARE,
+            **self.tensors,
         )
-        screen = Screen(
-            **tensors,
-            **dict(vocabulary=self.vocabulary, depth=self.weight.shape[1], dtype=DTYPES[self.weight.dtype]),
-            **dict(hidden_stride=self.hidden.stride(0), weight_stride=self.weight.stride(0)),
-            **dict(slope=slope, largest_unit=float(units.max()), keep=tolerance / tail.SHARE),
-        )
-        return screen, tuple(tensors.values())
 
     def run(self) -> list[_Chunk] | None:
         """Every token; None where the first chunks are too flat."""
         spans, scratch = list(sweep.spans(self.count, self.tokens)), SimpleQueue[Tensor]()
         for _ in range(min(self.threads, len(spans))):
-            scratch.put(torch.empty(self.tokens * self.row))
+            scratch.put(torch.empty(self.tokens * self.padded))
 
         def one(rows: slice) -> _Chunk:
             logits = scratch.get()
