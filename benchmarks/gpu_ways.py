@@ -152,7 +152,9 @@ def _own() -> Iterator[Way]:
         if backend in ("auto", "reference"):
             continue
         for backward in get_args(BackwardName)[1:]:
-            yield Way(f"{backend}, {backward}", "logitless", partial(logitless_nll, backend=backend, backward=backward))
+            if backward != "screened":  # a CPU's
+                loss = partial(logitless_nll, backend=backend, backward=backward)
+                yield Way(f"{backend}, {backward}", "logitless", loss)
         frozen = partial(logitless_nll, backend=backend, backward="single_pass")
         yield Way(f"{backend}, frozen head", "logitless", frozen, frozen=True)
 
