@@ -20,14 +20,17 @@ import torch
 from cuda_build import ROOT, build, needs_compiler, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import loss_inputs
 from test_cuda_library import ctype
+from test_every_loss import B, Batch, T
+from test_every_loss import run as run_loss
 from test_tail import cases, exact_of, gradients, peaked_problem, relative
 from torch import Tensor
 
-from logitless import linear_logprobs, linear_loss, linear_token_loss, tail_report
+from logitless import linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
 from logitless.backends import STRATEGIES, chunked, screen
 from logitless.kernels.cpu import library as cpu_library
-from logitless.losses import DPO
+from logitless.losses import DPO, Loss
 from logitless.testing import make_problem
 
 pytestmark = needs_compiler
@@ -483,3 +486,27 @@ def test_under_the_address_and_undefined_behaviour_sanitizers() -> None:
         env=environment,
     )
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every loss
+
+
+def peaked_batch(loss: Loss) -> Batch:
+    """Rows of sequences with likely targets, whose products are taken in two parts."""
+    made = peaked_problem(dtype=torch.float32, count=B * T)
+    targets = made["targets"].view(B, T)
+    targets[torch.arange(T) >= torch.tensor([5, 3, 4, 1, 5, 2])[:, None]] = -100
+    inputs = loss_inputs(loss, B, T, 16, torch.Generator().manual_seed(3), dtype=torch.float32)
+    return Batch(made["hidden"].view(B, T, -1), made["weight"], targets, inputs)
+
+
+@pytest.mark.parametrize("backward", ["tail_corrected", "screened"])
+@pytest.mark.parametrize("name", [name for name in losses.names() if losses.get(name).level != "distribution"])
+def test_every_loss_takes_it(name: str, backward: str) -> None:
+    batch = peaked_batch(losses.get(name))
+    exact = run_loss(name, batch)
+    found = run_loss(name, batch, **{**SCREENED, "backward": backward})
+    assert relative(found[0], exact[0]) < 1e-3
+    for x, y in zip(found[1:], exact[1:], strict=True):
+        assert relative(x, y) < 0.05 or y.norm() == 0
