@@ -324,10 +324,12 @@ def run_times(given: argparse.Namespace, folder: Path) -> None:
         )
         order = logitless.vocabulary_order(sample.weight, other.hidden)
         for part, make in (("times", methods), ("flat", flat_methods)):
-            if part == "flat" and text != given.texts[0]:
+            if part == "flat" and (text != given.texts[0] or given.methods):
                 continue
             found = {"environment": environment.describe(), "tokens": given.tokens}
-            found["methods"] = times(make(sample, order), given.rounds)
+            wanted = ("three GEMMs", "single pass", *given.methods)
+            made = {name: run for name, run in make(sample, order).items() if not given.methods or name in wanted}
+            found["methods"] = times(made, given.rounds)
             update(given.output, [part, given.label, text], found)
             base = min(found["methods"]["three GEMMs"]["seconds"])
             for name, row in found["methods"].items():
@@ -356,6 +358,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--texts", nargs="+", choices=list(tail_data.TEXTS), default=list(tail_data.TEXTS))
     add("--tokens", type=int, help="of each text (default 1024, 4096 for times)")
     add("--rounds", type=int, default=4)
+    add("--methods", nargs="+", default=[], help="of times: these, the three GEMMs and the single pass")
     add("--steps", type=int, default=300)
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--batch", type=int, default=2, help="sequences of a step")
