@@ -24,7 +24,7 @@ from loss_cases import loss_inputs
 from test_cuda_library import ctype
 from test_every_loss import B, Batch, T
 from test_every_loss import run as run_loss
-from test_tail import cases, exact_of, gradients, peaked_problem, relative
+from test_tail import cases, check_compiled, exact_of, gradients, peaked_problem, relative
 from torch import Tensor
 
 from logitless import linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
@@ -410,19 +410,7 @@ def test_the_same_bits_whatever_the_number_of_threads() -> None:
 
 
 def test_compiled_gradients_are_the_eager_ones() -> None:
-    problem = peaked_problem(dtype=torch.float32)
-
-    def total(hidden: Tensor, weight: Tensor) -> Tensor:
-        stats = linear_logprobs(hidden, weight, problem["targets"], **SCREENED)
-        return (problem["coefficient"] * stats.logprob).sum()
-
-    found = []
-    for function in (total, torch.compile(total, backend="aot_eager", fullgraph=True)):
-        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
-        function(hidden, weight).backward()
-        found.append((hidden.grad, weight.grad))
-    for x, y in zip(*found, strict=True):
-        torch.testing.assert_close(x, y)
+    check_compiled(SCREENED)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

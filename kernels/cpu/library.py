@@ -7,12 +7,13 @@ The library is `liblogitless_cpu.so` beside this file, where `pip install` puts 
 from __future__ import annotations
 
 import ctypes
-import os
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .. import loading
 
 VARIABLE = "LOGITLESS_CPU_LIBRARY"
 NAME = "liblogitless_cpu.so"
@@ -73,11 +74,7 @@ class Library:
 
 def location() -> Path | None:
     """The library that would be loaded, None where there is none."""
-    named = os.environ.get(VARIABLE)
-    if named:
-        return Path(named)
-    beside = Path(__file__).with_name(NAME)
-    return beside if beside.is_file() else None
+    return loading.location(VARIABLE, Path(__file__).with_name(NAME))
 
 
 @cache

@@ -8,13 +8,14 @@ The library is `liblogitless_cuda.so` beside this file, where `pip install` puts
 from __future__ import annotations
 
 import ctypes
-import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from .. import loading
 
 VARIABLE = "LOGITLESS_CUDA_LIBRARY"
 NAME = "liblogitless_cuda.so"
@@ -110,11 +111,7 @@ def _argument(value: Tensor | torch.dtype | float | None) -> float | None:
 
 def location() -> Path | None:
     """The library that would be loaded, None where there is none."""
-    named = os.environ.get(VARIABLE)
-    if named:
-        return Path(named)
-    beside = Path(__file__).with_name(NAME)
-    return beside if beside.is_file() else None
+    return loading.location(VARIABLE, Path(__file__).with_name(NAME))
 
 
 @cache
