@@ -94,8 +94,10 @@ def _check_vocabulary_order(options: Options, weight: Tensor) -> None:
         )
 
 
-def check_permutation(order: Tensor) -> None:
+def check_permutation(order: Tensor | None) -> None:
     """Every entry of the vocabulary once. On a GPU nothing waits for the answer."""
+    if order is None:
+        return
     known = (order >= 0) & (order < len(order))
     once = torch.zeros_like(known).index_fill_(0, order.where(known, 0), True).all() & known.all()
     if order.is_cuda:

@@ -69,8 +69,6 @@ def _problem(
     vocabulary_order: Tensor | None = None,
 ) -> Problem:
     """What a backend sees: the tokens that count."""
-    if vocabulary_order is not None:
-        check_permutation(vocabulary_order)
     if kept is not None:
         hidden, targets = hidden[kept], targets[kept]
     return Problem(hidden, weight, bias, targets, transform, chunk_bytes, chunk_dtype, vocabulary_order)
@@ -286,6 +284,7 @@ def logprobs_tail(
     vocabulary_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The six statistics as `logprobs`, then the backend's `Saved`."""
+    check_permutation(vocabulary_order)
     kept = _kept(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
     problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
@@ -419,6 +418,7 @@ def token_loss(
     """The sum of a function's losses over the tokens that count, their log-probs `[N]`, and the sum's gradients for
     hidden, weight and bias, in the statistics' dtype. `function` is a handle of `_functions`, `numbers` its floats;
     tokens of one of the `groups [N]` are seen together. `tail_tolerance`: of a tail-corrected gradient; None: exact."""
+    check_permutation(vocabulary_order)
     kept = _kept(targets, ignore_index, weight.shape[0])
     if groups is not None:
         kept = _grouped(kept, groups)
