@@ -531,6 +531,40 @@ def test_no_second_chunk_is_allocated(backend):
     assert for_bfloat16.data_ptr() == raw.data_ptr() and for_bfloat16.stride() == (128, 1)
 
 
+def summed(stats: TokenStats) -> torch.Tensor:
+    return torch.stack([x for x in stats if x is not None]).sum(0)
+
+
+@pytest.mark.parametrize("outputs", [("logprob",), ("logprob", "lse", "entropy")])
+@pytest.mark.parametrize("backward", ["recompute", "single_pass"])
+def test_one_chunk_rounds_the_heads_gradient_once(monkeypatch, backend, backward, outputs):
+    """bfloat16: the product that makes it writes it, targets and all; within the budget of materialised bfloat16."""
+    monkeypatch.setattr(backends.sweep, "has_bfloat16_units", lambda: True)
+    problem = make_problem((40,), 16, 300, dtype=torch.bfloat16, bias=True, ignored=0.2)
+    problem.targets[:20] = 7  # a sum in bfloat16 would lose most of them
+
+    def ours(p):
+        p = moved(p, DEVICE)
+        options = dict(outputs=outputs, reduction="sum", backward=backward, backend="cuda")
+        return linear_token_loss(p.hidden, p.weight, p.targets, summed, bias=p.bias, **options).cpu()
+
+    def theirs(p):
+        return torch.where(p.targets != -100, summed(materialised(p, outputs=outputs)), 0).sum()
+
+    made: list[torch.dtype] = []
+    finish = backends.sweep.Accumulators.finish
+
+    def watched(self):
+        found = finish(self)
+        made.append(found.weight.dtype)
+        return found
+
+    monkeypatch.setattr(backends.sweep.Accumulators, "finish", watched)
+    with poison_empty():
+        assert_matches_float64(ours, theirs, problem)
+    assert made == [torch.bfloat16]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="the suites' tensors are the CPU's")
 def test_the_suites_of_the_ops(library):

@@ -62,13 +62,13 @@ def test_opcheck_logprobs_backward(needs, entropy):
 def test_opcheck_token_loss(monkeypatch, softcap, trainable, dtype):
     # The gradients among the op's outputs are private: the last backward scales them in place, as a compiled one may
     # not. opcheck compares every output afterwards.
-    monkeypatch.setattr(library, "_scaled", lambda gradient, factor: gradient * factor)
+    monkeypatch.setattr(library, "_scaled", lambda gradient, factor, dtype: (gradient * factor).to(dtype))
     hidden, weight, bias, targets = problem(trainable, dtype=dtype)
     needs = [name in trainable for name in ("hidden", "weight", "bias")]
     with library.function_handle(lambda stats, x: x * stats.logprob * stats.entropy) as handle:
         arguments = (
             hidden, weight, bias, targets, [torch.rand(6)], None, handle, [], 1.5, softcap, 0.7, -100,
-            "logprob entropy", needs, "chunked", 200, None, None, None,
+            "logprob entropy", needs, "chunked", 200, None, None, None, dtype == torch.bfloat16,
         )  # fmt: skip
         torch.library.opcheck(torch.ops.logitless.token_loss.default, arguments, test_utils=TESTS)
 

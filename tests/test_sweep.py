@@ -3,6 +3,8 @@ or that row operations take, at a time. A CPU's own layout and sizes are what ev
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case, cases
@@ -13,7 +15,7 @@ from logitless import linear_divergence, linear_logprobs, linear_token_loss
 from logitless.backends import divergence, rows, sweep
 from logitless.backends.problem import Problem, Upstream
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised, watch_allocations
-from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform
+from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform, Options
 
 patched = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -127,9 +129,9 @@ def test_a_copy_of_the_head_serves_the_products():
     """Where one was asked for; it is made once."""
     p = make_problem((3,), 4, 8, dtype=torch.float16, trainable=())
     chunks = sweep.Chunks(rows.ENGINE, Problem(p.hidden, p.weight, None, p.targets, LogitTransform()), ())
-    assert chunks.head_at_hand is p.weight
+    assert chunks.head_at_hand(torch.float32) is p.weight
     assert chunks.weight.dtype == torch.float32
-    assert chunks.head_at_hand is chunks.weight
+    assert chunks.head_at_hand(torch.float32) is chunks.weight is not p.weight
 
 
 def test_rows_need_no_second_chunk_for_the_entropy(monkeypatch):
@@ -141,3 +143,120 @@ def test_rows_need_no_second_chunk_for_the_entropy(monkeypatch):
         tile = rows.ENGINE.measure(z, head, targets, OUTPUTS, None)
         rows.ENGINE.gradient(tile, head, Upstream(entropy=torch.ones(64)), torch.float32)
     assert seen.peak <= 2.5 * 2**16 < z.numel() * z.itemsize / 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many tokens a chunk has
+
+
+def tokens_of(hidden_size: int, vocabulary: int, trainable: bool, **options) -> int:
+    """On an accelerator ("meta" is none of the devices with a rule of its own), bfloat16."""
+    hidden, weight = (torch.empty(n, hidden_size, dtype=torch.bfloat16, device="meta") for n in (1, vocabulary))
+    return sweep.chunk_tokens(hidden, weight, Options(**options), trainable=trainable)
+
+
+@pytest.mark.parametrize(
+    ("hidden_size", "vocabulary", "trainable", "frozen"),
+    [(576, 49152, 1280, 1280), (2304, 256000, 2304, 256), (4096, 151936, 4096, 384), (4096, 128256, 4096, 512)],
+)
+def test_a_gpus_chunk_is_as_large_as_the_heads_gradient(hidden_size, vocabulary, trainable, frozen):
+    """H tokens, or 256 MiB of logits where that is more; whole tiles of 128."""
+    assert tokens_of(hidden_size, vocabulary, True) == trainable
+    assert tokens_of(hidden_size, vocabulary, False) == frozen
+
+
+def test_chunk_bytes_rules():
+    assert tokens_of(4096, 128256, True, chunk_bytes=128256 * 4 * 700) == 640
+    assert tokens_of(4096, 128256, True, chunk_bytes=128256 * 4 * 100) == 96  # below a tile: in steps of 16
+    assert tokens_of(4096, 128256, True, chunk_bytes=128256 * 4 * 9) == 9
+    assert tokens_of(4096, 128256, True, chunk_bytes=1) == 1
+    assert tokens_of(4096, 128256, True, chunk_bytes=128256 * 2 * 700, chunk_dtype=torch.bfloat16) == 640
+
+
+@given(count=st.integers(0, 20_000), most=st.integers(1, 5000), device=st.sampled_from(["cpu", "cuda"]))
+def test_chunks_are_equal(count, most, device):
+    """The fewest chunks there can be, all but the last of one size, which is whole steps unless nothing else fits."""
+    size = sweep.equal_chunks(count, most, device)
+    step = 16 if device == "cpu" else 128
+    sizes = [rows.stop - rows.start for rows in sweep.spans(count, size)]
+    assert sum(sizes) == count and all(x == size for x in sizes[:-1])
+    assert 1 <= size <= most and len(sizes) == -(-count // most)
+    if len(sizes) > 1:
+        assert size % step == 0 or size == most
+        assert size - count / len(sizes) < step
+
+
+def test_groups_may_be_as_long_as_the_budget_allows():
+    """Chunks of equal size would cut a group that the budget holds."""
+    p = make_problem((40,), 4, 8)
+    problem = Problem(p.hidden, p.weight, None, p.targets, LogitTransform(), chunk_bytes=8 * 4 * 32)
+    assert sweep.Chunks(rows.ENGINE, problem, ()).tokens == 32
+    assert sweep.Chunks(rows.ENGINE, problem, (), whole_groups=True).tokens == 32
+    problem = replace(problem, chunk_bytes=8 * 4 * 39)
+    assert sweep.Chunks(rows.ENGINE, problem, (), whole_groups=True).tokens == 32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What products are made in
+
+
+@pytest.mark.parametrize("units", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 30.0, 1000.0])
+@pytest.mark.parametrize("backward", ["recompute", "single_pass"])
+def test_logits_of_bfloat16_operands_are_float32(monkeypatch, units, offset, backward):
+    """Whatever the processor: an offset that all logits share, which bfloat16 logits would be rounded by, changes
+    nothing."""
+    monkeypatch.setattr(sweep, "has_bfloat16_units", lambda: units)
+    draw = torch.Generator().manual_seed(0)
+    hidden = torch.cat([torch.randn(64, 64, generator=draw), torch.ones(64, 1)], 1).bfloat16().requires_grad_()
+    weight = torch.cat([torch.randn(500, 64, generator=draw) * 0.3, torch.full((500, 1), offset)], 1).bfloat16()
+    targets = torch.randint(0, 500, (64,), generator=draw)
+    exact = torch.nn.functional.cross_entropy(hidden.double() @ weight.double().T, targets)
+    found = linear_token_loss(hidden, weight, targets, lambda stats: -stats.logprob, backward=backward)
+    # 65 products are summed in float32, next to the offset; bfloat16's error would be 2^16 times this one's unit.
+    assert abs(found.double() - exact) <= 4 * 2.0**-24 * (offset + 10)
+    (gradient,) = torch.autograd.grad(found, hidden)
+    (expected,) = torch.autograd.grad(exact, hidden)
+    # But for the coordinate of the offset, which multiplies the roundings of a bfloat16 gradient.
+    assert (gradient - expected)[:, :-1].norm() <= 2.0**-7 * expected[:, :-1].norm()
+
+
+def test_bfloat16_logits_are_to_be_had(monkeypatch):
+    """`chunk_dtype` asks for the speed of a processor's units, and has their rounding."""
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(sweep, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(sweep, "multiply", lambda a, b, out: (seen.append(a.dtype), out.copy_(a @ b)))
+    p = make_problem((3,), 4, 8, dtype=torch.bfloat16, trainable=())
+    for chunk_dtype in (None, torch.float32, torch.bfloat16):
+        linear_logprobs(p.hidden, p.weight, p.targets, chunk_dtype=chunk_dtype)
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_sums_of_bfloat16_products_are_float32(monkeypatch, units):
+    """Chunk by chunk: a sum in bfloat16 would stand still after 256 equal terms."""
+    monkeypatch.setattr(sweep, "has_bfloat16_units", lambda: units)
+    monkeypatch.setattr(sweep, "ADDED_ROWS", 2)
+    tokens = 16 * 18
+    hidden, weight = (torch.full((n, 1), x).bfloat16().requires_grad_() for n, x in ((tokens, 1.0), (3, 0.0)))
+    targets = torch.zeros(tokens, dtype=torch.long)
+    options = dict(reduction="sum", backward="single_pass", chunk_bytes=3 * 4 * 16)
+    linear_token_loss(hidden, weight, targets, lambda stats: stats.logprob, **options).backward()
+    assert weight.grad[:, 0].tolist() == [tokens * 2 / 3, -tokens / 3, -tokens / 3]
+
+
+def test_float16_on_a_gpu():
+    """Logits from float16 operands into float32; gradients in tf32, which holds float16. The setting comes back."""
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert sweep.logit_dtype(torch.float16, gpu, None) == torch.float16
+    assert sweep.logit_dtype(torch.float16, cpu, None) == sweep.operand_dtype(torch.float16, gpu) == torch.float32
+    before = torch.backends.cuda.matmul.fp32_precision
+    for dtype, device, inside in (
+        (torch.float16, gpu, "tf32"),
+        (torch.float32, gpu, before),
+        (torch.float16, cpu, before),
+    ):
+        with pytest.raises(KeyError), sweep.float16_products(dtype, device):
+            assert torch.backends.cuda.matmul.fp32_precision == inside
+            raise KeyError
+        assert torch.backends.cuda.matmul.fp32_precision == before

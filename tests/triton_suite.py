@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -392,11 +393,12 @@ def test_gradients_gather_in_float32_over_many_parts(monkeypatch):
 def test_what_is_frozen_costs_no_product(monkeypatch, names):
     made: list[tuple[int, ...]] = []
 
-    def watched(a: Tensor, b: Tensor, out: Tensor, product: Callable = sweep.multiply_add) -> None:
+    def watched(product: Callable, a: Tensor, b: Tensor, out: Tensor) -> None:
         made.append(tuple(out.shape))
         product(a, b, out=out)
 
-    monkeypatch.setattr(sweep, "multiply_add", watched)
+    for name in ("multiply", "multiply_add"):
+        monkeypatch.setattr(sweep, name, partial(watched, getattr(sweep, name)))
     problem = on_device(make_problem((5,), 4, 7, bias=True, trainable=names))
     run(problem, backward="recompute").logprob.sum().backward()
     assert made == [shape for name, shape in (("hidden", (5, 4)), ("weight", (7, 4))) if name in names]

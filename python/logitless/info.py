@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import backends
-from .backends import screen
+from .backends import screen, sweep
 
 
 def info() -> dict[str, str]:
@@ -21,7 +21,7 @@ def info() -> dict[str, str]:
         "transformers": _version("transformers"),
         "cpu threads": str(torch.get_num_threads()),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16 units": "yes" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no: multiplied in float32",
+        "bfloat16 units": "yes, for gradients" if sweep.has_bfloat16_units() else "no: multiplied in float32",
     }
     devices = [torch.device("cpu")]
     if torch.accelerator.is_available():

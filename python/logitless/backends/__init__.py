@@ -27,6 +27,8 @@ from . import chunked, cuda, screen, triton
 BACKENDS: dict[str, ModuleType] = {"cuda": cuda, "triton": triton, "chunked": chunked}
 #: Those, and the tail-corrected strategy that is no backend of its own: `tokens_at_once` and the functions `tail_...`.
 STRATEGIES: dict[str, ModuleType] = {**BACKENDS, "screened": screen}
+#: Those whose rows leave a finished gradient, without a factor for each row, so that one product can make the head's.
+FINISHED_GRADIENTS = ("cuda", "triton")
 
 
 def pick(name: str, hidden: Tensor, without: tuple[str, ...] = ()) -> str:

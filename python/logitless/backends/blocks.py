@@ -249,12 +249,12 @@ def _products(pairs: _Pairs, rows: sweep.RowEngine, upstream: Upstream, needs: N
     problem = pairs.problem
     chunks = sweep.Chunks(rows, replace(problem, chunk_bytes=1), ())  # for its operands: no chunk is made
     gradients = sweep.Accumulators(chunks, needs)
-    slope = problem.transform.slope
-    _put_back(chunks, gradients.sums, pairs.routed.tail * (pairs.factor * slope)[:, None])
-    _add_listed(pairs, gradients.sums)
+    sums, slope = gradients.begin(), problem.transform.slope
+    _put_back(chunks, sums, pairs.routed.tail * (pairs.factor * slope)[:, None])
+    _add_listed(pairs, sums)
     entry = target_entry(pairs.stats, upstream) * slope
     for tokens in sweep.spans(len(problem.targets), APART_TOKENS):
-        add_targets(chunks, tokens, entry[tokens], gradients.sums)
+        add_targets(chunks, tokens, entry[tokens], sums)
         gradients.add_mean(tokens, upstream.rows(tokens))
     return gradients.finish()
 

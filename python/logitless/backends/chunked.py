@@ -1,11 +1,14 @@
 """PyTorch alone: GEMMs over chunks of tokens (`sweep`) and PyTorch's row operations (`rows`), on any device.
 
-Numerics: logits, exponentials and sums are float32 (float64 for float64). float16, and bfloat16 on a CPU without
-bfloat16 units, is multiplied in float32. A CPU with such units multiplies in bfloat16, several times as fast, and
-rounds the chunk's logits on their way out of the GEMM (2^-9 each), as materialised bfloat16 logits are; a GPU does not
-(`torch.mm(out_dtype=)`) unless `chunk_dtype` says so. Against float64 on 63 tokens of SmolLM2 (docs/log.md): log-probs
-off by at most 0.13 nats, their mean by 0.007, gradients by 0.017 with bfloat16 logits; 1e-5, 3e-7 and 0.0017 with
-float32 ones, where the last is the rounding of the bfloat16 gradient itself.
+Numerics: logits, exponentials and sums are float32 (float64 for float64). A GPU multiplies half-precision operands
+into float32 logits (`torch.mm(out_dtype=)`). A CPU has no such product: it multiplies them in float32, converted by
+parts. The gradient's two products are bfloat16's where the operands are and the device is fast at it; float16, which
+holds no small gradient, has them in float32 on a CPU and in tf32 on a GPU.
+
+`chunk_dtype=torch.bfloat16` rounds a chunk's logits (2^-9 each), as materialised bfloat16 logits are; on a CPU with
+bfloat16 units it makes their product several times as fast. Against float64 on 63 tokens of SmolLM2 (docs/log.md):
+log-probs off by at most 0.13 nats, their mean by 0.007, gradients by 0.017 with bfloat16 logits; 1e-5, 3e-7 and 0.0017
+with float32 ones, where the last is the rounding of the bfloat16 gradient itself.
 """
 
 from __future__ import annotations
@@ -39,8 +42,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
     """The longest group that `single_pass` keeps whole."""
-    buffers = ENGINE.buffers(options)
-    return sweep.chunk_tokens(hidden, weight, options, buffers)
+    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options), trainable=weight.requires_grad)
 
 
 def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:

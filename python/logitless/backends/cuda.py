@@ -84,7 +84,7 @@ def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
     """The longest group that `single_pass` keeps whole; any, where it goes by blocks."""
     if options.tail is not None and TAIL.takes(hidden, weight, options.transform):
         return sys.maxsize
-    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options))
+    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options), trainable=weight.requires_grad)
 
 
 def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
@@ -142,7 +142,7 @@ class RowKernels:
     def __init__(self, block: int = 0) -> None:
         self.block = block
 
-    def buffers(self, problem: Problem | Options) -> int:
+    def buffers(self, problem: Problem | Options) -> float:
         """The chunk itself: its gradient overwrites it."""
         return 1
 

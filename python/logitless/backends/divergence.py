@@ -33,7 +33,11 @@ from .problem import DivergenceProblem, DivergenceResult, Gradients, Needs, Side
 from .sweep import (
     RowHead,
     chunk_tokens,
+    equal_chunks,
+    float16_products,
     lay_out,
+    logit_dtype,
+    multiply,
     multiply_add,
     operand_dtype,
     products,
@@ -247,8 +251,10 @@ def sweep(
     count = len(problem.model.hidden)
     # The default is one side's; a budget that was given holds both and PyTorch's temporaries.
     buffers = 1 if problem.chunk_bytes is None else 3
-    tokens = chunk_tokens(wide, problem.model.weight, Options(chunk_bytes=problem.chunk_bytes), buffers)
-    tokens = min(tokens, max(1, count))
+    trainable = upstream is not None and any(need.weight for need in needs)
+    options = Options(chunk_bytes=problem.chunk_bytes)
+    most = chunk_tokens(wide, problem.model.weight, options, buffers, trainable=trainable)
+    tokens = equal_chunks(count, most, wide.device.type)
     chunks = [
         _SideChunks(side, need if upstream is not None else Needs(False, False, False), tokens, dtype)
         for side, need in zip(sides, needs, strict=True)
@@ -267,24 +273,26 @@ class _SideChunks:
     """One side's operands, the buffer for a chunk of its logits, and the sums of its gradients."""
 
     def __init__(self, side: Side, needs: Needs, tokens: int, dtype: torch.dtype) -> None:
-        operand = operand_dtype(side.hidden.dtype, side.hidden.device)
-        self.hidden, self.weight = side.hidden.to(operand), side.weight
+        device, own = side.hidden.device, side.hidden.dtype
+        self.hidden, self.weight = side.hidden, side.weight
+        self.multiplied = logit_dtype(own, device, None)
         self.head = RowHead(None if side.bias is None else side.bias.to(dtype), side.transform)
-        device = self.hidden.device
         self.buffer = torch.empty(tokens * row_stride(len(self.weight), dtype, device.type), dtype=dtype, device=device)
-        self.operand = operand if any(needs) else None
+        self.operand = operand_dtype(own, device) if any(needs) else None
         self.sums: Gradients = empty_gradients(side, needs, dtype)
 
     def raw(self, span: slice) -> RawSide:
-        hidden = self.hidden[span]
+        hidden = self.hidden[span].to(self.multiplied)
         out = lay_out(self.buffer, len(hidden), len(self.weight), hidden.device.type)
         return RawSide(products(hidden, self.weight, out), self.head, self.operand)
 
     def add(self, span: slice, gradient: Tensor) -> None:
-        """Adds what a chunk of `dL / d raw product` contributes."""
-        if self.sums.hidden is not None:
-            products_with_head(gradient, self.weight, self.sums.hidden[span])
-        if self.sums.weight is not None:
-            multiply_add(gradient.T, self.hidden[span], out=self.sums.weight)
-        if self.sums.bias is not None:
-            self.sums.bias.add_(gradient.sum(0, dtype=self.sums.bias.dtype))
+        """Adds what a chunk of `dL / d raw product` contributes; the head's sum begins with the first chunk's."""
+        with float16_products(self.hidden.dtype, self.hidden.device):
+            if self.sums.hidden is not None:
+                products_with_head(gradient, self.weight, self.sums.hidden[span])
+            if self.sums.weight is not None:
+                product = multiply_add if span.start else multiply
+                product(gradient.T, self.hidden[span].to(gradient.dtype), out=self.sums.weight)
+            if self.sums.bias is not None:
+                self.sums.bias.add_(gradient.sum(0, dtype=self.sums.bias.dtype))

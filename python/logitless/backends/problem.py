@@ -24,6 +24,7 @@ class Problem:
     chunk_bytes: int | None = None  # budget for a chunk of logits; None: the backend's default
     chunk_dtype: torch.dtype | None = None  # of a chunk's logits; None: the statistics'
     vocabulary_order: Tensor | None = None  # [V] int64, of the tail's blocks (`order`); None: the head's own
+    rounds_head: bool = False  # the head's gradient may come in the head's dtype, where one product makes it
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Forward(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients in the accumulators' dtype (float32, or float64); None where not needed."""
+    """Gradients in the sums' dtype (float32, or float64; see `Problem.rounds_head`); None where not needed."""
 
     hidden: Tensor | None  # [N, H]
     weight: Tensor | None  # [V, H]
@@ -101,11 +102,21 @@ Coefficients = Callable[[TokenStats, slice], tuple[Tensor, Upstream]]
 
 
 def empty_gradients(problem: Problem | Side, needs: Needs, dtype: torch.dtype) -> Gradients:
-    """Zeroed accumulators for what is needed."""
-    tensors = (problem.hidden, problem.weight, problem.bias)
+    """Memory for the sums that are needed: zeros for the bias, for the others what a first product overwrites."""
+    hidden, weight, bias = problem.hidden, problem.weight, problem.bias
     return Gradients(
-        *(
-            torch.zeros(x.shape, dtype=dtype, device=x.device) if need and x is not None else None
-            for x, need in zip(tensors, needs, strict=True)
-        )
+        empty_sum(hidden, dtype, len(hidden)) if needs.hidden else None,
+        empty_sum(weight, dtype, len(hidden)) if needs.weight else None,
+        torch.zeros(bias.shape, dtype=dtype, device=bias.device) if needs.bias and bias is not None else None,
     )
+
+
+def empty_sum(like: Tensor, dtype: torch.dtype, count: int) -> Tensor:
+    """Memory for a sum over `count` tokens; zeros where there is none, and so no product to overwrite it."""
+    make = torch.empty if count else torch.zeros
+    return make(like.shape, dtype=dtype, device=like.device)
+
+
+def zero_gradients(problem: Problem, needs: Needs, dtype: torch.dtype) -> Gradients:
+    """Of a loss that no statistic reaches."""
+    return Gradients(*(None if x is None else x.zero_() for x in empty_gradients(problem, needs, dtype)))

@@ -86,7 +86,7 @@ def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
     """The longest group that `single_pass` keeps whole."""
     if options.tail is not None and TAIL.takes(hidden, weight, options.transform):
         return sys.maxsize
-    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options))
+    return sweep.chunk_tokens(hidden, weight, options, ENGINE.buffers(options), trainable=weight.requires_grad)
 
 
 def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
@@ -114,14 +114,17 @@ def backward(problem: Problem, stats: TokenStats, upstream: Upstream, needs: Nee
     """Gradients from `upstream`: each part of `dL/ds` once, for the products that are needed."""
     chunks = sweep.Chunks(ENGINE, replace(problem, chunk_bytes=1), ())  # for its operands: no chunk is made
     gradients = sweep.Accumulators(chunks, needs)
-    sums, rows = gradients.sums, _rows(problem, problem.weight.shape[0], stats, upstream)
-    for tokens, columns, matrix, column_sum in _parts(problem, rows.others, chunks.weight.dtype, needs.bias):
-        if sums.hidden is not None:
-            sweep.multiply_add(matrix, chunks.weight[columns], out=sums.hidden[tokens])
-        if sums.weight is not None:
-            sweep.multiply_add(matrix.T, chunks.hidden[tokens], out=sums.weight[columns])
-        if sums.bias is not None:
-            sums.bias[columns] += column_sum
+    sums, rows = gradients.begin(), _rows(problem, problem.weight.shape[0], stats, upstream)
+    with sweep.float16_products(problem.hidden.dtype, problem.hidden.device):
+        for tokens, columns, matrix, column_sum in _parts(problem, rows.others, chunks.weight.dtype, needs.bias):
+            if sums.hidden is not None:
+                product = sweep.multiply_add if columns.start else sweep.multiply
+                product(matrix, chunks.weight[columns], out=sums.hidden[tokens])
+            if sums.weight is not None:
+                product = sweep.multiply_add if tokens.start else sweep.multiply
+                product(matrix.T, chunks.hidden[tokens], out=sums.weight[columns])
+            if sums.bias is not None:
+                sums.bias[columns] += column_sum
     for tokens in sweep.spans(len(problem.targets), APART_TOKENS):
         _add_targets(chunks, tokens, rows.target[tokens], sums)
         gradients.add_mean(tokens, upstream.rows(tokens))
@@ -237,7 +240,7 @@ def _add_targets(chunks: sweep.Chunks, tokens: slice, target: Tensor, sums: Grad
 class _Engine:
     """See `sweep.RowEngine`: `kernels/triton/chunk.py` on the sweep's buffer."""
 
-    def buffers(self, problem: Problem | Options) -> int:
+    def buffers(self, problem: Problem | Options) -> float:
         return 1 if problem.chunk_dtype is None else 3  # a float32 gradient of 16-bit logits has no room in their place
 
     def measure(

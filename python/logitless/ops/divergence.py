@@ -451,7 +451,7 @@ def _differentiate_sum(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tupl
         return tuple(found)
     for i, (gradient, dtype, need) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)):
         if need:
-            found[1 + i] = _scaled(gradient, grad).to(dtype)
+            found[1 + i] = _scaled(gradient, grad, dtype)
     return tuple(found)
 
 

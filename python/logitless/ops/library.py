@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from types import FunctionType
 from typing import Any
 
@@ -154,7 +154,7 @@ def logprobs_backward(
     problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
     with _no_autocast(hidden.device):
         gradients = backends.BACKENDS[backend].backward(
-            problem,
+            replace(problem, rounds_head=True),
             TokenStats(*(_take(x, kept) for x in stats)),
             Upstream(*(_take(g, kept) for g in upstream)),
             Needs(*needs),
@@ -167,10 +167,14 @@ def _in_their_dtypes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulated gradients as an op returns them."""
     return (
-        _spread(None if gradients.hidden is None else gradients.hidden.to(hidden.dtype), kept, hidden),
-        _spread(None if gradients.weight is None else gradients.weight.to(weight.dtype), None, hidden),
-        _spread(None if gradients.bias is None else gradients.bias.to(weight.dtype), None, hidden),
+        _spread(_in_its_dtype(gradients.hidden, hidden), kept, hidden),
+        _spread(_in_its_dtype(gradients.weight, weight), None, hidden),
+        _spread(_in_its_dtype(gradients.bias, weight), None, hidden),
     )
+
+
+def _in_its_dtype(gradient: Tensor | None, of: Tensor) -> Tensor | None:
+    return None if gradient is None else gradient.to(of.dtype)
 
 
 @logprobs_backward.register_fake
@@ -414,10 +418,12 @@ def token_loss(
     chunk_dtype: torch.dtype | None,
     tail_tolerance: float | None,
     vocabulary_order: Tensor | None,
+    rounds_head: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The sum of a function's losses over the tokens that count, their log-probs `[N]`, and the sum's gradients for
-    hidden, weight and bias, in the statistics' dtype. `function` is a handle of `_functions`, `numbers` its floats;
-    tokens of one of the `groups [N]` are seen together. `tail_tolerance`: of a tail-corrected gradient; None: exact."""
+    hidden, weight and bias, in the statistics' dtype; the weight's in its own where `rounds_head`. `function` is a
+    handle of `_functions`, `numbers` its floats; tokens of one of the `groups [N]` are seen together.
+    `tail_tolerance`: of a tail-corrected gradient; None: exact."""
     check_permutation(vocabulary_order)
     kept = _kept(targets, ignore_index, weight.shape[0])
     if groups is not None:
@@ -425,6 +431,7 @@ def token_loss(
         groups = groups[kept]
     transform = LogitTransform(logit_scale, softcap, temperature)
     problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
+    problem = replace(problem, rounds_head=rounds_head)
     inputs = [x if kept is None else x[kept] for x in token_inputs]
     names = tuple(outputs.split())
     made = _rebuild(_functions[function], iter(numbers))
@@ -440,7 +447,7 @@ def token_loss(
         loss,
         _spread(logprob, kept, hidden),
         _spread(gradients.hidden, kept, hidden),
-        _spread(gradients.weight, None, hidden),
+        _spread(_in_its_dtype(gradients.weight, weight) if rounds_head else gradients.weight, None, hidden),
         _spread(gradients.bias, None, hidden),
     )
 
@@ -449,11 +456,12 @@ def token_loss(
 def _token_loss_fake(  # type: ignore[no-untyped-def]
     hidden, weight, bias, targets, *options
 ):
-    needs = options[9]
+    needs, rounds_head = options[9], options[-1]
     dtype = statistics_dtype(hidden.dtype)
+    dtypes = (dtype, weight.dtype if rounds_head else dtype, dtype)
     gradients = [
-        x.new_empty(x.shape, dtype=dtype) if need and x is not None else hidden.new_empty(0)
-        for x, need in zip((hidden, weight, bias), needs, strict=True)
+        x.new_empty(x.shape, dtype=kind) if need and x is not None else hidden.new_empty(0)
+        for x, kind, need in zip((hidden, weight, bias), dtypes, needs, strict=True)
     ]
     return (hidden.new_empty((), dtype=dtype), hidden.new_empty(targets.shape, dtype=dtype), *gradients)
 
@@ -548,23 +556,26 @@ def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
 
 def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     _refuse_double_backward()
-    found: list[Any] = [None] * 19
+    found: list[Any] = [None] * 20
     found[4] = [None] * ctx.token_inputs
     found[7] = None if ctx.numbers else []  # torch.library takes an empty list for a list of tensors
     if grad is None:
         return tuple(found)
     for i, (gradient, dtype, need) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)):
         if need:
-            found[i] = _scaled(gradient, grad).to(dtype)
+            found[i] = _scaled(gradient, grad, dtype)
     return tuple(found)
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """`gradient * factor`; in place where this backward is the last to read it, which saves a copy of the head."""
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * factor` in a dtype, in one pass over it on a GPU; in place where this backward is the last to read it
+    and no other dtype is wanted, which saves a copy of the head."""
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor:
+        return (gradient * factor).to(dtype)
+    if gradient.dtype != dtype and gradient.device.type != "cpu":
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
     keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if torch.compiler.is_compiling() or type(gradient) is not Tensor or keeps_graph():
-        return gradient * factor
-    return gradient.mul_(factor)
+    return (gradient * factor if keeps_graph() else gradient.mul_(factor)).to(dtype)
 
 
 token_loss.register_autograd(_differentiate_token_loss, setup_context=_save_token_loss)

@@ -31,6 +31,15 @@ class Call(NamedTuple):
         """The tolerance of a tail-corrected backward; None where there is none."""
         return self.options.tail if any(self.needs()) else None
 
+    def rounds_head(self, outputs: tuple[str, ...]) -> bool:
+        """Whether one product gives a single pass the head's gradient, in bfloat16: all tokens are in one chunk."""
+        halves = self.weight.dtype == torch.bfloat16 and self.needs()[1]
+        if not halves or self.tail is not None or "mean_logit" in outputs:
+            return False
+        name = self.strategy()
+        most = backends.STRATEGIES[name].tokens_at_once(self.hidden, self.weight, self.options)
+        return name in backends.FINISHED_GRADIENTS and len(self.hidden) <= most
+
     def strategy(self) -> str:
         """The backend, of `backends.STRATEGIES`."""
         if self.tail is None:
@@ -107,10 +116,11 @@ def linear_logprobs(
             (`tail_report`), for little more than the forward's GEMM: docs/tail-corrected.md. Exact where the
             distributions are too flat for it, for entropy's gradient, for mean_logit's, and under a softcap.
             "screened", on a CPU, has the forward approximate too what carries no probability, for half a GEMM in all.
-        chunk_bytes: budget for a chunk's float32 logits. None: 32 MiB on a CPU, 256 MiB elsewhere.
+        chunk_bytes: budget for a chunk's float32 logits. None: 32 MiB on a CPU; elsewhere 256 MiB, or the bytes of a
+            trainable head's float32 gradient where that is more (docs/chunks.md).
         chunk_dtype: of a chunk's logits, where chunks are used. None: float32 (float64 for float64). torch.bfloat16
-            halves their memory traffic on a GPU and rounds every logit by up to 2^-9 of itself (backends/chunked.py
-            has the error measured); never a default.
+            halves their memory traffic on a GPU, lets a CPU with bfloat16 units use them for bfloat16 operands, and
+            rounds every logit by up to 2^-9 of itself (backends/chunked.py has the error measured); never a default.
         tail_tolerance: of these two alone, in [0, 1]: an entry of the logits whose gradient is below
             `tail_tolerance / 8` times the mean token's is left to its block's mean; where a GPU's kernels take whole
             blocks of 128 entries, a block below `tail_tolerance` times that. 2^-12 has twice the error of bfloat16

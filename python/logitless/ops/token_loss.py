@@ -124,6 +124,7 @@ def single_pass(
             options.chunk_dtype,
             call.tail,
             options.vocabulary_order,
+            call.rounds_head(outputs),
         )
         return Total(loss, logprob)
 

@@ -1,4 +1,4 @@
-"""docs/losses.md: fresh, complete, and every published name to be found in it."""
+"""Pages that scripts write: fresh, and docs/losses.md complete, every published name to be found in it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from logitless import losses
 ROOT = Path(__file__).parents[1]
 
 
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("generate_losses", ROOT / "docs" / "generate_losses.py")
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-GENERATE = load()
+GENERATE = load("generate_losses")
 PAGE: str = GENERATE.page()
 
 
@@ -31,6 +31,11 @@ def test_the_committed_page_is_fresh() -> None:
     committed = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     assert committed == PAGE, "run python docs/generate_losses.py"
     assert GENERATE.README.read_text(encoding="utf-8") == GENERATE.readme(), "run python docs/generate_losses.py"
+
+
+def test_the_table_of_chunks_is_fresh() -> None:
+    chunks = load("generate_chunks")
+    assert chunks.PAGE.read_text(encoding="utf-8") == chunks.page(), "run python docs/generate_chunks.py"
 
 
 @pytest.mark.parametrize("name", losses.names())

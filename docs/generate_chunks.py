@@ -1,0 +1,93 @@
+"""Writes the table of docs/chunks.md: what the size of a chunk costs on a GPU, by the page's arithmetic.
+
+    python docs/generate_chunks.py
+
+Nothing here was measured: two assumed speeds, and the bytes and products of a step.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from logitless.backends import sweep
+from logitless.types import Options
+
+PAGE = Path(__file__).with_name("chunks.md")
+TABLE = re.compile(r"(?<=<!-- table: docs/generate_chunks.py -->\n).*(?=<!-- end of table -->)", re.DOTALL)
+
+#: Assumed of an H200: products of bfloat16 and copies, per second.
+FLOPS, BYTES = 770e12, 4.3e12
+TOKENS = 8192
+TILE = 128
+
+
+class Model(NamedTuple):
+    name: str
+    hidden: int
+    vocabulary: int
+
+
+MODELS = (
+    Model("SmolLM2 135M", 576, 49152),
+    Model("Gemma 2 2B", 2304, 256000),
+    Model("Llama 3 8B", 4096, 128256),
+    Model("Qwen3 8B", 4096, 151936),
+    Model("Phi-4", 5120, 100352),
+    Model("Llama 3 70B", 8192, 128256),
+)
+
+
+def chunk_tokens(model: Model) -> int:
+    """Of bfloat16 tensors on an accelerator with a trainable head, by the library's own rule."""
+    hidden, weight = (torch.empty(n, model.hidden, dtype=torch.bfloat16, device="meta") for n in (1, model.vocabulary))
+    most = sweep.chunk_tokens(hidden, weight, Options(), trainable=True)
+    return sweep.equal_chunks(TOKENS, most, "meta")
+
+
+def small_chunk_tokens(model: Model) -> int:
+    """What fits 256 MiB, in steps of 16."""
+    return sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR // (4 * model.vocabulary) // 16 * 16
+
+
+def seconds(model: Model, chunk: int) -> float:
+    """Of one forward and backward of the loss: for each product the longer of its flops and its bytes."""
+    logits, head = chunk * model.vocabulary, model.hidden * model.vocabulary
+    flops = 2 * -(-chunk // TILE) * TILE * head / FLOPS
+    rows = 10 * logits / BYTES
+    products = max(flops, (2 * head + 4 * logits) / BYTES) + max(flops, (2 * head + 2 * logits) / BYTES)
+    chunks = -(-TOKENS // chunk)
+    sums = max(flops, (4 * head + 2 * logits) / BYTES)
+    more_sums = max(flops, (8 * head + 2 * logits) / BYTES)
+    return chunks * (products + rows) + sums + (chunks - 1) * more_sums + 6 * head / BYTES
+
+
+def floor(model: Model) -> float:
+    """Of the three products alone."""
+    return 3 * 2 * TOKENS * model.hidden * model.vocabulary / FLOPS
+
+
+def rows() -> Iterator[str]:
+    yield "| model | H, V | tokens in 256 MiB | predicted | tokens | chunk, MiB | float32 sum, MiB | predicted |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for model in MODELS:
+        small, chunk = small_chunk_tokens(model), chunk_tokens(model)
+        before, after = (seconds(model, n) / floor(model) for n in (small, chunk))
+        sizes = (4 * chunk * model.vocabulary / 2**20, 4 * model.hidden * model.vocabulary / 2**20)
+        yield (
+            f"| {model.name} | {model.hidden}, {model.vocabulary} | {small} | {before:.2f} | {chunk} "
+            f"| {sizes[0]:.0f} | {sizes[1]:.0f} | {after:.2f} |"
+        )
+
+
+def page() -> str:
+    """The page with its table made anew."""
+    return TABLE.sub("\n".join(rows()) + "\n", PAGE.read_text())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
