@@ -236,7 +236,7 @@ def test_bfloat16_logits_are_to_be_had(monkeypatch):
 def test_sums_of_bfloat16_products_are_float32(monkeypatch, units):
     """Chunk by chunk: a sum in bfloat16 would stand still after 256 equal terms."""
     monkeypatch.setattr(sweep, "has_bfloat16_units", lambda: units)
-    monkeypatch.setattr(sweep, "ADDED_ROWS", 2)
+    monkeypatch.setattr(sweep, "PART_BYTES", {"cpu": 4})
     tokens = 16 * 18
     hidden, weight = (torch.full((n, 1), x).bfloat16().requires_grad_() for n, x in ((tokens, 1.0), (3, 0.0)))
     targets = torch.zeros(tokens, dtype=torch.long)

@@ -52,8 +52,9 @@ CHUNK_STEP_ACCELERATOR = 128
 CONVERTED_ENTRIES = {"cpu": 512}
 CONVERTED_ENTRIES_ACCELERATOR = 8192
 
-#: Rows of a float32 sum that half-precision products join at a time where the product itself cannot add to it.
-ADDED_ROWS = 2048
+#: Bytes of a product that is made apart, because it cannot be written in the dtype of where it goes.
+PART_BYTES = {"cpu": 2**18}
+PART_BYTES_ACCELERATOR = 64 * 2**20
 
 
 #: Whether torch.addmm adds half-precision products to a float32 sum; torch 2.9 refuses (pytorch/pytorch#167931).
@@ -270,8 +271,8 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     elif a.is_cuda and out.dtype == torch.float32:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        for rows in spans(len(out), ADDED_ROWS):
-            out[rows].copy_(torch.mm(a[rows], b))
+        for rows, part in _parts_of_product(a, b, out):
+            out[rows].copy_(part)
 
 
 def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -280,11 +281,18 @@ def multiply_add(a: Tensor, b: Tensor, out: Tensor) -> None:
         out.addmm_(a, b)
     elif a.is_cuda and out.dtype == torch.float32 and ADDS_NARROW_PRODUCTS:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    elif a.is_cuda and out.dtype == torch.float32:
-        out.add_(torch.mm(a, b, out_dtype=out.dtype))
     else:
-        for rows in spans(len(out), ADDED_ROWS):
-            out[rows].add_(torch.mm(a[rows], b))
+        for rows, part in _parts_of_product(a, b, out):
+            out[rows].add_(part)
+
+
+def _parts_of_product(a: Tensor, b: Tensor, out: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `a @ b`, some at a time: float32 on a GPU, in the operands' dtype on a CPU."""
+    wide = a.is_cuda and a.itemsize == 2
+    row_bytes = out.shape[1] * (4 if wide else a.itemsize)
+    budget = PART_BYTES.get(a.device.type, PART_BYTES_ACCELERATOR)
+    for rows in spans(len(out), max(1, budget // max(1, row_bytes))):
+        yield rows, torch.mm(a[rows], b, out_dtype=torch.float32) if wide else torch.mm(a[rows], b)
 
 
 def parts_in(dtype: torch.dtype, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:

@@ -16,7 +16,8 @@ gradient, and the hidden states' gradient of a tail-corrected backward.
 
 Numerics: logits, exponentials and sums are float32. float32 operands are multiplied as PyTorch would multiply them
 (`torch.set_float32_matmul_precision`): in float32, or in tf32 where that is allowed. float16 holds no small
-exponential, so its gradient is float32 and is multiplied so. No kernel here has run on a GPU yet (kernels/README.md).
+exponential, so its gradient is float32, and tf32 in its products. No kernel here has run on a GPU yet
+(kernels/README.md).
 """
 
 from __future__ import annotations
