@@ -15,7 +15,6 @@ from typing import Any, Protocol
 
 import torch
 
-from logitless.backends import sweep
 from logitless.testing import watch_allocations
 
 from . import measure
@@ -124,13 +123,16 @@ class Row:
     frozen: bool = False
     forward: list[float] = field(default_factory=list)  # without gradients
     backward: list[float] = field(default_factory=list)  # of a step: `backward()` alone
-    both: list[float] = field(default_factory=list)  # a step: forward with gradients, and backward
+    both: list[float] = field(default_factory=list)  # a step: forward with gradients, and backward; a kernel's call
+    floor: list[float] = field(default_factory=list)  # of a kernel: what it is set against, in the same turns
     forward_peak_bytes: int | None = None  # beyond the inputs
     peak_bytes: int | None = None  # of a step, gradients in it
     loss: float | None = None
     error: dict[str, float] | None = None  # relative, of loss, d_hidden and d_weight, against float64 on few tokens
     first_call_seconds: float | None = None
+    wrong: list[str] | None = None  # of a kernel: the errors that are larger than what is right; None: not checked
     bytes: int | None = None  # of a kernel's traffic, read and written
+    floor_bytes: int | None = None  # of its floor's, where that is a copy of another size
     failure: str | None = None
 
     @property
@@ -204,7 +206,7 @@ def _sizes(cell: Cell) -> Json:
     return {
         "problem": f"{problem}, {cell.data}",
         "logits_bytes": problem.tokens * problem.vocabulary * problem.dtype.itemsize,
-        "chunk_bytes": problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR,
+        "head_gradient_bytes": 4 * problem.vocabulary * problem.hidden,
         "gradient_bytes": problem.gradient_bytes,
         "frozen_gradient_bytes": replace(problem, frozen_head=True).gradient_bytes,
     }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import gpu_measure, gpu_rows
+from . import gpu_kernels, gpu_measure
 from .gpu_cells import CELLS, MAIN, Cell
 from .gpu_ways import WAYS, Way
 from .report import Json
@@ -24,7 +24,6 @@ from .report import Json
 PATIENCE = 90.0
 #: Times that a part is begun again after its process ended.
 RESTARTS = 3
-ROWS = "rows"
 
 
 class Order(NamedTuple):
@@ -122,8 +121,9 @@ def _serve(connection: Connection, dry: bool, ways: tuple[Way, ...]) -> None:
 def _measure(
     order: Order, machine: gpu_measure.Machine, ways: tuple[Way, ...], dry: bool, tell: gpu_measure.Tell
 ) -> Json:
-    if order.part == ROWS:
-        return gpu_rows.measure_rows(_sized(MAIN, dry), machine, order.deadline, order.skip, tell)
+    if order.part in gpu_kernels.PARTS:
+        main = _sized(MAIN, dry)
+        return gpu_kernels.measure_kernels(order.part, main, machine, order.deadline, order.skip, tell)
     cell = next(cell for cell in CELLS if cell.name == order.part)
     return gpu_measure.measure_cell(_sized(cell, dry), ways, machine, order.deadline, order.skip, tell)
 
