@@ -53,6 +53,7 @@ def _options(nvcc: str, headers: Path | None) -> list[str]:
     major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
     architecture = f"{major}{minor}{'a' if major == 9 else ''}-real"
     options = [f"-DCMAKE_CUDA_COMPILER={nvcc}", "-DLOGITLESS_CUDA=ON", "-DLOGITLESS_HOST=OFF", "-DLOGITLESS_CPU=OFF"]
+    options.append("-DLOGITLESS_FORWARD_CONFIGURATIONS=ON")  # to time them
     if headers is not None:
         options.append(f"-DLOGITLESS_CUTLASS={headers}")
     return [*options, f"-DLOGITLESS_CUDA_ARCHITECTURES={architecture}"]

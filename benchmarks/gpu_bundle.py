@@ -53,7 +53,8 @@ BUILD_SECONDS = 1800.0
 #: The folder's name matters: quack takes code for a library's only under a folder of this name.
 SITE = "site-packages"
 #: What the library is made of, and all that runs on that machine.
-SOURCES, TREE = ("kernels/cuda", "CMakeLists.txt"), ("python", "kernels", "benchmarks", "tests")
+SOURCES = ("kernels/cuda", "CMakeLists.txt", "setup.py", "benchmarks/gpu_build.py")
+TREE = ("python", "kernels", "benchmarks", "tests")
 
 
 class MissingPiece(Exception):
@@ -213,9 +214,10 @@ def unpack(folder: Path, into: Path | None = None) -> Unpacked:
     site.addsitedir(str(place / SITE))  # reads the .pth files that the DSL of quack needs
     importlib.invalidate_caches()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when TRL is imported
-    same = manifest["tree"] == fingerprint(TREE)
+    commit = (manifest["commit"] or "unknown").removesuffix("+")
+    same = manifest["tree"] == fingerprint(TREE) and commit == manifest["commit"]
     library, notes = _unpack_library(folder, manifest["library"], place)
-    return Unpacked(f"{manifest['commit'] or 'unknown'}{'' if same else '+'}", library, notes)
+    return Unpacked(commit if same else f"{commit}+", library, notes)
 
 
 def _manifest(folder: Path) -> Json:

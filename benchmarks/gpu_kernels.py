@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -114,16 +115,40 @@ def _forward_kernels(inputs: Inputs) -> Iterator[Kernel]:
     check = _Exact(inputs)
     for name, run, failure in _forwards(inputs):
         yield Kernel(name, _call(run), _product(inputs), check=partial(check, run), failure=failure)
+    yield from _projections(inputs)
+
+
+def _projections(inputs: Inputs) -> Iterator[Kernel]:
+    """A chunk's logits stored and measured in one kernel, where the engine has that."""
+    project, failure = getattr(cuda.ENGINE, "project", None), _unsupported("cuda", inputs)
+    if project is None or failure:
+        return
+    for count in sorted({min(n, len(inputs.hidden)) for n in (512, 4096)}):
+        few = _first(inputs, count)
+        logits = torch.empty(count, len(inputs.weight), dtype=torch.float32, device=inputs.weight.device)
+        given = (few.hidden, few.weight, logits, sweep.RowHead(None, PLAIN), few.targets, ("logprob", "lse"), None)
+
+        def run(given: tuple[Any, ...] = given) -> TokenStats:
+            return project(*given).stats
+
+        yield Kernel(
+            f"cuda, {count} tokens' logits and statistics", _call(run), _product(few), check=partial(_Exact(few), run)
+        )
 
 
 def _configurations(inputs: Inputs) -> Iterator[Kernel]:
-    """Every named configuration of Hopper's fused forward that the library holds, beside one product."""
+    """Every configuration of Hopper's fused forward that the library names, beside one product."""
     failure = _unsupported("cuda", inputs)
     names: tuple[str, ...] = () if failure else getattr(cuda._library(), "configurations", tuple)()
     check, problem = _Exact(inputs), _problem(inputs)
-    for name in names:
-        run = partial(_fused, "forward_sm90", problem, configuration=name)
+    for number, name in enumerate(names):
+        run = partial(_configured, number, partial(_fused, "forward_sm90", problem))
         yield Kernel(name, _call(run), _product(inputs), check=partial(check, run))
+
+
+def _configured(number: int, function: Callable[[], TokenStats]) -> TokenStats:
+    with mock.patch.object(cuda, "CONFIGURATION", number):
+        return function()
 
 
 def _forwards(inputs: Inputs) -> Iterator[tuple[str, Callable[[], TokenStats], str | None]]:
@@ -137,8 +162,8 @@ def _forwards(inputs: Inputs) -> Iterator[tuple[str, Callable[[], TokenStats], s
     yield "triton, fused", lambda: triton.forward(problem, (), False).stats, _unsupported("triton", inputs)
 
 
-def _fused(kernel: str, problem: Problem, **configuration: str) -> TokenStats:
-    return cuda._fused_forward(kernel, problem, ("logprob", "lse"), None, **configuration)
+def _fused(kernel: str, problem: Problem) -> TokenStats:
+    return cuda._fused_forward(kernel, problem, ("logprob", "lse"), None)
 
 
 def _unsupported(backend: str, inputs: Inputs) -> str | None:

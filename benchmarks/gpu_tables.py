@@ -51,8 +51,9 @@ def _provenance(measured: Json) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
     cut = "" if measured.get("complete") else " NOT COMPLETE: the time ended, or the process did."
     failure = f" {measured['failure']}." if measured.get("failure") else ""
+    problem = f"{measured['problem']}. " if "problem" in measured else ""
     return (
-        f"{measured.get('problem', '')}. {e['date']}, commit {e['commit'] or 'unknown'}, {e['device']}, driver "
+        f"{problem}{e['date']}, commit {e['commit'] or 'unknown'}, {e['device']}, driver "
         f"{e['driver'] or 'unknown'}, CUDA {e['cuda'] or 'none'}. {versions}. Cut Cross-Entropy: "
         f"{e['cut_cross_entropy'] or 'not installed'}.{failure}{cut}"
     )

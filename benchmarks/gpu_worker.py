@@ -20,8 +20,8 @@ from .gpu_cells import CELLS, MAIN, Cell
 from .gpu_ways import WAYS, Way
 from .report import Json
 
-#: Seconds without a word after which a child counts as hung: several times a compiled way's first call.
-PATIENCE = 90.0
+#: Seconds without a word after which a child counts as hung; a peer may try many kernels in its first call.
+PATIENCE = 150.0
 #: Times that a part is begun again after its process ended.
 RESTARTS = 3
 

@@ -103,7 +103,8 @@ def test_the_floor_is_the_products_alone(name):
 # Measuring
 
 
-def test_a_cell_measures_every_way_that_runs_and_names_the_others():
+def test_a_cell_measures_every_way_that_runs_and_names_the_others(monkeypatch):
+    monkeypatch.setattr(gpu_measure, "ROUNDS", 1)
     ways = (
         *FEW,
         Way("fails", "peer", fails),
@@ -112,7 +113,7 @@ def test_a_cell_measures_every_way_that_runs_and_names_the_others():
     )
     told = []
     found = gpu_measure.measure_cell(
-        MAIN.tiny(), ways, gpu_measure.Cpu(), time.monotonic(), {"chunked, recompute": "skipped"},
+        MAIN.tiny(), ways, gpu_measure.Cpu(), far(), {"chunked, recompute": "skipped"},
         lambda doing, so_far: told.append((doing, so_far["complete"])),
     )  # fmt: skip
     rows = by_name(found)
@@ -129,6 +130,21 @@ def test_a_cell_measures_every_way_that_runs_and_names_the_others():
     json.dumps(found)
 
 
+def test_where_the_first_calls_take_the_time_the_others_are_still_timed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(gpu_measure.time, "monotonic", lambda: clock[0])
+
+    def slow(hidden, weight, inputs):
+        clock[0] += 100
+        return materialised_nll(hidden, weight, inputs)
+
+    ways = (FEW[0], Way("slow", "peer", slow, checked=False), Way("later", "peer", materialised_nll, checked=False))
+    found = gpu_measure.measure_cell(MAIN.tiny(), ways, gpu_measure.Cpu(), 150.0, {}, lambda doing, so_far: None)
+    rows = by_name(found)
+    assert not found["complete"] and rows["later"]["failure"] == gpu_measure.NO_TIME
+    assert rows[GEMM]["both"] and rows["slow"]["both"]
+
+
 def test_a_device_that_is_lost_with_a_failure_is_no_mere_line():
     class Lost(gpu_measure.Cpu):
         def recover(self):
@@ -143,7 +159,7 @@ def test_a_way_that_ends_its_process_is_a_line_and_the_others_are_measured():
     ways = (Way("dies", "peer", dies), Way("materialised", "materialised", materialised_nll))
     worker = Worker(dry=True, ways=ways)
     try:
-        found = worker.measure(MAIN.name, time.monotonic(), far())
+        found = worker.measure(MAIN.name, far(), far())
         rows = by_name(found)
         assert found["complete"] and rows["materialised"]["both"]
         assert rows["dies"]["failure"] == f"its process ended with status 7, in {MAIN.name}"
@@ -156,7 +172,7 @@ def test_a_way_that_hangs_is_ended():
     ways = (Way("hangs", "peer", hangs), Way("materialised", "materialised", materialised_nll))
     worker = Worker(dry=True, ways=ways, patience=30)
     try:
-        rows = by_name(worker.measure(MAIN.name, time.monotonic(), far()))
+        rows = by_name(worker.measure(MAIN.name, far(), far()))
         assert rows["materialised"]["both"] and "no answer for 30 s" in rows["hangs"]["failure"]
     finally:
         worker.stop()
@@ -198,6 +214,17 @@ def test_first_light_names_what_is_wrong(host, monkeypatch):
     assert by_name(kernels(FORWARD))["cuda, fused"]["wrong"][0] == "lse"
 
 
+@needs_compiler
+def test_an_engine_that_makes_and_measures_logits_at_once_is_timed(host, monkeypatch):
+    def project(hidden, weight, out, head, targets, outputs, mean_logit):
+        torch.mm(hidden.float(), weight.float().T, out=out)
+        return cuda.ENGINE.measure(out, head, targets, outputs, mean_logit)
+
+    monkeypatch.setattr(cuda.ENGINE, "project", project, raising=False)
+    row = by_name(kernels(FORWARD))["cuda, 40 tokens' logits and statistics"]
+    assert row["both"] and row["wrong"] == []
+
+
 def test_not_a_number_is_wrong():
     row = gpu_measure.Row("x", "logitless")
     check = dict(lse=(float("nan"), 1.0), logprob=(0.5, 1.0))
@@ -211,15 +238,16 @@ def test_every_configuration_that_the_library_names_is_timed(host, monkeypatch):
     assert kernels(CONFIGURATIONS)["rows"] == [] or hasattr(cuda._library(), "configurations")
     right, asked = cuda._fused_forward, []
 
-    def fused(kernel, *given, configuration):
-        asked.append((kernel, configuration))
+    def fused(kernel, *given):
+        asked.append((kernel, cuda.CONFIGURATION))
         return right("forward_sm80", *given)
 
     monkeypatch.setattr(cuda, "_fused_forward", fused)
+    monkeypatch.setattr(cuda, "CONFIGURATION", 7, raising=False)
     monkeypatch.setattr(cuda._library(), "configurations", lambda: ("wide", "ping-pong"), raising=False)
     rows = by_name(kernels(CONFIGURATIONS))
     assert list(rows) == ["wide", "ping-pong"] and all(row["both"] and row["wrong"] == [] for row in rows.values())
-    assert set(asked) == {("forward_sm90", "wide"), ("forward_sm90", "ping-pong")}
+    assert set(asked) == {("forward_sm90", 0), ("forward_sm90", 1)} and cuda.CONFIGURATION == 7
 
 
 def test_kernels_on_a_chunk_against_a_copy():
@@ -406,7 +434,7 @@ def test_tests_have_seconds_of_their_own_and_go_on_where_an_earlier_call_ended(t
         report(tmp_path, tests_seconds=77).measure([TESTS])
     assert asked == [(77, None, len(gpu_tests.SUITES)), (77, 5, len(gpu_tests.SUITES))]
     assert report(tmp_path).has(TESTS) and (tmp_path / "tests.xml").exists()
-    without = report(tmp_path)
+    without = report(None)
     without.dry, without.results["build"] = False, {"library": None}
     assert "were left out" in without._tests(tmp_path)["left_out"]
     assert asked[-1][2] == len(gpu_tests.SUITES) - len(gpu_tests.CUDA_SUITES)
