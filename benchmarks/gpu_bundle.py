@@ -195,7 +195,7 @@ def _files(place: Path) -> list[Path]:
 
 
 class Unpacked(NamedTuple):
-    commit: str | None
+    commit: str
     library: Path | None  # None: not carried, or of other sources than this tree's
     notes: list[str]
 
@@ -214,10 +214,14 @@ def unpack(folder: Path, into: Path | None = None) -> Unpacked:
     site.addsitedir(str(place / SITE))  # reads the .pth files that the DSL of quack needs
     importlib.invalidate_caches()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when TRL is imported
-    commit = (manifest["commit"] or "unknown").removesuffix("+")
-    same = manifest["tree"] == fingerprint(TREE) and commit == manifest["commit"]
     library, notes = _unpack_library(folder, manifest["library"], place)
-    return Unpacked(commit if same else f"{commit}+", library, notes)
+    return Unpacked(_commit(manifest), library, notes)
+
+
+def _commit(manifest: Json) -> str:
+    """What the tree here is called: the bundle's commit, or that with a fingerprint where it is not the same."""
+    commit, tree = manifest["commit"] or "unknown", fingerprint(TREE)
+    return commit if manifest["tree"] == tree and not commit.endswith("+") else f"{commit.rstrip('+')}+{tree[:8]}"
 
 
 def _manifest(folder: Path) -> Json:

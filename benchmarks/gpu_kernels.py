@@ -31,7 +31,7 @@ from .report import Json
 
 #: Turns that are kept of each kernel and its floor.
 TURNS = 7
-#: Rows that are held against float64: as many of the first as of the last.
+#: Rows that are held against float64, half of them the first and half the last.
 CHECKED = 128
 #: Bytes of float32 logits in the chunk of `rows`.
 CHUNK_BYTES = 2**28

@@ -44,8 +44,10 @@ PARTS = (
 )
 #: What a build may take of all the time, and the seconds kept back for a last step to end in.
 BUILD_SHARE, RESERVE = 0.3, 20.0
-#: Seconds of the tests, by default, and the fewest that are worth beginning with.
-TESTS_SECONDS, FEWEST = 240.0, 20.0
+#: Seconds of the tests, by default.
+TESTS_SECONDS = 240.0
+#: Seconds that a part must have left to be begun. Where it has not, a smaller one may.
+NEEDED = {TESTS: 60.0, PROFILES: 60.0, SANITIZER: 60.0, **{cell.name: 60.0 for cell in CELLS}}
 #: In dry mode: the parts, and the quickest of the tests.
 DRY_PARTS = PARTS[: -len(CELLS) + 1]
 DRY_TESTS = "test_same_bits_twice"
@@ -120,16 +122,24 @@ class Report:
         same = found and all(found["environment"][key] == self.about[key] for key in ("device", "commit"))
         return found if same else None
 
+    def _unfinished(self, name: str) -> Json | None:
+        """What a part that can go on has found so far."""
+        found = self._found(name)
+        return None if found is None or found["complete"] else found
+
     def measure(self, names: Sequence[str]) -> None:
-        """The library, then the parts in order; says on standard error where the time ends."""
+        """The library, then the parts in order; says on standard error what there was no time for."""
         try:
             self._library()
-            for i, name in enumerate(names):
-                if time.monotonic() > self.deadline:
-                    print(f"out of time; the same command goes on with: {' '.join(names[i:])}", file=sys.stderr)
-                    return
+            left = []
+            for name in names:
+                if time.monotonic() + NEEDED.get(name, 0.0) > self.deadline:
+                    left.append(name)
+                    continue
                 print(name, file=sys.stderr)
                 self._keep(name, self._measure(name))
+            if left:
+                print(f"out of time; the same command goes on with: {' '.join(left)}", file=sys.stderr)
         finally:
             self.worker.stop()
 
@@ -169,17 +179,16 @@ class Report:
             folder = self.folder or Path(scratch)
             folder.mkdir(parents=True, exist_ok=True)
             if name == PROFILES:
-                return gpu_tools.profile(self.results["parts"], folder, self.deadline)
-            return gpu_tools.sanitize(folder, self.deadline)
+                return gpu_tools.profile(self.results["parts"], folder, self.deadline, self._unfinished(PROFILES))
+            return gpu_tools.sanitize(folder, self.deadline, self._unfinished(SANITIZER))
 
     def _tests(self, scratch: Path) -> Json:
         """The suites of the CUDA library are left out where there is none: each would try to build it."""
-        seconds = max(FEWEST, min(self.tests_seconds, self.deadline - time.monotonic()))
+        seconds = min(self.tests_seconds, self.deadline - time.monotonic())
         device, select = ("cpu", DRY_TESTS) if self.dry else ("cuda", "")
         there = self.dry or self.results["build"]["library"] is not None
         suites = [suite for suite in gpu_tests.SUITES if there or suite not in gpu_tests.CUDA_SUITES]
-        before = self._found(TESTS)
-        before = None if before is None or before["complete"] else before
+        before = self._unfinished(TESTS)
         found = gpu_tests.run_tests(device, seconds, scratch, suites=suites, select=select, before=before)
         if self.folder is not None and (scratch / "tests.xml").exists():
             shutil.copyfile(scratch / "tests.xml", self.folder / "tests.xml")

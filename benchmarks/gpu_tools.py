@@ -18,7 +18,7 @@ from .report import Json
 #: Kernels that are profiled, and the parts they are chosen from.
 PROFILED, CHOSEN_FROM = 3, (FORWARD, ROWS)
 #: Seconds for one kernel under ncu, and for one of the sanitizer's tools.
-PROFILE_SECONDS, SANITIZER_SECONDS = 110.0, 60.0
+PROFILE_SECONDS, SANITIZER_SECONDS = 110.0, 90.0
 OPTIONS = "--clock-control none --profile-from-start off --target-processes all --force-overwrite"
 SECTIONS = (
     *("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "Occupancy", "LaunchStats"),
@@ -45,8 +45,11 @@ def worst(parts: Json, count: int = PROFILED) -> list[tuple[str, str, float]]:
     return sorted(found, key=lambda x: -x[2])[:count]
 
 
-def profile(parts: Json, folder: Path, end: float) -> Json:
-    """Writes `profile-1.ncu-rep` and on, and their text to `profiles.txt`; `complete` if each was tried."""
+def profile(parts: Json, folder: Path, end: float, before: Json | None = None) -> Json:
+    """Writes `profile-1.ncu-rep` and on, and their text to `profiles.txt`; `complete` if each was tried.
+
+    `before`: what an incomplete part found, which this one goes on with.
+    """
     ncu, chosen = shutil.which("ncu"), worst(parts)
     if ncu is None:
         return {"kernels": [], "complete": True, "failure": "ncu is not in PATH"}
@@ -56,16 +59,17 @@ def profile(parts: Json, folder: Path, end: float) -> Json:
             "complete": False,
             "failure": f"{' and '.join(CHOSEN_FROM)} have no kernel to choose yet",
         }
-    kernels, texts = [], []
-    for number, (part, name, ratio) in enumerate(chosen, 1):
+    kernels, texts = list(before["kernels"]) if before else [], []
+    for part, name, ratio in chosen[len(kernels) :]:
         if end - time.monotonic() < PROFILE_SECONDS / 2:
             break
-        text, failure = _profile_one(ncu, part, name, folder / f"profile-{number}.ncu-rep", end)
+        report = folder / f"profile-{len(kernels) + 1}.ncu-rep"
+        text, failure = _profile_one(ncu, part, name, report, end)
         told = [line.strip() for line in text.splitlines() if line.strip().startswith(TOLD)]
         kernels.append({"kernel": f"{part}: {name}", "ratio": ratio, "failure": failure, "summary": told})
-        texts.append(f"{part}: {name}, {ratio:.2f} of its floor\n\n{failure or ''}\n{text}")
+        texts.append(f"{report.name}: {part}: {name}, {ratio:.2f} of its floor\n\n{failure or ''}\n{text}")
         (folder / "profiles.txt").write_text("\n\n".join(texts))
-    return {"kernels": kernels, "complete": len(kernels) == len(chosen), "failure": None}
+    return {"kernels": kernels, "complete": len(kernels) >= len(chosen), "failure": None}
 
 
 def _profile_one(ncu: str, part: str, name: str, report: Path, end: float) -> tuple[str, str | None]:
@@ -79,13 +83,13 @@ def _profile_one(ncu: str, part: str, name: str, report: Path, end: float) -> tu
     return text, None
 
 
-def sanitize(folder: Path, end: float) -> Json:
-    """Every tool over every kernel, small and ragged; the text in `sanitizer.txt`."""
+def sanitize(folder: Path, end: float, before: Json | None = None) -> Json:
+    """Every tool over every kernel, small and ragged; the text in `sanitizer.txt`. `before` as in `profile`."""
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"tools": [], "complete": True, "failure": "compute-sanitizer is not in PATH"}
-    found, texts = [], []
-    for tool in TOOLS:
+    found, texts = list(before["tools"]) if before else [], []
+    for tool in TOOLS[len(found) :]:
         seconds = min(SANITIZER_SECONDS, end - time.monotonic())
         if seconds < SANITIZER_SECONDS / 2:
             break

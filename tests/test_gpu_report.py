@@ -406,6 +406,12 @@ def test_out_of_time_it_begins_nothing_and_names_what_is_left(tmp_path, capsys):
     assert late.results["parts"] == {} and f"goes on with: {MAIN.name} {ROWS}" in capsys.readouterr().err
 
 
+def test_where_the_time_is_too_short_for_a_part_a_smaller_one_is_begun(tmp_path, capsys):
+    short = report(tmp_path, end=time.monotonic() + gpu_report.RESERVE + 50)
+    short.measure([MAIN.name, ROWS, TESTS])
+    assert list(short.results["parts"]) == [ROWS] and f"goes on with: {MAIN.name} {TESTS}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("runs", [True, False])
 def test_the_carried_library_is_taken_where_it_runs_and_one_is_built_where_not(tmp_path, monkeypatch, runs):
     built = {"library": "built", "missing": [], "notes": [], "failure": None}
@@ -579,12 +585,23 @@ def test_a_profiler_that_is_absent_or_forbidden_is_a_line(monkeypatch, tmp_path)
     assert gpu_tools.sanitize(tmp_path, far())["failure"] == "compute-sanitizer is not in PATH"
 
 
-def test_without_time_for_a_tool_the_part_is_not_complete(monkeypatch, tmp_path):
-    for name in ("ncu", "compute-sanitizer"):
-        program(tmp_path, name, NCU)
+def test_without_time_for_a_tool_the_part_is_not_complete_and_goes_on_later(monkeypatch, tmp_path):
+    program(tmp_path, "ncu", NCU)
+    program(tmp_path, "compute-sanitizer", "print(sys.argv[2])")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    assert not gpu_tools.profile(MEASURED, tmp_path, time.monotonic() + 5)["complete"]
-    assert not gpu_tools.sanitize(tmp_path, time.monotonic() + 5)["complete"]
+    for found in (
+        gpu_tools.profile(MEASURED, tmp_path, time.monotonic()),
+        gpu_tools.sanitize(tmp_path, time.monotonic()),
+    ):
+        assert not found["complete"] and found["failure"] is None
+    first = dict(kernels=[dict(kernel="the first")])
+    found = gpu_tools.profile(MEASURED, tmp_path, far(), first)
+    assert [x["kernel"] for x in found["kernels"]] == ["the first", "rows: cuda, statistics", "rows: cuda, gradient"]
+    reports = {path.name for path in tmp_path.glob("*.ncu-rep")}
+    assert reports == {"profile-2.ncu-rep", "profile-3.ncu-rep"} and found["complete"]
+    found = gpu_tools.sanitize(tmp_path, far(), dict(tools=[dict(tool="memcheck")]))
+    assert [x["tool"] for x in found["tools"]] == ["memcheck", "racecheck", "synccheck"]
+    assert found["tools"][1]["summary"] == "racecheck"
 
 
 def test_everything_is_at_most_eight_files_without_a_folder(monkeypatch, tmp_path):
