@@ -43,8 +43,8 @@ _HOW_TO_READ = (
     "of a frozen head. Extra memory is the peak of a step beyond the inputs and one copy of the gradients and of their "
     "float32 accumulators (a way that has no such accumulators may show less than nothing), also as a share of the "
     "bfloat16 logits. Errors are relative, against float64 on 256 tokens. Of a kernel or call, the floor is cuBLAS's "
-    "products as large, or a copy (then the ratio is for each byte), in the same turns; right is what is no further from "
-    "float64, in the first and last rows, than rounding may bring it."
+    "products as large, or a copy (then the ratio is for each byte), in the same turns; right is what is no further "
+    "from float64, in the first and last rows, than rounding may bring it."
 )
 
 
