@@ -39,7 +39,7 @@ PLAIN = LogitTransform()
 #: The backends whose kernels are ours.
 OWN = ("cuda", "triton")
 #: The forward that is not one kernel of ours.
-BY_CHUNKS = "cuda, cuBLAS and measure"
+BY_CHUNKS = "cuda, by chunks"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _seconds(function: Callable[[Any], object], given: Any, machine: Machine) ->
 
 
 def _forward_kernels(inputs: Inputs) -> Iterator[Kernel]:
-    """Fused forwards, and cuBLAS's chunks with the measuring kernel, beside one product."""
+    """Fused forwards, and one that stores its logits chunk by chunk, beside one product."""
     check = _Exact(inputs)
     for name, run, failure in _forwards(inputs):
         yield Kernel(name, _call(run), _product(inputs), check=partial(check, run), failure=failure)
