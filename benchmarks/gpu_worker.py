@@ -20,8 +20,9 @@ from .gpu_cells import CELLS, MAIN, Cell
 from .gpu_ways import WAYS, Way
 from .report import Json
 
-#: Seconds without a word after which a child counts as hung; a peer may try many kernels in its first call.
-PATIENCE = 150.0
+#: Seconds without a word after which a child counts as hung: several times a compiled way's first call. A peer may
+#: compile and try many kernels in its first call, and has so many times as long.
+PATIENCE, OF_PEERS = 75.0, 2
 #: Times that a part is begun again after its process ended.
 RESTARTS = 3
 
@@ -40,6 +41,7 @@ class Worker:
     def __init__(self, *, dry: bool, ways: tuple[Way, ...] = WAYS, patience: float = PATIENCE) -> None:
         self.dry, self.ways, self.patience = dry, ways, patience
         self.fatal: dict[str, str] = {}  # ways that ended a process, with the reason; not called again
+        self._peers = {way.name for way in ways if way.role == "peer"}
         self._process: BaseProcess | None = None
         self._connection: Connection
 
@@ -65,9 +67,10 @@ class Worker:
         try:
             self._connection.send(order)
             while not found["complete"]:
-                if not self._connection.poll(max(0.0, min(self.patience, end - time.monotonic()))):
+                patience = self.patience * (OF_PEERS if doing in self._peers else 1)
+                if not self._connection.poll(max(0.0, min(patience, end - time.monotonic()))):
                     self.stop()
-                    return doing, found, f"no answer for {self.patience:.0f} s"
+                    return doing, found, f"no answer for {patience:.0f} s"
                 message = self._connection.recv()
                 if isinstance(message, str):
                     self.stop()

@@ -169,7 +169,7 @@ def test_a_way_that_ends_its_process_is_a_line_and_the_others_are_measured():
 
 @pytest.mark.slow
 def test_a_way_that_hangs_is_ended():
-    ways = (Way("hangs", "peer", hangs), Way("materialised", "materialised", materialised_nll))
+    ways = (Way("hangs", "logitless", hangs), Way("materialised", "materialised", materialised_nll))
     worker = Worker(dry=True, ways=ways, patience=30)
     try:
         rows = by_name(worker.measure(MAIN.name, far(), far()))
