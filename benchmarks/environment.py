@@ -24,7 +24,7 @@ def describe() -> dict[str, object]:
     """JSON-ready. `load` is the number of processes that wanted a core when the measurement began."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        "commit": commit(),
         "cpu": _cpu(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": BF16_UNITS,
@@ -50,7 +50,7 @@ def _cpu() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit, with a + where tracked files differ from it; None outside a checkout."""
     try:
         commit, changes = (

@@ -6,6 +6,7 @@ turns, one step each a round in alternating order, so that a warm chip or a slow
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -15,7 +16,6 @@ from typing import Any, Protocol
 
 import torch
 
-from logitless.backends import sweep
 from logitless.testing import watch_allocations
 
 from . import measure
@@ -30,6 +30,8 @@ from .report import Json
 ROUNDS = 20
 #: Seconds that the rounds of a cell may take; a round that has begun is finished.
 SECONDS = 12.0
+#: Why a way was not called before the rounds had to begin. The cell is not complete then.
+NO_TIME = "no time was left for its first call"
 
 #: Writes of twice the last cache before a measurement. One empties it. All of them take an H200 about a millisecond, in
 #: which a host launches a kernel through Python: otherwise the device waits for that, and it counts as kernel time.
@@ -124,13 +126,16 @@ class Row:
     frozen: bool = False
     forward: list[float] = field(default_factory=list)  # without gradients
     backward: list[float] = field(default_factory=list)  # of a step: `backward()` alone
-    both: list[float] = field(default_factory=list)  # a step: forward with gradients, and backward
+    both: list[float] = field(default_factory=list)  # a step: forward with gradients, and backward; a kernel's call
+    floor: list[float] = field(default_factory=list)  # of a kernel: what it is set against, in the same turns
     forward_peak_bytes: int | None = None  # beyond the inputs
     peak_bytes: int | None = None  # of a step, gradients in it
     loss: float | None = None
     error: dict[str, float] | None = None  # relative, of loss, d_hidden and d_weight, against float64 on few tokens
     first_call_seconds: float | None = None
+    wrong: list[str] | None = None  # of a kernel: the errors that are larger than what is right; None: not checked
     bytes: int | None = None  # of a kernel's traffic, read and written
+    floor_bytes: int | None = None  # of its floor's, where that is a copy of another size
     failure: str | None = None
 
     @property
@@ -181,21 +186,23 @@ def measure_cell(cell: Cell, ways: Sequence[Way], machine: Machine, deadline: fl
     def found(complete: bool = False) -> Json:
         return {**_sizes(cell), "rows": [asdict(row) for row in rows], "complete": complete}
 
-    def each(function: Callable[[Way, Row], None], order: int = 1) -> None:
+    def each(function: Callable[[Way, Row], None], order: int = 1, until: float = math.inf) -> None:
         for way, row in pairs[::order]:
-            if row.runs:
+            if row.runs and time.monotonic() > until:
+                row.failure = NO_TIME
+            elif row.runs:
                 tell(way.name, found())
                 attempt(row, partial(function, way, row), machine)
 
     few = _few(inputs)
     reference = _reference(few)
     if reference is not None:
-        each(partial(_check, few=few, reference=reference))
+        each(partial(_check, few=few, reference=reference), until=deadline - 2 * SECONDS)
     del reference  # as large as four heads in bfloat16
-    each(partial(_first_calls, inputs=inputs, machine=machine))
+    each(partial(_first_calls, inputs=inputs, machine=machine), until=deadline - SECONDS)
     for turn in turns(min(deadline, time.monotonic() + SECONDS)):
         each(partial(_time, inputs=inputs, machine=machine), -1 if turn % 2 else 1)
-    return found(complete=True)
+    return found(complete=all(row.failure != NO_TIME for row in rows))
 
 
 def _sizes(cell: Cell) -> Json:
@@ -204,7 +211,7 @@ def _sizes(cell: Cell) -> Json:
     return {
         "problem": f"{problem}, {cell.data}",
         "logits_bytes": problem.tokens * problem.vocabulary * problem.dtype.itemsize,
-        "chunk_bytes": problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR,
+        "head_gradient_bytes": 4 * problem.vocabulary * problem.hidden,
         "gradient_bytes": problem.gradient_bytes,
         "frozen_gradient_bytes": replace(problem, frozen_head=True).gradient_bytes,
     }

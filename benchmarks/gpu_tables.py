@@ -1,11 +1,11 @@
-"""From what `gpu_report` found to Markdown: the targets with what was reached, the tests, the kernels, every cell."""
+"""From what `gpu_report` found to Markdown: the targets with what was reached, then every part."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
 
-from .gpu_cells import CELLS, FASTEST_PEER, FROZEN_GEMMS, GEMM, LOGITS, MAIN, ROWS_SHARE, TARGETS, Target
+from .gpu_cells import BUDGET, FLOOR, FROZEN_GEMMS, GEMM, HEAD_GRADIENT, LOGITS, MAIN, ROWS_SHARE, TARGETS, Target
 from .report import DOES_NOT_RUN, MIB, Json, number, ratio, scaled, table
 
 COLUMNS = (
@@ -14,19 +14,26 @@ COLUMNS = (
 )
 
 
+KERNEL_COLUMNS = ("", "ms", "floor ms", "/ floor", "GB/s", "peak MiB", "largest error", "right")
+#: The parts that are neither a cell nor kernels, and their headings.
+TESTS, PROFILES, SANITIZER = "tests", "profiles", "sanitizer"
+HEADINGS = {TESTS: "Tests on the device", PROFILES: "Nsight Compute", SANITIZER: "compute-sanitizer"}
+
+
 def markdown(results: Json) -> str:
     """The whole report; what was not measured is left out."""
     parts = results["parts"]
     dry = any(part["environment"]["dry"] for part in parts.values())
     title = "# A dry run on a CPU: no figure here means anything" if dry else "# Measured on a GPU"
-    sections = [title, _HOW_TO_READ, _build(results["build"]), "## Targets", targets_table(parts)]
-    if "tests" in parts:
-        sections += ["## Tests on the device", _tests(parts["tests"])]
-    if "rows" in parts:
-        sections += ["## Kernels on a chunk of logits", _provenance(parts["rows"]), rows_table(parts["rows"])]
-    for name in (cell.name for cell in CELLS if cell.name in parts):
-        sections += [f"## {name}", _provenance(parts[name]), cell_table(parts[name])]
-    return "\n\n".join(sections) + "\n"
+    head = [title, _HOW_TO_READ, _build(results["build"]), "## Targets", targets_table(parts)]
+    return "\n\n".join([*head, *(section(name, parts[name]) for name in parts)]) + "\n"
+
+
+def section(name: str, found: Json) -> str:
+    """One part: when and where it was measured, and what was found."""
+    texts = {TESTS: _tests, PROFILES: _profiles, SANITIZER: _sanitizer}
+    text = texts.get(name) or (cell_table if "logits_bytes" in found else kernel_table)
+    return "\n\n".join([f"## {HEADINGS.get(name, name)}", _provenance(found), text(found)])
 
 
 _HOW_TO_READ = (
@@ -35,7 +42,9 @@ _HOW_TO_READ = (
     "work in the forward). Ratios are medians over rounds of the ratio within a round, a frozen head's to the products "
     "of a frozen head. Extra memory is the peak of a step beyond the inputs and one copy of the gradients and of their "
     "float32 accumulators (a way that has no such accumulators may show less than nothing), also as a share of the "
-    "bfloat16 logits. Errors are relative, against float64 on 256 tokens."
+    "bfloat16 logits. Errors are relative, against float64 on 256 tokens. Of a kernel or call, the floor is cuBLAS's "
+    "products as large, or a copy (then the ratio is for each byte), in the same turns; right is what is no further "
+    "from float64, in the first and last rows, than rounding may bring it."
 )
 
 
@@ -44,8 +53,9 @@ def _provenance(measured: Json) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items() if version)
     cut = "" if measured.get("complete") else " NOT COMPLETE: the time ended, or the process did."
     failure = f" {measured['failure']}." if measured.get("failure") else ""
+    problem = f"{measured['problem']}. " if "problem" in measured else ""
     return (
-        f"{measured.get('problem', '')}. {e['date']}, commit {e['commit'] or 'unknown'}, {e['device']}, driver "
+        f"{problem}{e['date']}, commit {e['commit'] or 'unknown'}, {e['device']}, driver "
         f"{e['driver'] or 'unknown'}, CUDA {e['cuda'] or 'none'}. {versions}. Cut Cross-Entropy: "
         f"{e['cut_cross_entropy'] or 'not installed'}.{failure}{cut}"
     )
@@ -58,11 +68,26 @@ def _build(found: Json) -> str:
 
 
 def _tests(found: Json) -> str:
-    if "tests" not in found:
-        return f"{_provenance(found)}\n\n{found.get('failure')}"
     counts = ", ".join(f"{found[name]} {name}" for name in ("tests", "failures", "errors", "skipped"))
-    lines = [f"{counts} in {found['seconds']:.0f} s.", *(f"- {line}" for line in found["failed"])]
-    return f"{_provenance(found)}\n\n" + "\n".join(lines)
+    suites = "" if found["left_out"] is None else f" {found['left_out']}."
+    return "\n".join([f"{counts} in {found['seconds']:.0f} s.{suites}", *(_quoted(text) for text in found["failed"])])
+
+
+def _quoted(failure: str) -> str:
+    name, *lines = failure.splitlines()
+    return "\n".join([f"- {name}", *(f"      {line}" for line in lines)])
+
+
+def _profiles(found: Json) -> str:
+    lines = []
+    for kernel in found["kernels"]:
+        told = kernel["failure"] or "; ".join(" ".join(line.split()) for line in kernel["summary"])
+        lines.append(f"- {kernel['kernel']}, {kernel['ratio']:.2f} of its floor: {told}")
+    return "\n".join(lines)
+
+
+def _sanitizer(found: Json) -> str:
+    return "\n".join(f"- {x['tool']} ended with {x['status']}: {x['summary']}" for x in found["tools"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,41 +121,48 @@ def _line(row: Json, by_name: dict[str, Json], measured: Json) -> Sequence[str]:
     )
 
 
-def rows_table(measured: Json) -> str:
-    """Bytes read and written in a second, and their share of a copy's."""
-    copy = bandwidth(measured["rows"][0]) if measured["rows"] else None
-    lines = []
-    for row in measured["rows"]:
-        if row["failure"]:
-            lines.append((row["provider"], f"{DOES_NOT_RUN}: {row['failure']}", "", ""))
-            continue
-        found = bandwidth(row)
-        share = None if found is None or copy is None else found / copy
-        lines.append(
-            (row["provider"], _milliseconds(row["both"]), number(scaled(found, 10**9), ".0f"), number(share, ".2f"))
-        )
-    return table(("", "ms", "GB/s", "of copy"), lines)
+def kernel_table(measured: Json) -> str:
+    """One row a kernel or call, beside its own floor."""
+    return table(KERNEL_COLUMNS, [_kernel(row) for row in measured["rows"]])
+
+
+def _kernel(row: Json) -> Sequence[str]:
+    if row["failure"]:
+        return (row["provider"], f"{DOES_NOT_RUN}: {row['failure']}", *[""] * (len(KERNEL_COLUMNS) - 2))
+    errors, wrong = list((row["error"] or {}).values()), row["wrong"]
+    return (
+        row["provider"],
+        _milliseconds(row["both"]),
+        _milliseconds(row["floor"]),
+        number(against_floor(row), ".2f"),
+        number(scaled(bandwidth(row), 10**9), ".0f"),
+        number(scaled(row["peak_bytes"], MIB), ".0f"),
+        number(max(errors) if errors else None, ".1e"),
+        "" if wrong is None else f"NO: {', '.join(wrong)}" if wrong else "yes",
+    )
 
 
 def targets_table(parts: Json) -> str:
-    """The targets of the main cell and of the kernels on a chunk, beside what was reached."""
-    lines = [_target(target, parts.get(MAIN.name)) for target in TARGETS]
-    for row in parts.get("rows", {}).get("rows", [])[1:]:
-        if row["provider"].startswith("cuda"):
-            found, copy = bandwidth(row), bandwidth(parts["rows"]["rows"][0])
-            share = None if found is None or copy is None else found / copy
-            met = None if share is None else share >= ROWS_SHARE
-            lines.append(
-                (f"{row['provider']}: share of copy bandwidth", number(share, ".3f"), f">= {ROWS_SHARE}", _verdict(met))
-            )
+    """The targets beside what was reached."""
+    lines = [_target(target, parts.get(target.part)) for target in TARGETS]
+    of_kernels = {row["provider"]: row for row in parts.get("rows", {}).get("rows", [])}
+    for name in ("cuda, statistics", "cuda, gradient"):
+        ratio = against_floor(of_kernels[name]) if name in of_kernels else None
+        met = None if ratio is None else 1 / ratio >= ROWS_SHARE
+        share = number(None if ratio is None else 1 / ratio, ".3f")
+        lines.append((f"{name}: share of copy bandwidth", share, f">= {ROWS_SHARE}", _verdict(met)))
     return table((MAIN.name, "measured", "target", ""), lines)
 
 
+_MEASURES = {"forward": "forward", "both": "forward + backward", "memory": "extra memory", "error": "gradient error"}
+
+
 def _target(target: Target, measured: Json | None) -> Sequence[str]:
-    value, against = reached(target, measured) if measured else (None, target.relative_to)
-    what = {"forward": "forward", "both": "forward + backward", "memory": "extra memory"}[target.measure]
-    met = None if value is None else value <= target.limit
-    return f"{target.way}: {what} / {against}", number(value, ".3f"), f"<= {target.limit:g}", _verdict(met)
+    value = reached(target, measured) if measured else None
+    limit = f"{'<' if target.beaten else '<='} {target.limit:g}"
+    met = None if value is None else value < target.limit if target.beaten else value <= target.limit
+    what = f"{target.way}: {_MEASURES[target.measure]} / {target.relative_to}"
+    return what, number(value, ".3f"), limit, _verdict(met)
 
 
 def _verdict(met: bool | None) -> str:
@@ -141,20 +173,35 @@ def _verdict(met: bool | None) -> str:
 # Numbers
 
 
-def reached(target: Target, measured: Json) -> tuple[float | None, str]:
-    """The measured counterpart of `target.limit`, None where one side is missing, and what it is relative to."""
+def reached(target: Target, measured: Json) -> float | None:
+    """The measured counterpart of `target.limit`, None where one side is missing."""
     by_name = {row["provider"]: row for row in measured["rows"] if not row["failure"]}
-    row = by_name.get(target.way)
+    row, other = by_name.get(target.way), by_name.get(target.relative_to)
+    if row is None:
+        return None
+    if target.relative_to == FLOOR:
+        return against_floor(row)
     if target.measure == "memory":
-        whole = measured["logits_bytes" if target.relative_to == LOGITS else "chunk_bytes"]
-        return (None if row is None else scaled(extra_bytes(row, measured), whole)), target.relative_to
-    if target.relative_to != FASTEST_PEER:
-        return _ratio(row, by_name.get(target.relative_to), target.measure), target.relative_to
-    peers = [x for x in by_name.values() if x["role"] == "peer" and x["both"]]
-    if not peers:
-        return None, FASTEST_PEER
-    fastest = min(peers, key=lambda x: statistics.median(x["both"]))
-    return _ratio(row, fastest, "both"), f"{FASTEST_PEER} ({fastest['provider']})"
+        wholes = {LOGITS: measured["logits_bytes"], HEAD_GRADIENT: measured["head_gradient_bytes"], BUDGET: 256 * MIB}
+        return scaled(extra_bytes(row, measured), wholes[target.relative_to])
+    if target.measure == "error":
+        return None if other is None else _gradient_error(row, other)
+    return _ratio(row, other, target.measure)
+
+
+def _gradient_error(row: Json, other: Json) -> float | None:
+    """The larger ratio of the two gradients' errors."""
+    if not (row["error"] and other["error"]):
+        return None
+    return max(row["error"][name] / other["error"][name] for name in ("d_hidden", "d_weight"))
+
+
+def against_floor(row: Json) -> float | None:
+    """A kernel's time over its floor's, within turns; of copies, both for each byte."""
+    if row["failure"] or not row["both"] or not row["floor"]:
+        return None
+    bytes_ = row["floor_bytes"] / row["bytes"] if row["floor_bytes"] else 1.0
+    return bytes_ * statistics.median(x / y for x, y in zip(row["both"], row["floor"], strict=True))
 
 
 def extra_bytes(row: Json, measured: Json) -> int | None:
@@ -165,7 +212,7 @@ def extra_bytes(row: Json, measured: Json) -> int | None:
 
 def bandwidth(row: Json) -> float | None:
     """Bytes in a second."""
-    return row["bytes"] / statistics.median(row["both"]) if row["both"] else None
+    return row["bytes"] / statistics.median(row["both"]) if row["bytes"] and row["both"] else None
 
 
 def _ratio(row: Json | None, other: Json | None, what: str) -> float | None:

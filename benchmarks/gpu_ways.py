@@ -64,7 +64,8 @@ class _Products(torch.autograd.Function):
         return z @ weight, z.T @ hidden if ctx.needs_input_grad[1] else None
 
 
-def _products(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+def products(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """A loss whose forward and backward are the products alone."""
     return _Products.apply(hidden, weight)
 
 
@@ -160,8 +161,8 @@ def _own() -> Iterator[Way]:
 
 
 WAYS = (
-    Way(GEMM, "floor", _products, checked=False),
-    Way(FROZEN_GEMMS, "floor", _products, frozen=True, checked=False),
+    Way(GEMM, "floor", products, checked=False),
+    Way(FROZEN_GEMMS, "floor", products, frozen=True, checked=False),
     Way("materialised", "materialised", materialised_nll),
     Way("materialised, compiled", "materialised", _compiled_nll, checked=False),
     *_own(),

@@ -15,16 +15,16 @@ from typing import NamedTuple
 
 import torch
 
-from . import gpu_measure, gpu_rows
+from . import gpu_kernels, gpu_measure
 from .gpu_cells import CELLS, MAIN, Cell
 from .gpu_ways import WAYS, Way
 from .report import Json
 
-#: Seconds without a word after which a child counts as hung: several times a compiled way's first call.
-PATIENCE = 90.0
+#: Seconds without a word after which a child counts as hung: several times a compiled way's first call. A peer may
+#: compile and try many kernels in its first call, and has so many times as long.
+PATIENCE, OF_PEERS = 75.0, 2
 #: Times that a part is begun again after its process ended.
 RESTARTS = 3
-ROWS = "rows"
 
 
 class Order(NamedTuple):
@@ -41,6 +41,7 @@ class Worker:
     def __init__(self, *, dry: bool, ways: tuple[Way, ...] = WAYS, patience: float = PATIENCE) -> None:
         self.dry, self.ways, self.patience = dry, ways, patience
         self.fatal: dict[str, str] = {}  # ways that ended a process, with the reason; not called again
+        self._peers = {way.name for way in ways if way.role == "peer"}
         self._process: BaseProcess | None = None
         self._connection: Connection
 
@@ -66,9 +67,10 @@ class Worker:
         try:
             self._connection.send(order)
             while not found["complete"]:
-                if not self._connection.poll(max(0.0, min(self.patience, end - time.monotonic()))):
+                patience = self.patience * (OF_PEERS if doing in self._peers else 1)
+                if not self._connection.poll(max(0.0, min(patience, end - time.monotonic()))):
                     self.stop()
-                    return doing, found, f"no answer for {self.patience:.0f} s"
+                    return doing, found, f"no answer for {patience:.0f} s"
                 message = self._connection.recv()
                 if isinstance(message, str):
                     self.stop()
@@ -122,8 +124,9 @@ def _serve(connection: Connection, dry: bool, ways: tuple[Way, ...]) -> None:
 def _measure(
     order: Order, machine: gpu_measure.Machine, ways: tuple[Way, ...], dry: bool, tell: gpu_measure.Tell
 ) -> Json:
-    if order.part == ROWS:
-        return gpu_rows.measure_rows(_sized(MAIN, dry), machine, order.deadline, order.skip, tell)
+    if order.part in gpu_kernels.PARTS:
+        main = _sized(MAIN, dry)
+        return gpu_kernels.measure_kernels(order.part, main, machine, order.deadline, order.skip, tell)
     cell = next(cell for cell in CELLS if cell.name == order.part)
     return gpu_measure.measure_cell(_sized(cell, dry), ways, machine, order.deadline, order.skip, tell)
 
