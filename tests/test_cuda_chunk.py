@@ -347,7 +347,8 @@ def test_merge(library, seed, parts, rows, dtype):
     moments = moments.permute(2, 0, 1).contiguous()  # [parts, 5, rows]
     found = {name: nans(rows, dtype=dtype) for name in OUTPUTS}
     blocks = nans(rows, parts, dtype=dtype)
-    library.launch("merge", moments, own, dtype, parts, rows, 5 * parts + 1, *found.values(), blocks, parts, on=DEVICE)
+    sizes = (dtype, parts, 5, rows, 5 * parts + 1)
+    library.launch("merge", moments, own, *sizes, *found.values(), blocks, parts, on=DEVICE)
     everything = torch.cat([own[:, None], z.flatten(1)], 1).double()
     want = reference.statistics(everything, torch.zeros(rows, dtype=torch.int64, device=DEVICE), OUTPUTS)
     largest = everything[everything.isfinite()].abs().max().item()
@@ -358,6 +359,13 @@ def test_merge(library, seed, parts, rows, dtype):
     mean = (total.double().sum(1) + own.double()) / (5 * parts + 1)
     torch.testing.assert_close(found["mean_logit"].double(), mean, rtol=0, atol=tolerance)
     torch.testing.assert_close(blocks.double(), z.double().logsumexp(-1), rtol=0, atol=tolerance)
+    first_two, few = (
+        moments[:, :2].contiguous(),
+        {name: nans(rows, dtype=dtype) for name in ("logprob", "lse", "correct")},
+    )
+    sizes, again = (dtype, parts, 2, rows, 5 * parts + 1), nans(rows, parts, dtype=dtype)
+    library.launch("merge", first_two, own, *sizes, *(few.get(name) for name in OUTPUTS), again, parts, on=DEVICE)
+    assert torch.equal(again, blocks) and all(torch.equal(few[name], found[name]) for name in few)
 
 
 def test_same_input_gives_the_same_bits(library):
@@ -404,7 +412,12 @@ def test_the_rest_of_what_is_refused(library):
     with pytest.raises(RuntimeError, match="pointer"):  # an entropy's gradient needs the entropy
         library.launch("gradient", *chunk.head(), lse, lse, None, None, None, lse, None, lse, torch.float32, on=DEVICE)
     with pytest.raises(RuntimeError, match="dtype"):
-        library.launch("merge", lse, lse, torch.bfloat16, 1, 3, 40, None, lse, *(None,) * 4, None, 0, on=DEVICE)
+        library.launch("merge", lse, lse, torch.bfloat16, 1, 5, 3, 40, None, lse, *(None,) * 4, None, 0, on=DEVICE)
+    for count, entropy in ((4, None), (2, lse)):  # two moments make no entropy
+        with pytest.raises(RuntimeError, match="number of moments"):
+            library.launch(
+                "merge", lse, lse, torch.float32, 1, count, 3, 40, None, lse, entropy, *(None,) * 4, 0, on=DEVICE
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,6 +11,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -107,6 +109,7 @@ def test_every_code_has_a_sentence(host):
 @needs_compiler
 def test_gpu_only_kernels_are_not_built_for_the_cpu(host):
     assert not host.has("forward_sm90")
+    assert host.configurations() == ()
     assert host.has("forward_sm80")
 
 
@@ -152,6 +155,20 @@ def test_which_forward_is_fused(monkeypatch, host):
         (half.T.contiguous().T, weight),
     ):
         assert cuda.fused_kernel(hidden, head) is None
+
+
+@needs_compiler
+def test_which_forward_makes_a_chunk(monkeypatch, host):
+    """Hopper's, and the twin's stand-in for it; on an A100 cuBLAS does, and for 16-bit chunks everywhere."""
+    monkeypatch.setenv(cuda_library.VARIABLE, str(host.path))
+    half, weight = torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(9, 16, dtype=torch.bfloat16)
+    assert cuda.projecting_kernel(half, weight, torch.float32) == "forward_sm80"
+    assert cuda.projecting_kernel(half, weight, torch.bfloat16) is None
+    assert cuda.projecting_kernel(half.float(), weight.float(), torch.float32) is None
+    on_gpu = cast(torch.Tensor, SimpleNamespace(device=torch.device("cuda", 0)))
+    for kernel, expected in (("forward_sm90", "forward_sm90"), ("forward_sm80", None), (None, None)):
+        monkeypatch.setattr(cuda, "fused_kernel", lambda hidden, weight, kernel=kernel: kernel)
+        assert cuda.projecting_kernel(on_gpu, on_gpu, torch.float32) == expected
 
 
 def test_importing_loads_nothing():
@@ -242,7 +259,7 @@ x = torch.zeros(4, 8)
 print(cuda.supports(x.device, x.dtype))
 vector = torch.zeros(4)
 try:
-    loaded.launch("merge", vector, vector, torch.float32, 1, 4, 9, *(None,) * 6, None, 0, on=torch.device("cpu"))
+    loaded.launch("merge", vector, vector, torch.float32, 1, 5, 4, 9, *(None,) * 6, None, 0, on=torch.device("cpu"))
 except RuntimeError as error:
     print(error)
 """

@@ -25,7 +25,7 @@ struct ForwardTask {
     Matrix<Half> hidden;
     Matrix<Half> weight;
     RowHead head;
-    PartialMoments<float> out;
+    RowResults out;
 };
 
 struct TileIndex {
@@ -70,16 +70,18 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) forward_sm80_kernel(const For
         LOGITLESS_UNROLL
         for (int high = 0; high < 2; ++high) {
             const int tile_row = warp_row() + 16 * i + 8 * high + lane / 4;
+            const std::int64_t row = first_row + tile_row;
+            const int target = task.out.target(task.head, row);
             float s[WARP_TILE / 4];
             LOGITLESS_UNROLL
             for (int j = 0; j < WARP_TILE / 4; ++j) s[j] = acc.at[i][j / 2][2 * high + j % 2];
-            const Moments<float> found = reduce_row(s, column, first_row + tile_row, task.head, task.out);
+            const Moments<float> found = reduce_row(s, column, row, target, task.head, task.out);
             if (lane % 4 == 0) shared->halves[warp_column() / WARP_TILE][tile_row] = found;
         }
     __syncthreads();
     const int own = static_cast<int>(threadIdx.x);
     if (first_row + own < task.hidden.rows)
-        write(task.out, tile.part, first_row + own, merge(shared->halves[0][own], shared->halves[1][own]));
+        write(task.out.partials, tile.part, first_row + own, merge(shared->halves[0][own], shared->halves[1][own]));
 }
 
 }  // namespace logitless

@@ -1,7 +1,7 @@
 // Statistics from the moments of parts of the vocabulary, by equation 4.
 //
 // A block has 32 rows, neighbouring lanes neighbouring rows, and its 8 warps take the parts in turn.
-// Traffic: reads (5 parts + 1) n numbers, writes n of each result.
+// Traffic: reads (2 parts + 1) n or (5 parts + 1) n numbers, writes n of each result.
 #pragma once
 
 #include <cstdint>
