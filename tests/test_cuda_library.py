@@ -16,7 +16,7 @@ from typing import cast
 
 import pytest
 import torch
-from cuda_build import ROOT, gpu_library, host_library, needs_compiler, needs_nvcc, run
+from cuda_build import ROOT, cutlass_headers, gpu_library, host_library, needs_compiler, needs_nvcc, run
 
 from logitless.backends import cuda
 from logitless.kernels.cuda import library as cuda_library
@@ -216,6 +216,19 @@ def test_kernels_keep_to_their_registers(built):
         print(f"{architecture:8} {registers:4} registers {local:4} bytes of local memory  {name[:100]}")
     spilled = [name for (*_, local), name in zip(found, names, strict=True) if local and any(k in name for k in HOT)]
     assert not spilled
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_configurations_of_the_forward(built):
+    """In the order of the C interface's numbers; kernels/README.md says what each costs."""
+    names = cuda_library.load(built).configurations()
+    if cutlass_headers() is None:
+        assert names == ()
+        return
+    assert names[cuda.CONFIGURATION] == "cooperative_128x256x64" and len(names) == 4
+    table = (ROOT / "kernels" / "README.md").read_text()
+    assert [name for name in names if f"| `{name}` |" not in table] == []
 
 
 @pytest.mark.slow

@@ -1,15 +1,15 @@
 // Fused forward for Ampere and everything after it: hidden [N, H] x weight [V, H]^T tile by tile (tile_gemm.cuh), each
-// tile reduced to the moments of its rows (tile_rows.cuh) while it is in registers. Logits never reach memory;
-// logitless_merge turns the moments of all ceil(V / 128) parts into statistics.
+// tile reduced to the moments of its rows (tile_rows.cuh) while it is in registers. Logits reach memory only where the raw
+// products are asked for; logitless_merge turns the moments of all ceil(V / 128) parts into statistics.
 //
 // Grid: one block a tile, ordered so that the blocks at work at one time share rows: 16 tiles of tokens, then the next
 // part.
 // Work: 2 N H V flops, N V exponentials. Bytes: hidden and weight once from memory where L2 holds 16 x 128 tokens' rows
-// (16 MB at H = 4096), 256 H for each tile and operand from L2; 20 N V / 128 written, 1/26 of float32 logits.
-// Shared memory 48 KB. Registers: 232 (sm_80), 236 (sm_90a), 254 (sm_100), no local memory, so that two blocks fit.
+// (16 MB at H = 4096), 256 H for each tile and operand from L2; 8 N V / 128 written, or 20 N V / 128 with all moments.
+// Shared memory 48 KB. Registers: 232 (sm_80), 238 (sm_90a), 224 (sm_100), no local memory, so that two blocks fit.
 // Bound at N = 8192, H = 4096, V = 128256: 8.6 Tflop, 27.6 ms at A100's 312 Tflop/s. The inner loop is 228 instructions
 // of a warp for 64 mma (sm_80), which take 512 cycles of their scheduler's tensor core. The epilogue's 1.05e9 exponentials
-// and some 16 other instructions for each are 1.3 ms, hidden where the multiprocessor's other block multiplies meanwhile.
+// and some 6 other instructions for each are 0.8 ms, hidden where the multiprocessor's other block multiplies meanwhile.
 // Not yet run on a GPU: the kernel's text is tested on the CPU, its instructions emulated there (host/mma.h).
 #pragma once
 

@@ -12,7 +12,8 @@
 // Work: 2 N H V flops, N V exponentials. Bytes: hidden and weight, each tile's operands once a cluster from L2; 8 N V
 // / 128 written, or 20 N V / 128 with all moments, and 4 N V of raw products.
 // Bound at N = 8192, H = 4096, V = 128256: 8.6 Tflop, 8.7 ms at 989 Tflop/s. A tile's products take 65536 cycles, the
-// exponentials of its 32768 logits 2048 cycles, the 3 other instructions of each 768: 3 to 5% on top, less as H grows.
+// exponentials of its 32768 logits 2048 cycles, the 5 other instructions of each 1280, in part at the same time: 3 to 5%
+// on top, less as H grows.
 // 168 registers a thread, no local memory; ptxas pipelines wgmma (with assertions on it would not: hopper.cmake).
 // Not yet run on a GPU. What is ours runs on the CPU: the reduction of a row in forward_sm80.cuh's tests, all of
 // ReduceRows in host/hopper_rows.cpp, CuTe's layout of the accumulators and CUTLASS's order of tiles in

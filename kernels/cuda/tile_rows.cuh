@@ -4,9 +4,9 @@
 // Both instruction sets leave a row of the tile to a quad, four neighbouring lanes: of every 8 columns, lane q of the
 // quad holds 2 q and 2 q + 1. So n values of a thread are the quad's 4 n columns, and quad_column says which.
 //
-// Work for each logit, without bias and softcap: an exponential, a multiply-add before it, the maximum and the sum, 4
-// instructions; 4 more where all moments are asked for; half a store for the raw product. Parts of the vocabulary that
-// are cut short or hold the row's target, 8 of 1002 in a row of 128256, take some 5 more to leave columns out.
+// Work for each logit, without bias and softcap: an exponential, a multiply-add before it, the maximum and the sum, and
+// 1.5 to 2 instructions of the row's; 4 more where all moments are asked for; half a store for the raw product. Parts of
+// the vocabulary that are cut short or hold the target of one of a warp's rows take 7 more, to leave columns out.
 #pragma once
 
 #include "mma.cuh"
