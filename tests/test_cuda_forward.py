@@ -251,12 +251,22 @@ def test_more_tiles_of_tokens_than_are_at_work_at_one_time(library: Library) -> 
     check(library, draw(16 * 128 + 5, 130, 8, torch.bfloat16), LogitTransform())
 
 
-def test_nan_reaches_its_row_alone(library: Library) -> None:
-    x = draw(5, 300, 16, torch.bfloat16)
-    x.hidden[2, 3] = math.nan
-    found = run(library, x, LogitTransform())
-    for name in ("logprob", "lse", "entropy", "mean_logit", "log_sum_sq"):
-        assert found.stats[name].isnan().tolist() == [False, False, True, False, False], name
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("masked", [False, True])
+def test_nan_reaches_its_row_alone(library: Library, masked: bool, count: int) -> None:
+    """From a hidden state; and from one entry of the bias, where all others of its part are masked."""
+    x = draw(5, 300, 16, torch.bfloat16, bias=masked)
+    expected = [False, False, True, False, False]
+    x.targets[:] = 1
+    if x.bias is not None:
+        x.bias[PART : 2 * PART] = -INF
+        x.bias[PART + 5] = math.nan
+        expected = [True] * 5
+    else:
+        x.hidden[2, 3] = math.nan
+    found = run(library, x, LogitTransform(), count=count)
+    for name in set(found.stats) - {"correct"}:
+        assert found.stats[name].isnan().tolist() == expected, name
 
 
 def test_only_the_target_is_left(library: Library) -> None:
