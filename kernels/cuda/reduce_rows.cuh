@@ -33,39 +33,58 @@ class ReduceRows {
                                 int thread) const {
         using namespace cute;
         constexpr int M = size<1>(Layout{}), COLUMNS = size<1>(Block{});
+        constexpr int PARTS = COLUMNS / PART_COLUMNS, OWN = PART_COLUMNS / 4;
         static_assert(COLUMNS % PART_COLUMNS == 0 && size(Layout{}) == M * COLUMNS / 2 && size<2>(Layout{}) == 1);
         const auto own = mma.get_thread_slice(thread).partition_C(make_identity_tensor(take<0, 2>(block)));
         const int first_row = int(get<0>(at)) * int(size<0>(block));
-        const int first_part = int(get<1>(at)) * (COLUMNS / PART_COLUMNS);
-        int rows[2 * M], targets[2 * M];  // known before the first is reduced: one wait for memory, not 2 M
+        const int first_part = int(get<1>(at)) * PARTS;
+        Row rows[2 * M];
         LOGITLESS_UNROLL
         for (int k = 0; k < 2 * M; ++k) {
-            rows[k] = first_row + get<0>(own(make_coord(make_coord(0, k % 2, 0), k / 2, 0)));
-            targets[k] = params_.out.target(params_.head, rows[k]);
+            const int row = first_row + get<0>(own(make_coord(make_coord(0, k % 2, 0), k / 2, 0)));
+            rows[k] = {row, params_.out.target(params_.head, row)};  // all wait for memory together
         }
+        float s[2 * M][PARTS][OWN], totals[2 * M][PARTS];
         LOGITLESS_UNROLL
-        for (int k = 0; k < 2 * M; ++k) {
+        for (int k = 0; k < 2 * M * PARTS; ++k) {
+            auto& own_s = s[k / PARTS][k % PARTS];
             LOGITLESS_UNROLL
-            for (int part = 0; part < COLUMNS / PART_COLUMNS; ++part)
-                reduce(accumulators, k, part, first_part + part, rows[k], targets[k], thread);
+            for (int j = 0; j < OWN; ++j) {
+                const auto place = make_coord(j % 2, k / PARTS % 2, k % PARTS * OWN / 2 + j / 2);
+                own_s[j] = accumulators(make_coord(place, k / PARTS / 2, 0));
+            }
+            const std::int64_t column = std::int64_t(first_part + k % PARTS) * PART_COLUMNS;
+            const Row row = rows[k / PARTS];
+            totals[k / PARTS][k % PARTS] = prepare_row(own_s, column, row.place, row.target, params_.head, params_.out);
         }
+        if (params_.out.partials.count == ALL_MOMENTS) reduce<true>(s, totals, rows, first_part, thread);
+        else reduce<false>(s, totals, rows, first_part, thread);
     }
 
   private:
-    template <class Accumulators>
-    CUTE_DEVICE void reduce(const Accumulators& accumulators, int k, int part_of_tile, std::int64_t part,
-                            std::int64_t row, int target, int thread) const {
-        constexpr int OWN = PART_COLUMNS / 4;
-        float s[OWN];
+    struct Row {
+        int place, target;
+    };
+
+    // Without a branch between the rows, so that one's exponentials fill the time in which another waits.
+    template <bool ALL, int ROWS, int PARTS, int OWN>
+    CUTE_DEVICE void reduce(const float (&s)[ROWS][PARTS][OWN], const float (&totals)[ROWS][PARTS],
+                            const Row (&rows)[ROWS], int first_part, int thread) const {
+        Moments<float> found[ROWS][PARTS];
         LOGITLESS_UNROLL
-        for (int j = 0; j < OWN; ++j) {
-            const auto place = cute::make_coord(j % 2, k % 2, part_of_tile * OWN / 2 + j / 2);
-            s[j] = accumulators(cute::make_coord(place, k / 2, 0));
+        for (int k = 0; k < ROWS; ++k) {
+            LOGITLESS_UNROLL
+            for (int part = 0; part < PARTS; ++part)
+                found[k][part] =
+                    quad_moments<ALL>(s[k][part], params_.head.slope, params_.head.rate, totals[k][part]);
         }
-        const std::int64_t column = part * PART_COLUMNS;
-        const Moments<float> found = reduce_row(s, column, row, target, params_.head, params_.out);
-        if (thread % 4 == 0 && params_.out.holds(row) && column < params_.head.vocabulary)
-            write(params_.out.partials, part, row, found);
+        if (thread % 4 != 0) return;
+        LOGITLESS_UNROLL
+        for (int k = 0; k < ROWS * PARTS; ++k) {
+            const std::int64_t part = first_part + k % PARTS, row = rows[k / PARTS].place;
+            if (params_.out.holds(row) && part * PART_COLUMNS < params_.head.vocabulary)
+                write(params_.out.partials, part, row, found[k / PARTS][k % PARTS]);
+        }
     }
 
     Params params_;

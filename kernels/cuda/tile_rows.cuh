@@ -5,7 +5,7 @@
 // quad holds 2 q and 2 q + 1. So n values of a thread are the quad's 4 n columns, and quad_column says which.
 //
 // Work for each logit, without bias and softcap: an exponential, a multiply-add before it, the maximum and the sum, and
-// 1.5 to 2 instructions of the row's; 4 more where all moments are asked for; half a store for the raw product. Parts of
+// 1.5 to 3 instructions of the row's; 4 more where all moments are asked for; half a store for the raw product. Parts of
 // the vocabulary that are cut short or hold the target of one of a warp's rows take 7 more, to leave columns out.
 #pragma once
 
@@ -146,30 +146,39 @@ __device__ inline Moments<float> quad_moments(const float (&s)[n], float slope, 
     return found;
 }
 
-// Moments of the raw products `s` of a row but its target's, the same on all lanes of the quad, whose first column is
-// `first`; `target` is the row's, -1 for none. Writes the target's logit where the target is among them, and the
-// raw products. All lanes of a warp come here together, with rows beyond the last too.
+// Makes of a row's raw products from column `first` on what quad_moments takes, and returns this lane's sum of it. `target`
+// is the row's, -1 for none. Writes the target's logit where the target is among them, and the raw products.
 template <int n>
-__device__ inline Moments<float> reduce_row(float (&s)[n], std::int64_t first, std::int64_t row, int target,
-                                            const RowHead& head, const RowResults& to) {
+__device__ inline float prepare_row(float (&s)[n], std::int64_t first, std::int64_t row, int target,
+                                    const RowHead& head, const RowResults& to) {
     const int end = columns_left<n>(head.vocabulary, first);
     const int from_first = target - static_cast<int>(first);
     const int own = target >= 0 && from_first >= 0 && from_first < end ? from_first : -1;
     if (to.raw != nullptr && to.holds(row)) store_raw(s, first, end, row, to);
     add_bias(s, head.bias, first, end);
     bend(s, head.transform);
-    const bool all = to.partials.count == ALL_MOMENTS;
-    float total = 0.0f;
     if (end < 4 * n || own >= 0) {
         float target_value = 0.0f;
-        total = leave_out(s, end - first_column(), own - first_column(), target_value);
+        const float total = leave_out(s, end - first_column(), own - first_column(), target_value);
         if (own >= 0 && own % 8 / 2 * 2 == first_column()) to.partials.target_logit[row] = target_value * head.slope;
-    } else if (all) {
+        return total;
+    }
+    float total = 0.0f;
+    if (to.partials.count == ALL_MOMENTS) {
         LOGITLESS_UNROLL
         for (int j = 0; j < n; ++j) total += s[j];
     }
-    return all ? quad_moments<true>(s, head.slope, head.rate, total)
-               : quad_moments<false>(s, head.slope, head.rate, total);
+    return total;
+}
+
+// Moments of the raw products `s` of a row but its target's, the same on all lanes of the quad. All lanes of a warp come
+// here together, with rows beyond the last too.
+template <int n>
+__device__ inline Moments<float> reduce_row(float (&s)[n], std::int64_t first, std::int64_t row, int target,
+                                            const RowHead& head, const RowResults& to) {
+    const float total = prepare_row(s, first, row, target, head, to);
+    return to.partials.count == ALL_MOMENTS ? quad_moments<true>(s, head.slope, head.rate, total)
+                                            : quad_moments<false>(s, head.slope, head.rate, total);
 }
 
 }  // namespace logitless
