@@ -227,6 +227,9 @@ def test_configurations_of_the_forward(built):
         assert names == ()
         return
     assert names[cuda.CONFIGURATION] == "cooperative_128x256x64" and len(names) == 4
+    with pytest.raises(RuntimeError, match="configuration that this build"):
+        absent = (*(None,) * 2, torch.bfloat16, *(0,) * 5, *(None,) * 2, *(1.0,) * 3, *(None, 2, None, None, 0, 4))
+        cuda_library.load(built).launch("forward_sm90", *absent, on=torch.device("cpu"))
     table = (ROOT / "kernels" / "README.md").read_text()
     assert [name for name in names if f"| `{name}` |" not in table] == []
 

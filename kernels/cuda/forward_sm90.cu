@@ -22,16 +22,15 @@ std::int32_t check_hopper(std::int32_t device) {
 template <typename Half>
 std::int32_t run_default(const Forward& x) {
     return with_default_forward<Half>(
-        static_cast<int>(x.rows), static_cast<int>(x.vocabulary),
+        static_cast<int>(x.rows), static_cast<int>(x.vocabulary), static_cast<int>(x.depth),
         [&](auto kind, TileOrder order) { return run_sm90<decltype(kind)>(x, order); });
 }
 
 std::int32_t run_configuration(const Forward& x, std::int32_t index) {
     if (index == 0)
         return x.dtype == LOGITLESS_BFLOAT16 ? run_default<cutlass::bfloat16_t>(x) : run_default<cutlass::half_t>(x);
-    const Configuration* const other = other_configuration(index - 1);
-    if (other == nullptr) return LOGITLESS_BAD_CONFIGURATION;
-    return x.dtype == LOGITLESS_BFLOAT16 ? other->run(x) : static_cast<std::int32_t>(LOGITLESS_BAD_DTYPE);
+    return x.dtype == LOGITLESS_BFLOAT16 ? other_configuration(index - 1)->run(x)
+                                         : static_cast<std::int32_t>(LOGITLESS_BAD_DTYPE);
 }
 
 }  // namespace
@@ -44,6 +43,7 @@ int32_t logitless_forward_sm90(const void* hidden, const void* weight, int32_t d
     const Forward x{hidden,        weight,       dtype,   rows,        vocabulary, depth,       hidden_stride,
                     weight_stride, bias,         targets, logit_scale, softcap,    temperature, moments,
                     moment_count,  target_logit, raw,     raw_stride,  device,     stream};
+    if (logitless_forward_sm90_configuration(configuration) == nullptr) return LOGITLESS_BAD_CONFIGURATION;
     return start(x, [&] {
         if (const std::int32_t code = check_hopper(device)) return code;
         return run_configuration(x, configuration);

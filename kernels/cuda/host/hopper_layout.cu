@@ -2,7 +2,7 @@
 //
 //     layout                 for each configuration, how many accumulators hold another element of their tile than
 //                            reduce_rows.cuh and tile_rows.cuh take for granted
-//     order V N N ...        for each number of tokens: tiles that CUTLASS's scheduler gives out, cluster, swizzle
+//     order V H N N ...      for each number of tokens: tiles that CUTLASS's scheduler gives out, cluster, swizzle
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -34,8 +34,8 @@ void print_layout(const char* name) {
     std::printf("%s: %d of %d accumulators elsewhere\n", name, elsewhere, seen);
 }
 
-void print_order(int vocabulary, int rows) {
-    with_default_forward<Half>(rows, vocabulary, [&](auto kind, TileOrder order) {
+void print_order(int vocabulary, int depth, int rows) {
+    with_default_forward<Half>(rows, vocabulary, depth, [&](auto kind, TileOrder order) {
         using Cluster = typename decltype(kind)::Cluster;
         std::printf("%d %llu %dx%d %d\n", rows, static_cast<unsigned long long>(order.tiles),
                     int(cute::size<0>(Cluster{})), int(cute::size<1>(Cluster{})), order.swizzle);
@@ -46,8 +46,9 @@ void print_order(int vocabulary, int rows) {
 }  // namespace
 
 int main(int count, char** arguments) {
-    if (count > 3 && std::strcmp(arguments[1], "order") == 0) {
-        for (int k = 3; k < count; ++k) print_order(std::atoi(arguments[2]), std::atoi(arguments[k]));
+    if (count > 4 && std::strcmp(arguments[1], "order") == 0) {
+        const int vocabulary = std::atoi(arguments[2]), depth = std::atoi(arguments[3]);
+        for (int k = 4; k < count; ++k) print_order(vocabulary, depth, std::atoi(arguments[k]));
     } else {
         print_layout<DefaultForward<Half, 2, 1>>("cooperative_128x256x64_2x1");
         print_layout<DefaultForward<Half, 1, 2>>("cooperative_128x256x64_1x2");
