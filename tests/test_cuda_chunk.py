@@ -562,8 +562,11 @@ def projects() -> bool:
     block=st.sampled_from([0, BLOCK]),
     outputs=outputs_subset,
     mean_known=st.booleans(),
+    padding=st.sampled_from([0, 1, 4]),
 )
-def test_a_chunk_of_one_kernel(backend, seed, rows, vocabulary, dtype, bias, transform, block, outputs, mean_known):
+def test_a_chunk_of_one_kernel(
+    backend, seed, rows, vocabulary, dtype, bias, transform, block, outputs, mean_known, padding
+):
     """`project` leaves what a GEMM and `measure` leave: raw products, statistics, the blocks' logsumexps."""
     if not projects():
         pytest.skip("cuBLAS makes the chunks")
@@ -573,7 +576,7 @@ def test_a_chunk_of_one_kernel(backend, seed, rows, vocabulary, dtype, bias, tra
     mean = draw(rows, seed=seed + 3) if mean_known and "mean_logit" in outputs else None
     engine = cuda.RowKernels(block)
     with poison_empty():
-        out = torch.empty(rows, vocabulary, device=DEVICE)
+        out = torch.empty(rows, vocabulary + padding, device=DEVICE)[:, :vocabulary]
         tile = engine.project(hidden, weight, out, head, targets, outputs, mean)
     assert tile is not None and tile.logits.data_ptr() == out.data_ptr()
     products = hidden.double() @ weight.double().T
