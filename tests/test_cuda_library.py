@@ -185,7 +185,7 @@ def test_importing_loads_nothing():
 
 
 #: Kernels whose speed counts; local memory in one of them is a spill, or an index that the compiler could not resolve.
-HOT = ("measure_kernel", "gradient_kernel", "merge_kernel", "forward", "sparse", "route")
+HOT = ("measure_kernel", "gradient_kernel", "merge_kernel", "forward", "RowEpilogue", "sparse", "route")
 
 
 @pytest.fixture(scope="module")
