@@ -68,9 +68,11 @@ def cutlass_headers() -> Path | None:
 
 
 def gpu_library() -> Path:
-    """The library for every architecture, warnings as errors; with Hopper's fused forward where its headers are."""
+    """The library for every architecture, warnings as errors; with all of Hopper's fused forwards where their headers
+    are."""
     headers = f"-DLOGITLESS_CUTLASS={cutlass_headers() or ''}"
-    options = ("-DLOGITLESS_CUDA=ON", "-DLOGITLESS_HOST=OFF", "-DLOGITLESS_STRICT=ON", headers)
+    strict = ("-DLOGITLESS_STRICT=ON", "-DLOGITLESS_FORWARD_CONFIGURATIONS=ON")
+    options = ("-DLOGITLESS_CUDA=ON", "-DLOGITLESS_HOST=OFF", *strict, headers)
     return build("cuda", *options, target="logitless_cuda")
 
 

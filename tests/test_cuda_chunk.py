@@ -21,6 +21,8 @@ from torch import Tensor
 
 from logitless import TokenStats, backends, linear_logprobs, linear_token_loss, reference
 from logitless.backends import cuda
+from logitless.backends.blocks import BLOCK
+from logitless.backends.sweep import RowHead
 from logitless.kernels.cuda import library as cuda_library
 from logitless.kernels.cuda.library import DTYPES, Library
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised, poison_empty
@@ -347,7 +349,8 @@ def test_merge(library, seed, parts, rows, dtype):
     moments = moments.permute(2, 0, 1).contiguous()  # [parts, 5, rows]
     found = {name: nans(rows, dtype=dtype) for name in OUTPUTS}
     blocks = nans(rows, parts, dtype=dtype)
-    library.launch("merge", moments, own, dtype, parts, rows, 5 * parts + 1, *found.values(), blocks, parts, on=DEVICE)
+    sizes = (dtype, parts, 5, rows, 5 * parts + 1)
+    library.launch("merge", moments, own, *sizes, *found.values(), blocks, parts, on=DEVICE)
     everything = torch.cat([own[:, None], z.flatten(1)], 1).double()
     want = reference.statistics(everything, torch.zeros(rows, dtype=torch.int64, device=DEVICE), OUTPUTS)
     largest = everything[everything.isfinite()].abs().max().item()
@@ -358,6 +361,13 @@ def test_merge(library, seed, parts, rows, dtype):
     mean = (total.double().sum(1) + own.double()) / (5 * parts + 1)
     torch.testing.assert_close(found["mean_logit"].double(), mean, rtol=0, atol=tolerance)
     torch.testing.assert_close(blocks.double(), z.double().logsumexp(-1), rtol=0, atol=tolerance)
+    first_two, few = (
+        moments[:, :2].contiguous(),
+        {name: nans(rows, dtype=dtype) for name in ("logprob", "lse", "correct")},
+    )
+    sizes, again = (dtype, parts, 2, rows, 5 * parts + 1), nans(rows, parts, dtype=dtype)
+    library.launch("merge", first_two, own, *sizes, *(few.get(name) for name in OUTPUTS), again, parts, on=DEVICE)
+    assert torch.equal(again, blocks) and all(torch.equal(few[name], found[name]) for name in few)
 
 
 def test_same_input_gives_the_same_bits(library):
@@ -404,7 +414,12 @@ def test_the_rest_of_what_is_refused(library):
     with pytest.raises(RuntimeError, match="pointer"):  # an entropy's gradient needs the entropy
         library.launch("gradient", *chunk.head(), lse, lse, None, None, None, lse, None, lse, torch.float32, on=DEVICE)
     with pytest.raises(RuntimeError, match="dtype"):
-        library.launch("merge", lse, lse, torch.bfloat16, 1, 3, 40, None, lse, *(None,) * 4, None, 0, on=DEVICE)
+        library.launch("merge", lse, lse, torch.bfloat16, 1, 5, 3, 40, None, lse, *(None,) * 4, None, 0, on=DEVICE)
+    for count, entropy in ((4, None), (2, lse)):  # two moments make no entropy
+        with pytest.raises(RuntimeError, match="number of moments"):
+            library.launch(
+                "merge", lse, lse, torch.float32, 1, count, 3, 40, None, lse, entropy, *(None,) * 4, 0, on=DEVICE
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -524,7 +539,7 @@ def test_no_second_chunk_is_allocated(backend):
     """The gradient overwrites the logits."""
     assert cuda.ENGINE.buffers(None) == 1
     raw, ones = draw(4, 64), torch.ones(4, device=DEVICE)
-    head = backends.sweep.RowHead(None, LogitTransform())
+    head = RowHead(None, LogitTransform())
     tile = cuda.ENGINE.measure(raw, head, torch.zeros_like(ones, dtype=torch.int64), ("entropy",), None)
     upstream = backends.problem.Upstream(logprob=ones, entropy=ones)
     for_bfloat16 = cuda.ENGINE.gradient(tile, head, upstream, torch.bfloat16).matrix
@@ -563,6 +578,67 @@ def test_one_chunk_rounds_the_heads_gradient_once(monkeypatch, backend, backward
     with poison_empty():
         assert_matches_float64(ours, theirs, problem)
     assert made == [torch.bfloat16]
+
+
+def projects() -> bool:
+    """Whether the fused forward makes the chunks here."""
+    return DEVICE.type == "cpu" or torch.cuda.get_device_capability(DEVICE)[0] == 9
+
+
+@settings(max_examples=20)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 140),
+    vocabulary=st.integers(1, 270),
+    dtype=st.sampled_from(HALF_TYPES),
+    bias=st.booleans(),
+    transform=transforms,
+    block=st.sampled_from([0, BLOCK]),
+    outputs=outputs_subset,
+    mean_known=st.booleans(),
+    padding=st.sampled_from([0, 1, 4]),
+)
+def test_a_chunk_of_one_kernel(
+    backend, seed, rows, vocabulary, dtype, bias, transform, block, outputs, mean_known, padding
+):
+    """`project` leaves what a GEMM and `measure` leave: raw products, statistics, the blocks' logsumexps."""
+    if not projects():
+        pytest.skip("cuBLAS makes the chunks")
+    hidden, weight = draw(rows, 16, seed=seed).to(dtype), draw(vocabulary, 16, seed=seed + 1).to(dtype)
+    head = RowHead(draw(vocabulary, seed=seed + 2) if bias else None, transform)
+    targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+    mean = draw(rows, seed=seed + 3) if mean_known and "mean_logit" in outputs else None
+    engine = cuda.RowKernels(block)
+    with poison_empty():
+        out = torch.empty(rows, vocabulary + padding, device=DEVICE)[:, :vocabulary]
+        tile = engine.project(hidden, weight, out, head, targets, outputs, mean)
+    assert tile is not None and tile.logits.data_ptr() == out.data_ptr()
+    products = hidden.double() @ weight.double().T
+    torch.testing.assert_close(out.double(), products, rtol=0, atol=1e-6 * products.abs().max().item() + 1e-6)
+    expected = engine.measure(out, head, targets, outputs, mean)
+    tolerance = 16 * torch.finfo(torch.float32).eps * (1 + products.abs().max().item() * abs(transform.slope) + 6)
+    for name in OUTPUTS:
+        found, wanted = getattr(tile.stats, name), getattr(expected.stats, name)
+        assert (found is None) == (wanted is None)
+        if found is not None and not (name == "correct" and transform.softcap is not None):  # which ties
+            torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+    if block:
+        torch.testing.assert_close(tile.private, expected.private, rtol=0, atol=tolerance)
+    else:
+        assert tile.private is None
+
+
+@pytest.mark.parametrize("dtype", HALF_TYPES)
+def test_a_single_pass_reads_no_chunk_to_measure_it(backend, monkeypatch, dtype):
+    if not projects():
+        pytest.skip("cuBLAS makes the chunks")
+    monkeypatch.setattr(cuda.RowKernels, "measure", None)
+    problem = moved(make_problem((30,), 16, 100, dtype=dtype), DEVICE)
+    options = {"backend": "cuda", "backward": "single_pass"}
+    loss = linear_token_loss(problem.hidden, problem.weight, problem.targets, lambda stats: -stats.logprob, **options)
+    loss.backward()
+    want = -materialised(problem.to(torch.float64)).logprob.mean()
+    torch.testing.assert_close(loss.double(), want, rtol=0, atol=1e-2)
 
 
 @pytest.mark.slow

@@ -11,10 +11,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
-from cuda_build import ROOT, gpu_library, host_library, needs_compiler, needs_nvcc, run
+from cuda_build import ROOT, cutlass_headers, gpu_library, host_library, needs_compiler, needs_nvcc, run
 
 from logitless.backends import cuda
 from logitless.kernels.cuda import library as cuda_library
@@ -107,6 +109,7 @@ def test_every_code_has_a_sentence(host):
 @needs_compiler
 def test_gpu_only_kernels_are_not_built_for_the_cpu(host):
     assert not host.has("forward_sm90")
+    assert host.configurations() == ()
     assert host.has("forward_sm80")
 
 
@@ -154,6 +157,20 @@ def test_which_forward_is_fused(monkeypatch, host):
         assert cuda.fused_kernel(hidden, head) is None
 
 
+@needs_compiler
+def test_which_forward_makes_a_chunk(monkeypatch, host):
+    """Hopper's, and the twin's stand-in for it; on an A100 cuBLAS does, and for 16-bit chunks everywhere."""
+    monkeypatch.setenv(cuda_library.VARIABLE, str(host.path))
+    half, weight = torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(9, 16, dtype=torch.bfloat16)
+    assert cuda.projecting_kernel(half, weight, torch.float32) == "forward_sm80"
+    assert cuda.projecting_kernel(half, weight, torch.bfloat16) is None
+    assert cuda.projecting_kernel(half.float(), weight.float(), torch.float32) is None
+    on_gpu = cast(torch.Tensor, SimpleNamespace(device=torch.device("cuda", 0)))
+    for kernel, expected in (("forward_sm90", "forward_sm90"), ("forward_sm80", None), (None, None)):
+        monkeypatch.setattr(cuda, "fused_kernel", lambda hidden, weight, kernel=kernel: kernel)
+        assert cuda.projecting_kernel(on_gpu, on_gpu, torch.float32) == expected
+
+
 def test_importing_loads_nothing():
     code = (
         "import sys, logitless, logitless.backends.cuda\n"
@@ -168,7 +185,7 @@ def test_importing_loads_nothing():
 
 
 #: Kernels whose speed counts; local memory in one of them is a spill, or an index that the compiler could not resolve.
-HOT = ("measure_kernel", "gradient_kernel", "merge_kernel", "forward", "sparse", "route")
+HOT = ("measure_kernel", "gradient_kernel", "merge_kernel", "forward", "RowEpilogue", "sparse", "route")
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +216,22 @@ def test_kernels_keep_to_their_registers(built):
         print(f"{architecture:8} {registers:4} registers {local:4} bytes of local memory  {name[:100]}")
     spilled = [name for (*_, local), name in zip(found, names, strict=True) if local and any(k in name for k in HOT)]
     assert not spilled
+
+
+@pytest.mark.slow
+@needs_nvcc
+def test_configurations_of_the_forward(built):
+    """In the order of the C interface's numbers; kernels/README.md says what each costs."""
+    names = cuda_library.load(built).configurations()
+    if cutlass_headers() is None:
+        assert names == ()
+        return
+    assert names[cuda.CONFIGURATION] == "cooperative_128x256x64" and len(names) == 4
+    with pytest.raises(RuntimeError, match="configuration that this build"):
+        absent = (*(None,) * 2, torch.bfloat16, *(0,) * 5, *(None,) * 2, *(1.0,) * 3, *(None, 2, None, None, 0, 4))
+        cuda_library.load(built).launch("forward_sm90", *absent, on=torch.device("cpu"))
+    table = (ROOT / "kernels" / "README.md").read_text()
+    assert [name for name in names if f"| `{name}` |" not in table] == []
 
 
 @pytest.mark.slow
@@ -242,7 +275,7 @@ x = torch.zeros(4, 8)
 print(cuda.supports(x.device, x.dtype))
 vector = torch.zeros(4)
 try:
-    loaded.launch("merge", vector, vector, torch.float32, 1, 4, 9, *(None,) * 6, None, 0, on=torch.device("cpu"))
+    loaded.launch("merge", vector, vector, torch.float32, 1, 5, 4, 9, *(None,) * 6, None, 0, on=torch.device("cpu"))
 except RuntimeError as error:
     print(error)
 """

@@ -15,6 +15,9 @@ const char* own_sentence(std::int32_t code) {
         case LOGITLESS_BAD_WORKSPACE: return "a workspace smaller than the function's _workspace says";
         case LOGITLESS_BAD_OPTION: return "a logit_scale, softcap or temperature that is not positive and finite";
         case LOGITLESS_BAD_DEVICE: return "a GPU that this library holds no code for";
+        case LOGITLESS_BAD_MOMENTS:
+            return "a number of moments that is neither 2 nor 5, or 2 where a result needs all of them";
+        case LOGITLESS_BAD_CONFIGURATION: return "a configuration that this build of the function does not have";
         case LOGITLESS_NOT_BUILT: return "a kernel that this build leaves out";
         default: return "not a code of this library";
     }

@@ -38,6 +38,9 @@ public:
         for (const T* x : all) maybe(x, sizeof(T));
         return *this;
     }
+    Check& moments(std::int32_t count) {
+        return require(count == FEWEST_MOMENTS || count == ALL_MOMENTS, LOGITLESS_BAD_MOMENTS);
+    }
     Check& options(double logit_scale, double softcap, double temperature) {
         positive(logit_scale).positive(temperature);
         return require(softcap == 0 || usable(softcap), LOGITLESS_BAD_OPTION);

@@ -69,7 +69,7 @@ struct Measure {
 
 template <typename T>
 std::int64_t workspace_of(std::int64_t parts, std::int64_t rows) {
-    return parts < 2 ? 0 : (parts * 5 + 1) * rows * static_cast<std::int64_t>(sizeof(T));
+    return parts < 2 ? 0 : (parts * ALL_MOMENTS + 1) * rows * static_cast<std::int64_t>(sizeof(T));
 }
 
 int shift_of(std::int64_t power_of_two) {
@@ -85,19 +85,20 @@ std::int32_t launch_measure(const Measure<Raw>& call, std::int64_t parts) {
     const std::int64_t warps = LONG_ROW_THREADS / WARP, group = Group<WIDTH, UNROLLED>::COLUMNS;
     const std::int64_t span = call.block_lse && call.block_columns > group ? call.block_columns : group;
     const Shape shape = shape_of(chunk.rows, chunk.vocabulary, parts, warps * span);
-    PartialMoments<T> partials{nullptr, nullptr, shape.parts, chunk.rows};
+    PartialMoments<T> partials{nullptr, nullptr, shape.parts, chunk.rows, ALL_MOMENTS};
     if (shape.parts > 1) {
         partials.moments = static_cast<T*>(call.workspace);
-        partials.target_logit = partials.moments + shape.parts * 5 * chunk.rows;
+        partials.target_logit = partials.moments + shape.parts * ALL_MOMENTS * chunk.rows;
     }
     const BlockLse<T> blocks{call.block_lse, call.block_stride, call.block_lse ? shift_of(call.block_columns) : 0};
     const std::int32_t code = launch(measure_kernel<Raw, WIDTH, UNROLLED>, shape.grid, shape.block, 0, call.stream,
                                      chunk, call.to, partials, blocks, shape.part_columns);
     if (code != LOGITLESS_DONE || shape.parts == 1) return code;
     return logitless_merge(partials.moments, partials.target_logit,
-                           sizeof(T) == sizeof(double) ? LOGITLESS_FLOAT64 : LOGITLESS_FLOAT32, shape.parts, chunk.rows,
-                           chunk.vocabulary, call.to.logprob, call.to.lse, call.to.entropy, call.to.mean_logit,
-                           call.to.correct, call.to.log_sum_sq, nullptr, 0, call.device, call.stream);
+                           sizeof(T) == sizeof(double) ? LOGITLESS_FLOAT64 : LOGITLESS_FLOAT32, shape.parts,
+                           ALL_MOMENTS, chunk.rows, chunk.vocabulary, call.to.logprob, call.to.lse, call.to.entropy,
+                           call.to.mean_logit, call.to.correct, call.to.log_sum_sq, nullptr, 0, call.device,
+                           call.stream);
 }
 
 template <typename Raw>

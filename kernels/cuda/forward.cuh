@@ -6,7 +6,7 @@
 
 namespace logitless {
 
-constexpr std::int64_t PART_COLUMNS = 128;
+constexpr double LOG2_E = 1.44269504088896340736;
 
 struct Forward {
     const void *hidden, *weight;
@@ -15,7 +15,10 @@ struct Forward {
     const void* bias;
     const std::int64_t* targets;
     double logit_scale, softcap, temperature;
-    void *moments, *target_logit;
+    void* moments;
+    std::int32_t moment_count;
+    void *target_logit, *raw;
+    std::int64_t raw_stride;
     std::int32_t device;
     void* stream;
 
@@ -25,16 +28,23 @@ struct Forward {
         const auto transform = make_transform(logit_scale, softcap, temperature);
         const Transform<float> single = {static_cast<float>(transform.slope), static_cast<float>(transform.inner),
                                          static_cast<float>(transform.outer)};
-        return {static_cast<const float*>(bias), single, vocabulary, targets};
+        const double slope = softcap == 0 ? transform.slope : 1.0;
+        const auto rate = static_cast<float>(slope * LOG2_E);
+        return {static_cast<const float*>(bias), single, static_cast<float>(slope), rate, vocabulary, targets};
     }
 
-    PartialMoments<float> out() const {
-        return {static_cast<float*>(moments), static_cast<float*>(target_logit), parts(), rows};
+    RowResults results() const {
+        const bool pairs = is_aligned(raw, sizeof(Vector<float, 2>)) && raw_stride % 2 == 0;
+        return {{static_cast<float*>(moments), static_cast<float*>(target_logit), parts(), rows, moment_count},
+                static_cast<float*>(raw),
+                raw_stride,
+                pairs};
     }
 
-    // Operands are read 16 bytes at a time; block indices and CUTLASS's sizes are 32-bit.
+    // Operands are read 16 bytes at a time; block indices and CUTLASS's sizes are 32-bit, and so are the places of tiles
+    // that lie wholly beyond the matrix (forward_sm90.cuh, TileOrder).
     std::int32_t check() const {
-        constexpr std::int64_t largest = INT32_MAX - PART_COLUMNS;
+        constexpr std::int64_t largest = INT32_MAX - 16 * 256;
         return Check()
             .require(dtype == LOGITLESS_BFLOAT16 || dtype == LOGITLESS_FLOAT16, LOGITLESS_BAD_DTYPE)
             .size(rows, 1, largest)
@@ -50,8 +60,11 @@ struct Forward {
             .pointer(weight, 16)
             .maybe(bias, sizeof(float))
             .pointer(targets, sizeof(std::int64_t))
+            .moments(moment_count)
             .pointer(moments, sizeof(float))
             .pointer(target_logit, sizeof(float))
+            .maybe(raw, sizeof(float))
+            .require(raw == nullptr || raw_stride >= vocabulary, LOGITLESS_BAD_STRIDE)
             .code();
     }
 };

@@ -1,15 +1,15 @@
 // Fused forward for Ampere and everything after it: hidden [N, H] x weight [V, H]^T tile by tile (tile_gemm.cuh), each
-// tile reduced to the moments of its rows (tile_rows.cuh) while it is in registers. Logits never reach memory;
-// logitless_merge turns the moments of all ceil(V / 128) parts into statistics.
+// tile reduced to the moments of its rows (tile_rows.cuh) while it is in registers. Logits reach memory only where the raw
+// products are asked for; logitless_merge turns the moments of all ceil(V / 128) parts into statistics.
 //
 // Grid: one block a tile, ordered so that the blocks at work at one time share rows: 16 tiles of tokens, then the next
 // part.
 // Work: 2 N H V flops, N V exponentials. Bytes: hidden and weight once from memory where L2 holds 16 x 128 tokens' rows
-// (16 MB at H = 4096), 256 H for each tile and operand from L2; 20 N V / 128 written, 1/26 of float32 logits.
-// Shared memory 48 KB. Registers: 232 (sm_80), 236 (sm_90a), 254 (sm_100), no local memory, so that two blocks fit.
+// (16 MB at H = 4096), 256 H for each tile and operand from L2; 8 N V / 128 written, or 20 N V / 128 with all moments.
+// Shared memory 48 KB. Registers: 232 (sm_80), 238 (sm_90a), 224 (sm_100), no local memory, so that two blocks fit.
 // Bound at N = 8192, H = 4096, V = 128256: 8.6 Tflop, 27.6 ms at A100's 312 Tflop/s. The inner loop is 228 instructions
 // of a warp for 64 mma (sm_80), which take 512 cycles of their scheduler's tensor core. The epilogue's 1.05e9 exponentials
-// and some 16 other instructions for each are 1.3 ms, hidden where the multiprocessor's other block multiplies meanwhile.
+// and some 6 other instructions for each are 0.8 ms, hidden where the multiprocessor's other block multiplies meanwhile.
 // Not yet run on a GPU: the kernel's text is tested on the CPU, its instructions emulated there (host/mma.h).
 #pragma once
 
@@ -25,7 +25,7 @@ struct ForwardTask {
     Matrix<Half> hidden;
     Matrix<Half> weight;
     RowHead head;
-    PartialMoments<float> out;
+    RowResults out;
 };
 
 struct TileIndex {
@@ -70,16 +70,18 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) forward_sm80_kernel(const For
         LOGITLESS_UNROLL
         for (int high = 0; high < 2; ++high) {
             const int tile_row = warp_row() + 16 * i + 8 * high + lane / 4;
+            const std::int64_t row = first_row + tile_row;
+            const int target = task.out.target(task.head, row);
             float s[WARP_TILE / 4];
             LOGITLESS_UNROLL
             for (int j = 0; j < WARP_TILE / 4; ++j) s[j] = acc.at[i][j / 2][2 * high + j % 2];
-            const Moments<float> found = reduce_row(s, column, first_row + tile_row, task.head, task.out);
+            const Moments<float> found = reduce_row(s, column, row, target, task.head, task.out);
             if (lane % 4 == 0) shared->halves[warp_column() / WARP_TILE][tile_row] = found;
         }
     __syncthreads();
     const int own = static_cast<int>(threadIdx.x);
     if (first_row + own < task.hidden.rows)
-        write(task.out, tile.part, first_row + own, merge(shared->halves[0][own], shared->halves[1][own]));
+        write(task.out.partials, tile.part, first_row + own, merge(shared->halves[0][own], shared->halves[1][own]));
 }
 
 }  // namespace logitless

@@ -1,6 +1,11 @@
-#include "forward_sm90.cuh"
+#include "configurations_sm90.h"
+#include "launch_sm90.cuh"
 
-#include "forward.cuh"
+namespace logitless {
+#ifndef LOGITLESS_FORWARD_CONFIGURATIONS
+const Configuration* other_configuration(std::int32_t) { return nullptr; }
+#endif
+}  // namespace logitless
 
 namespace {
 
@@ -15,25 +20,17 @@ std::int32_t check_hopper(std::int32_t device) {
 }
 
 template <typename Half>
-std::int32_t run(const Forward& x) {
-    using Gemm = typename ForwardSm90<Half>::Gemm;
-    typename Gemm::Arguments arguments{
-        cutlass::gemm::GemmUniversalMode::kGemm,
-        {static_cast<int>(x.rows), static_cast<int>(x.vocabulary), static_cast<int>(x.depth), 1},
-        {static_cast<const Half*>(x.hidden),
-         {x.hidden_stride, cute::_1{}, 0},
-         static_cast<const Half*>(x.weight),
-         {x.weight_stride, cute::_1{}, 0}},
-        {x.head(), x.out()},
-    };
-    arguments.hw_info = cutlass::KernelHardwareInfo::make_kernel_hardware_info<typename Gemm::GemmKernel>(x.device);
-    arguments.scheduler.max_swizzle_size = 8;  // blocks at work at one time share rows of both operands
-    if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess) return LOGITLESS_BAD_SIZE;
-    if (Gemm::get_workspace_size(arguments) != 0) return LOGITLESS_BAD_WORKSPACE;
-    Gemm gemm;
-    const cutlass::Status status = gemm.run(arguments, nullptr, static_cast<cudaStream_t>(x.stream));
-    // Of a launch that failed, CUTLASS has taken CUDA's code.
-    return status == cutlass::Status::kSuccess ? LOGITLESS_DONE : static_cast<std::int32_t>(cudaErrorLaunchFailure);
+std::int32_t run_default(const Forward& x) {
+    return with_default_forward<Half>(
+        static_cast<int>(x.rows), static_cast<int>(x.vocabulary), static_cast<int>(x.depth),
+        [&](auto kind, TileOrder order) { return run_sm90<decltype(kind)>(x, order); });
+}
+
+std::int32_t run_configuration(const Forward& x, std::int32_t index) {
+    if (index == 0)
+        return x.dtype == LOGITLESS_BFLOAT16 ? run_default<cutlass::bfloat16_t>(x) : run_default<cutlass::half_t>(x);
+    return x.dtype == LOGITLESS_BFLOAT16 ? other_configuration(index - 1)->run(x)
+                                         : static_cast<std::int32_t>(LOGITLESS_BAD_DTYPE);
 }
 
 }  // namespace
@@ -41,12 +38,20 @@ std::int32_t run(const Forward& x) {
 int32_t logitless_forward_sm90(const void* hidden, const void* weight, int32_t dtype, int64_t rows, int64_t vocabulary,
                                int64_t depth, int64_t hidden_stride, int64_t weight_stride, const void* bias,
                                const int64_t* targets, double logit_scale, double softcap, double temperature,
-                               void* moments, void* target_logit, int32_t device, void* stream) {
-    const Forward x{hidden,        weight,        dtype,        rows,    vocabulary,  depth,
-                    hidden_stride, weight_stride, bias,         targets, logit_scale, softcap,
-                    temperature,   moments,       target_logit, device,  stream};
+                               void* moments, int32_t moment_count, void* target_logit, void* raw, int64_t raw_stride,
+                               int32_t configuration, int32_t device, void* stream) {
+    const Forward x{hidden,        weight,       dtype,   rows,        vocabulary, depth,       hidden_stride,
+                    weight_stride, bias,         targets, logit_scale, softcap,    temperature, moments,
+                    moment_count,  target_logit, raw,     raw_stride,  device,     stream};
+    if (logitless_forward_sm90_configuration(configuration) == nullptr) return LOGITLESS_BAD_CONFIGURATION;
     return start(x, [&] {
         if (const std::int32_t code = check_hopper(device)) return code;
-        return dtype == LOGITLESS_BFLOAT16 ? run<cutlass::bfloat16_t>(x) : run<cutlass::half_t>(x);
+        return run_configuration(x, configuration);
     });
+}
+
+const char* logitless_forward_sm90_configuration(int32_t index) {
+    if (index == 0) return "cooperative_128x256x64";
+    const Configuration* const other = other_configuration(index - 1);
+    return other ? other->name : nullptr;
 }

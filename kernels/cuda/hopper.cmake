@@ -2,10 +2,13 @@
 #
 #   LOGITLESS_CUTLASS    the folder that holds cutlass/cutlass.h. Otherwise: the variable of the environment of that name,
 #                        otherwise the package that the python3 in PATH has installed (Python3_EXECUTABLE names another)
+#   LOGITLESS_FORWARD_CONFIGURATIONS
+#                        ON builds other tiles and schedules of it too, to be timed (configurations_sm90.cu)
 #
 # Without them, or where 90a is not among the architectures, the kernel is left out: logitless_forward_sm90 then returns
 # LOGITLESS_NOT_BUILT. Sets LOGITLESS_HOPPER_SOURCES.
 set(LOGITLESS_CUTLASS "$ENV{LOGITLESS_CUTLASS}" CACHE PATH "Folder that holds cutlass/cutlass.h; empty: ask Python")
+option(LOGITLESS_FORWARD_CONFIGURATIONS "All configurations of Hopper's fused forward, not the default alone" OFF)
 
 if(NOT LOGITLESS_CUTLASS)
   find_package(Python3 COMPONENTS Interpreter QUIET)
@@ -31,6 +34,10 @@ else()
   target_include_directories(logitless_hopper SYSTEM PRIVATE ${LOGITLESS_CUTLASS})
   # With assertions on, their calls keep ptxas from pipelining wgmma.
   target_compile_definitions(logitless_hopper PRIVATE NDEBUG)
+  if(LOGITLESS_FORWARD_CONFIGURATIONS)
+    target_sources(logitless_hopper PRIVATE ${CMAKE_CURRENT_LIST_DIR}/configurations_sm90.cu)
+    target_compile_definitions(logitless_hopper PRIVATE LOGITLESS_FORWARD_CONFIGURATIONS)
+  endif()
   set_target_properties(logitless_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real POSITION_INDEPENDENT_CODE ON)
   set(LOGITLESS_HOPPER_SOURCES $<TARGET_OBJECTS:logitless_hopper>)
 endif()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from itertools import count, takewhile
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_doubl
 _HEAD = (_P, _P, _D, _D, _D)  # bias, targets, logit_scale, softcap, temperature
 _RESULTS = (_P,) * 6
 _END = (_I, _P)  # device, stream
-_FORWARD = (_P, _P, _I, _L, _L, _L, _L, _L, *_HEAD, _P, _P, *_END)
+_FORWARD = (_P, _P, _I, _L, _L, _L, _L, _L, *_HEAD, _P, _I, _P, _P, _L)
 _PAIRS = (_P, _P, _L, _L)  # starts, tokens, first_block, block_count
 
 #: What a function returns, then what it takes; tests/test_cuda_library.py holds this against the header.
@@ -35,9 +36,10 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
     "logitless_measure_workspace": (_L, _L, _L, _I),
     "logitless_measure": (_I, _P, _I, _L, _L, _L, *_HEAD, *_RESULTS, _P, _L, _L, _P, _L, *_END),
     "logitless_gradient": (_I, _P, _I, _L, _L, _L, *_HEAD, _P, _P, _P, _P, _P, _P, _P, _P, _I, *_END),
-    "logitless_forward_sm80": (_I, *_FORWARD),
-    "logitless_forward_sm90": (_I, *_FORWARD),
-    "logitless_merge": (_I, _P, _P, _I, _L, _L, _L, *_RESULTS, _P, _L, *_END),
+    "logitless_forward_sm80": (_I, *_FORWARD, *_END),
+    "logitless_forward_sm90": (_I, *_FORWARD, _I, *_END),
+    "logitless_forward_sm90_configuration": (ctypes.c_char_p, _I),
+    "logitless_merge": (_I, _P, _P, _I, _L, _I, _L, _L, *_RESULTS, _P, _L, *_END),
     "logitless_route": (_I, _P, _L, _P, _P, _P, _L, _L, _P, _P, _P, _L, *_END),
     "logitless_sparse_gradient": (
         *(_I, _P, _P, _L, _L, _L, _L, _L, *_HEAD, _P, _P, _P, _P, _P, *_PAIRS, _P, _L, *_END),
@@ -80,6 +82,11 @@ class Library:
         """Whether this build holds the kernel: a call without arguments comes back with another complaint then."""
         _, *arguments = SIGNATURES[f"logitless_{name}"]
         return self._call(name, [kind() for kind in arguments]) != NOT_BUILT
+
+    def configurations(self) -> tuple[str, ...]:
+        """Names of the configurations of `forward_sm90` in this build, by their numbers; none without it."""
+        names = (self._functions.logitless_forward_sm90_configuration(index) for index in count())
+        return tuple(name.decode() for name in takewhile(lambda name: name is not None, names))
 
     def launch(self, name: str, *arguments: Tensor | torch.dtype | float | None, on: torch.device) -> None:
         """Queues a function's work on the current stream of the device, which its last two arguments name.

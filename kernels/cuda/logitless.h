@@ -49,7 +49,9 @@ enum logitless_code {
     LOGITLESS_BAD_WORKSPACE = -5, /* fewer bytes than the _workspace function says */
     LOGITLESS_BAD_OPTION = -6,    /* a scale, softcap or temperature that is not positive and finite */
     LOGITLESS_BAD_DEVICE = -7,    /* a GPU that the library has no code for */
-    LOGITLESS_NOT_BUILT = -8      /* a kernel that this build leaves out */
+    LOGITLESS_NOT_BUILT = -8,     /* a kernel that this build leaves out */
+    LOGITLESS_BAD_MOMENTS = -9,   /* a moment_count that is neither 2 nor 5, or 2 where a result needs all */
+    LOGITLESS_BAD_CONFIGURATION = -10 /* a configuration that this build of the function does not have */
 };
 
 /* ------------------------------------------------------------------------------------------------ the library */
@@ -98,37 +100,48 @@ LOGITLESS_API int32_t logitless_gradient(void *raw, int32_t raw_dtype, int64_t r
 
 /* ------------------------------------------------------------------------------------------------ fused forwards */
 
-/* hidden [rows, depth] x weight [vocabulary, depth]^T without its logits: the moments of each 128 columns, for
- * logitless_merge, with ceil(vocabulary / 128) parts.
+/* hidden [rows, depth] x weight [vocabulary, depth]^T: the moments of each part of the vocabulary, for logitless_merge, and
+ * the raw products where they are asked for; otherwise these never reach memory.
  *   hidden, weight: bfloat16 or float16, of strides hidden_stride and weight_stride. Rows begin at multiples of 16 bytes,
  *   and depth and strides are multiples of 8: where they are not, a GEMM and logitless_measure do the work.
  *   bias [vocabulary], float32, may be null. targets [rows], in [0, vocabulary).
- *   moments [parts, 5, rows] and target_logit [rows] are written, float32.
- * logitless_forward_sm80 runs on every GPU that the library has code for, logitless_forward_sm90 on Hopper alone. */
+ *   moments [parts, moment_count, rows] and target_logit [rows] are written, float32. A part is 128 columns, the last one
+ *   what is left; moment_count is 2 (max and sum: logprob, lse, correct and blocks) or 5 (all).
+ *   raw [rows, vocabulary], float32, stride raw_stride, may be null: the products before bias and transform, what a GEMM
+ *   would leave for logitless_measure and logitless_gradient.
+ * logitless_forward_sm80 runs on every GPU that the library has code for. logitless_forward_sm90 runs on Hopper alone;
+ * 0 is its configuration to use, and others are built for measurements. */
 LOGITLESS_API int32_t logitless_forward_sm80(const void *hidden, const void *weight, int32_t dtype, int64_t rows,
                                              int64_t vocabulary, int64_t depth, int64_t hidden_stride,
                                              int64_t weight_stride, const void *bias, const int64_t *targets,
                                              double logit_scale, double softcap, double temperature, void *moments,
-                                             void *target_logit, int32_t device, void *stream);
+                                             int32_t moment_count, void *target_logit, void *raw, int64_t raw_stride,
+                                             int32_t device, void *stream);
 
 LOGITLESS_API int32_t logitless_forward_sm90(const void *hidden, const void *weight, int32_t dtype, int64_t rows,
                                              int64_t vocabulary, int64_t depth, int64_t hidden_stride,
                                              int64_t weight_stride, const void *bias, const int64_t *targets,
                                              double logit_scale, double softcap, double temperature, void *moments,
-                                             void *target_logit, int32_t device, void *stream);
+                                             int32_t moment_count, void *target_logit, void *raw, int64_t raw_stride,
+                                             int32_t configuration, int32_t device, void *stream);
+
+/* The name of a configuration of this build, "<schedule>_<tile>_<cluster>"; null beyond the last. All but number 0 take
+ * bfloat16 alone, and are left out unless the build asks for them (LOGITLESS_FORWARD_CONFIGURATIONS). */
+LOGITLESS_API const char *logitless_forward_sm90_configuration(int32_t index);
 
 /* ------------------------------------------------------------------------------------------------ partial results */
 
 /* Statistics from partial ones, by equation 4.
- *   moments [parts, 5, rows]: of each part of the vocabulary, of the columns other than the target, the numbers of
- *   rows.cuh's Moments in their order: max, sum, shifted, squares, total; -inf, 0, 0, 0, 0 for a part with none.
+ *   moments [parts, moment_count, rows]: of each part of the vocabulary, of the columns other than the target, the numbers
+ *   of rows.cuh's Moments in their order: max, sum, shifted, squares, total; -inf, 0, 0, 0, 0 for a part with none.
+ *   moment_count 2: the first two alone, and entropy, mean_logit and log_sum_sq are null.
  *   target_logit [rows], finished (equation 1). vocabulary: columns in all, the target's included.
  *   dtype of all vectors: LOGITLESS_FLOAT32 or LOGITLESS_FLOAT64. Results as for logitless_measure.
  *   block_lse [rows, parts], stride block_stride, may be null: here a part is a block. */
 LOGITLESS_API int32_t logitless_merge(const void *moments, const void *target_logit, int32_t dtype, int64_t parts,
-                                      int64_t rows, int64_t vocabulary, void *logprob, void *lse, void *entropy,
-                                      void *mean_logit, void *correct, void *log_sum_sq, void *block_lse,
-                                      int64_t block_stride, int32_t device, void *stream);
+                                      int32_t moment_count, int64_t rows, int64_t vocabulary, void *logprob, void *lse,
+                                      void *entropy, void *mean_logit, void *correct, void *log_sum_sq,
+                                      void *block_lse, int64_t block_stride, int32_t device, void *stream);
 
 /* ------------------------------------------------------------------------------------------------ sparse backward */
 

@@ -24,26 +24,37 @@ __device__ inline void write(const Results<T>& to, std::int64_t row, const RowSt
     if (to.log_sum_sq) to.log_sum_sq[row] = found.log_sum_sq;
 }
 
+// How many of the moments are kept, in the order of rows.cuh: max and sum, which are enough for logprob, lse, correct
+// and the blocks' logsumexps, or all.
+constexpr int FEWEST_MOMENTS = 2, ALL_MOMENTS = 5;
+
 // Moments of parts of the vocabulary, the layout that logitless_merge takes.
 template <typename T>
 struct PartialMoments {
-    T* moments;       // [parts, 5, rows]
+    T* moments;       // [parts, count, rows]
     T* target_logit;  // [rows]
     std::int64_t parts, rows;
+    std::int32_t count;  // FEWEST_MOMENTS or ALL_MOMENTS
 };
 
 template <typename T>
 __device__ inline void write(const PartialMoments<T>& to, std::int64_t part, std::int64_t row,
                              const Moments<T>& found) {
-    T* const place = to.moments + part * 5 * to.rows + row;
-    const T values[5] = {found.max, found.sum, found.shifted, found.squares, found.total};
-    for (int k = 0; k < 5; ++k) place[k * to.rows] = values[k];
+    T* const place = to.moments + part * to.count * to.rows + row;
+    place[0] = found.max;
+    place[to.rows] = found.sum;
+    if (to.count == FEWEST_MOMENTS) return;
+    place[2 * to.rows] = found.shifted;
+    place[3 * to.rows] = found.squares;
+    place[4 * to.rows] = found.total;
 }
 
+// Zeros for the moments that were not kept.
 template <typename T>
 __device__ inline Moments<T> read(const PartialMoments<T>& from, std::int64_t part, std::int64_t row) {
-    const T* const place = from.moments + part * 5 * from.rows + row;
+    const T* const place = from.moments + part * from.count * from.rows + row;
     const std::int64_t n = from.rows;
+    if (from.count == FEWEST_MOMENTS) return {place[0], place[n], T(0), T(0), T(0)};
     return {place[0], place[n], place[2 * n], place[3 * n], place[4 * n]};
 }
 

@@ -78,19 +78,19 @@ LOGITLESS_FUNCTION void make_logits(Logit<T> (&to)[K], Transform<T> t, const T (
     }
 }
 
-// e^x for the terms of a sum, x <= 0. In float32: one multiplication and the GPU's exponential of 2, right to 2^-22. A
-// term's error is at most e^x (|x| 2^-23 + 2^-22), below 2^-21 of the largest term, which is 1.
-LOGITLESS_FUNCTION double fast_exp(double x) { return std::exp(x); }
-LOGITLESS_FUNCTION float fast_exp(float x) {
-    const float exponent = x * 1.44269504088896340736f;
+// 2^x and e^x for the terms of a sum, x <= 0. In float32: the GPU's exponential of 2, right to 2^-22, after one
+// multiplication for e^x. A term's error is at most e^x (|x| 2^-23 + 2^-22), below 2^-21 of the largest term, which is 1.
+LOGITLESS_FUNCTION float fast_exp2(float x) {
 #ifdef __CUDA_ARCH__
     float value;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(exponent));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(value) : "f"(x));
     return value;
 #else
-    return std::exp2(exponent);
+    return std::exp2(x);
 #endif
 }
+LOGITLESS_FUNCTION double fast_exp(double x) { return std::exp(x); }
+LOGITLESS_FUNCTION float fast_exp(float x) { return fast_exp2(x * 1.44269504088896340736f); }
 
 // ---------------------------------------------------------------------------------------------- statistics
 

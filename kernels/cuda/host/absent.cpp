@@ -2,6 +2,8 @@
 #include "../logitless.h"
 
 int32_t logitless_forward_sm90(const void*, const void*, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, const void*,
-                               const int64_t*, double, double, double, void*, void*, int32_t, void*) {
+                               const int64_t*, double, double, double, void*, int32_t, void*, void*, int64_t, int32_t,
+                               int32_t, void*) {
     return LOGITLESS_NOT_BUILT;
 }
+const char* logitless_forward_sm90_configuration(int32_t) { return nullptr; }

@@ -14,6 +14,8 @@
 #include <cstring>
 #include <functional>
 
+// CUDA's own headers, where a host compiler has met them, have these too.
+#ifndef __VECTOR_TYPES_H__
 #define __global__
 #define __device__
 #define __host__
@@ -24,6 +26,7 @@ struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
+#endif
 
 namespace logitless {
 namespace host {

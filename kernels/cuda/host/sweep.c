@@ -76,13 +76,13 @@ static void chunk(int64_t rows, int64_t vocabulary, int64_t stride, int64_t bloc
     free(raw), free(bias), free(ones), free(block_lse), free(target_gradient), free(targets), free(workspace);
 }
 
-static void merge(int64_t parts, int64_t rows) {
-    float *moments = vector(parts * 5 * rows), *target = vector(rows), *lse = vector(rows);
+static void merge(int64_t parts, int64_t rows, int32_t count) {
+    float *moments = vector(parts * count * rows), *target = vector(rows), *lse = vector(rows);
     float *block_lse = vector(rows * parts);
-    for (int64_t i = 0; i < parts * 5 * rows; ++i) moments[i] = (float)uniform();
+    for (int64_t i = 0; i < parts * count * rows; ++i) moments[i] = (float)uniform();
     for (int64_t i = 0; i < rows; ++i) target[i] = (float)uniform();
-    require(logitless_merge(moments, target, LOGITLESS_FLOAT32, parts, rows, parts * 7, NULL, lse, NULL, NULL, NULL, NULL,
-                            block_lse, parts, 0, NULL),
+    require(logitless_merge(moments, target, LOGITLESS_FLOAT32, parts, count, rows, parts * 7, NULL, lse, NULL, NULL, NULL,
+                            NULL, block_lse, parts, 0, NULL),
             "merge");
     free(moments), free(target), free(lse), free(block_lse);
 }
@@ -101,10 +101,11 @@ static uint16_t *halves(int64_t count) {
 }
 
 /* The fused forward, and the sparse backward of what it left, whose two sums of d_hidden agree. */
-static void fused(int64_t rows, int64_t vocabulary, int64_t depth) {
+static void fused(int64_t rows, int64_t vocabulary, int64_t depth, int32_t count, int64_t raw_stride) {
     const int64_t parts = (vocabulary + 127) / 128, slices = (rows + 127) / 128;
     uint16_t *hidden = halves(rows * depth), *weight = halves(vocabulary * depth), *gradient = memory(rows * parts * 256);
-    float *moments = vector(parts * 5 * rows), *target_logit = vector(rows), *lse = vector(rows), *ones = vector(rows);
+    float *moments = vector(parts * count * rows), *raw = vector(rows * raw_stride), *target_logit = vector(rows);
+    float *lse = vector(rows), *ones = vector(rows);
     float *block_lse = vector(rows * parts), *tail = vector(rows * parts), *d_weight = vector(vocabulary * depth);
     float *d_hidden[2], threshold = 0.1f;
     int64_t *targets = memory(rows * (int64_t)sizeof(int64_t));
@@ -114,10 +115,10 @@ static void fused(int64_t rows, int64_t vocabulary, int64_t depth) {
         ones[i] = 1;
     }
     require(logitless_forward_sm80(hidden, weight, LOGITLESS_BFLOAT16, rows, vocabulary, depth, depth, depth, NULL,
-                                   targets, 1.0, 0.0, 1.0, moments, target_logit, 0, NULL),
+                                   targets, 1.0, 0.0, 1.0, moments, count, target_logit, raw, raw_stride, 0, NULL),
             "forward_sm80");
-    require(logitless_merge(moments, target_logit, LOGITLESS_FLOAT32, parts, rows, vocabulary, NULL, lse, NULL, NULL, NULL,
-                            NULL, block_lse, parts, 0, NULL),
+    require(logitless_merge(moments, target_logit, LOGITLESS_FLOAT32, parts, count, rows, vocabulary, NULL, lse, NULL, NULL,
+                            NULL, NULL, block_lse, parts, 0, NULL),
             "merge");
     require(logitless_route(block_lse, parts, lse, ones, &threshold, rows, parts, starts, tokens, tail, parts, 0, NULL),
             "route");
@@ -142,8 +143,9 @@ static void fused(int64_t rows, int64_t vocabulary, int64_t depth) {
                     (double)d_hidden[1][k]);
             exit(1);
         }
-    free(hidden), free(weight), free(gradient), free(moments), free(target_logit), free(lse), free(ones), free(block_lse);
-    free(tail), free(d_weight), free(d_hidden[0]), free(d_hidden[1]), free(targets), free(starts), free(tokens);
+    free(hidden), free(weight), free(raw), free(gradient), free(moments), free(target_logit), free(lse), free(ones);
+    free(block_lse), free(tail), free(d_weight), free(d_hidden[0]), free(d_hidden[1]), free(targets), free(starts);
+    free(tokens);
 }
 
 int main(void) {
@@ -157,10 +159,11 @@ int main(void) {
         chunk(1, 2051, 2051, 256, 0.0, dtypes[d]);   /* the same, unaligned, blocks of more than one group */
         chunk(1, 16500, 16500, 128, 0.0, dtypes[d]); /* a row cut in two */
     }
-    merge(1, 1);
-    merge(19, 37);
-    fused(3, 9, 8);       /* one tile, mostly beyond the edges */
-    fused(130, 140, 104); /* two each way, and more stages than shared memory holds */
+    merge(1, 1, 5);
+    merge(19, 37, 5);
+    merge(19, 37, 2);
+    fused(3, 9, 8, 2, 9);         /* one tile, mostly beyond the edges; raw products one by one */
+    fused(130, 140, 104, 5, 140); /* two each way, and more stages than shared memory holds; two at once */
     puts("swept");
     return 0;
 }

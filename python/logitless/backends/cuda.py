@@ -1,24 +1,28 @@
 """CUDA C++ kernels (`kernels/cuda`) for NVIDIA GPUs from Ampere on, behind a plain C library.
 
-Forward of half-precision operands: one fused GEMM, whose epilogue keeps five numbers for each token and 128 columns,
-and a kernel that merges these; logits stay on the chip. Elsewhere (other dtypes, single pass, backward, unit gradient):
-cuBLAS makes a chunk's logits, one kernel measures them in one read, and one turns them into their gradient in one read
-and one write (`sweep`, with this backend's row engine). In numbers of `2 N H V` flops: forward 1, backward 3, single
-pass 3 in all, frozen head 2 in all.
+Forward of half-precision operands: one fused GEMM, whose epilogue keeps two numbers for each token and 128 columns, or
+five where entropy, `log_sum_sq` or the mean logit is asked for, and a kernel that merges these; logits stay on the
+chip. Elsewhere (other dtypes, single pass, backward, unit gradient): cuBLAS makes a chunk's logits, one kernel measures
+them in one read, and one turns them into their gradient in one read and one write (`sweep`, with this backend's row
+engine). On Hopper the fused GEMM makes a half-precision chunk's logits too, and measures them on their way to memory.
+In numbers of `2 N H V` flops: forward 1, backward 3, single pass 3 in all, frozen head 2 in all.
 
 Tail-corrected, bfloat16 without a softcap: by pairs of a token and a block of 128 columns (`blocks`), 1 + 3 s in all
 with s the share of the pairs that matter, for per-token losses and `linear_logprobs` alike. The forward's merge, or the
 measuring kernel, leaves the logsumexp of every pair; one kernel lists those that are kept, three compute them. Anything
 else is tail-corrected entry by entry, in PyTorch's operations on this backend's row engine (`tail`).
 
-Memory: `20 N ceil(V / 128)` bytes of partial results, within the budget of a chunk, or one chunk of logits, which its
-gradient overwrites; and float32 accumulators of the gradients asked for. By blocks: `4 N V / 128` bytes between the
-passes, twice as much again in the backward, and the listed gradient of a group of blocks, within the budget of a chunk.
+Memory: `8 N ceil(V / 128)` bytes of partial results, or 20 with five numbers, within the budget of a chunk, or one
+chunk of logits, which its gradient overwrites, and on Hopper its partial results, 2 to 4% of it; and float32
+accumulators of the gradients asked for. By blocks: `4 N V / 128` bytes between the passes, twice as much again in the
+backward, and the listed gradient of a group of blocks, within the budget of a chunk.
 PyTorch's allocator has all of it; the library allocates nothing, waits for nothing, and works on the current stream: a
 call may be captured into a CUDA graph. A tail-corrected backward may not: the host reads one number in it.
 
-Deterministic: no kernel here adds into memory that another block writes to, but the hidden states' gradient of a
-tail-corrected backward, whose order of sums is fixed under `torch.use_deterministic_algorithms(True)`, for more work.
+Deterministic: no kernel here adds into memory that another block writes to, so values are the same bits every time. Two
+sums of gradients have an order that may vary (float32 atomics on a GPU), unless
+`torch.use_deterministic_algorithms(True)` asks for one, for more work: PyTorch's `index_add_` of the targets' entries
+into the gradients of weight and bias, and the hidden states' gradient of a tail-corrected backward.
 
 Numerics: logits, exponentials and sums are float32 (float64 for float64). A bfloat16 gradient is rounded once, from
 float32, on its way into its two products. No kernel here has run on a GPU yet, only its text on a CPU
@@ -28,6 +32,7 @@ float32, on its way into its two products. No kernel here has run on a GPU yet, 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,14 +54,19 @@ from .problem import (
     SinglePass,
     Upstream,
 )
-from .sweep import RowGradient, RowHead, Tile
+from .sweep import RowEngine, RowGradient, RowHead, Tile
 
 if TYPE_CHECKING:
     from ..kernels.cuda.library import Library
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-#: Numbers in one partial result of the fused forward, which is of `BLOCK` columns of the vocabulary.
-MOMENTS = 5
+#: Numbers in one partial result of the fused forward, which is of `BLOCK` columns of the vocabulary: enough for
+#: logprob, lse, correct and the blocks' logsumexps, or all.
+FEWEST_MOMENTS, ALL_MOMENTS = 2, 5
+#: Outputs that need all.
+OF_ALL_MOMENTS = {"entropy", "mean_logit", "log_sum_sq"}
+#: The configuration of `forward_sm90`, a place in `Library.configurations()`.
+CONFIGURATION = 0
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -135,9 +145,9 @@ def _options(transform: LogitTransform) -> tuple[float, float, float]:
 # Rows of a chunk
 
 
-class RowKernels:
+class RowKernels(RowEngine):
     """`sweep.RowEngine` by `logitless_measure` and `logitless_gradient`; a tile has the logsumexps of blocks of the
-    vocabulary where `block` says how many columns are one."""
+    vocabulary where `block` says how many columns are one (`BLOCK`, if any)."""
 
     def __init__(self, block: int = 0) -> None:
         self.block = block
@@ -150,24 +160,45 @@ class RowKernels:
         self, raw: Tensor, head: RowHead, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
     ) -> Tile:
         """One read of the raw products `[n, V]`, which are left as they are."""
-        raw = _rows(raw)
-        found = {name: _vector(raw) for name in _wanted(outputs) if name != "mean_logit" or mean_logit is None}
-        library = _library()
+        raw, library = _rows(raw), _library()
+        found, block_lse = self._results(raw, outputs, mean_logit)
         size = library.measure_workspace(raw.shape[0], raw.shape[1], raw.dtype)
         workspace = torch.empty(size, dtype=torch.uint8, device=raw.device)
-        count = blocks.blocks(raw.shape[1])
-        block_lse = _vector(raw).new_empty(len(raw), count) if self.block else None
         library.launch(
             "measure",
             *_chunk(raw, head, targets),
             *(found.get(name) for name in OUTPUTS),
-            *(block_lse, count, self.block),
+            *(block_lse, blocks.blocks(raw.shape[1]), self.block),
             *(workspace, size),
             on=raw.device,
         )
-        if mean_logit is not None:
-            found["mean_logit"] = mean_logit
-        return Tile(raw, targets, TokenStats(**found), block_lse)
+        return _tile(raw, targets, found, mean_logit, block_lse)
+
+    def project(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        head: RowHead,
+        targets: Tensor,
+        outputs: tuple[str, ...],
+        mean_logit: Tensor | None,
+    ) -> Tile | None:
+        """By the fused forward, which stores its products; moments of parts are merged."""
+        kernel = projecting_kernel(hidden, weight, out.dtype)
+        if kernel is None:
+            return None
+        raw = out if _is_row_major(out) else out.new_empty(out.shape)
+        found, block_lse = self._results(raw, outputs, mean_logit)
+        _fuse(kernel, hidden, weight, head, targets, found, raw, block_lse)
+        return _tile(raw, targets, found, mean_logit, block_lse)
+
+    def _results(
+        self, raw: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Room for the statistics that are not known yet, and for the blocks' logsumexps."""
+        found = {name: _vector(raw) for name in _wanted(outputs) if name != "mean_logit" or mean_logit is None}
+        return found, _vector(raw).new_empty(len(raw), blocks.blocks(raw.shape[1])) if self.block else None
 
     def recall(self, raw: Tensor, head: RowHead, targets: Tensor, stats: TokenStats) -> Tile:
         """Nothing to do: the gradient is made of the raw products themselves."""
@@ -194,9 +225,20 @@ class RowKernels:
 ENGINE = RowKernels()
 
 
+def _tile(
+    raw: Tensor, targets: Tensor, found: dict[str, Tensor], mean_logit: Tensor | None, block_lse: Tensor | None
+) -> Tile:
+    stats = TokenStats(**found)
+    return Tile(raw, targets, stats if mean_logit is None else stats._replace(mean_logit=mean_logit), block_lse)
+
+
+def _is_row_major(raw: Tensor) -> bool:
+    """As a GPU's chunks are; a CPU's are not. (`contiguous` keeps strides where a size is 1.)"""
+    return raw.stride(1) == 1 and raw.stride(0) >= raw.shape[1]
+
+
 def _rows(raw: Tensor) -> Tensor:
-    """Row-major, as a GPU's chunks are; a CPU's are not. (`contiguous` keeps strides where a size is 1.)"""
-    return raw if raw.stride(1) == 1 and raw.stride(0) >= raw.shape[1] else raw.new_empty(raw.shape).copy_(raw)
+    return raw if _is_row_major(raw) else raw.new_empty(raw.shape).copy_(raw)
 
 
 def _vector(raw: Tensor) -> Tensor:
@@ -229,6 +271,16 @@ def fused_kernel(hidden: Tensor, weight: Tensor) -> str | None:
     return "forward_sm80" if generation == 8 else None
 
 
+def projecting_kernel(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str | None:
+    """The fused forward that makes a chunk's products of that dtype and measures them; None where cuBLAS makes them.
+
+    Hopper's alone: what mma.sync loses against cuBLAS on an A100 is more than the read of the chunk that it would save
+    (kernels/README.md). The library's twin for the CPU has no other kernel.
+    """
+    kernel = fused_kernel(hidden, weight) if dtype == torch.float32 else None
+    return kernel if kernel == "forward_sm90" or hidden.device.type != "cuda" else None
+
+
 def _has_vectors(matrix: Tensor) -> bool:
     """Rows can be read 16 bytes at a time."""
     return _has_width(matrix) and blocks.has_aligned_rows(matrix)
@@ -241,27 +293,48 @@ def _has_width(matrix: Tensor) -> bool:
 def _fused_forward(kernel: str, problem: Problem, wanted: tuple[str, ...], block_lse: Tensor | None) -> TokenStats:
     """`block_lse [N, blocks]` is written where it is given."""
     hidden, device = problem.hidden, problem.hidden.device
-    parts = blocks.blocks(len(problem.weight))
     budget = problem.chunk_bytes or sweep.DEFAULT_CHUNK_BYTES.get(device.type, sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR)
-    tokens = max(1, min(len(hidden), budget // (4 * MOMENTS * parts)))
-    moments = torch.empty(parts * MOMENTS * tokens, dtype=torch.float32, device=device)
-    target_logit = torch.empty(tokens, dtype=torch.float32, device=device)
-    bias = None if problem.bias is None else problem.bias.float().contiguous()
+    tokens = max(1, budget // (4 * _moment_count(wanted) * blocks.blocks(len(problem.weight))))
+    head = RowHead(problem.bias, problem.transform)
     found = {name: torch.empty(len(hidden), dtype=torch.float32, device=device) for name in wanted}
     for rows in sweep.spans(len(hidden), tokens):
-        part = hidden[rows]
-        _library().launch(
-            kernel,
-            *(part, problem.weight, hidden.dtype, len(part), *problem.weight.shape),
-            *(hidden.stride(0), problem.weight.stride(0), bias, problem.targets[rows].contiguous()),
-            *(*_options(problem.transform), moments, target_logit),
-            on=device,
-        )
-        results = [found[name][rows] if name in found else None for name in OUTPUTS]
-        sizes = (torch.float32, parts, len(part), len(problem.weight))
+        part = {name: x[rows] for name, x in found.items()}
         of_blocks = None if block_lse is None else block_lse[rows]
-        _library().launch("merge", moments, target_logit, *sizes, *results, of_blocks, parts, on=device)
+        _fuse(kernel, hidden[rows], problem.weight, head, problem.targets[rows], part, None, of_blocks)
     return TokenStats(**found)
+
+
+def _moment_count(wanted: Iterable[str]) -> int:
+    return FEWEST_MOMENTS if OF_ALL_MOMENTS.isdisjoint(wanted) else ALL_MOMENTS
+
+
+def _fuse(
+    kernel: str,
+    hidden: Tensor,
+    weight: Tensor,
+    head: RowHead,
+    targets: Tensor,
+    found: dict[str, Tensor],
+    raw: Tensor | None,
+    block_lse: Tensor | None,
+) -> None:
+    """Writes the statistics in `found`, and the raw products `[n, V]` and `block_lse [n, blocks]` where given."""
+    library, device = _library(), hidden.device
+    parts, count = blocks.blocks(len(weight)), _moment_count(found)
+    moments = torch.empty(parts * count * len(hidden), dtype=torch.float32, device=device)
+    target_logit = torch.empty(len(hidden), dtype=torch.float32, device=device)
+    library.launch(
+        kernel,
+        *(hidden, weight, hidden.dtype, len(hidden), *weight.shape, hidden.stride(0), weight.stride(0)),
+        *(None if head.bias is None else head.bias.float().contiguous(), targets.contiguous()),
+        *(*_options(head.transform), moments, count, target_logit),
+        *(raw, 0 if raw is None else raw.stride(0)),
+        *((CONFIGURATION,) if kernel == "forward_sm90" else ()),
+        on=device,
+    )
+    sizes = (torch.float32, parts, count, len(hidden), len(weight))
+    results = (found.get(name) for name in OUTPUTS)
+    library.launch("merge", moments, target_logit, *sizes, *results, block_lse, parts, on=device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

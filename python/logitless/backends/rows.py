@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..types import Options, TokenStats
 from .problem import Problem, Upstream
-from .sweep import RowGradient, RowHead, Tile
+from .sweep import RowEngine, RowGradient, RowHead, Tile
 
 #: Bytes of that part.
 PIECE_BYTES = {"cpu": 2**20}
@@ -46,7 +46,7 @@ class _Exponentials(NamedTuple):
     derivative: Tensor | None  # [n, V] dz / d(raw product) under a softcap, else None
 
 
-class _Engine:
+class _Engine(RowEngine):
     """See `sweep.RowEngine`."""
 
     def buffers(self, problem: Problem | Options) -> float:

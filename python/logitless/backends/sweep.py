@@ -102,6 +102,19 @@ class RowEngine(Protocol):
         """Statistics of raw products `[n, V]`; `mean_logit` where it is known already."""
         ...
 
+    def project(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        out: Tensor,
+        head: RowHead,
+        targets: Tensor,
+        outputs: tuple[str, ...],
+        mean_logit: Tensor | None,
+    ) -> Tile | None:
+        """Raw products in `out [n, V]` and their statistics, by one kernel; None where a GEMM and `measure` do it."""
+        return None
+
     def recall(self, raw: Tensor, head: RowHead, targets: Tensor, stats: TokenStats) -> Tile:
         """The same where the statistics are known, for a backward that computes the logits again."""
         ...
@@ -397,11 +410,18 @@ class Chunks:
     def raw(self, rows: slice) -> Tensor:
         """Raw products `[n, V]`, in the buffer."""
         hidden, weight = self.problem.hidden[rows].to(self.multiplied), self.head_at_hand(self.multiplied)
-        return products(hidden, weight, lay_out(self.buffer, len(hidden), len(weight), self.device.type))
+        return products(hidden, weight, self._room(rows))
+
+    def _room(self, rows: slice) -> Tensor:
+        return lay_out(self.buffer, rows.stop - rows.start, len(self.problem.weight), self.device.type)
 
     def measure(self, rows: slice) -> Tile:
         mean_logit = self._mean_logit(rows) if self.linear_mean and "mean_logit" in self.outputs else None
-        return self.engine.measure(self.raw(rows), self.head, self.problem.targets[rows], self.outputs, mean_logit)
+        hidden, weight, targets = self.problem.hidden[rows], self.problem.weight, self.problem.targets[rows]
+        tile = self.engine.project(hidden, weight, self._room(rows), self.head, targets, self.outputs, mean_logit)
+        if tile is not None:
+            return tile
+        return self.engine.measure(self.raw(rows), self.head, targets, self.outputs, mean_logit)
 
     def recall(self, rows: slice, stats: TokenStats) -> Tile:
         return self.engine.recall(self.raw(rows), self.head, self.problem.targets[rows], stats)

@@ -48,7 +48,7 @@ from .problem import (
     Upstream,
 )
 from .rows import target_entry
-from .sweep import RowGradient, RowHead, Tile
+from .sweep import RowEngine, RowGradient, RowHead, Tile
 
 if TYPE_CHECKING:
     from ..kernels.triton import logprobs
@@ -238,7 +238,7 @@ def _add_targets(chunks: sweep.Chunks, tokens: slice, target: Tensor, sums: Grad
 # The row engine of sweeps
 
 
-class _Engine:
+class _Engine(RowEngine):
     """See `sweep.RowEngine`: `kernels/triton/chunk.py` on the sweep's buffer."""
 
     def buffers(self, problem: Problem | Options) -> float:
