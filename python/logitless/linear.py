@@ -24,6 +24,7 @@ from .ops import linear_divergence, linear_logprobs, linear_token_loss
 from .ops.checks import check_constant, check_ignore_index, check_tensor, check_tokens
 from .ops.logprobs import prepare
 from .ops.token_loss import check_token_input, single_pass
+from .ops.tokens import is_captured
 from .types import Head, LossReduction, OptionKeywords, Options, TokenStats
 
 OPTION_NAMES = frozenset(OptionKeywords.__annotations__)
@@ -329,8 +330,8 @@ class _Sequences:
             return False
         if options.backward == "single_pass":
             return True
-        if torch.compiler.is_compiling() or self.count == 0:
-            return False
+        if torch.compiler.is_compiling() or is_captured(self.call.hidden.device) or self.count == 0:
+            return False  # which groups fit a chunk is data, for which nobody may wait
         backend = backends.STRATEGIES[self.call.strategy()]
         sizes = torch.bincount((self.sequence % self.count)[self.tokens.mask.reshape(-1)], minlength=1)
         return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)

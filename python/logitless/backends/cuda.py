@@ -16,8 +16,8 @@ Memory: `8 N ceil(V / 128)` bytes of partial results, or 20 with five numbers, w
 chunk of logits, which its gradient overwrites, and on Hopper its partial results, 2 to 4% of it; and float32
 accumulators of the gradients asked for. By blocks: `4 N V / 128` bytes between the passes, twice as much again in the
 backward, and the listed gradient of a group of blocks, within the budget of a chunk.
-PyTorch's allocator has all of it; the library allocates nothing, waits for nothing, and works on the current stream: a
-call may be captured into a CUDA graph. A tail-corrected backward may not: the host reads one number in it.
+PyTorch's allocator has all of it; the library allocates nothing, waits for nothing, and works on the current stream, so
+that a CUDA graph can capture it. A tail-corrected backward it cannot: the host reads one number in it (`ops.tokens`).
 
 Deterministic: no kernel here adds into memory that another block writes to, so values are the same bits every time. Two
 sums of gradients have an order that may vary (float32 atomics on a GPU), unless

@@ -30,9 +30,10 @@ from ..types import (
     statistics_dtype,
 )
 from . import checks
-from .library import _no_autocast, _refuse_double_backward, _scaled, _spread, _take
+from .library import _no_autocast, _or_empty, _refuse_double_backward, _scaled
 from .logprobs import Call, prepare
 from .token_loss import check_token_input
+from .tokens import Tokens, of_mask
 
 
 def linear_divergence(
@@ -276,7 +277,7 @@ def _where(pair: _Pair) -> tuple[str, int | None]:
 
 def _run(
     sides: Sequence[Tensor | None],
-    kept: Tensor | None,
+    tokens: Tokens,
     kind: str,
     parameters: Sequence[float],
     normalized: bool,
@@ -291,29 +292,20 @@ def _run(
     assert hidden is not None and weight is not None and ref_hidden is not None and ref_weight is not None
     mixture, skew, alpha = parameters
     problem = DivergenceProblem(
-        Side(_rows(hidden, kept), weight, bias, _transform(transforms[:3])),
-        Side(_rows(ref_hidden, kept), ref_weight, ref_bias, _transform(transforms[3:])),
+        Side(tokens.take(hidden), weight, bias, _transform(transforms[:3])),
+        Side(tokens.take(ref_hidden), ref_weight, ref_bias, _transform(transforms[3:])),
         DivergenceOptions(kind, mixture, skew, alpha, normalized),  # type: ignore[arg-type]
         chunk_bytes,
     )
     with _no_autocast(hidden.device):
         return backends.BACKENDS[backend].divergence(
-            problem, _take(upstream, kept), (Needs(*needs[:3]), Needs(*needs[3:]))
+            problem, tokens.take(upstream), (Needs(*needs[:3]), Needs(*needs[3:]))
         )
 
 
 def _transform(numbers: Sequence[float]) -> LogitTransform:
     scale, softcap, temperature = numbers
     return LogitTransform(scale, None if softcap == math.inf else softcap, temperature)
-
-
-def _rows(hidden: Tensor, kept: Tensor | None) -> Tensor:
-    return hidden if kept is None else hidden[kept]
-
-
-def _kept(mask: Tensor | None) -> Tensor | None:
-    """Indices of the tokens that count, None for all."""
-    return None if mask is None or mask.all() else mask.nonzero()[:, 0]
 
 
 def _result_dtype(*hidden: Tensor) -> torch.dtype:
@@ -340,15 +332,17 @@ def divergence(
     """Divergences `[N]`, then `d divergence / d hidden [N, H]` and `/ d ref_hidden` where `units` asks (else empty).
 
     `parameters`: mixture, skew and alpha. `transforms`: logit_scale, softcap (inf for none) and temperature, twice."""
-    kept = _kept(mask)
+    tokens = of_mask(mask)
     sides = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     ones = torch.ones(len(hidden), device=hidden.device) if any(units) else None
     needs = [units[0], False, False, units[1], False, False]
-    values, model, ref = _run(sides, kept, kind, parameters, normalized, transforms, backend, chunk_bytes, ones, needs)
+    values, model, ref = _run(
+        sides, tokens, kind, parameters, normalized, transforms, backend, chunk_bytes, ones, needs
+    )
     unit, ref_unit = (
         None if x is None else x.to(y.dtype) for x, y in ((model.hidden, hidden), (ref.hidden, ref_hidden))
     )
-    return _spread(values, kept, hidden), _spread(unit, kept, hidden), _spread(ref_unit, kept, hidden)
+    return tokens.spread(values, hidden), tokens.spread(unit, hidden), tokens.spread(ref_unit, hidden)
 
 
 @divergence.register_fake
@@ -379,14 +373,18 @@ def divergence_sum(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`sum_i upstream_i D_i` over the tokens that count, and its gradients for the six tensors in the statistics'
     dtype, empty where not needed."""
-    kept = _kept(mask)
+    tokens = of_mask(mask)
     sides = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
     upstream = upstream.to(_result_dtype(hidden, ref_hidden))
     values, model, ref = _run(
-        sides, kept, kind, parameters, normalized, transforms, backend, chunk_bytes, upstream, needs
+        sides, tokens, kind, parameters, normalized, transforms, backend, chunk_bytes, upstream, needs
     )
-    total = (values * _rows(upstream, kept)).sum()
-    found = [_spread(x, kept if i == 0 else None, hidden) for side in (model, ref) for i, x in enumerate(side)]
+    total = (tokens.masked(values) * tokens.take(upstream)).sum()
+    found = [
+        x
+        for side in (model, ref)
+        for x in (tokens.spread(side.hidden, hidden), *(_or_empty(y, hidden) for y in side[1:]))
+    ]
     return total, found[0], found[1], found[2], found[3], found[4], found[5]
 
 

@@ -7,7 +7,7 @@
     logitless::token_loss          a loss of per-token statistics with its gradients, in one sweep
 
 A custom op has a fixed number of outputs: a statistic or a gradient that nobody asked for is an empty tensor.
-Ignored tokens are dropped here, before a backend sees the problem, since their number is data.
+Ignored tokens are dropped here, before a backend sees the problem, since their number is data (`tokens`).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 from .. import backends
 from ..backends.problem import Coefficients, Gradients, Needs, Problem, Upstream
 from ..types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats, statistics_dtype
-from .checks import check_ids, check_permutation
+from .checks import check_permutation
+from .tokens import NO_LSE, Tokens, of_targets, refuse_capture
 
 PerTokenLoss = Callable[..., Tensor]
 
@@ -36,25 +37,7 @@ _NUMBER = "<number>"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tokens that count
-
-
-def _kept(targets: Tensor, ignore_index: int, vocabulary: int) -> Tensor | None:
-    """Indices of the tokens that count, None for all; a target outside the vocabulary is an error."""
-    counts = targets != ignore_index
-    check_ids(targets, counts, ignore_index, vocabulary)
-    return None if counts.all() else counts.nonzero()[:, 0]
-
-
-def _grouped(kept: Tensor | None, groups: Tensor) -> Tensor:
-    """The same indices with every group's tokens together, in their order."""
-    if kept is None:
-        return groups.argsort(stable=True)
-    return kept[groups[kept].argsort(stable=True)]
-
-
-def _take(x: Tensor | None, kept: Tensor | None) -> Tensor | None:
-    return x if x is None or kept is None else x[kept]
+# What every op shares
 
 
 def _problem(
@@ -62,23 +45,15 @@ def _problem(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    kept: Tensor | None,
+    tokens: Tokens,
     transform: LogitTransform,
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
     vocabulary_order: Tensor | None = None,
 ) -> Problem:
-    """What a backend sees: the tokens that count."""
-    if kept is not None:
-        hidden, targets = hidden[kept], targets[kept]
+    """What a backend sees."""
+    hidden, targets = tokens.take(hidden), tokens.take(targets)
     return Problem(hidden, weight, bias, targets, transform, chunk_bytes, chunk_dtype, vocabulary_order)
-
-
-def _spread(x: Tensor | None, kept: Tensor | None, like: Tensor) -> Tensor:
-    """The inverse of `_take` for a tensor of `like`'s N tokens: zeros elsewhere; an empty tensor for None."""
-    if x is None:
-        return like.new_empty(0)
-    return x if kept is None else x.new_zeros(len(like), *x.shape[1:]).index_copy_(0, kept, x)
 
 
 def _no_autocast(device: torch.device) -> torch.autocast:
@@ -109,13 +84,13 @@ def logprobs(
     """The six statistics `[N]` in the order of `TokenStats`, then `d logprob / d hidden [N, H]` where `unit_gradient`.
 
     `outputs` names the statistics wanted, with spaces between; logprob and lse come always."""
-    kept = _kept(targets, ignore_index, weight.shape[0])
+    tokens = of_targets(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
+    problem = _problem(hidden, weight, bias, targets, tokens, transform, chunk_bytes, chunk_dtype)
     with _no_autocast(hidden.device):
         stats, unit = backends.BACKENDS[backend].forward(problem, tuple(outputs.split()), unit_gradient)
     unit = None if unit is None else unit.to(hidden.dtype)
-    results = [_spread(x, kept, hidden) for x in (*stats, unit)]
+    results = [tokens.spread(x, hidden) for x in (*stats, unit)]
     return results[0], results[1], results[2], results[3], results[4], results[5], results[6]
 
 
@@ -149,28 +124,39 @@ def logprobs_backward(
     chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, in their dtypes, from those of logprob, lse, entropy and mean logit."""
-    kept = _kept(targets, ignore_index, weight.shape[0])
+    tokens = of_targets(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype)
+    problem = _problem(hidden, weight, bias, targets, tokens, transform, chunk_bytes, chunk_dtype)
     with _no_autocast(hidden.device):
         gradients = backends.BACKENDS[backend].backward(
             replace(problem, rounds_head=True),
-            TokenStats(*(_take(x, kept) for x in stats)),
-            Upstream(*(_take(g, kept) for g in upstream)),
+            _known(stats, tokens),
+            Upstream(*(tokens.take(g) for g in upstream)),
             Needs(*needs),
         )
-    return _in_their_dtypes(gradients, kept, hidden, weight)
+    return _in_their_dtypes(gradients, tokens, hidden, weight)
 
 
 def _in_their_dtypes(
-    gradients: Gradients, kept: Tensor | None, hidden: Tensor, weight: Tensor
+    gradients: Gradients, tokens: Tokens, hidden: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Accumulated gradients as an op returns them."""
     return (
-        _spread(_in_its_dtype(gradients.hidden, hidden), kept, hidden),
-        _spread(_in_its_dtype(gradients.weight, weight), None, hidden),
-        _spread(_in_its_dtype(gradients.bias, weight), None, hidden),
+        tokens.spread(_in_its_dtype(gradients.hidden, hidden), hidden),
+        _or_empty(_in_its_dtype(gradients.weight, weight), hidden),
+        _or_empty(_in_its_dtype(gradients.bias, weight), hidden),
     )
+
+
+def _or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """An op's output of a head's gradient: an empty tensor for None."""
+    return like.new_empty(0) if x is None else x
+
+
+def _known(stats: Sequence[Tensor | None], tokens: Tokens) -> TokenStats:
+    """The forward's statistics for a backward."""
+    found = TokenStats(*(tokens.take(x) for x in stats))
+    return found._replace(lse=tokens.take(stats[OUTPUTS.index("lse")], NO_LSE))
 
 
 def _in_its_dtype(gradient: Tensor | None, of: Tensor) -> Tensor | None:
@@ -288,15 +274,16 @@ def logprobs_tail(
     vocabulary_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The six statistics as `logprobs`, then the backend's `Saved`."""
+    refuse_capture(hidden.device, "a tail-corrected backward", "use backward='recompute'")
     check_permutation(vocabulary_order)
-    kept = _kept(targets, ignore_index, weight.shape[0])
+    tokens = of_targets(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
+    problem = _problem(hidden, weight, bias, targets, tokens, transform, chunk_bytes, chunk_dtype, vocabulary_order)
     with _no_autocast(hidden.device):
         found, saved = backends.STRATEGIES[backend].tail_forward(problem, tuple(outputs.split()), tail_tolerance)
-    stats = [_spread(x, kept, hidden) for x in found.stats]
+    stats = [tokens.spread(x, hidden) for x in found.stats]
     counts, column, value, by_block = saved
-    counts, by_block = _spread(counts, kept, hidden), _spread(by_block, kept, hidden)
+    counts, by_block = tokens.spread(counts, hidden), tokens.spread(by_block, hidden)
     return (stats[0], stats[1], stats[2], stats[3], stats[4], stats[5], counts, column, value, by_block)
 
 
@@ -340,21 +327,21 @@ def logprobs_tail_backward(
     vocabulary_order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `logprobs_backward`, from what `logprobs_tail` saved."""
-    kept = _kept(targets, ignore_index, weight.shape[0])
+    tokens = of_targets(targets, ignore_index, weight.shape[0])
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
+    problem = _problem(hidden, weight, bias, targets, tokens, transform, chunk_bytes, chunk_dtype, vocabulary_order)
     counts, column, value, by_block = saved
-    counts, by_block = (x if kept is None else x[kept] for x in (counts, by_block))
+    counts, by_block = tokens.take(counts), tokens.take(by_block)
     with _no_autocast(hidden.device):
         gradients = backends.STRATEGIES[backend].tail_backward(
             problem,
-            TokenStats(*(_take(x, kept) for x in stats)),
+            _known(stats, tokens),
             (counts, column, value, by_block),
-            Upstream(*(_take(g, kept) for g in upstream)),
+            Upstream(*(tokens.take(g) for g in upstream)),
             Needs(*needs),
             tail_tolerance,
         )
-    return _in_their_dtypes(gradients, kept, hidden, weight)
+    return _in_their_dtypes(gradients, tokens, hidden, weight)
 
 
 @logprobs_tail_backward.register_fake
@@ -424,18 +411,21 @@ def token_loss(
     hidden, weight and bias, in the statistics' dtype; the weight's in its own where `rounds_head`. `function` is a
     handle of `_functions`, `numbers` its floats; tokens of one of the `groups [N]` are seen together.
     `tail_tolerance`: of a tail-corrected gradient; None: exact."""
+    if tail_tolerance is not None:
+        refuse_capture(hidden.device, "a tail-corrected backward", "use backward='recompute'")
     check_permutation(vocabulary_order)
-    kept = _kept(targets, ignore_index, weight.shape[0])
+    tokens = of_targets(targets, ignore_index, weight.shape[0])
     if groups is not None:
-        kept = _grouped(kept, groups)
-        groups = groups[kept]
+        refuse_capture(hidden.device, "a single pass over whole pairs or sequences", "use backward='recompute'")
+        tokens = tokens.together(groups)
+        groups = tokens.take(groups)
     transform = LogitTransform(logit_scale, softcap, temperature)
-    problem = _problem(hidden, weight, bias, targets, kept, transform, chunk_bytes, chunk_dtype, vocabulary_order)
+    problem = _problem(hidden, weight, bias, targets, tokens, transform, chunk_bytes, chunk_dtype, vocabulary_order)
     problem = replace(problem, rounds_head=rounds_head)
-    inputs = [x if kept is None else x[kept] for x in token_inputs]
+    inputs = [tokens.take(x) for x in token_inputs]
     names = tuple(outputs.split())
     made = _rebuild(_functions[function], iter(numbers))
-    coefficients = _coefficients(made, inputs, names, differentiate=any(needs), per_token=groups is None)
+    coefficients = _coefficients(made, inputs, names, tokens.mask, differentiate=any(needs), per_token=groups is None)
     module, wanted = backends.STRATEGIES[backend], Needs(*needs)
     with _no_autocast(hidden.device):
         if tail_tolerance is None:
@@ -445,10 +435,10 @@ def token_loss(
     loss, logprob, gradients = found
     return (
         loss,
-        _spread(logprob, kept, hidden),
-        _spread(gradients.hidden, kept, hidden),
-        _spread(_in_its_dtype(gradients.weight, weight) if rounds_head else gradients.weight, None, hidden),
-        _spread(gradients.bias, None, hidden),
+        tokens.spread(logprob, hidden),
+        tokens.spread(gradients.hidden, hidden),
+        _or_empty(_in_its_dtype(gradients.weight, weight) if rounds_head else gradients.weight, hidden),
+        _or_empty(gradients.bias, hidden),
     )
 
 
@@ -467,16 +457,23 @@ def _token_loss_fake(  # type: ignore[no-untyped-def]
 
 
 def _coefficients(
-    function: PerTokenLoss, inputs: Sequence[Tensor], outputs: tuple[str, ...], *, differentiate: bool, per_token: bool
+    function: PerTokenLoss,
+    inputs: Sequence[Tensor],
+    outputs: tuple[str, ...],
+    mask: Tensor | None,
+    *,
+    differentiate: bool,
+    per_token: bool,
 ) -> Coefficients:
-    """`function` of the statistics named, chunk by chunk, with its derivative by autograd."""
+    """`function` of the statistics named, chunk by chunk, with its derivative by autograd; 0 outside a mask."""
 
     def of_chunk(stats: TokenStats, rows: slice) -> tuple[Tensor, Upstream]:
-        stats = TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, stats, strict=True)))
+        here = Tokens(None, None if mask is None else mask[rows])
+        stats = TokenStats(*(here.take(x) if name in outputs else None for name, x in zip(OUTPUTS, stats, strict=True)))
         constants = [x[rows] for x in inputs]
         shape = (rows.stop - rows.start,) if per_token else None
         if not differentiate:
-            return check_losses(function(stats, *constants), shape).sum(), Upstream()
+            return here.take(check_losses(function(stats, *constants), shape)).sum(), Upstream()
         with _autograd_inside_an_op():
             leaves = TokenStats(
                 *(
@@ -486,10 +483,10 @@ def _coefficients(
             )
             losses = check_losses(function(leaves, *constants), shape)
             _check_leaves(losses, leaves)
-            total = losses.sum()
+            total = here.take(losses).sum()
             wanted = [x for x in leaves[:4] if x is not None]
             found = iter(torch.autograd.grad(total, wanted, allow_unused=True) if total.requires_grad else [None] * 4)
-        return total.detach(), Upstream(*(None if x is None else next(found) for x in leaves[:4]))
+        return total.detach(), Upstream(*(None if x is None else here.take(next(found)) for x in leaves[:4]))
 
     return of_chunk
 

@@ -197,6 +197,8 @@ def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
 def _takes_unit_gradient(call: Call, outputs: tuple[str, ...]) -> bool:
     """Whether the frozen head's strategy applies; an error where it was asked for by name and does not."""
     hidden, weight, bias = call.needs()
+    if not (hidden or weight or bias):
+        return False
     obstacle = None
     if weight or bias:
         obstacle = "the head is trainable"

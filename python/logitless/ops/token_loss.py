@@ -35,8 +35,9 @@ def linear_token_loss(
     Args:
         hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]`, as in `linear_logprobs`.
         per_token_loss: any function of `(TokenStats of [n] vectors, *[n] token inputs)` that returns `[n]` losses, of
-            differentiable PyTorch operations. It is called chunk by chunk, on tokens that count only, so it must be
-            elementwise along them. What it closes over gets no gradient.
+            differentiable PyTorch operations. It is called chunk by chunk, or once with all tokens, so it must be
+            elementwise along them; what it gives for tokens that do not count is left out. What it closes over gets no
+            gradient. Without any gradient wanted the forward alone is computed.
         token_inputs: constants of shape `[...]` (such as a reference's log-probs), cut into chunks with the tokens.
         outputs: the fields of `TokenStats` that the function reads.
         reduction: "mean" divides by the number of tokens that count, or by `normalizer` (a number or a tensor of one:
@@ -66,7 +67,8 @@ def linear_token_loss(
         check_token_input(f"token_inputs[{i}]", value, hidden)
     if normalizer is None:
         normalizer = reduce.count(targets, call.options.ignore_index)
-    if reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference":
+    by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
+    if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
         if reduction == "none" and call.options.backward == "single_pass" and any(call.needs()[1:]):
             raise ValueError(
                 "backward: 'single_pass' cannot serve reduction='none' with a trainable head, whose upstream gradients "
