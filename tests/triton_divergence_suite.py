@@ -87,11 +87,14 @@ def test_a_nan_is_not_hidden(side):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_in_one_sweep(dtype):
+    """Of operands that stay halves, the gradient is rounded before the upstream factor in one way and after it in the
+    other: half an ulp of each term twice, and of the result twice. Terms are of the size of the largest result."""
     x = make(trainable=SIDES, dtype=dtype)
     at_once = measure(lambda y: call(y, kind="js", reduction="sum", **HERE), x)
     later = measure(lambda y: call(y, kind="js", backward="recompute", **HERE).sum(), x)
     for name, value in later.items():
-        torch.testing.assert_close(at_once[name], value)
+        rounding = 4 * torch.finfo(dtype).eps * value.abs().max().item()
+        torch.testing.assert_close(at_once[name], value, rtol=0, atol=rounding)
 
 
 @triton.jit

@@ -306,7 +306,7 @@ class _Sequences:
             self.batch.weight,
             self.call.targets,
             outputs=self.batch.loss.outputs,
-            **vars(self.call.options),
+            **self.call.options.keywords(),
         )
         return reduced(self.result(stats), reduction, normalizer)
 

@@ -74,6 +74,11 @@ class LogitTransform:
             _check_number("softcap", self.softcap, "a positive number or None", lambda x: 0 < x < math.inf)
 
     @property
+    def numbers(self) -> tuple[float, float | None, float]:
+        """logit_scale, softcap and temperature. (Dynamo of torch 2.11 has no rule for `vars` of a dataclass.)"""
+        return self.logit_scale, self.softcap, self.temperature
+
+    @property
     def slope(self) -> float:
         """`d z / d (hidden @ weight.T + bias)` where the cap does not bend it."""
         return self.logit_scale / self.temperature
@@ -172,6 +177,10 @@ class Options:
     def transform(self) -> LogitTransform:
         return LogitTransform(self.logit_scale, self.softcap, self.temperature)
 
+    def keywords(self) -> OptionKeywords:
+        """As keyword arguments of an op."""
+        return {name: getattr(self, name) for name in OPTION_NAMES}  # type: ignore[return-value]
+
     @property
     def tail(self) -> float | None:
         """The tolerance of a tail-corrected backward; None where it is exact, as at a tolerance of 0."""
@@ -192,6 +201,9 @@ class OptionKeywords(TypedDict, total=False):
     chunk_dtype: torch.dtype | None
     tail_tolerance: float
     vocabulary_order: Tensor | None
+
+
+OPTION_NAMES = tuple(OptionKeywords.__annotations__)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -288,7 +288,7 @@ def plain_head(model: nn.Module) -> Head:
     inner = causal_lm(model)
     rule = head_rule(inner)
     weight, bias = rule.cut(*own_product(find_head(inner)))
-    return Head(weight.detach(), None if bias is None else bias.detach(), *vars(rule.transform).values())
+    return Head(weight.detach(), None if bias is None else bias.detach(), *rule.transform.numbers)
 
 
 def _recomputable(options: OptionKeywords) -> OptionKeywords:

@@ -202,7 +202,7 @@ def check_number(
     """Raises unless the field is a finite number between `low` and `high` (either end excluded where it is open)."""
     value = getattr(loss, field)
     where = f"{type(loss).__name__}: {field}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{where} must be a number, got {type(value).__name__} {value!r}")
     below = value <= low if low_open else value < low
     above = value >= high if high_open else value > high

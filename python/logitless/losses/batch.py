@@ -153,7 +153,7 @@ def reduced(
     total = result.loss.sum() if total is None else total
     if reduction == "mean":
         total = reduce.mean(total, max(len(result.loss), 1) if normalizer is None else normalizer)
-    return result._replace(loss=total)
+    return type(result)(total, *result[1:])  # `_replace` makes an object that Dynamo of torch 2.9 to 2.11 cannot return
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -154,7 +154,7 @@ def _listed(field: str, value: Any) -> list[Any]:
 
 def _positive(loss: str, weights: Iterable[Any], count: int) -> tuple[float, ...]:
     found = tuple(weights)
-    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in found)
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found)
     if not numbers or len(found) != count or count == 0 or not all(0 < x < float("inf") for x in found):
         raise ValueError(f"{loss}: weights must be {max(count, 1)} finite positive numbers, one per term, got {found}")
     return tuple(float(x) for x in found)

@@ -166,7 +166,7 @@ class _Pair(NamedTuple):
         """Both heads' options as the ops take them; no softcap is an infinite one."""
         found: list[float] = []
         for side in (self.model, self.ref):
-            scale, softcap, temperature = vars(side.options.transform).values()
+            scale, softcap, temperature = side.options.transform.numbers
             found += [float(scale), math.inf if softcap is None else float(softcap), float(temperature)]
         return found
 
@@ -241,7 +241,7 @@ def _values(pair: _Pair, options: DivergenceOptions, unit: bool) -> Tensor:
     """`[N]`, differentiable."""
     if pair.model.options.backend == "reference":
         heads = [
-            Head(side.weight, side.options.bias, **vars(side.options.transform)) for side in (pair.model, pair.ref)
+            Head(side.weight, side.options.bias, *side.options.transform.numbers) for side in (pair.model, pair.ref)
         ]
         return reference.linear_divergence(
             pair.model.hidden, heads[0], pair.ref.hidden, heads[1], mask=pair.mask, options=options

@@ -26,7 +26,6 @@ class Call(NamedTuple):
         tensors = (self.hidden, self.weight, self.options.bias)
         return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
 
-    @property
     def tail(self) -> float | None:
         """The tolerance of a tail-corrected backward; None where there is none."""
         return self.options.tail if any(self.needs()) else None
@@ -34,7 +33,7 @@ class Call(NamedTuple):
     def rounds_head(self, outputs: tuple[str, ...]) -> bool:
         """Whether one product gives a single pass the head's gradient, in bfloat16: all tokens are in one chunk."""
         halves = self.weight.dtype == torch.bfloat16 and self.needs()[1]
-        if not halves or self.tail is not None or "mean_logit" in outputs:
+        if not halves or self.tail() is not None or "mean_logit" in outputs:
             return False
         name = self.strategy()
         most = backends.STRATEGIES[name].tokens_at_once(self.hidden, self.weight, self.options)
@@ -42,7 +41,7 @@ class Call(NamedTuple):
 
     def strategy(self) -> str:
         """The backend, of `backends.STRATEGIES`."""
-        if self.tail is None:
+        if self.tail() is None:
             return backends.pick(self.options.backend, self.hidden)
         return backends.pick_strategy(self.options.backend, self.options.backward, self.hidden)
 
@@ -68,7 +67,9 @@ def prepare(
 
 
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # Dynamo of torch 2.11 has no rule for the question whether a device knows autocast at all.
+    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    return known and torch.is_autocast_enabled(device)
 
 
 def _autocast(x: Tensor, device: str) -> Tensor:
@@ -187,11 +188,11 @@ def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         " ".join(outputs),
     )
     rest = (backend, options.chunk_bytes, options.chunk_dtype)
-    if call.tail is not None:
-        found = library.logprobs_tail(*problem, *rest, call.tail, options.vocabulary_order)
+    if call.tail() is not None:
+        found = library.logprobs_tail(*problem, *rest, call.tail(), options.vocabulary_order)
     else:
         found = library.logprobs(*problem, unit, *rest)
-    return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, found, strict=False)))
+    return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, found[: len(OUTPUTS)], strict=True)))
 
 
 def _takes_unit_gradient(call: Call, outputs: tuple[str, ...]) -> bool:

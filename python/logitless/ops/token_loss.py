@@ -124,7 +124,7 @@ def single_pass(
             backend,
             options.chunk_bytes,
             options.chunk_dtype,
-            call.tail,
+            call.tail(),
             options.vocabulary_order,
             call.rounds_head(outputs),
         )
