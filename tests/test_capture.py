@@ -273,7 +273,8 @@ def test_a_loss_without_a_gradient_takes_the_forward(monkeypatch, name, backward
     inputs = {"ref_logprob": torch.zeros(4, 3)} if name == "dpo" else {}
 
     def value():
-        out = logitless.linear_loss(name, p.hidden, p.weight, p.targets, backward=backward, **inputs)
+        options = dict(backend="chunked", backward=backward, **inputs)
+        out = logitless.linear_loss(name, p.hidden, p.weight, p.targets, **options)
         return out.loss if name == "dpo" else out
 
     expected = value().detach()
