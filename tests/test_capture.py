@@ -6,6 +6,8 @@ numbers to wait for.
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,11 +20,12 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless
 from logitless import linear_divergence, linear_logprobs, linear_token_loss
-from logitless.backends import chunked
-from logitless.ops import library, tokens
+from logitless.backends import chunked, cuda
+from logitless.ops import divergence, library, tokens
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised
 from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform
 
@@ -124,18 +127,21 @@ def test_every_token_ignored(captured):
 # What must not wait
 
 
-def op_bodies(fake: FakeTensorMode) -> dict[str, Any]:
+def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None) -> dict[str, Any]:
     """What stands behind the ops, on fake tensors."""
     head = (1.0, None, 1.0, -100)
     with fake:
-        hidden = torch.empty(6, 4, dtype=torch.bfloat16)
-        weight = torch.empty(9, 4, dtype=torch.bfloat16)
+        hidden = torch.empty(6, 8, dtype=torch.bfloat16)
+        weight = torch.empty(9, 8, dtype=torch.bfloat16)
         targets = torch.empty(6, dtype=torch.long)
+        mask = torch.empty(6, dtype=torch.bool)
         vectors = [torch.empty(6) for _ in range(3)]
     handle = next(library._next_handle)
     library._functions[handle] = lambda stats, x: x * stats.logprob
-    needs, rest = [True, True, False], ("chunked", 100, None)
+    needs, rest = [True, True, False], (backend, chunk_bytes, None)
     tensors = (hidden, weight, None, targets)
+    sides = (*tensors[:3], *tensors[:3], mask, "js", [0.5, 0.1, 0.5], False, [1.0, float("inf"), 1.0] * 2)
+    both = ("chunked" if backend == "cuda" else backend, chunk_bytes)
     return {
         "logprobs": lambda: library.logprobs._init_fn(*tensors, *head, "logprob entropy", False, *rest),
         "frozen head": lambda: library.logprobs._init_fn(*tensors, *head, "logprob", True, *rest),
@@ -145,7 +151,33 @@ def op_bodies(fake: FakeTensorMode) -> dict[str, Any]:
         "single pass": lambda: library.token_loss._init_fn(
             *tensors, vectors[:1], None, handle, [], *head, "logprob", needs, *rest, None, None, False
         ),
+        "divergence": lambda: divergence.divergence._init_fn(*sides, [True, False], *both),
+        "divergence with gradients": lambda: divergence.divergence_sum._init_fn(
+            vectors[0], *sides, [*needs, *needs], *both
+        ),
     }
+
+
+NAMES = list(op_bodies(FakeTensorMode(), "chunked"))
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    """Of the GPU backends all but the kernels themselves; their launches are listed."""
+    pytest.importorskip("triton")
+    from logitless.kernels.triton import chunk
+
+    launched: list[str] = []
+
+    def launch(name: str, *arguments: object, on: torch.device) -> None:
+        launched.append(name)
+
+    stub = SimpleNamespace(has=lambda name: True, measure_workspace=lambda *sizes: 16, launch=launch)
+    monkeypatch.setattr(cuda, "_library", lambda: stub)
+    monkeypatch.setattr(cuda, "_has_vectors", lambda matrix: True)  # a fake tensor has no address
+    kind = type(chunk.measure_kernel)
+    monkeypatch.setattr(kind, "__getitem__", lambda kernel, grid: lambda *a, **k: launched.append("triton"))
+    return launched
 
 
 @pytest.fixture
@@ -154,20 +186,24 @@ def device_assertion(monkeypatch):
     monkeypatch.setattr(tokens, "check_ids", lambda *arguments: None)
 
 
-@pytest.mark.parametrize("name", op_bodies(FakeTensorMode()))
-def test_no_op_waits(captured, device_assertion, name):
+@pytest.mark.parametrize("chunk_bytes", [None, 100], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("backend", ["chunked", "triton", "cuda"])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_op_waits(captured, device_assertion, no_kernels, name, backend, chunk_bytes):
     fake = FakeTensorMode()
-    body = op_bodies(fake)[name]
+    body = op_bodies(fake, backend, chunk_bytes)[name]
     with fake:
         body()
+    by_pytorch = backend == "chunked" or (backend == "cuda" and "divergence" in name)
+    assert bool(no_kernels) != by_pytorch
 
 
-@pytest.mark.parametrize("name", op_bodies(FakeTensorMode()))
+@pytest.mark.parametrize("name", NAMES)
 def test_the_test_sees_a_wait(monkeypatch, device_assertion, name):
     """The one of an eager call, which drops ignored tokens."""
     monkeypatch.setattr(tokens, "is_captured", lambda device: False)
     fake = FakeTensorMode()
-    body = op_bodies(fake)[name]
+    body = op_bodies(fake, "chunked")[name]
     with fake, pytest.raises(WAITS):
         body()
 
@@ -179,6 +215,50 @@ def test_what_has_to_wait_is_refused_by_name(captured, backward):
         options = {} if backward == "tail_corrected" else {"ref_logprob": torch.zeros(4, 3)}
         name = "nll" if backward == "tail_corrected" else "dpo"
         logitless.linear_loss(name, p.hidden, p.weight, p.targets, backward=backward, **options)
+
+
+def test_a_refusal_comes_before_any_work(captured):
+    p = make_problem((4, 3), 4, 9)
+    with Calls() as calls, pytest.raises(RuntimeError, match="whole pairs or sequences"):
+        groups = torch.zeros(12, dtype=torch.long)
+        library.token_loss._init_fn(
+            *(p.hidden.view(12, 4), p.weight, None, p.targets.view(12), [], groups, 0, [], 1.0, None, 1.0, -100),
+            *("logprob", [True, True, False], "chunked", None, None, None, None, False),
+        )
+    assert set(calls.found) <= {"zeros", "view"}
+
+
+class Calls(TorchDispatchMode):
+    """Counts PyTorch's operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.found[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    def waits(self) -> int:
+        """How often a GPU's host would wait for a number."""
+        return sum(self.found[name] for name in ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select"))
+
+
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_an_eager_op_waits_once(device_assertion, recomputes, ignored):
+    """Whether there are ignored tokens or not."""
+    p = make_problem((8,), 4, 9, ignored=ignored, trainable=())
+    tensors, rest = (p.hidden, p.weight, None, p.targets, 1.0, None, 1.0, -100), ("chunked", 100, None)
+    known = [torch.zeros(8), torch.zeros(8), None]
+    with Calls() as calls:
+        if recomputes:
+            library.logprobs_backward._init_fn(
+                [torch.ones(8), None, None, None], *tensors[:4], known, *tensors[4:], [True, True, False], *rest
+            )
+        else:
+            library.logprobs._init_fn(*tensors, "logprob entropy", False, *rest)
+    assert calls.waits() == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +273,8 @@ def test_a_loss_without_a_gradient_takes_the_forward(monkeypatch, name, backward
     inputs = {"ref_logprob": torch.zeros(4, 3)} if name == "dpo" else {}
 
     def value():
-        out = logitless.linear_loss(name, p.hidden, p.weight, p.targets, backward=backward, **inputs)
+        options = dict(backend="chunked", backward=backward, **inputs)
+        out = logitless.linear_loss(name, p.hidden, p.weight, p.targets, **options)
         return out.loss if name == "dpo" else out
 
     expected = value().detach()

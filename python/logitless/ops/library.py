@@ -413,10 +413,11 @@ def token_loss(
     `tail_tolerance`: of a tail-corrected gradient; None: exact."""
     if tail_tolerance is not None:
         refuse_capture(hidden.device, "a tail-corrected backward", "use backward='recompute'")
+    if groups is not None:
+        refuse_capture(hidden.device, "a single pass over whole pairs or sequences", "use backward='recompute'")
     check_permutation(vocabulary_order)
     tokens = of_targets(targets, ignore_index, weight.shape[0])
     if groups is not None:
-        refuse_capture(hidden.device, "a single pass over whole pairs or sequences", "use backward='recompute'")
         tokens = tokens.together(groups)
         groups = tokens.take(groups)
     transform = LogitTransform(logit_scale, softcap, temperature)

@@ -53,8 +53,8 @@ def linear_token_loss(
         TypeError, ValueError: as `linear_logprobs`; a token input of another shape, or that requires a gradient; a
             function that closes over a tensor that requires a gradient.
 
-    Under `torch.compile` the function is called as it stands, inside the op, without a graph break; it must not change
-    between calls of one compiled graph.
+    Under `torch.compile` a single pass calls the function as it stands, inside the op, without a graph break; it must
+    not change between calls of one compiled graph. Elsewhere it is compiled with what surrounds it.
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)

@@ -71,7 +71,8 @@ def of_mask(mask: Tensor | None) -> Tokens:
         return Tokens(None, None)
     if is_captured(mask.device):
         return Tokens(None, mask)
-    return Tokens(None if mask.all() else mask.nonzero()[:, 0], None)
+    kept = mask.nonzero()[:, 0]  # waits for their number; to ask first whether there are others would wait twice
+    return Tokens(None if len(kept) == len(mask) else kept, None)
 
 
 def is_captured(device: torch.device) -> bool:
