@@ -63,7 +63,7 @@ def make(
 def call(x: Tensors, options=None, ref_options=None, *, device="cpu", mask=None, **keywords: Any) -> torch.Tensor:
     """`linear_divergence` on a device, with heads of their own options."""
     x = Tensors(*(y if y is None else y.to(device) for y in x))
-    heads = [Head(x[i], x[i + 1], **vars(o or LogitTransform())) for i, o in ((1, options), (4, ref_options))]
+    heads = [Head(x[i], x[i + 1], *(o or LogitTransform()).numbers) for i, o in ((1, options), (4, ref_options))]
     mask = None if mask is None else mask.to(device)
     return linear_divergence(x.hidden, heads[0], x.ref_hidden, heads[1], mask=mask, **keywords).cpu()
 
