@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# The ops' own tests under the oldest PyTorch that pyproject.toml admits, in an environment of its own.
+#
+#   bash tests/oldest.sh                 makes .venv-oldest where there is none, then runs them
+#   bash tests/oldest.sh -k compiled     arguments go to pytest
+#
+# That release is installed as its package index has it, which may be a CUDA build of several gigabytes.
+# LOGITLESS_OLDEST_VENV names another folder for the environment.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+OLDEST_TORCH=2.9.1
+SUITES=(capture library linear_divergence linear_logprobs linear_losses memory sweep tail token_loss)
+
+venv=${LOGITLESS_OLDEST_VENV:-.venv-oldest}
+LOGITLESS_TORCH="torch==$OLDEST_TORCH" LOGITLESS_CPU=off LOGITLESS_CUDA=off bash recipes/environment.sh "$venv" core-test
+"$venv/bin/python" -c "import torch; assert torch.__version__.startswith('$OLDEST_TORCH'), torch.__version__"
+suites=("${SUITES[@]/#/tests/test_}")
+exec "$venv/bin/python" -m pytest "${suites[@]/%/.py}" "$@"
