@@ -8,8 +8,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,8 +22,17 @@ def runs_here() -> bool:
     return torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def fits_numpy() -> bool:
+    """Whether Triton's interpreter takes this NumPy: that of 3.6 makes an int of an array of one element, which NumPy
+    2.4 refuses."""
+    triton, numpy = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    return triton > (3, 6) or numpy < (2, 4)
+
+
 def run_suite(name: str, marker: str) -> None:
     """The tests of `tests/<name>.py` with that marker, which must pass."""
+    if not fits_numpy():
+        pytest.skip(f"the interpreter of Triton {version('triton')} needs NumPy < 2.4, got {version('numpy')}")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, f"tests/{name}.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
