@@ -53,10 +53,13 @@ def batch_of(loss: Loss) -> Batch:
     return Batch(hidden, weight, targets, inputs)
 
 
+def length(loss: Loss) -> dict[str, int]:
+    return {"max_length": 8} if loss.reduction == "constant_length" else {}
+
+
 def run(loss: Loss | str, batch: Batch, **options: Any) -> Any:
     """Loss and the gradients of hidden states and head."""
-    if losses.get(loss).reduction == "constant_length":
-        options.setdefault("max_length", 8)
+    options = {**length(losses.get(loss)), **options}
     hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
     out = linear_loss(loss, hidden, weight, batch.targets, **batch.inputs, **options)
     value = out if isinstance(out, Tensor) else out.loss
@@ -84,6 +87,23 @@ def count_of(loss: Loss, targets: Tensor) -> float:
 def test_by_name_and_by_object(name):
     batch = batch_of(losses.get(name))
     close(run(name, batch), run(losses.get(name), batch), 0.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_compiles_without_a_graph_break(name):
+    loss = losses.get(name)
+    batch = batch_of(loss)
+    torch._dynamo.reset()
+
+    def value(hidden: Tensor, weight: Tensor) -> Tensor:
+        out = linear_loss(loss, hidden, weight, batch.targets, **batch.inputs, **length(loss))
+        return out if isinstance(out, Tensor) else out.loss
+
+    compiled = torch.compile(value, backend="aot_eager", fullgraph=True)
+    hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of `discriminative_sft`, on torch 2.9
+        found = compiled(hidden, weight)
+    close((found.detach(), *torch.autograd.grad(found, (hidden, weight))), run(loss, batch))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -800,7 +800,7 @@ def test_losses_trace_without_a_graph_break(loss: Loss) -> None:
     names = [field for field in loss.outputs if field != "logprob"]
 
     def run(logprob: Tensor, mask: Tensor, *others: Tensor) -> Tensor:
-        stats = TokenStats(logprob=logprob, **dict(zip(names, others, strict=False)))
+        stats = TokenStats(logprob=logprob, **dict(zip(names, others[: len(names)], strict=True)))
         inputs = dict(zip(loss.inputs, others[len(names) :], strict=True))
         sequence = torch.zeros_like(mask, dtype=torch.int64)
         return loss(stats, **inputs, **({"mask": mask, "sequence": sequence} if loss.level == "sequence" else {}))

@@ -147,7 +147,7 @@ def _term(value: Any) -> Loss:
 
 
 def _listed(field: str, value: Any) -> list[Any]:
-    if isinstance(value, str | Mapping) or not isinstance(value, Iterable):
+    if isinstance(value, (str, Mapping)) or not isinstance(value, Iterable):
         raise TypeError(f"WeightedSum: {field} must be a list, got {type(value).__name__} {value!r}")
     return list(value)
 

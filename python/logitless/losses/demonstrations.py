@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -345,7 +345,7 @@ class DensePathReinforce(Reinforce):
         if self.credit == "return":
             assert samples.sequences is not None
             reward = samples.sequences.discounted(reward, self.gamma)
-        return samples._replace(constants={**samples.constants, "advantages": reward})
+        return replace(samples, constants={**samples.constants, "advantages": reward})
 
 
 # Schedules

@@ -97,7 +97,8 @@ def kl_estimate(
     return slope + (value - slope).detach()
 
 
-class Samples(NamedTuple):
+@dataclass(frozen=True)
+class Samples:
     """What a policy loss is a function of: constants detached, 0 where `sequences` does not count a token."""
 
     logprob: Tensor

@@ -155,7 +155,7 @@ class DeformedLog(Loss):
 
 
 def _deformed_nll(logprob: Tensor, exponent: Tensor | float) -> Tensor:
-    if isinstance(exponent, float | int) and exponent < 1e-12:  # a logprob cannot be so low that it would matter
+    if not isinstance(exponent, Tensor) and exponent < 1e-12:  # a logprob cannot be so low that it would matter
         return -logprob
     return -torch.expm1(exponent * logprob) / exponent
 
