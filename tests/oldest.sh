@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The ops' own tests under the oldest PyTorch that pyproject.toml admits, in an environment of its own.
+# The tests of the ops and of the losses under the oldest PyTorch that pyproject.toml admits, in an environment of its own.
 #
 #   bash tests/oldest.sh                 makes .venv-oldest where there is none, then runs them
 #   bash tests/oldest.sh -k compiled     arguments go to pytest
@@ -10,7 +10,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OLDEST_TORCH=2.9.1
-SUITES=(capture library linear_divergence linear_logprobs linear_losses memory sweep tail token_loss)
+SUITES=(
+    capture library linear_divergence linear_logprobs linear_losses memory sweep tail token_loss
+    every_loss losses losses_demonstrations losses_distillation losses_implicit_reward losses_policy losses_preference
+    losses_sft
+)
 
 venv=${LOGITLESS_OLDEST_VENV:-.venv-oldest}
 LOGITLESS_TORCH="torch==$OLDEST_TORCH" LOGITLESS_CPU=off LOGITLESS_CUDA=off bash recipes/environment.sh "$venv" core-test
