@@ -63,9 +63,14 @@ def route(problem: Problem, magnitude: Tensor, threshold: float) -> Routed:
     return Routed(*(x.cpu() for x in sparse.route(*(x.to(DEVICE).contiguous() for x in inputs))))
 
 
+def moved(x: Tensor) -> Tensor:
+    """On the device with its own strides, which `to` would make dense."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
+
+
 def products(problem: Problem, routed: Routed, *, ordered: bool, blocks_at_once: int) -> tuple[Tensor, Tensor]:
     """d_hidden and d_weight of the listed pairs."""
-    hidden, weight, targets = (x.to(DEVICE) for x in (problem.hidden, problem.weight, problem.targets))
+    hidden, weight, targets = (moved(x) for x in (problem.hidden, problem.weight, problem.targets))
     pairs = tuple(x.to(DEVICE) for x in routed[:2])
     lse = problem.logits.logsumexp(1).float().to(DEVICE)
     factor = (problem.upstream[1] - problem.upstream[0]).to(DEVICE)
