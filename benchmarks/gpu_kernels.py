@@ -119,9 +119,8 @@ def _forward_kernels(inputs: Inputs) -> Iterator[Kernel]:
 
 
 def _projections(inputs: Inputs) -> Iterator[Kernel]:
-    """A chunk's logits stored and measured in one kernel, where the engine has that."""
-    project, failure = getattr(cuda.ENGINE, "project", None), _unsupported("cuda", inputs)
-    if project is None or failure:
+    """A chunk's logits stored and measured in one kernel, where the device has that."""
+    if _unsupported("cuda", inputs) or not cuda.projecting_kernel(inputs.hidden, inputs.weight, torch.float32):
         return
     for count in sorted({min(n, len(inputs.hidden)) for n in (512, 4096)}):
         few = _first(inputs, count)
@@ -129,7 +128,9 @@ def _projections(inputs: Inputs) -> Iterator[Kernel]:
         given = (few.hidden, few.weight, logits, sweep.RowHead(None, PLAIN), few.targets, ("logprob", "lse"), None)
 
         def run(given: tuple[Any, ...] = given) -> TokenStats:
-            return project(*given).stats
+            tile = cuda.ENGINE.project(*given)
+            assert tile is not None
+            return tile.stats
 
         yield Kernel(
             f"cuda, {count} tokens' logits and statistics", _call(run), _product(few), check=partial(_Exact(few), run)
@@ -139,7 +140,7 @@ def _projections(inputs: Inputs) -> Iterator[Kernel]:
 def _configurations(inputs: Inputs) -> Iterator[Kernel]:
     """Every configuration of Hopper's fused forward that the library names, beside one product."""
     failure = _unsupported("cuda", inputs)
-    names: tuple[str, ...] = () if failure else getattr(cuda._library(), "configurations", tuple)()
+    names = () if failure else cuda._library().configurations()
     check, problem = _Exact(inputs), _problem(inputs)
     for number, name in enumerate(names):
         run = partial(_configured, number, partial(_fused, "forward_sm90", problem))

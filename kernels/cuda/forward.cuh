@@ -6,8 +6,6 @@
 
 namespace logitless {
 
-constexpr double LOG2_E = 1.44269504088896340736;
-
 struct Forward {
     const void *hidden, *weight;
     std::int32_t dtype;

@@ -78,6 +78,8 @@ LOGITLESS_FUNCTION void make_logits(Logit<T> (&to)[K], Transform<T> t, const T (
     }
 }
 
+constexpr double LOG2_E = 1.44269504088896340736;
+
 // 2^x and e^x for the terms of a sum, x <= 0. In float32: the GPU's exponential of 2, right to 2^-22, after one
 // multiplication for e^x. A term's error is at most e^x (|x| 2^-23 + 2^-22), below 2^-21 of the largest term, which is 1.
 LOGITLESS_FUNCTION float fast_exp2(float x) {
@@ -90,7 +92,7 @@ LOGITLESS_FUNCTION float fast_exp2(float x) {
 #endif
 }
 LOGITLESS_FUNCTION double fast_exp(double x) { return std::exp(x); }
-LOGITLESS_FUNCTION float fast_exp(float x) { return fast_exp2(x * 1.44269504088896340736f); }
+LOGITLESS_FUNCTION float fast_exp(float x) { return fast_exp2(x * static_cast<float>(LOG2_E)); }
 
 // ---------------------------------------------------------------------------------------------- statistics
 

@@ -11,7 +11,7 @@ from . import reduce
 from .linear import linear_loss
 from .losses import DFT, DPO, NLL, FDivergenceSFT, PreferenceResult
 from .ops import linear_logprobs, linear_token_loss
-from .ops.checks import check_constant, check_tensor, check_tokens
+from .ops.checks import check_constant, check_tensor, check_tokens, require
 from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input
 from .types import Head, OptionKeywords, Options, Reduction, TokenStats, statistics_dtype
@@ -68,21 +68,13 @@ def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named 
     common: dict[str, Any] = dict(token_weight=token_weight, reduction=reduction, normalizer=normalizer)
     nll = NLL(label_smoothing=label_smoothing, z_loss=z_loss)
     if label_smoothing > 0 and bias is not None and not torch.compiler.is_compiling():
-        _check_unmasked(bias)
+        masked = "label_smoothing: infinite where bias masks part of the vocabulary (-inf); expected 0"
+        require(~bias.isneginf().any(), lambda: masked)
     if class_weight is None:
         out: Tensor = linear_loss(nll, hidden, weight, targets, **common, **options)
     else:
         out = _class_weighted(nll, hidden, weight, targets, class_weight, options=options, **common)
     return out[..., :-1] if shift and reduction == "none" else out
-
-
-def _check_unmasked(bias: Tensor) -> None:
-    """What label smoothing needs. On a GPU the device asserts it, and nothing waits."""
-    masked = bias.isneginf().any()
-    if bias.is_cuda:
-        torch._assert_async(~masked)
-    elif masked:
-        raise ValueError("label_smoothing: infinite where bias masks part of the vocabulary (-inf); expected 0")
 
 
 def _shifted(targets: Tensor, hidden: Tensor, ignore_index: int) -> Tensor:

@@ -25,9 +25,7 @@ from .ops.checks import check_constant, check_ignore_index, check_tensor, check_
 from .ops.logprobs import prepare
 from .ops.token_loss import check_token_input, single_pass
 from .ops.tokens import is_captured
-from .types import Head, LossReduction, OptionKeywords, Options, TokenStats
-
-OPTION_NAMES = frozenset(OptionKeywords.__annotations__)
+from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
 
 
 def linear_loss(

@@ -7,9 +7,9 @@ from typing import Any, Unpack
 from torch import Tensor, nn
 
 from . import functional
-from .linear import OPTION_NAMES, linear_loss
+from .linear import linear_loss
 from .losses import DFT, DPO, NLL, FDivergenceSFT, Loss, PreferenceResult, get
-from .types import LossReduction, OptionKeywords, Options, Reduction
+from .types import OPTION_NAMES, LossReduction, OptionKeywords, Options, Reduction
 
 
 class _LinearLoss(nn.Module):

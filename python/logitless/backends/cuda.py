@@ -152,7 +152,7 @@ class RowKernels(RowEngine):
     def __init__(self, block: int = 0) -> None:
         self.block = block
 
-    def buffers(self, problem: Problem | Options) -> float:
+    def buffers(self, problem: Problem | Options) -> int:
         """The chunk itself: its gradient overwrites it."""
         return 1
 

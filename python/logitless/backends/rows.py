@@ -49,7 +49,7 @@ class _Exponentials(NamedTuple):
 class _Engine(RowEngine):
     """See `sweep.RowEngine`."""
 
-    def buffers(self, problem: Problem | Options) -> float:
+    def buffers(self, problem: Problem | Options) -> int:
         return 2 if problem.transform.softcap is not None or problem.chunk_dtype is not None else 1
 
     def measure(

@@ -92,7 +92,7 @@ class RowGradient(NamedTuple):
 class RowEngine(Protocol):
     """Row operations on a chunk. A tile is used once: `gradient` may overwrite it."""
 
-    def buffers(self, problem: Problem | Options) -> float:
+    def buffers(self, problem: Problem | Options) -> int:
         """How many buffers of a chunk's size the operations take, the chunk's own among them."""
         ...
 
@@ -125,7 +125,7 @@ class RowEngine(Protocol):
 
 
 def chunk_tokens(
-    hidden: Tensor, weight: Tensor, options: Options | Problem, buffers: float = 1, *, trainable: bool = False
+    hidden: Tensor, weight: Tensor, options: Options | Problem, buffers: int = 1, *, trainable: bool = False
 ) -> int:
     """The most tokens in a chunk: what the budget holds, in whole steps where it holds one, at least 1.
 
@@ -138,7 +138,7 @@ def chunk_tokens(
         sum_bytes = weight.numel() * statistics_dtype(weight.dtype).itemsize
         budget = max(DEFAULT_CHUNK_BYTES_ACCELERATOR, sum_bytes if trainable else 0)
     itemsize = (options.chunk_dtype or statistics_dtype(hidden.dtype)).itemsize
-    return max(1, _in_steps(int(budget // (weight.shape[0] * itemsize * buffers)), device))
+    return max(1, _in_steps(budget // (weight.shape[0] * itemsize * buffers), device))
 
 
 def _in_steps(tokens: int, device: str) -> int:

@@ -241,7 +241,7 @@ def _add_targets(chunks: sweep.Chunks, tokens: slice, target: Tensor, sums: Grad
 class _Engine(RowEngine):
     """See `sweep.RowEngine`: `kernels/triton/chunk.py` on the sweep's buffer."""
 
-    def buffers(self, problem: Problem | Options) -> float:
+    def buffers(self, problem: Problem | Options) -> int:
         return 1 if problem.chunk_dtype is None else 3  # a float32 gradient of 16-bit logits has no room in their place
 
     def measure(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, get_args
 
 import torch
@@ -94,16 +94,21 @@ def _check_vocabulary_order(options: Options, weight: Tensor) -> None:
         )
 
 
+def require(holds: Tensor, complaint: Callable[[], str]) -> None:
+    """Raises unless a condition `[]` on a tensor's numbers holds. On a GPU the device asserts it, and nothing waits."""
+    if holds.is_cuda:
+        torch._assert_async(holds)
+    elif not holds:
+        raise ValueError(complaint())
+
+
 def check_permutation(order: Tensor | None) -> None:
-    """Every entry of the vocabulary once. On a GPU nothing waits for the answer."""
+    """Every entry of the vocabulary once."""
     if order is None:
         return
     known = (order >= 0) & (order < len(order))
     once = torch.zeros_like(known).index_fill_(0, order.where(known, 0), True).all() & known.all()
-    if order.is_cuda:
-        torch._assert_async(once)
-    elif not once:
-        raise ValueError(f"vocabulary_order: expected a permutation of the {len(order)} vocabulary entries")
+    require(once, lambda: f"vocabulary_order: expected a permutation of the {len(order)} vocabulary entries")
 
 
 def check_constant(name: str, value: Tensor, device: torch.device, like: str = "hidden") -> None:
@@ -141,13 +146,10 @@ def check_targets(name: str, targets: Tensor, hidden: Tensor) -> None:
 
 
 def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Targets that count are in the vocabulary. On a GPU the device asserts it, and nothing waits."""
+    """Targets that count are in the vocabulary."""
     outside = counts & ((targets < 0) | (targets >= vocabulary))
-    if targets.is_cuda:
-        torch._assert_async(~outside.any())
-    elif outside.any():
-        first = int(targets[outside][0])
-        raise ValueError(f"targets: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}, got {first}")
+    expected = f"targets: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}"
+    require(~outside.any(), lambda: f"{expected}, got {int(targets[outside][0])}")
 
 
 def check_outputs(outputs: Iterable[str], *, with_targets: bool) -> tuple[str, ...]:
