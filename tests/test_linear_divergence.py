@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 import logitless
 from logitless import Head, linear_divergence, reference
 from logitless.backends import divergence as rows
-from logitless.ops import divergence as ops
+from logitless.ops.registered import divergence as ops
 from logitless.testing import assert_within_budget, watch_allocations
 from logitless.types import DivergenceKind, DivergenceOptions, LogitTransform, statistics_dtype
 
@@ -654,7 +654,7 @@ def test_opcheck_divergence(units, dtype):
 @pytest.mark.parametrize("trainable", [SIDES, ("hidden", "weight")], ids=str)
 def test_opcheck_divergence_sum(monkeypatch, trainable):
     # as for token_loss: the last backward scales private gradients in place
-    monkeypatch.setattr(ops, "_scaled", lambda gradient, factor, dtype: (gradient * factor).to(dtype))
+    monkeypatch.setattr(ops, "scaled", lambda gradient, factor, dtype: (gradient * factor).to(dtype))
     needs = [name in trainable for name in SIDES]
     every = (torch.rand(6), *arguments(make(trainable=trainable), "js"), needs, "chunked", 300)
     torch.library.opcheck(torch.ops.logitless.divergence_sum.default, every, test_utils=TESTS)

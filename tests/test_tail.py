@@ -16,8 +16,9 @@ from torch import Tensor
 import logitless
 from logitless import linear_logprobs, linear_token_loss, tail_report
 from logitless.backends import tail
+from logitless.ops.registered.shared import Execution
 from logitless.testing import make_problem
-from logitless.types import TAIL_TOLERANCE
+from logitless.types import TAIL_TOLERANCE, LogitTransform
 
 V = 600  # two whole blocks and a short one
 #: Coarse enough for the small vocabularies here; at the default most of their entries would be kept, and all be exact.
@@ -376,9 +377,10 @@ def test_bad_tolerances(options: dict[str, Any], error: type[Exception], message
 def test_the_ops_are_well_formed() -> None:
     problem = peaked_problem(count=6, dtype=torch.float32)
     hidden, weight = (problem[name].requires_grad_() for name in ("hidden", "weight"))
-    arguments = (hidden, weight, None, problem["targets"], 1.0, None, 1.0, -100, "logprob", "chunked", None, None)
+    execution = Execution("chunked", "tail_corrected", 2e-4, None, None)
+    arguments = (hidden, weight, None, problem["targets"], None, LogitTransform().packed(), -100, "logprob", *execution)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.logitless.logprobs_tail.default, (*arguments, 2e-4, None), test_utils=tests)
+    torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=tests)
 
 
 def check_compiled(options: dict[str, Any]) -> None:

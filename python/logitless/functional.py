@@ -11,8 +11,8 @@ from . import reduce
 from .linear import linear_loss
 from .losses import DFT, DPO, NLL, FDivergenceSFT, PreferenceResult
 from .ops import linear_logprobs, linear_token_loss
+from .ops.call import Call, prepare
 from .ops.checks import check_constant, check_tensor, check_tokens, require
-from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input
 from .types import Head, OptionKeywords, Options, Reduction, TokenStats, statistics_dtype
 

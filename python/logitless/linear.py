@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, reduce
+from . import reduce
 from .losses import Loss, get
 from .losses.batch import Layout, evaluate, layout, need_sequences, of_groups, of_sequences, reduced, rule_of, spread
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
+from .ops.call import prepare
 from .ops.checks import check_constant, check_ignore_index, check_tensor, check_tokens
-from .ops.logprobs import prepare
 from .ops.token_loss import check_token_input, single_pass
 from .ops.tokens import is_captured
 from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
@@ -330,9 +330,8 @@ class _Sequences:
             return True
         if torch.compiler.is_compiling() or is_captured(self.call.hidden.device) or self.count == 0:
             return False  # which groups fit a chunk is data, for which nobody may wait
-        backend = backends.STRATEGIES[self.call.strategy()]
         sizes = torch.bincount((self.sequence % self.count)[self.tokens.mask.reshape(-1)], minlength=1)
-        return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)
+        return int(sizes.max()) <= self.call.tokens_at_once()
 
     def sweep(self) -> tuple[Any, Tensor]:
         """One sweep over whole groups: values and metrics from the log-probs it leaves behind, and the losses' sum."""
