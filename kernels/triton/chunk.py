@@ -1,5 +1,5 @@
 """Row operations on a chunk of raw products `[n, V]` that a GEMM has made: one read for the statistics, one read and
-write in place for the gradient. The two halves of a single pass (`backends/sweep.py`).
+write in place for the gradient. The two halves of a single pass (`backends/exact/sweep.py`).
 
 A program owns its rows. The gradient may be narrower than the products and still take their place: a block of a row is
 read by all threads before any of them writes, and what is written lies at or before it.

@@ -1,7 +1,7 @@
 """Row operations of a divergence on a chunk of raw products of both sides: values, and the gradients in place.
 
 One program owns rows of the model's products and the same rows of the reference's, and walks them two or three times:
-for both normalisers, for the sums of v, u and w (the elementwise functions of `backends/divergence.py`, which derives
+for both normalisers, for the sums of v, u and w (the elementwise functions of `backends/exact/divergence.py`, which derives
 them), and to write the gradients. So no sum over the vocabulary is ever needed between programs.
 
 The GEMMs stay cuBLAS's. Tiles of both heads in registers would save the chunk's way through memory, 24 bytes an entry
@@ -25,7 +25,7 @@ from .logprobs import bends
 from .tile import absorb, anchor, transform, with_bias
 
 if TYPE_CHECKING:
-    from ...backends.divergence import RawSide
+    from ...backends.interface import RawSide
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of one number
@@ -116,7 +116,7 @@ class Form(NamedTuple):
 
 
 def form(options: DivergenceOptions) -> Form:
-    """The kernel's form of every kind, as `backends.divergence.KINDS` has it."""
+    """The kernel's form of every kind, as `backends.exact.divergence.KINDS` has it."""
     match options.kind:
         case "js" if options.mixture not in (0, 1):
             w = options.mixture
@@ -257,7 +257,7 @@ def divergence_kernel(
 def rows(
     model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The `backends.divergence.DivergenceEngine` of this kernel: float32 raw products of any strides."""
+    """The `backends.interface.DivergenceEngine` of this kernel: float32 raw products of any strides."""
     taken = form(options)
     if taken.exchanged:
         value, ref_gradient, gradient = _launch(ref, model, taken, upstream)

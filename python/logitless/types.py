@@ -55,6 +55,11 @@ class Head(NamedTuple):
     softcap: float | None = None
     temperature: float = 1.0
 
+    @property
+    def transform(self) -> LogitTransform:
+        """The last three fields as the function that they describe."""
+        return LogitTransform(self.logit_scale, self.softcap, self.temperature)
+
 
 @dataclass(frozen=True)
 class LogitTransform:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..types import Options
+from ..types import Head, Options
 from . import checks
 from .registered.shared import Execution
 
@@ -46,9 +46,11 @@ class Call(NamedTuple):
 
     def tokens_at_once(self) -> int:
         """The longest group of tokens that a single pass keeps whole."""
-        name, backward = self.backend(), self.options.backward
-        engine = backends.approximate(name, backward) if self.approximates() else backends.BACKENDS[name]
-        return engine.tokens_at_once(self.hidden, self.weight, self.options)
+        backend, options = backends.BACKENDS[self.backend()], self.options
+        head = Head(self.weight, options.bias, options.logit_scale, options.softcap, options.temperature)
+        if self.approximates():
+            return backend.approximate(options.backward).tokens_at_once(self.hidden, head, options)
+        return backend.tokens_at_once(self.hidden, head, options)
 
     def fits_one_chunk(self, outputs: tuple[str, ...]) -> bool:
         """Whether one product makes a bfloat16 head's gradient in a single pass, so that it may be rounded at once."""

@@ -93,7 +93,7 @@ def linear_divergence(
     absent.
 
     Source: GKD, arXiv 2306.13649 (js: its JSD(beta) with beta = mixture); DistiLLM, arXiv 2402.03898 (skews); the
-    others are textbook f-divergences. Gradients derived; see `logitless.backends.divergence`.
+    others are textbook f-divergences. Gradients derived; see `logitless.backends.exact.divergence`.
     """
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...backends.interface import Needs, Upstream
-from ...types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats, statistics_dtype
+from ...backends.interface import Needs, Saved, Upstream
+from ...types import DIFFERENTIABLE, OUTPUTS, Head, LogitTransform, TokenStats, statistics_dtype
 from ..checks import check_permutation
 from ..tokens import NO_LSE, Tokens, of_targets, refuse_capture
 from .shared import (
@@ -57,7 +57,7 @@ def logprobs(
     names, saved = tuple(outputs.split()), None
     with no_autocast(hidden.device):
         if execution.approximates():
-            (stats, unit), saved = backends.approximate(backend, strategy).forward(problem, names, tolerance)
+            (stats, unit), saved = backends.BACKENDS[backend].approximate(strategy).forward(problem, names, tolerance)
         else:
             stats, unit = backends.BACKENDS[backend].forward(problem, names, strategy == "single_pass")
     s = [tokens.spread(x, hidden) for x in (*stats, cast(unit, hidden.dtype))]
@@ -77,9 +77,9 @@ def _fake_logprobs(  # type: ignore[no-untyped-def]
     ]
     results.append(hidden.new_empty(hidden.shape if how.strategy == "single_pass" else 0))
     if not how.approximates():
-        return (*results, *(hidden.new_empty(0) for _ in range(4)))
-    engine = backends.approximate(how.backend, how.strategy)
-    width = engine.saved_width(hidden, weight, LogitTransform.unpacked(transform))
+        return (*results, *(hidden.new_empty(0) for _ in Saved._fields))
+    head = Head(weight, bias, *LogitTransform.unpacked(transform).numbers)
+    width = backends.BACKENDS[how.backend].approximate(how.strategy).saved_width(hidden, head)
     entries = torch.library.get_ctx().new_dynamic_size()
     return (
         *results,
@@ -125,8 +125,8 @@ def logprobs_backward(
             result = backends.BACKENDS[backend].backward(problem, known, reaching, wanted)
         else:
             counts, column, value, by_block = saved
-            kept = (tokens.take(counts), column, value, tokens.take(by_block))
-            engine = backends.approximate(backend, strategy)
+            kept = Saved(tokens.take(counts), column, value, tokens.take(by_block))
+            engine = backends.BACKENDS[backend].approximate(strategy)
             result = engine.backward(problem, known, kept, reaching, wanted, tolerance)
     return (
         tokens.spread(cast(result.hidden, hidden.dtype), hidden),

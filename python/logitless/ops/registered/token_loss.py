@@ -78,7 +78,7 @@ def token_loss(
     )
     with no_autocast(hidden.device):
         if execution.approximates():
-            engine = backends.approximate(backend, strategy)
+            engine = backends.BACKENDS[backend].approximate(strategy)
             result = engine.single_pass(problem, names, of_chunk, groups, wanted, tolerance)
         else:
             result = backends.BACKENDS[backend].single_pass(problem, names, of_chunk, groups, wanted)
