@@ -339,11 +339,11 @@ def test_autocast_does_not_reach_the_function():
 
 @pytest.mark.parametrize("trainable", [("hidden",), ("hidden", "weight", "bias")])
 def test_the_backend_makes_the_gradients_needed_alone(monkeypatch, trainable):
-    from logitless.backends import chunked
+    from logitless.backends.chunked import CHUNKED
 
     asked = []
-    single_pass = chunked.single_pass
-    monkeypatch.setattr(chunked, "single_pass", lambda *args: asked.append(args[4]) or single_pass(*args))
+    single_pass = CHUNKED.single_pass
+    monkeypatch.setattr(CHUNKED, "single_pass", lambda *args: asked.append(args[4]) or single_pass(*args))
     problem = make_problem((6,), 4, 9, bias=True, trainable=trainable)
     arguments = (problem.hidden, problem.weight, problem.targets, nll)
     linear_token_loss(*arguments, bias=problem.bias)

@@ -23,10 +23,10 @@ from test_cuda_sparse import Problem, Routed, assert_within, draw, spread_over_c
 from test_tail import cases
 from torch import Tensor
 
-from logitless.backends import blocks
 from logitless.backends import triton as backend
+from logitless.backends.approximate import blocks
 from logitless.kernels.triton import configs, sparse
-from logitless.types import LogitTransform
+from logitless.types import Head
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -95,7 +95,7 @@ problems = st.builds(
 
 
 def test_the_strategy_and_the_kernels_agree_on_the_sizes() -> None:
-    assert (sparse.BLOCK, sparse.SLICE) == (blocks.BLOCK, blocks.SLICE)
+    assert (sparse.BLOCK, sparse.SLICE) == (blocks.PAIR_BLOCK, blocks.PAIR_SLICE)
 
 
 @settings(max_examples=20)
@@ -267,5 +267,5 @@ def test_deterministic_algorithms_choose_the_ordered_sum(monkeypatch: pytest.Mon
 def test_float16_goes_by_entries() -> None:
     """Its small gradients are below what it holds."""
     half = torch.zeros(2, 8, dtype=torch.float16, device=DEVICE)
-    assert [backend.TAIL.takes(x, x, LogitTransform()) for x in (half, half.float())] == [False, True]
+    assert [backend.TritonBlocks().takes(x, Head(x)) for x in (half, half.float())] == [False, True]
     properties.a_softcap_is_exact(Backend("triton", torch.float16, DEVICE))

@@ -1,8 +1,8 @@
 """Row operations of a divergence on a chunk of raw products of both sides: values, and the gradients in place.
 
 One program owns rows of the model's products and the same rows of the reference's, and walks them two or three times:
-for both normalisers, for the sums of v, u and w (the elementwise functions of `backends/exact/divergence.py`, which derives
-them), and to write the gradients. So no sum over the vocabulary is ever needed between programs.
+for both normalisers, for the sums of v, u and w (the elementwise functions of `backends/exact/divergence.py`, which
+derives them), and to write the gradients. So no sum over the vocabulary is ever needed between programs.
 
 The GEMMs stay cuBLAS's. Tiles of both heads in registers would save the chunk's way through memory, 24 bytes an entry
 of the vocabulary for values (two floats written, and read twice), but every kind needs the normalisers before its sums,

@@ -78,7 +78,8 @@ class Cuda(Backend):
             return f"it takes {[str(dtype) for dtype in CUDA_DTYPES]}, got {dtype}"
         path = library.location()
         if path is None:
-            return "its library is not built: install logitless where nvcc is (LOGITLESS_CUDA=require says what is missing)"
+            hint = "install logitless where nvcc is (LOGITLESS_CUDA=require says what is missing)"
+            return f"its library is not built: {hint}"
         try:
             loaded = library.load(path)
         except (OSError, AttributeError) as error:
