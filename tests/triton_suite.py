@@ -285,7 +285,7 @@ def test_nan_reaches_every_result(kernel, column):
     bias[column] = math.nan
     raw, targets = torch.zeros(1, 75, device=DEVICE), torch.tensor([3], device=DEVICE)
     if kernel == "fused":
-        problem = replace(row_problem(raw.cpu(), targets), bias=bias)
+        problem = row_problem(raw.cpu(), targets, bias=bias)
         stats, _ = backend.measure_blocks(problem, OUTPUTS, None)
     else:
         stats, _ = chunk.measure(raw, bias, targets, transform=PLAIN, outputs=OUTPUTS)
