@@ -75,6 +75,9 @@ def check_wheel(wheel: Path, expected: set[str]) -> None:
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert needed == ["torch>=2.9"]
     assert metadata["License-Expression"] == "Apache-2.0"
+    description = metadata.get_payload()
+    assert description.startswith("# logitless\n") and "docs/losses.md has all" in description
+    assert "](" not in description.replace("](https://", "")
 
 
 def test_wheel_from_checkout(checkout: Path, tmp_path: Path) -> None:
