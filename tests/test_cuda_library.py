@@ -221,7 +221,7 @@ def test_kernels_keep_to_their_registers(built):
 @pytest.mark.slow
 @needs_nvcc
 def test_configurations_of_the_forward(built):
-    """In the order of the C interface's numbers; kernels/README.md says what each costs."""
+    """In the order of the C interface's numbers; kernels/cuda/README.md says what each costs."""
     names = cuda_library.load(built).configurations()
     if cutlass_headers() is None:
         assert names == ()
@@ -230,7 +230,7 @@ def test_configurations_of_the_forward(built):
     with pytest.raises(RuntimeError, match="configuration that this build"):
         absent = (*(None,) * 2, torch.bfloat16, *(0,) * 5, *(None,) * 2, *(1.0,) * 3, *(None, 2, None, None, 0, 4))
         cuda_library.load(built).launch("forward_sm90", *absent, on=torch.device("cpu"))
-    table = (ROOT / "kernels" / "README.md").read_text()
+    table = (ROOT / "kernels" / "cuda" / "README.md").read_text()
     assert [name for name in names if f"| `{name}` |" not in table] == []
 
 

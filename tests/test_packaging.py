@@ -48,17 +48,17 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def package_files(folder: Path) -> set[str]:
-    """What an installed package must hold: every module, the type marker, the kernels' device code and document, but
+    """What an installed package must hold: every module, the type marker, the kernels' device code and documents, but
     not what runs that code on a CPU."""
     package = folder / "python" / "logitless"
     kernels = (package / "kernels").resolve()  # which rglob does not enter by a link
-    files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed", "kernels/README.md"}
-    files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*.py")}
+    files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed"}
+    files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*") if p.suffix in (".py", ".md")}
     for folder in ("cpu", "cuda"):
         here = kernels / folder
         files |= {f"kernels/{folder}/{p.name}" for p in here.iterdir() if p.suffix in (".cu", ".cuh", ".h")}
     assert {"kernels/cuda/rows.cuh", "kernels/cuda/logitless.h", "kernels/cuda/library.py"} <= files
-    assert {"kernels/cpu/screen.h", "kernels/cpu/library.py"} <= files
+    assert {"kernels/cpu/screen.h", "kernels/cpu/library.py", "kernels/MATH.md", "kernels/cuda/README.md"} <= files
     return {f"logitless/{name}" for name in files}
 
 
@@ -75,6 +75,9 @@ def check_wheel(wheel: Path, expected: set[str]) -> None:
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert needed == ["torch>=2.9"]
     assert metadata["License-Expression"] == "Apache-2.0"
+    description = metadata.get_payload()
+    assert description.startswith("# logitless\n") and "docs/losses.md has all" in description
+    assert "](" not in description.replace("](https://", "")
 
 
 def test_wheel_from_checkout(checkout: Path, tmp_path: Path) -> None:

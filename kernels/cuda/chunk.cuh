@@ -6,7 +6,7 @@
 //     measure_kernel    reads n V elements (and V of the bias per row, from L2), writes n (+ n V / B of block_lse)
 //     gradient_kernel   reads n V elements, writes n V of the gradient's type
 //
-// kernels/README.md, "CUDA kernels": traffic, instructions and numerics.
+// kernels/cuda/README.md: traffic, instructions and numerics.
 #pragma once
 
 #include <cstdint>

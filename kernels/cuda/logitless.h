@@ -11,7 +11,7 @@
  *   - A pointer that may be null says so. Sizes and strides are int64_t and count elements; a matrix is row-major with
  *     unit column stride and the row stride given. Any alignment that suits the element works; 16 bytes is fast.
  *   - Types of matrices are codes, enum logitless_dtype. Vectors of statistics are float32; float64 where the matrix is.
- *   - logit_scale, softcap (0: none) and temperature are those of equation 1 of kernels/README.md.
+ *   - logit_scale, softcap (0: none) and temperature are those of equation 1 of kernels/MATH.md.
  *
  * Plain C, without CUDA's headers. tests/test_cuda_library.py holds the Python signatures against this file, so a
  * declaration is: one LOGITLESS_API statement, a named argument after each type, types void, char, float, double,

@@ -8,7 +8,7 @@
 //     ordered_d_hidden_kernel      the same sum in the order of blocks, the same bits every time
 //
 // for R listed rows. All multiply as tile_gemm.cuh says; rows of tokens are gathered. The target's entry of G is 0 and
-// the tail is not in it: both are added apart (kernels/README.md, section 3), and so is the mean logit's part.
+// the tail is not in it: both are added apart (kernels/MATH.md, section 3), and so is the mean logit's part.
 //
 // A call takes some of the blocks, so that G, with room for every token in each of them, stays small without anyone
 // asking the device how many there are; a grid has LISTED_TILES thread blocks along a list at most, however long it is.

@@ -2,7 +2,7 @@
 
 Forward: a program owns a tile of tokens and a split of the vocabulary, walks the split's tiles, and leaves the sums of
 eq. 3 behind for each row; `merge_kernel` joins the splits. Backward: `gradient_kernel` computes a tile again and writes
-its `dL/ds`, rounded once, for the two products, which are cuBLAS's (kernels/README.md, "Triton kernels", says why).
+its `dL/ds`, rounded once, for the two products, which are cuBLAS's (kernels/triton/README.md says why).
 No kernel here adds into memory that another program writes: the same inputs give the same bits.
 """
 

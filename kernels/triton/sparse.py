@@ -15,7 +15,7 @@
 for R listed pairs, and U that counts every token of a slice where one is listed. A call takes some of the blocks, so
 that G can have room for every token in each of them, and nobody asks the device how many there are: programs beyond a
 list's end stop at once. What is put back for pairs left out, the target's entry and the mean logit's part are not here.
-Traffic and numerics: kernels/README.md, "Triton kernels".
+Traffic and numerics: kernels/triton/README.md.
 """
 
 from __future__ import annotations

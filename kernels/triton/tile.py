@@ -3,7 +3,7 @@
     products -> raw s [BLOCK_N, BLOCK_V] -> transform -> z -> absorb (per tile) -> join (per part) -> finish (per row)
                                                            -> gradient (dL/ds)
 
-Equation numbers are those of kernels/README.md, names those of its section 5. All arithmetic is float32. An argument
+Equation numbers are those of kernels/MATH.md, names those of kernels/README.md. All arithmetic is float32. An argument
 that is None (a bias, a softcap, a statistic that nobody asked for) is a compile-time fact: its code is not there.
 """
 

@@ -26,7 +26,7 @@ into the gradients of weight and bias, and the hidden states' gradient of a tail
 
 Numerics: logits, exponentials and sums are float32 (float64 for float64). A bfloat16 gradient is rounded once, from
 float32, on its way into its two products. No kernel here has run on a GPU yet, only its text on a CPU
-(kernels/README.md, "CUDA kernels"): `supports` takes CPU tensors where that build is loaded.
+(kernels/cuda/README.md): `supports` takes CPU tensors where that build is loaded.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def projecting_kernel(hidden: Tensor, weight: Tensor, dtype: torch.dtype) -> str
     """The fused forward that makes a chunk's products of that dtype and measures them; None where cuBLAS makes them.
 
     Hopper's alone: what mma.sync loses against cuBLAS on an A100 is more than the read of the chunk that it would save
-    (kernels/README.md). The library's twin for the CPU has no other kernel.
+    (kernels/cuda/README.md). The library's twin for the CPU has no other kernel.
     """
     kernel = fused_kernel(hidden, weight) if dtype == torch.float32 else None
     return kernel if kernel == "forward_sm90" or hidden.device.type != "cuda" else None

@@ -127,7 +127,7 @@ def add_targets(problem: Problem, rows: slice, entry: Tensor, sums: Gradients) -
 
 
 def target_entry(stats: TokenStats, upstream: Upstream) -> Tensor:
-    """`dL / dz` at the target without the mean logit's part, `[n]` (kernels/README.md, eq. 12)."""
+    """`dL / dz` at the target without the mean logit's part, `[n]` (kernels/MATH.md, eq. 12)."""
     a, b, entropy_grad, _ = upstream
     assert stats.logprob is not None
     p = stats.logprob.exp()

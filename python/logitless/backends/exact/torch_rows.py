@@ -13,7 +13,7 @@ so a confident token keeps all its digits, and the gradient of the logits needs 
 
 for upstream gradients a (logprob), b (lse), e (entropy) and m (mean_logit), one number a row. Without entropy and
 softcap the bracket is one number a row too, and is left to the products (`row_scale`): the exponentials are the
-gradient as they stand. kernels/README.md derives each line.
+gradient as they stand. kernels/MATH.md derives each line.
 
 Row operations take a part of the vocabulary at a time, which stays in a core's cache from one operation to the next; a
 temporary is as large as that part.
