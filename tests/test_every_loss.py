@@ -11,7 +11,7 @@ from torch import Tensor
 
 from logitless import Head, linear_divergence, linear_loss, losses
 from logitless.losses import Loss
-from logitless.losses.batch import evaluate, layout
+from logitless.losses.layout import token_layout
 from logitless.reduce import OF_SEQUENCES
 from logitless.testing import TokenProblem, materialised
 from logitless.types import LogitTransform, TokenStats
@@ -127,9 +127,9 @@ def test_against_the_loss_of_full_logits(name):
             backend="reference",
             **loss.linear_divergence,
         )
-    tokens = layout(batch.targets != -100, None)
+    tokens = token_layout(batch.targets != -100, None)
     length = 8 if loss.reduction == "constant_length" else None
-    out = evaluate(loss, stats, tokens, inputs, reduction=loss.reduction, max_length=length, divergence=divergence)
+    out = loss.evaluate(stats, tokens, inputs, reduction=loss.reduction, max_length=length, divergence=divergence)
     value = out if isinstance(out, Tensor) else out.loss
     close(run(loss, batch), (value.detach(), *torch.autograd.grad(value, (hidden, weight))))
 

@@ -40,7 +40,8 @@ from logitless.losses import (
     sampler_correction,
     top_entropy_mask,
 )
-from logitless.losses.policy_base import LEAST_LOGPROB, Samples, bounded_exp, k3
+from logitless.losses.formulas import bounded_exp, k3
+from logitless.losses.policy.policy_loss import LEAST_LOGPROB, Samples
 from logitless.types import TokenStats
 
 TOKEN_LOSSES = [Reinforce(), PPO(), PPO(delta=3.0), GRPO(), DrGRPO(), DAPO(), BNPO(), CISPO(), SAPO(), DPPO(), DRO()]

@@ -41,8 +41,8 @@ from logitless.losses import (
     ProFiT,
     Unlikelihood,
 )
-from logitless.losses.divergences import DIVERGENCES
-from logitless.losses.weighted import idft_mix
+from logitless.losses.sft.reward_transforms import REWARD_TRANSFORMS
+from logitless.losses.sft.schedules import idft_mix
 from logitless.types import DivergenceOptions, TokenStats
 
 F64 = torch.float64
@@ -144,7 +144,7 @@ WEIGHTS: list[tuple[Loss, Tensor | float]] = [
     (IWSFT(per="token", low=0.0, high=100.0), RHO.exp()),
     *(
         (FDivergenceSFT(divergence=name, beta=0.07, per="sequence"), row.weight(0.07 * RHO.sum()))
-        for name, row in DIVERGENCES.items()
+        for name, row in REWARD_TRANSFORMS.items()
     ),
     (DiscriminativeSFT(), 1.0),
     (DiscriminativeSFT(ref_free=True), 1 / 7),
@@ -243,7 +243,7 @@ def test_values_by_hand() -> None:
 def test_one_step_value_is_its_formula() -> None:
     """`-phi(beta (rho + dl)) / beta + dl`; for total variation NLL plus a constant."""
     drift = STATS.lse - INPUTS["ref_lse"]
-    for name, row in DIVERGENCES.items():
+    for name, row in REWARD_TRANSFORMS.items():
         loss = FDivergenceSFT(value="one_step", divergence=name, beta=0.2)
         assert (loss.level, loss.inputs, loss.outputs) == ("token", ("ref_logprob", "ref_lse"), ("logprob", "lse"))
         torch.testing.assert_close(call(loss), -row.value(0.2 * (RHO + drift)) / 0.2 + drift)
@@ -254,7 +254,7 @@ def test_one_step_value_is_its_formula() -> None:
     assert lse.grad is not None and lse.grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, "alpha"])
+@pytest.mark.parametrize("divergence", [*REWARD_TRANSFORMS, "alpha"])
 def test_f_divergence_of_an_answer_is_its_formula(divergence: str) -> None:
     loss = FDivergenceSFT(divergence=divergence, beta=0.05, per="sequence")
     assert (loss.level, loss.reduction, loss.inputs) == ("sequence", "sequence_mean", ("ref_logprob",))

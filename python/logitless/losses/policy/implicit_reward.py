@@ -27,9 +27,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import TokenStats
-from .base import widest
-from .runs import Sequences
+from ...types import TokenStats
+from ..sequences import Sequences, wide_dtype
+
+__all__ = ["ImplicitReward", "centred_advantage", "dense_rewards"]
 
 
 class ImplicitReward(NamedTuple):
@@ -121,7 +122,7 @@ def _statistic(stats: TokenStats, where: str, field: str, like: Tensor | None) -
         raise ValueError(f"{where}: needs {field}, got None; compute it with outputs=('logprob', 'lse')")
     if like is not None:
         _check_shape(f"{where}.{field}", value, like)
-    return value.detach().to(widest(value.device))
+    return value.detach().to(wide_dtype(value.device))
 
 
 def _texts(like: Tensor, mask: Tensor | None, sequence: Tensor | None) -> Sequences:

@@ -14,8 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import widest
-from .runs import Sequences
+from ..sequences import Sequences, wide_dtype
+
+__all__ = [
+    "discounted_sum",
+    "generalized_advantages",
+    "group_advantages",
+    "prefix_rft_advantages",
+    "rloo_advantages",
+    "whiten",
+]
 
 SCALES = ("group", "batch", "none")
 
@@ -204,7 +212,7 @@ def _centred(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.detach().to(widest(values.device))
+    return values.detach().to(wide_dtype(values.device))
 
 
 def _result(values: Tensor, like: Tensor) -> Tensor:
