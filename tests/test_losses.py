@@ -634,7 +634,7 @@ def test_token_losses_are_pure_and_elementwise(loss: Loss) -> None:
     assert stats.logprob is not None and value.data_ptr() != stats.logprob.data_ptr()
     row = TokenStats(*(None if x is None else x[1] for x in stats))
     torch.testing.assert_close(loss(row, *(x[1] for x in arguments)), value[1], rtol=0, atol=0)
-    if loss.level == "token":
+    if loss.token_wise:
         flat = TokenStats(*(None if x is None else x.flatten() for x in stats))
         torch.testing.assert_close(loss(flat, *(x.flatten() for x in arguments)), value.flatten(), rtol=0, atol=0)
 

@@ -85,7 +85,7 @@ class Batch(SimpleNamespace):
     def inputs(self, loss: PolicyLoss, **changed: Any) -> dict[str, Any]:
         """All that the loss knows of this batch, those of `changed` replaced."""
         known = {k: v for k, v in vars(self).items() if k in (*loss.inputs, *loss.optional_inputs)}
-        return known | ({"mask": self.mask} if loss.level == "sequence" else {}) | changed
+        return known | ({"mask": self.mask} if not loss.token_wise else {}) | changed
 
     def call(self, loss: PolicyLoss, **changed: Any) -> Tensor:
         return loss(self.stats, **self.inputs(loss, **changed))

@@ -74,7 +74,7 @@ INPUTS = {
 def call(loss: Loss, logprob: Tensor = LOGPROB, stats: TokenStats = STATS, **others: Tensor | None) -> Tensor:
     """The loss on other log-probs, with the constants above."""
     known = {name: INPUTS[name] for name in loss.inputs} | others
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         known.setdefault("divergence", torch.zeros_like(logprob))
     return loss(stats._replace(logprob=logprob), **known)
 
@@ -692,7 +692,7 @@ def test_an_impossible_target(loss: Loss, value: float, weight: float) -> None:
     logprob.requires_grad_()
     stats = TokenStats(logprob, doubles(0, 0), doubles(9, 9), None, None, doubles(-0.8, -0.8))
     inputs = {name: doubles(-1, -1) for name in loss.inputs}
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         inputs["divergence"] = doubles(0, 0)
     found = loss(stats, **inputs)
     (gradient,) = torch.autograd.grad(found.sum(), logprob)
@@ -803,7 +803,15 @@ def test_losses_trace_without_a_graph_break(loss: Loss) -> None:
         stats = TokenStats(logprob=logprob, **dict(zip(names, others[: len(names)], strict=True)))
         inputs = dict(zip(loss.inputs, others[len(names) :], strict=True))
         sequence = torch.zeros_like(mask, dtype=torch.int64)
-        return loss(stats, **inputs, **({"mask": mask, "sequence": sequence} if loss.level == "sequence" else {}))
+        return loss(
+            stats,
+            **inputs,
+            **(
+                {"mask": mask, "sequence": sequence}
+                if isinstance(loss, losses.SequenceLoss) and not loss.token_wise
+                else {}
+            ),
+        )
 
     others = [getattr(STATS, name) for name in names] + [INPUTS[name] for name in loss.inputs]
     torch._dynamo.reset()

@@ -159,7 +159,8 @@ def linear_loss(
     batch = _Batch(hidden, weight, targets, tokens, inputs, options, token_weight, reduction, normalizer, max_length)
     if isinstance(loss, WholeSequenceLoss):
         return _of_whole_sequences(loss, batch)
-    if isinstance(loss, DistributionLoss) and reference is not None:
+    if isinstance(loss, DistributionLoss) and loss.compares_distributions:
+        assert reference is not None
         return _of_distributions(loss, batch, reference)
     return _in_one_sweep(loss, batch) if loss.token_wise else _of_statistics(loss, batch)
 
