@@ -31,27 +31,33 @@ Every loss here is called by its name, `linear_loss("dft", hidden, weight, targe
 parameters, `linear_loss(losses.DFT(power=0.5), ...)`. `logprob` is a token's log-probability, p its exponential, sg(.)
 the stop-gradient, w = -d loss / d logprob.
 
-The tables give level, inputs and GEMMs of the default parameters; a choice may change them, as its entry says.
+The tables give level, inputs and GEMMs of the default hyper-parameters; a choice may change them, as its entry says.
 
-| level | what a number of the loss depends on | GEMMs, trainable head / frozen head |
-|---|---|---|
-| token | the token's own statistics | 3 / 2 |
-| sequence | a whole sequence, or the batch | 4 / 2 |
-| pair, unpaired | two sequences, or one, by their sums | 3 / 2, or 4 / 2 (below) |
-| distribution | the whole distribution and the reference's | 3 + 1 / 2 + 1, or 6 + 1 / 4 + 1 (below) |
+| level | base class | a value of the loss depends on | GEMMs, trainable / frozen head |
+|---|---|---|---|
+| token | `TokenLoss` | the token's own statistics | 3 / 2 |
+| sequence | `SequenceLoss` | a whole sequence, or the batch | 4 / 2 |
+| pair, unpaired | `PairLoss`, `UnpairedLoss` | two sequences, or one, by their sums | 3 / 2, or 4 / 2 (below) |
+| distribution | `DistributionLoss` | the whole distribution and the reference's | 3 + 1 / 2 + 1, or 6 + 1 / 4 + 1 (below) |
 
-A GEMM is one product of 2 N H V flops. Pairs take 4 / 2 where one of them does not fit a chunk, where the loss reads
-more than log-probabilities, or looks at the whole batch at once. For distributions the reference's GEMMs come second;
-the greater number is for losses that read statistics beside the divergence. With `reduction="none"` a trainable head
-costs a sequence or distribution loss what recomputation costs: 4 for the statistics, 4 + 2 for the divergence.
+A GEMM is one product of 2 N H V flops.
 
-Inputs in brackets are optional. The reduction is the paper's; `linear_loss(..., reduction=)` takes another. *Unverified
-source* marks what was recalled, or taken from somebody's notes or code, and not read in the paper itself.
+- Pairs and single sequences take 4 / 2 if one of them does not fit a chunk, if the loss reads more than log-probabilities,
+  or if it looks at the whole batch at once.
+- For distributions the reference's GEMMs come second. The greater number is that of losses that read statistics beside
+  the divergence.
+- With `reduction="none"` a trainable head costs a distribution loss what recomputation costs: 4 + 2 for the divergence,
+  and 4 for the statistics.
+
+Inputs in brackets are optional. A call may give `ref_hidden=`, the reference's hidden states (and `ref_head=`, its head),
+in place of `ref_logprob` and `ref_lse`. The reduction is the paper's; `linear_loss(..., reduction=)` takes another.
+*Unverified source* marks formulas and numbers that were not read in the paper itself, but recalled or taken from notes or
+code.
 """
 
 
 def sections(docstring: str) -> dict[str, str]:
-    """A docstring's labelled paragraphs by label, and under "" what stands before them."""
+    """A docstring's labelled paragraphs by label, and under "" the text before the first label."""
     found: dict[str, list[str]] = {"": []}
     label = ""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
@@ -95,7 +101,7 @@ def gemms(loss: Loss) -> str:
 
 
 def inputs(loss: Loss) -> str:
-    """What is to be given beside the targets."""
+    """The inputs that a loss needs, and in brackets those that it can do without."""
     needed = ("ref_hidden",) if loss.compares_distributions else ()
     names = [f"`{name}`" for name in (*needed, *loss.inputs, *loss.sequence_inputs)]
     return ", ".join([*names, *(f"[`{name}`]" for name in loss.optional_inputs)])

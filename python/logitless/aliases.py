@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -27,8 +27,11 @@ _FIELDS: dict[type[Loss], tuple[str, ...]] = {
 }
 
 
-def _made(loss: type[Loss], arguments: Mapping[str, Any]) -> tuple[Loss, dict[str, Any]]:
-    """The loss made of its hyper-parameters among the arguments, and the other arguments."""
+_SomeLoss = TypeVar("_SomeLoss", bound=Loss)
+
+
+def _split(loss: type[_SomeLoss], arguments: Mapping[str, Any]) -> tuple[_SomeLoss, dict[str, Any]]:
+    """The loss, from its hyper-parameters among the arguments, and the other arguments."""
     own = {name: x for name, x in arguments.items() if name in _FIELDS[loss]}
     return loss(**own), {name: x for name, x in arguments.items() if name not in own}
 
@@ -38,9 +41,8 @@ def linear_dft(hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any
 
     Source: arXiv 2508.05629, equation 9. See `losses.DFT` for the hyper-parameters and `linear_loss` for the rest.
     """
-    loss, rest = _made(DFT, arguments)
-    out: Tensor = linear_loss(loss, hidden, weight, targets, **rest)
-    return out
+    loss, rest = _split(DFT, arguments)
+    return linear_loss(loss, hidden, weight, targets, **rest)
 
 
 def linear_f_divergence_sft(
@@ -51,9 +53,8 @@ def linear_f_divergence_sft(
     Source: arXiv 2507.00018, derived as `losses.FDivergenceSFT` says, which has the hyper-parameters. The reference is
     `ref_logprob` (and `ref_lse` where `value` needs it), or `ref_hidden`, as in `linear_loss`.
     """
-    loss, rest = _made(FDivergenceSFT, arguments)
-    out: Tensor = linear_loss(loss, hidden, weight, targets, ref_logprob=ref_logprob, **rest)
-    return out
+    loss, rest = _split(FDivergenceSFT, arguments)
+    return linear_loss(loss, hidden, weight, targets, ref_logprob=ref_logprob, **rest)
 
 
 def linear_dpo(hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any) -> PreferenceResult:
@@ -65,9 +66,8 @@ def linear_dpo(hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any
 
     Source: arXiv 2305.18290, equation 7. See `losses.DPO` for the hyper-parameters and `linear_loss` for the rest.
     """
-    loss, rest = _made(DPO, arguments)
-    out: PreferenceResult = linear_loss(loss, hidden, weight, targets, **rest)
-    return out
+    loss, rest = _split(DPO, arguments)
+    return linear_loss(loss, hidden, weight, targets, **rest)
 
 
 def _signature(function: Callable[..., Any], loss: type[Loss]) -> inspect.Signature:
@@ -90,7 +90,7 @@ class _Alias(BoundLoss):
     loss: ClassVar[type[Loss]]
 
     def __init__(self, **arguments: Any) -> None:
-        loss, options = _made(self.loss, arguments)
+        loss, options = _split(self.loss, arguments)
         bound = {name: getattr(loss, name) for name in _FIELDS[self.loss]}
         reduction = options.pop("reduction", loss.reduction)
         super().__init__(options, **bound, reduction=reduction)  # type: ignore[arg-type]

@@ -72,7 +72,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named 
 
 
 def _shifted(targets: Tensor, hidden: Tensor, ignore_index: int) -> Tensor:
-    """Targets one place to the left; the last position predicts nothing. No copy of the hidden states."""
+    """The targets one place to the left, so that the hidden states need no copy; the last position predicts nothing."""
     check_tensor("targets", targets, f"{list(hidden.shape[:-1])}")
     if targets.dim() < 1:
         raise ValueError("shift: needs a time axis, got a single token")

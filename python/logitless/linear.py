@@ -1,10 +1,12 @@
-"""`linear_loss`: any loss of the registry on hidden states and a head, with the cheapest exact strategy for its level.
+"""`linear_loss`: any loss of the registry on hidden states and a head, by the cheapest exact strategy for its level.
 
-token              each token's loss needs its own statistics alone: one sweep, three GEMMs (`linear_token_loss`)
-sequence           looks along time or over the batch: statistics first, then the loss, and recomputation
-pair, unpaired     sums sequences: with a frozen head two GEMMs; else one sweep over whole pairs (or sequences) where
-                   the logits of each fit the chunk budget, recomputation where they do not
-distribution       one sweep of `linear_divergence`, and one of its per-token part where it has one
+level              strategy
+token              one sweep, three GEMMs (`linear_token_loss`)
+sequence           the statistics of all tokens, the loss, and recomputation for the gradient: four GEMMs
+pair, unpaired     one sweep over whole pairs (sequences) if the logits of each fit a chunk; else as a sequence loss
+distribution       one sweep of `linear_divergence`, and one of the per-token part if there is such a part
+
+A frozen head costs two GEMMs at the first three levels.
 """
 
 from __future__ import annotations
@@ -88,7 +90,7 @@ def linear_loss(
 def linear_loss(
     loss: UnpairedLoss, hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Unpack[LossArguments]
 ) -> UnpairedResult: ...
-@overload  # a loss whose level nobody knows here, or one of somebody's own, with inputs of other names
+@overload  # a loss of unknown level, or one whose inputs have names of their own
 def linear_loss(loss: Loss | str, hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any) -> Any: ...
 
 
@@ -167,7 +169,7 @@ def linear_loss(
 
 @dataclass(frozen=True)
 class _Batch:
-    """The arguments of a call beside its loss, checked."""
+    """The checked arguments of a call, without its loss."""
 
     hidden: Tensor
     weight: Tensor
@@ -200,7 +202,7 @@ def _check_level(loss: Loss, token_weight: Tensor | None, reduction: str) -> Non
 
 
 def loss_inputs(loss: Loss, given: Mapping[str, Any], tokens: TokenLayout, device: torch.device) -> dict[str, Tensor]:
-    """The loss's inputs, checked, one value a token; those of an unpaired loss's sequences as they are.
+    """The loss's inputs, checked and spread to one value a token; `sequence_inputs` stay as they are.
 
     Raises:
         TypeError, ValueError: an unknown input, a missing one that is not optional, or one of a wrong type or shape;
@@ -300,7 +302,7 @@ def _reference(
 
 
 def _in_one_sweep(loss: Loss, batch: _Batch, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
-    """One sweep; the reduction's weights go in with the tokens."""
+    """A token-wise loss in one sweep; the reduction's weights go in with the tokens."""
     inputs, rule = batch.inputs if inputs is None else inputs, batch.rule()
     weights = batch.weights(rule)
     total = linear_token_loss(
@@ -318,8 +320,10 @@ def _in_one_sweep(loss: Loss, batch: _Batch, inputs: Mapping[str, Tensor] | None
 
 @dataclass(frozen=True)
 class _WithInputs:
-    """A token loss with its inputs by name, times weights; an object, since `torch.compile` cannot hand a closure to
-    the op."""
+    """A token-wise loss with its inputs by name, times weights.
+
+    It is an object because `torch.compile` cannot hand a closure to the op.
+    """
 
     loss: Loss
     names: tuple[str, ...]
@@ -347,7 +351,7 @@ class _WithoutDivergence(TokenLoss):
 
 
 def _of_statistics(loss: Loss, batch: _Batch, divergence: Tensor | None = None) -> Any:
-    """Statistics of every token, then the loss."""
+    """A loss of the statistics of all tokens, which come first."""
     stats = TokenStats()
     if loss.outputs:
         stats = linear_logprobs(batch.hidden, batch.weight, batch.targets, outputs=loss.outputs, **batch.options)
@@ -364,7 +368,7 @@ def _of_statistics(loss: Loss, batch: _Batch, divergence: Tensor | None = None) 
 
 
 def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: _Reference) -> Tensor:
-    """A sweep that sums the divergence and one that sums the rest; each token's values for reduction "none"."""
+    """A distribution loss: a sweep sums the divergence, another one the rest; "none" keeps every token's value."""
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
             raise ValueError(f"{name}: {loss.name!r} compares distributions, which does not take it")
@@ -388,7 +392,7 @@ def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: _Referen
 
 
 def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
-    """The loss's named tuple, reduced, in one sweep if every group of sequences fits a chunk."""
+    """A loss of whole sequences, in one sweep if every group of sequences fits a chunk: its named tuple, reduced."""
     groups = loss.count_groups(batch.tokens.sequences)
     if _may_sweep(loss, batch):
         call = prepare(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
@@ -421,7 +425,7 @@ def _fits(call: Call, tokens: TokenLayout, groups: int) -> bool:
     if call.options.backward == "single_pass":
         return True
     if torch.compiler.is_compiling() or is_captured(call.hidden.device) or groups == 0:
-        return False  # which groups fit a chunk is data, for which nobody may wait
+        return False  # the sizes of the groups are data, which must not be waited for
     assert tokens.sequence is not None
     sizes = torch.bincount((tokens.sequence % groups)[tokens.mask], minlength=1)
     backend = backends.STRATEGIES[call.strategy()]
@@ -429,7 +433,7 @@ def _fits(call: Call, tokens: TokenLayout, groups: int) -> bool:
 
 
 def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups: int) -> Any:
-    """One sweep over whole groups: values and metrics from the log-probs it leaves behind, and the losses' sum."""
+    """One sweep over whole groups: it gives the losses' sum, and the log-probs that values and metrics come from."""
     assert batch.tokens.sequence is not None
     sequence = batch.tokens.sequence.reshape(-1)
     per_token = {name: x.reshape(-1) for name, x in batch.inputs.items() if name not in loss.sequence_inputs}
@@ -440,14 +444,14 @@ def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups:
     )
     stats = TokenStats(logprob=logprob.view(batch.tokens.mask.shape))
     result = loss.of_batch(stats, batch.tokens, batch.inputs)
-    # A group without a token that counts is in no chunk; its constant belongs to the value all the same.
+    # A group without a token that counts is in no chunk, but its constant belongs to the value.
     total = total + (result.loss.sum() - total).detach()
     return reduce_groups(result, batch.reduction, batch.normalizer, total)
 
 
 @dataclass(frozen=True)
 class _WholeGroups:
-    """A loss of a chunk's groups, all of whose tokens are in it; an object, as `_WithInputs` is."""
+    """A loss of a chunk's groups, all of whose tokens are in the chunk; an object for the reason of `_WithInputs`."""
 
     loss: WholeSequenceLoss
     names: tuple[str, ...]

@@ -17,7 +17,10 @@ from typing import Any, TypeVar
 import torch
 
 from .checks import near_words
-from .loss import Loss
+from .loss import DistributionLoss, Loss, SequenceLoss, TokenLoss
+from .whole_sequence import PairLoss, UnpairedLoss
+
+LEVELS = (TokenLoss, SequenceLoss, DistributionLoss, PairLoss, UnpairedLoss)
 
 _REGISTRY: dict[str, type[Loss]] = {}
 _LossType = TypeVar("_LossType", bound=type[Loss])
@@ -27,12 +30,13 @@ def register(cls: _LossType) -> _LossType:
     """Class decorator: makes a loss, a frozen dataclass with a `name`, known to `get` and `names`.
 
     Raises:
-        TypeError: `cls` is not a frozen dataclass that derives from `Loss`.
+        TypeError: `cls` is not a frozen dataclass that derives from one of the five levels.
         ValueError: the name is taken.
     """
     params = getattr(cls, "__dataclass_params__", None)
-    if not (issubclass(cls, Loss) and params is not None and params.frozen):
-        raise TypeError(f"register: {cls.__name__} must be a frozen dataclass that derives from logitless.losses.Loss")
+    if not (issubclass(cls, LEVELS) and params is not None and params.frozen):
+        levels = ", ".join(level.__name__ for level in LEVELS)
+        raise TypeError(f"register: expected a frozen dataclass that derives from one of {levels}, got {cls.__name__}")
     if cls.name in _REGISTRY:
         raise ValueError(f"register: the name {cls.name!r} is taken by {_REGISTRY[cls.name].__name__}")
     _REGISTRY[cls.name] = cls
@@ -60,14 +64,14 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
         _check_overrides(type(loss), overrides)
         return dataclasses.replace(loss, **overrides)  # type: ignore[type-var]
     if not isinstance(loss, str):
-        raise TypeError(f"loss must be a name or a logitless.losses.Loss, got {type(loss).__name__}")
+        raise TypeError(f"loss: expected a name or a logitless.losses.Loss, got {type(loss).__name__}")
     # A compiler must not read the registry before an import adds to it.
     if torch.compiler.is_compiling() or loss not in _REGISTRY:
         load_families()
     if loss not in _REGISTRY:
         raise ValueError(f"no loss is named {loss!r}{near_words(loss, names())}; there are {', '.join(names())}")
     cls = _REGISTRY[loss]
-    if overrides:  # torch.compile cannot trace `dataclasses.fields`, and need not where there are none
+    if overrides:  # torch.compile cannot trace `dataclasses.fields`
         _check_overrides(cls, overrides)
     return cls(**overrides)
 
@@ -81,7 +85,7 @@ def load_families() -> tuple[ModuleType, ...]:
 
 @cache
 def public_names() -> dict[str, Any]:
-    """What the modules add to `logitless.losses`: the losses, and the names of their `__all__`."""
+    """The names of `logitless.losses` that are found in its modules: the losses, and those of every `__all__`."""
     modules = load_families()
     losses = {cls.__name__: cls for cls in _REGISTRY.values() if cls.__module__.startswith(f"{__package__}.")}
     return losses | {name: getattr(module, name) for module in modules for name in getattr(module, "__all__", ())}

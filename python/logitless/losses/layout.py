@@ -1,4 +1,4 @@
-"""Which tokens of a batch count and which sequence each belongs to: what masks, reductions and sequence sums read."""
+"""The layout of a batch's tokens: which of them count, and which sequence each belongs to."""
 
 from __future__ import annotations
 

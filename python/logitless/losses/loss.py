@@ -1,4 +1,4 @@
-"""What a loss declares about itself, and the levels at which it gives one value a token.
+"""The base class of all losses, and the levels of those that give one value a token.
 
 A loss is a frozen dataclass of one of five levels: its fields are its hyper-parameters, checked when it is made, and
 calling it is a pure function of per-token or per-sequence vectors. It knows nothing of heads, chunks, masks or means.
@@ -41,7 +41,8 @@ class Loss:
     @property
     def level(self) -> str:
         """The level's name in listings: "token", "sequence", "distribution", "pair" or "unpaired"."""
-        raise NotImplementedError
+        levels = "TokenLoss, SequenceLoss, DistributionLoss, PairLoss, UnpairedLoss"
+        raise NotImplementedError(f"{type(self).__name__}: expected a class that derives from one of {levels}")
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -116,7 +117,7 @@ class Loss:
             token_weight, reduction, normalizer, max_length: see `linear_loss`.
             divergence: per token, for a loss that compares distributions.
         """
-        raise NotImplementedError
+        raise NotImplementedError(self.level)
 
 
 class _TensorLoss(Loss):

@@ -17,7 +17,7 @@ def wide_dtype(device: torch.device) -> torch.dtype:
 
 
 class Sequences:
-    """Which tokens belong together, and which of them count.
+    """The sequences of a batch: which tokens belong together, and which of them count.
 
     Without `sequence` every row (the last axis) is one sequence. With it, tokens lie behind one another in reading
     order, and a sequence is a run of equal numbers.
@@ -95,7 +95,7 @@ class Sequences:
 
 
 def _ahead(lines: Tensor, step: int) -> Tensor:
-    """What stands `step` places further on the last axis, 0 beyond its end."""
+    """The values `step` places further on the last axis, 0 beyond its end."""
     return torch.nn.functional.pad(lines[..., step:], (0, min(step, lines.shape[-1])))
 
 
@@ -106,7 +106,7 @@ def _expect(name: str, value: Tensor, dtype: torch.dtype, shape: torch.Size) -> 
 
 
 def sequences_of(loss: Loss, like: Tensor, mask: Tensor | None, sequence: Tensor | None) -> Sequences:
-    """The sequences of a loss's tokens, all of which count where there is no mask.
+    """The sequences of a loss's tokens, all of which count if there is no mask.
 
     Raises:
         ValueError: `mask` or `sequence` has another shape than `like`, or another dtype than it should.

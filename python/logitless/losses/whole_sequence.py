@@ -76,7 +76,7 @@ class WholeSequenceLoss(Loss):
         return False
 
     def count_groups(self, sequences: int) -> int:
-        """How many groups a batch of so many sequences is."""
+        """The number of groups in a batch of that many sequences."""
         return sequences
 
     def evaluate(
@@ -210,7 +210,7 @@ class UnpairedLoss(WholeSequenceLoss):
 def reduce_groups(
     result: Any, reduction: LossReduction, normalizer: Tensor | float | None, total: Tensor | None = None
 ) -> Any:
-    """A named tuple of per-group values with its loss reduced; `total` is the losses' sum where a sweep has it."""
+    """A named tuple of per-group values with its loss reduced; `total` is the losses' sum if a sweep has it."""
     if reduction == "none":
         return result
     total = result.loss.sum() if total is None else total

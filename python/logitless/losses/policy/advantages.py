@@ -129,7 +129,7 @@ def whiten(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class PrefixAdvantages(NamedTuple):
-    """`[S]` each: what the continuation's tokens of a sample get, and what those of its prefix get (0 without one)."""
+    """Advantages of a sample's continuation and of its prefix (0 without one), `[S]` each."""
 
     continuation: Tensor
     prefix: Tensor

@@ -1,7 +1,6 @@
-"""What all policy losses share: ratios, the KL to a reference, the entropy bonus, the weights and masks of samples.
+"""The base of all policy losses: ratios, the KL to a reference, the entropy bonus, the weights and masks of samples.
 
-`PolicyLoss` writes each of them once; a loss adds its own term (`_objective`), and what its ratio is where that is not
-the token's own (`_log_ratio`).
+A loss adds its own term (`_objective`) and, if its ratio is not the token's own, that ratio (`_log_ratio`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ LEAST_LOGPROB = -1e6
 
 @dataclass(frozen=True)
 class Samples:
-    """What a policy loss is a function of: constants detached, 0 where `sequences` does not count a token."""
+    """The values that a policy loss reads: constants detached, 0 at a token that `sequences` does not count."""
 
     logprob: Tensor
     log_ratio: Tensor
@@ -44,14 +43,14 @@ class Samples:
 
 
 class PolicyMetrics(NamedTuple):
-    """What to watch, per token and detached; average with the mask."""
+    """Metrics of a policy loss, per token and detached; average them with the mask."""
 
     ratio: Tensor
     """The ratio that the loss is built on; a sequence's on each of its tokens where the loss takes it so."""
     clipped_low: Tensor
-    """1 where the ratio is below its bound and the token has no gradient for that."""
+    """1 where the ratio is below its bound, so that the token has no gradient."""
     clipped_high: Tensor
-    """1 where it is above its bound."""
+    """1 where the ratio is above its bound."""
     old_kl: Tensor
     """k3 of KL(old policy || policy)."""
     kl: Tensor | None
@@ -187,7 +186,7 @@ class PolicyLoss(SequenceLoss):
         sequence: Tensor | None = None,
         **inputs: Tensor | None,
     ) -> PolicyMetrics:
-        """What to watch, from the same arguments, detached; no further pass over the vocabulary."""
+        """Metrics from the arguments of the loss, detached; they need no further pass over the vocabulary."""
         samples = self._samples(stats, inputs, mask, sequence)
         ratio = bounded_exp(self._log_ratio(samples))
         low, high = self._clipped(samples, ratio)
@@ -196,7 +195,7 @@ class PolicyLoss(SequenceLoss):
         entropy = None if samples.entropy is None else samples.entropy.detach()
         return PolicyMetrics(ratio, low.to(ratio.dtype), high.to(ratio.dtype), old_kl, kl, entropy)
 
-    # What a loss is: its ratio, its own term, and where that is clipped.
+    # A loss's own parts: its ratio, its term, and the tokens at which the term is clipped.
 
     def _log_ratio(self, samples: Samples) -> Tensor:
         return samples.log_ratio
@@ -208,7 +207,7 @@ class PolicyLoss(SequenceLoss):
         none = torch.zeros_like(ratio, dtype=torch.bool)
         return none, none
 
-    # What all losses share.
+    # Parts that all losses share.
 
     def _samples(
         self,
@@ -240,11 +239,11 @@ class PolicyLoss(SequenceLoss):
             if name not in known:
                 raise TypeError(f"{self.name} has no input {name!r}; its inputs are {', '.join(known)}")
         wanted = [name for name in known if name in self.inputs or inputs.get(name) is not None]
-        found = {name: constant(self, name, inputs.get(name), like) for name in wanted}
-        return {name: x.clamp(min=LEAST_LOGPROB) if name.endswith("logprob") else x for name, x in found.items()}
+        constants = {name: constant(self, name, inputs.get(name), like) for name in wanted}
+        return {name: x.clamp(min=LEAST_LOGPROB) if name.endswith("logprob") else x for name, x in constants.items()}
 
     def _weight(self, samples: Samples) -> Tensor | None:
-        """What multiplies the loss's own term; None for 1."""
+        """The factor of the loss's own term; None for 1."""
         weight = samples.constants.get("policy_weight")
         for keep in (self._entropy_mask(samples), self._off_policy_mask(samples)):
             if keep is not None:

@@ -10,7 +10,7 @@ __all__ = ["chord_mu", "prefix_rft_length", "uft_hint_length"]
 
 
 def _cosine(step: int, total_steps: int, start: float, end: float) -> float:
-    """From `start` at step 0 to `end` at `total_steps` along half a cosine, and `end` beyond."""
+    """Half a cosine from `start` at step 0 to `end` at `total_steps`; `end` beyond."""
     if step < 0 or total_steps < 1:
         raise ValueError(f"step, total_steps: expected 0 <= step and 1 <= total_steps, got {step} and {total_steps}")
     done = min(step / total_steps, 1.0)

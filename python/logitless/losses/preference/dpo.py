@@ -31,7 +31,7 @@ def preference_result(
 
 
 def check_pair(loss: Loss, chosen: Tensor, rejected: Tensor) -> None:
-    """Raises ValueError unless both have one shape."""
+    """Raises ValueError unless chosen and rejected have one shape."""
     if rejected.shape != chosen.shape:
         shapes = f"{tuple(chosen.shape)}, got {tuple(rejected.shape)}"
         raise ValueError(f"{loss.name}: rejected must have the shape of chosen, {shapes}")
@@ -235,7 +235,7 @@ class DPO(PairLoss):
         self._check_meaning()
 
     def _check_meaning(self) -> None:
-        """Raises ValueError where one setting would be ignored, or would mean nothing, beside another."""
+        """Raises ValueError if one setting would be ignored, or would mean nothing, beside another."""
         kind = self.loss_type
         if self.label_smoothing > 0 and kind not in _SMOOTHED:
             raise ValueError(f"DPO: label_smoothing belongs to loss_type {', '.join(_SMOOTHED)}; got {kind!r}")

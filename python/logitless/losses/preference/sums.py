@@ -19,7 +19,7 @@ from .reference_free import ChosenNLL
 
 
 class _Sum(PairLoss):
-    """Declares what its terms need, and adds them up."""
+    """A weighted sum of pair losses, which needs all that its terms need."""
 
     @property
     def parts(self) -> tuple[tuple[float, PairLoss], ...]:
@@ -156,11 +156,11 @@ def _listed(field: str, value: Any) -> list[Any]:
 
 
 def _positive(loss: str, weights: Iterable[Any], count: int) -> tuple[float, ...]:
-    found = tuple(weights)
-    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found)
-    if not numbers or len(found) != count or count == 0 or not all(0 < x < float("inf") for x in found):
-        raise ValueError(f"{loss}: weights must be {max(count, 1)} finite positive numbers, one per term, got {found}")
-    return tuple(float(x) for x in found)
+    values = tuple(weights)
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values)
+    if not numbers or len(values) != count or count == 0 or not all(0 < x < float("inf") for x in values):
+        raise ValueError(f"{loss}: weights must be {max(count, 1)} finite positive numbers, one per term, got {values}")
+    return tuple(float(x) for x in values)
 
 
 @register

@@ -1,4 +1,4 @@
-"""Preference losses on single completions that are marked desirable or not: KTO and BCO, and what they compare with.
+"""Preference losses on single completions that are marked desirable or not: KTO and BCO.
 
 Both are functions of a log-ratio `v = logprob - ref_logprob` and of a number that the batch, or the run, supplies: a
 constant here, computed by `unpaired_statistics`.

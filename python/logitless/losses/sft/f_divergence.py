@@ -1,5 +1,7 @@
-"""Imitation under an f-divergence: `FDivergenceSFT`, whose weight of a token is phi'(beta rho), rho = logprob -
-ref_logprob. The table of phi is in `reward_transforms`."""
+"""Imitation under an f-divergence, with a weight phi'(beta rho) of every token, rho = logprob - ref_logprob.
+
+The table of phi is in `reward_transforms`.
+"""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class RewardTransform:
         return self.phi(x.clamp(min=self.low)) - self.low_slope * torch.relu(self.low - x)
 
     def weight(self, x: Tensor) -> Tensor:
-        """phi'(x), constant below `low`: what multiplies the gradient of NLL."""
+        """phi'(x), constant below `low`: the factor on NLL's gradient."""
         return self.slope(x if self.low is None else x.clamp(min=self.low))
 
 
