@@ -42,17 +42,17 @@ The tables give level, inputs and GEMMs of the default hyper-parameters; a choic
 
 A GEMM is one product of 2 N H V flops.
 
-- Pairs and single sequences take 4 / 2 if one of them does not fit a chunk, if the loss reads more than log-probabilities,
-  or if it looks at the whole batch at once.
+- Pairs and single sequences take 4 / 2 if one of them does not fit a chunk, if the loss reads more than
+  log-probabilities, or if it looks at the whole batch at once.
 - For distributions the reference's GEMMs come second. The greater number is that of losses that read statistics beside
   the divergence.
 - With `reduction="none"` a trainable head costs a distribution loss what recomputation costs: 4 + 2 for the divergence,
   and 4 for the statistics.
 
-Inputs in brackets are optional. A call may give `ref_hidden=`, the reference's hidden states (and `ref_head=`, its head),
-in place of `ref_logprob` and `ref_lse`. The reduction is the paper's; `linear_loss(..., reduction=)` takes another.
-*Unverified source* marks formulas and numbers that were not read in the paper itself, but recalled or taken from notes or
-code.
+Inputs in brackets are optional. A call may give `ref_hidden=`, the reference's hidden states (and `ref_head=`, its
+head), in place of `ref_logprob` and `ref_lse`. The reduction is the paper's; `linear_loss(..., reduction=)` takes
+another. *Unverified source* marks formulas and numbers that were not read in the paper itself, but recalled or taken
+from notes or code.
 """
 
 

@@ -64,7 +64,7 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
         _check_overrides(type(loss), overrides)
         return dataclasses.replace(loss, **overrides)  # type: ignore[type-var]
     if not isinstance(loss, str):
-        raise TypeError(f"loss: expected a name or a logitless.losses.Loss, got {type(loss).__name__}")
+        raise TypeError(f"loss must be a name or a logitless.losses.Loss, got {type(loss).__name__}")
     # A compiler must not read the registry before an import adds to it.
     if torch.compiler.is_compiling() or loss not in _REGISTRY:
         load_families()

@@ -16,7 +16,7 @@ def idft_mix(step: int, total_steps: int, *, warmup: float = 0.2, transition: fl
     if step < 0 or total_steps < 1:
         raise ValueError(f"idft_mix: expected 0 <= step and 1 <= total_steps, got {step} and {total_steps}")
     if warmup < 0 or transition < 0 or warmup + transition > 1:
-        got = f"{warmup} and {transition}"
-        raise ValueError(f"idft_mix: expected warmup and transition to be shares of at most 1 together, got {got}")
+        expected = "shares of the steps, at most 1 together"
+        raise ValueError(f"idft_mix: warmup and transition: expected {expected}, got {warmup} and {transition}")
     done = step - warmup * total_steps
     return min(max(done / max(transition * total_steps, 1.0), 0.0), 1.0)
