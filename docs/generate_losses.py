@@ -33,12 +33,12 @@ the stop-gradient, w = -d loss / d logprob.
 
 The tables give level, inputs and GEMMs of the default hyper-parameters; a choice may change them, as its entry says.
 
-| level | base class | a value of the loss depends on | GEMMs, trainable / frozen head |
+| level | base class | a value of the loss depends on | GEMMs: trainable / frozen head |
 |---|---|---|---|
 | token | `TokenLoss` | the token's own statistics | 3 / 2 |
 | sequence | `SequenceLoss` | a whole sequence, or the batch | 4 / 2 |
 | pair, unpaired | `PairLoss`, `UnpairedLoss` | two sequences, or one, by their sums | 3 / 2, or 4 / 2 (below) |
-| distribution | `DistributionLoss` | the whole distribution and the reference's | 3 + 1 / 2 + 1, or 6 + 1 / 4 + 1 (below) |
+| distribution | `DistributionLoss` | two distributions, as a whole | 3 + 1 / 2 + 1, or 6 + 1 / 4 + 1 (below) |
 
 A GEMM is one product of 2 N H V flops.
 

@@ -20,6 +20,7 @@ LAYERS = (
     ("reference", "reduce"),
     ("losses", "backends"),
     ("ops", "info"),
+    ("arguments",),
     ("linear",),
     ("class_weight",),
     ("functional", "module"),

@@ -12,7 +12,7 @@ A frozen head costs two GEMMs at the first three levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Unpack, overload
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import backends, reduce
+from .arguments import REFERENCE_STATISTICS, LossArguments, Reference, check_level, loss_inputs, reference_of
 from .losses import (
     DistributionLoss,
     Loss,
@@ -31,47 +32,14 @@ from .losses import (
     UnpairedResult,
     get,
 )
-from .losses.layout import TokenLayout, need_sequences, reduction_rule, spread, token_layout
+from .losses.layout import TokenLayout, reduction_rule, token_layout
 from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
-from .ops.checks import check_constant, check_ignore_index, check_tensor, check_tokens
+from .ops.checks import check_ignore_index, check_tokens
 from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input, single_pass
 from .ops.tokens import is_captured
-from .types import OPTION_NAMES, Head, LossReduction, OptionKeywords, Options, TokenStats
-
-#: The inputs that `ref_hidden` stands for, and the statistic of the reference that each is.
-REFERENCE_STATISTICS = {"ref_logprob": "logprob", "ref_lse": "lse"}
-
-
-class LossArguments(OptionKeywords, total=False):
-    """The keyword arguments of `linear_loss`, for type checkers: its own, the options, and the inputs of the losses."""
-
-    token_weight: Tensor | None
-    cu_seqlens: Tensor | None
-    reduction: LossReduction | None
-    normalizer: Tensor | float | None
-    max_length: int | None
-    ref_hidden: Tensor | None
-    ref_head: Tensor | Head | None
-    # The losses' own inputs.
-    advantages: Tensor | None
-    demonstration: Tensor | None
-    density_ratio: Tensor | None
-    desirable: Tensor | None
-    group: Tensor | None
-    log_normalizer: Tensor | None
-    negative: Tensor | None
-    old_logprob: Tensor | None
-    policy_weight: Tensor | None
-    quality: Tensor | None
-    ref_logprob: Tensor | None
-    ref_lse: Tensor | None
-    reference_point: Tensor | None
-    reward_shift: Tensor | None
-    sampling_logprob: Tensor | None
-    sft_logprob: Tensor | None
-    token_power: Tensor | None
+from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
 
 
 @overload
@@ -146,13 +114,13 @@ def linear_loss(
         options["temperature"] = options.get("temperature", 1.0) * loss.stats_temperature
     given = {k: v for k, v in inputs_and_options.items() if k not in OPTION_NAMES and v is not None}
     reduction = loss.reduction if reduction is None else reduction
-    _check_level(loss, token_weight, reduction)
+    check_level(loss, token_weight, reduction)
     reduce.check(reduction, normalizer, max_length)
     ignore_index = Options(**options).ignore_index
     check_ignore_index(ignore_index)
     tokens = token_layout(targets != ignore_index, cu_seqlens)
     names = [name for name in (*loss.inputs, *loss.optional_inputs) if name in REFERENCE_STATISTICS]
-    reference = _reference(loss, names, given, weight, ref_hidden, ref_head, options)
+    reference = reference_of(loss, names, given, weight, ref_hidden, ref_head, options)
     if reference is not None and names:
         given |= reference.statistics(names, targets, options)
     inputs = loss_inputs(loss, given, tokens, hidden.device)
@@ -189,112 +157,6 @@ class _Batch:
     def weights(self, rule: reduce.Rule) -> list[Tensor]:
         """The constants that multiply the tokens' losses before they are summed."""
         return [x for x in (self.token_weight, rule.token_weight) if x is not None]
-
-
-def _check_level(loss: Loss, token_weight: Tensor | None, reduction: str) -> None:
-    """Refuses settings of per-token losses for a loss of whole sequences."""
-    if not isinstance(loss, WholeSequenceLoss):
-        return
-    if token_weight is not None:
-        raise ValueError(f"token_weight: a {loss.level} loss ({loss.name}) has no per-token losses to weight")
-    if reduction in reduce.OF_SEQUENCES:
-        raise ValueError(f"reduction: a {loss.level} loss ({loss.name}) has no per-token losses, got {reduction!r}")
-
-
-def loss_inputs(loss: Loss, given: Mapping[str, Any], tokens: TokenLayout, device: torch.device) -> dict[str, Tensor]:
-    """The loss's inputs, checked and spread to one value a token; `sequence_inputs` stay as they are.
-
-    Raises:
-        TypeError, ValueError: an unknown input, a missing one that is not optional, or one of a wrong type or shape;
-            flat tokens without `cu_seqlens`, if the loss looks at sequences.
-    """
-    needed = (*loss.inputs, *loss.sequence_inputs)
-    known = (*needed, *loss.optional_inputs)
-    for name in given:
-        if name not in known:
-            takes = ", ".join(known) or "none"
-            hint = f"; a hyper-parameter: losses.{type(loss).__name__}({name}=...)" if name in vars(loss) else ""
-            raise TypeError(f"linear_loss: {loss.name!r} has no input or option {name!r}; its inputs are {takes}{hint}")
-    per_sequence = f"[{tokens.sequences}], one number a sequence"
-    shapes = dict.fromkeys(known, f"{list(tokens.mask.shape)}, or {per_sequence}")
-    shapes |= dict.fromkeys(loss.sequence_inputs, per_sequence)
-    for name in needed:
-        if given.get(name) is None:
-            other = ", or ref_hidden" if name in REFERENCE_STATISTICS else ""
-            raise ValueError(f"{name}: {loss.name!r} needs it, a tensor {shapes[name]}{other}, got None")
-    present = [name for name in known if given.get(name) is not None]
-    constants = {name: _constant(name, given[name], shapes[name], device) for name in present}
-    inputs = {name: x if name in loss.sequence_inputs else spread(name, x, tokens) for name, x in constants.items()}
-    if loss.of_sequences:
-        need_sequences(tokens, f"a loss of whole sequences ({loss.name})")
-    return inputs
-
-
-def _constant(name: str, value: object, shape: str, device: torch.device) -> Tensor:
-    """A constant tensor on the tokens' device; `shape` is for the message."""
-    check_tensor(name, value, shape)
-    assert isinstance(value, Tensor)
-    check_constant(name, value, device)
-    return value
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The reference
-
-
-@dataclass(frozen=True)
-class _Reference:
-    """The reference's hidden states and head: constants, also where the head is the model's own."""
-
-    hidden: Tensor
-    head: Head
-
-    def statistics(self, names: Iterable[str], targets: Tensor, options: Mapping[str, Any]) -> dict[str, Tensor]:
-        """The inputs of these names, of the targets' shape: a forward pass without a gradient."""
-        expected = [*targets.shape, self.head.weight.shape[1]]
-        if list(self.hidden.shape) != expected:
-            got = list(self.hidden.shape)
-            raise ValueError(f"ref_hidden: expected shape {expected} to fit targets and head, got {got}")
-        shared = {name: options[name] for name in _FORWARD_OPTIONS if name in options}
-        fields = {name: REFERENCE_STATISTICS[name] for name in names}
-        with torch.no_grad():
-            stats = linear_logprobs(
-                self.hidden, targets=targets, outputs=tuple(fields.values()), **self.head._asdict(), **shared
-            )
-        return {name: getattr(stats, field) for name, field in fields.items()}
-
-
-#: The options of a forward pass that are not those of a head.
-_FORWARD_OPTIONS = ("ignore_index", "backend", "chunk_bytes", "chunk_dtype")
-
-
-def _reference(
-    loss: Loss,
-    names: Collection[str],
-    given: Mapping[str, Any],
-    weight: Tensor,
-    ref_hidden: Tensor | None,
-    ref_head: Tensor | Head | None,
-    options: Mapping[str, Any],
-) -> _Reference | None:
-    """The reference of a call, checked; None if there is none. `names` are the inputs that it stands for."""
-    argument = "ref_hidden" if ref_hidden is not None else "ref_head"
-    if ref_hidden is not None or ref_head is not None:
-        if not (names or loss.compares_distributions):
-            raise ValueError(f"{argument}: {loss.name!r} reads nothing of a reference; its inputs are {loss.inputs}")
-        for name in names:
-            if name in given:
-                raise ValueError(f"{name}: expected either it or ref_hidden, got it and {argument}")
-    if ref_hidden is None:
-        if loss.compares_distributions or ref_head is not None:
-            raise ValueError(f"ref_hidden: {loss.name!r} needs the reference's hidden states, got None")
-        return None
-    own = {name: options[name] for name in Head._fields if name in options}
-    head = ref_head if isinstance(ref_head, Head) else Head(weight if ref_head is None else ref_head, **own)
-    check_tensor("ref_head", head.weight, "[V, H'], or a Head", 2)
-    check_tensor("ref_hidden", ref_hidden, f"[..., {head.weight.shape[1]}]")
-    bias = None if head.bias is None else head.bias.detach()
-    return _Reference(ref_hidden.detach(), head._replace(weight=head.weight.detach(), bias=bias))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -367,7 +229,7 @@ def _of_statistics(loss: Loss, batch: _Batch, divergence: Tensor | None = None) 
     )
 
 
-def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: _Reference) -> Tensor:
+def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: Reference) -> Tensor:
     """A distribution loss: a sweep sums the divergence, another one the rest; "none" keeps every token's value."""
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
@@ -394,30 +256,26 @@ def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: _Referen
 def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
     """A loss of whole sequences, in one sweep if every group of sequences fits a chunk: its named tuple, reduced."""
     groups = loss.count_groups(batch.tokens.sequences)
-    if _may_sweep(loss, batch):
-        call = prepare(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
-        if _fits(call, batch.tokens, groups):
-            return _sweep_of_groups(loss, batch, call, groups)
-    return _of_statistics(loss, batch)
+    call = prepare(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
+    if batch.reduction != "none" and _gains_by_a_sweep(loss, call) and _fits(call, batch.tokens, groups):
+        return _sweep_of_groups(loss, batch, call, groups)
+    options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once
+    stats = linear_logprobs(call.hidden, call.weight, call.targets, outputs=loss.outputs, **options)
+    return reduce_groups(loss.of_batch(stats, batch.tokens, batch.inputs), batch.reduction, batch.normalizer)
 
 
-def _may_sweep(loss: WholeSequenceLoss, batch: _Batch) -> bool:
-    """Whether a sweep is of use: the head is trainable (a frozen one costs two GEMMs) and a group needs no other."""
-    options = Options(**batch.options)
-    head = (batch.weight, options.bias)
-    trainable = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in head)
-    if batch.reduction == "none" or not trainable:
+def _gains_by_a_sweep(loss: WholeSequenceLoss, call: Call) -> bool:
+    """Whether the head is trainable (a frozen one costs two GEMMs), and a group's value needs no other group."""
+    options = call.options
+    if options.backend == "reference" or options.backward == "recompute" or not any(call.needs()[1:]):
         return False
-    if options.backend == "reference" or options.backward == "recompute":
-        return False
-    if loss.batch_wide or loss.outputs != ("logprob",):
-        if options.backward == "single_pass":
-            raise ValueError(
-                f"backward: 'single_pass' cannot serve {loss.name!r} with a trainable head, whose value needs more "
-                "than the log-probs of one group of sequences; use backward='auto' or 'recompute'"
-            )
-        return False
-    return True
+    alone = not loss.batch_wide and loss.outputs == ("logprob",)
+    if not alone and options.backward == "single_pass":
+        raise ValueError(
+            f"backward: 'single_pass' cannot serve {loss.name!r} with a trainable head, whose value needs more "
+            "than the log-probs of one group of sequences; use backward='auto' or 'recompute'"
+        )
+    return alone
 
 
 def _fits(call: Call, tokens: TokenLayout, groups: int) -> bool:

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reduce
-from ..linear import linear_loss, loss_inputs
+from ..arguments import loss_inputs
+from ..linear import linear_loss
 from ..losses import Loss
 from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from logitless import reduce
+from logitless.arguments import loss_inputs
 from logitless.integrations.scoring import plain_head
-from logitless.linear import loss_inputs
 from logitless.losses import NLL, Loss
 from logitless.losses.layout import TokenLayout, token_layout
 from logitless.losses.whole_sequence import WholeSequenceLoss
