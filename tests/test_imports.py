@@ -55,7 +55,7 @@ def modules() -> list[Path]:
 
 
 def unit(path: Path) -> str:
-    """The part of the package that a file belongs to: `losses` for losses/sft.py, `types` for types.py."""
+    """The part of the package that a file belongs to: `losses` for losses/loss.py, `types` for types.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 

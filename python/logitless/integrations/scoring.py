@@ -217,8 +217,9 @@ class _HeadCall:
 
     @property
     def _reads_them(self) -> bool:
-        """Whether the loss is a function of what is asked for: a token's own statistics at the head's temperature."""
-        return self.loss.token_wise and self.loss.stats_temperature == 1.0
+        """Whether the loss is a function of the statistics asked for and of inputs that are there already."""
+        scores_reference = "ref_hidden" in (self.request.loss_inputs or {})
+        return self.loss.token_wise and self.loss.stats_temperature == 1.0 and not scores_reference
 
     def _token_stats(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
         """The statistics asked for, and those that the loss reads of them: one product for both."""

@@ -91,7 +91,7 @@ class PolicyLoss(SequenceLoss):
 
     An estimator's option without `beta`, where it would do nothing, is refused.
 
-    Source: KL as in arXiv 2402.03300 and `kl_estimate`; masks arXiv 2506.01939 and DeepSeek-V3.2 (`policy_weights`).
+    Source: KL as in arXiv 2402.03300 and `kl_estimate`; masks arXiv 2506.01939 and DeepSeek-V3.2 (`weights`).
     """
 
     _: KW_ONLY
