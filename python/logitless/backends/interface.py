@@ -63,7 +63,7 @@ class Upstream(NamedTuple):
     mean_logit: Tensor | None = None
 
     def by_probability(self, like: Tensor) -> Tensor:
-        """`lse - logprob`, `[N]`: the gradient that reaches entries by their probability, but for the entropy's part."""
+        """`lse - logprob`, `[N]`: the gradient that reaches entries by their probability, without the entropy's."""
         zero = torch.zeros_like(like)
         return (zero if self.lse is None else self.lse) - (zero if self.logprob is None else self.logprob)
 
