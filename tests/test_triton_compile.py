@@ -114,7 +114,7 @@ def compiled(
 
 
 @cache
-def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str, ...], target: GPUTarget):
+def tile_kernel(name: str, operands: str, tile: configs.TileConfig, present: tuple[str, ...], target: GPUTarget):
     kernel = KERNELS["forward" if name == "blocks" else name]
     values = {k: v for k, v in tile.blocks.items() if k in kernel.arg_names}
     values |= {"BLOCK": min(128, tile.BLOCK_V), "PRECISION": "ieee" if operands == "half" else operands}
@@ -124,7 +124,7 @@ def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str
 
 
 @cache
-def listed_kernel(name: str, operands: str, tile: configs.Tile, target: GPUTarget):
+def listed_kernel(name: str, operands: str, tile: configs.TileConfig, target: GPUTarget):
     kernel = LISTED[name]
     values = {**tile.blocks, "BLOCK": sparse.BLOCK, "SLICE": sparse.SLICE}
     values["PRECISION"] = "ieee" if operands == "half" else operands
@@ -336,7 +336,7 @@ def test_row_kernels(name, tmp_path):
 # The bound that the instructions set
 
 
-def bound(name: str, operands: str, tile: configs.Tile, folder: Path) -> float:
+def bound(name: str, operands: str, tile: configs.TileConfig, folder: Path) -> float:
     """The share of the tensor cores' peak that the forward's loop of the product cannot exceed: clocks of the products
     over those of whichever takes longest, of
 
@@ -356,7 +356,7 @@ def bound(name: str, operands: str, tile: configs.Tile, folder: Path) -> float:
     return product / max(product, issue, shared, copied / 64)
 
 
-def shared_reads(loop: Counter[str], tile: configs.Tile, itemsize: int) -> float:
+def shared_reads(loop: Counter[str], tile: configs.TileConfig, itemsize: int) -> float:
     """Bytes that products read in one round of the loop: `ldmatrix` and wide loads by their count; a warp group's
     (64 rows of hidden) or Blackwell's (both operands once) by the instruction's own reading."""
     counted = sum(n * {"4": 512, "2": 256}.get(op[-1], 128) for op, n in loop.items() if op.startswith("LDSM"))

@@ -35,12 +35,12 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 #: A block of 128 in one tile, and in two. The interpreter's time is the number of tiles.
-WHOLE = configs.Tile(64, 128, 32, 2, 1, 1), configs.Tile(64, 128, 64, 1, 1, 1)
-HALVED = configs.Tile(32, 64, 32, 2, 1, 1), configs.Tile(64, 64, 32, 1, 1, 1)
+WHOLE = configs.TileConfig(64, 128, 32, 2, 1, 1), configs.TileConfig(64, 128, 64, 1, 1, 1)
+HALVED = configs.TileConfig(32, 64, 32, 2, 1, 1), configs.TileConfig(64, 64, 32, 1, 1, 1)
 
 
 @contextmanager
-def tiles(gradient: configs.Tile, product: configs.Tile) -> Iterator[None]:
+def tiles(gradient: configs.TileConfig, product: configs.TileConfig) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(configs, "INTERPRETED", gradient)
         patch.setattr(configs, "INTERPRETED_LISTED", product)

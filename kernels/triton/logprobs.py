@@ -8,14 +8,12 @@ No kernel here adds into memory that another program writes: the same inputs giv
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import testing
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
@@ -228,14 +226,13 @@ def forward(
     transform: LogitTransform,
     outputs: tuple[str, ...],
     block: int | None = None,
-    config: configs.Tile | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of `hidden [N, H]`, `weight [V, H]`, contiguous `bias [V]` and `targets [N]`, any strides of the first
     two; and, for a power of two `block`, the logsumexp of every block of the vocabulary without the target's entry,
     float32 `[N, ceil(V / block)]`, -inf for a block of nothing else. logprob and lse come always."""
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rich = transform.softcap is not None or block is not None or bool({"entropy", "log_sum_sq"} & set(outputs))
-    config = config or configs.tile(hidden, "forward", rich=rich)
+    config = configs.tile(hidden, rich=rich)
     part = min(block or config.BLOCK_V, config.BLOCK_V)  # of a block that is wider than a tile
     wanted = {"logprob", "lse", *outputs}
     stats = TokenStats(**{name: _floats(hidden, tokens) for name in OUTPUTS if name in wanted})
@@ -268,9 +265,9 @@ def joined(part_lse: Tensor | None, part: int, block: int | None) -> Tensor | No
     return whole.unflatten(1, (-1, block // part)).logsumexp(-1)
 
 
-def gradient_config(hidden: Tensor, rows: Coefficients, transform: LogitTransform) -> configs.Tile:
+def gradient_config(hidden: Tensor, rows: Coefficients, transform: LogitTransform) -> configs.TileConfig:
     """The tile of `gradient_tile`."""
-    return configs.tile(hidden, "gradient", rich=transform.softcap is not None or rows.entropy_factor is not None)
+    return configs.tile(hidden, rich=transform.softcap is not None or rows.entropy_factor is not None)
 
 
 def gradient_tile(
@@ -283,7 +280,7 @@ def gradient_tile(
     out: Tensor,
     *,
     transform: LogitTransform,
-    config: configs.Tile,
+    config: configs.TileConfig,
     column_sum: Tensor | None = None,
 ) -> None:
     """`out [N, width] = dL/ds` of `weight [V, H]`, a part of the vocabulary that begins at `first_v`; 0 at a target.
@@ -303,35 +300,6 @@ def gradient_tile(
             tokens, part, hidden.shape[1], first_v, *hidden.stride(), *weight.stride(), out.shape[1],
             *bends(transform), PRECISION=configs.precision(hidden.dtype), **config.blocks,
         )  # fmt: skip
-
-
-def refine(hidden: Tensor, weight: Tensor, *, budget: float = 60.0) -> dict[str, configs.Tile]:
-    """Times tiles near the table's, without softcap and entropy, on the device of these operands, for `budget` seconds
-    a kernel at most (compilation included), and keeps the fastest for later processes. Returns them by their key."""
-    path = configs.cache_path(hidden.device)
-    targets = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    zeros = _floats(hidden, hidden.shape[0]).zero_()
-    rows = Coefficients(zeros, zeros, None, None)
-
-    def one_forward(tile: configs.Tile) -> None:
-        forward(hidden, weight, None, targets, transform=LogitTransform(), outputs=(), config=tile)
-
-    out = hidden.new_empty(hidden.shape[0], 1024)
-
-    def one_gradient(tile: configs.Tile) -> None:
-        part = (weight[: out.shape[1]], None, targets, rows, 0, out)
-        gradient_tile(hidden, *part, transform=LogitTransform(), config=tile)
-
-    found = {}
-    for kernel, once in (("forward", one_forward), ("gradient", one_gradient)):
-        key = configs.key(hidden, kernel, rich=False)
-        candidates = configs.neighbours(configs.tile(hidden, kernel, rich=False))
-
-        def seconds(tile: configs.Tile, once: Callable[[configs.Tile], None] = once) -> float:
-            return testing.do_bench(lambda: once(tile))
-
-        found[key] = configs.refine(key, candidates, seconds, path, budget=budget)
-    return found
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

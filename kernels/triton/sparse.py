@@ -347,7 +347,7 @@ def listed_gradient(
         out: `[N count, BLOCK]`; row 0 is the first pair of block `first`, rows beyond the list are left as they are.
         slope: dz/ds.
     """
-    config = configs.tile(hidden, "gradient", rich=True)
+    config = configs.tile(hidden, rich=True)
     config = replace(config, BLOCK_V=min(config.BLOCK_V, BLOCK))
     grid = (triton.cdiv(hidden.shape[0], config.BLOCK_N) * (BLOCK // config.BLOCK_V), count)
     with configs.on_device(hidden):
@@ -360,7 +360,7 @@ def listed_gradient(
 
 def add_weight(g: Tensor, hidden: Tensor, starts: Tensor, tokens: Tensor, first: int, count: int, out: Tensor) -> None:
     """`out [V, H] += g^T hidden` over the listed pairs of those blocks; `out` float32, contiguous."""
-    config = configs.listed(hidden, "d_weight")
+    config = configs.listed_tile(hidden, "d_weight")
     grid = (triton.cdiv(hidden.shape[1], config.BLOCK_H), count * (BLOCK // config.BLOCK_V))
     with configs.on_device(hidden):
         d_weight_kernel[grid](
@@ -374,7 +374,7 @@ def add_hidden(
 ) -> None:
     """`out [N, H] += g weight` over the listed pairs of those blocks; `out` float32, contiguous. `ordered`: in the
     order of the blocks, the same bits every time, with more work; otherwise in any order."""
-    config = configs.listed(weight, "ordered" if ordered else "d_hidden")
+    config = configs.listed_tile(weight, "ordered" if ordered else "d_hidden")
     slices, tiles_h = triton.cdiv(len(out), SLICE), triton.cdiv(out.shape[1], config.BLOCK_H)
     options = {"BLOCK": BLOCK, "PRECISION": configs.precision(weight.dtype), **config.ungrouped}
     tiles_n = triton.cdiv(len(out), config.BLOCK_N)
