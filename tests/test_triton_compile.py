@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN  # noqa: E402
 from logitless.kernels.triton import chunk, configs, logprobs, sparse  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -126,7 +127,7 @@ def tile_kernel(name: str, operands: str, tile: configs.TileConfig, present: tup
 @cache
 def listed_kernel(name: str, operands: str, tile: configs.TileConfig, target: GPUTarget):
     kernel = LISTED[name]
-    values = {**tile.blocks, "BLOCK": sparse.BLOCK, "SLICE": sparse.SLICE}
+    values = {**tile.blocks, "BLOCK": PAIR_BLOCK, "SPAN": PAIR_SPAN}
     values["PRECISION"] = "ieee" if operands == "half" else operands
     values = {k: v for k, v in values.items() if k in kernel.arg_names}
     halves = "*bf16" if operands == "half" else "*fp32"
@@ -254,7 +255,7 @@ def check_resources(code, arch: Architecture, folder: Path) -> None:
 def test_the_gradient_of_listed_pairs(name, operands, shape, tmp_path):
     """By every tile that it may have, down to a block's width."""
     arch, tile = ARCHITECTURES[name], configs.TILES[name][operands, shape]
-    tile = replace(tile, BLOCK_V=min(tile.BLOCK_V, sparse.BLOCK))
+    tile = replace(tile, BLOCK_V=min(tile.BLOCK_V, PAIR_BLOCK))
     code = listed_kernel("listed", operands, tile, arch.target)
     check_resources(code, arch, tmp_path)
     if name != "amd":
@@ -294,11 +295,11 @@ def test_routing(name, tmp_path):
     arch = ARCHITECTURES[name]
     counting, listing = ("p_tail", "p_counts"), ("p_starts", "p_tokens")
     for absent in (counting, listing):
-        values = {"SLICE": sparse.SLICE, "BLOCK_B": sparse.ROUTE_BLOCKS, **dict.fromkeys(absent)}
+        values = {"SPAN": PAIR_SPAN, "BLOCK_B": sparse.ROUTE_BLOCKS, **dict.fromkeys(absent)}
         check_resources(
             compiled(sparse.route_kernel, ("p_block_lse",), values, "*fp32", arch.target, 4), arch, tmp_path
         )
-    code = compiled(sparse.place_kernel, (), {"SLICE": sparse.SLICE}, "*fp32", arch.target, 4)
+    code = compiled(sparse.place_kernel, (), {"SPAN": PAIR_SPAN}, "*fp32", arch.target, 4)
     check_resources(code, arch, tmp_path)
 
 

@@ -26,7 +26,7 @@ from test_linear_divergence import (
     measure,
 )
 
-from logitless.kernels.triton import divergence
+from logitless.kernels.triton import divergence, tile
 from logitless.types import DivergenceOptions, LogitTransform
 
 HERE = dict(backend="triton", device="cuda" if torch.cuda.is_available() else "cpu")
@@ -102,7 +102,7 @@ def functions_kernel(p_x, p_expm1, p_log1p, p_mixture, weight, BLOCK: tl.constex
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(p_x + o)
     tl.store(p_expm1 + o, divergence.expm1(x))
-    tl.store(p_log1p + o, divergence.log1p(tl.where(x < -1.0, -1.0, x)))
+    tl.store(p_log1p + o, tile.log1p(tl.where(x < -1.0, -1.0, x)))
     tl.store(p_mixture + o, divergence.log_mixture(weight, x))
 
 

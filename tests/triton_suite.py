@@ -6,7 +6,6 @@ TRITON_INTERPRET must be set before Triton is imported. By hand: `TRITON_INTERPR
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +13,6 @@ from functools import partial
 
 import pytest
 import torch
-import triton
 from cases import DTYPES, Case, cases, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -237,7 +235,7 @@ def test_adversarial_rows(kernel, softcap):
         if kernel == "fused":
             found, _ = backend.measure_blocks(problem, OUTPUTS, None)
         else:
-            found, _ = chunk.measure(
+            found, _ = chunk.measure_chunk(
                 problem.hidden, None, problem.targets, transform=problem.transform, outputs=OUTPUTS
             )
     exact = reference.statistics(reference.transformed(rows.double(), problem.transform), targets, OUTPUTS)
@@ -260,7 +258,7 @@ def test_a_margin_of_twenty_nats_keeps_its_digits():
     problem = row_problem(raw, torch.tensor([70]))
     wrong = math.log1p(74 * math.exp(-20))
     fused, _ = backend.measure_blocks(problem, ("entropy",), None)
-    chunked, _ = chunk.measure(problem.hidden, None, problem.targets, transform=PLAIN, outputs=("entropy",))
+    chunked, _ = chunk.measure_chunk(problem.hidden, None, problem.targets, transform=PLAIN, outputs=("entropy",))
     for stats in (fused, chunked):
         assert stats.logprob.item() == pytest.approx(-wrong, rel=1e-6)
         assert stats.entropy.item() == pytest.approx(wrong + 74 * math.exp(-20) * 20, rel=1e-5)
@@ -290,7 +288,7 @@ def test_nan_reaches_every_result(kernel, column):
         problem = replace(row_problem(raw.cpu(), targets), bias=bias)
         stats, _ = backend.measure_blocks(problem, OUTPUTS, None)
     else:
-        stats, _ = chunk.measure(raw, bias, targets, transform=PLAIN, outputs=OUTPUTS)
+        stats, _ = chunk.measure_chunk(raw, bias, targets, transform=PLAIN, outputs=OUTPUTS)
     assert stats.correct.item() == 0
     assert all(value.isnan().all() for name, value in stats._asdict().items() if name != "correct")
 
@@ -325,7 +323,7 @@ def test_logsumexp_of_every_block(block, kernel):
     if kernel == "fused":
         stats, found = backend.measure_blocks(Problem(hidden, weight, bias, targets, BENT), (), block)
     else:
-        stats, found = chunk.measure(hidden @ weight.T, bias, targets, transform=BENT, outputs=(), block=block)
+        stats, found = chunk.measure_chunk(hidden @ weight.T, bias, targets, transform=BENT, outputs=(), block=block)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.lse.double(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
@@ -344,7 +342,7 @@ def test_gradient_takes_the_place_of_the_logits(logits, operand, rows_contiguous
     expected[torch.arange(5), targets] = 0
     place = raw.data_ptr()
     found = chunk.gradient_(
-        raw, None, targets, logprobs.Coefficients(lse.float(), factor, None, None), transform=PLAIN, dtype=operand
+        raw, None, targets, logprobs.RowFactors(lse.float(), factor, None, None), transform=PLAIN, dtype=operand
     )
     fits = operand == logits or (rows_contiguous and operand.itemsize < logits.itemsize)
     assert found.dtype == operand and (found.data_ptr() == place) == fits
@@ -359,7 +357,7 @@ def test_the_gradient_of_a_part_of_the_vocabulary():
     z = reference.logits(hidden.double(), weight.double(), bias.double(), PLAIN)
     expected = (z - z.logsumexp(-1, keepdim=True)).exp()
     expected[torch.arange(37), targets] = 0
-    rows = logprobs.Coefficients(z.logsumexp(-1).float(), torch.ones(37, device=DEVICE), None, None)
+    rows = logprobs.RowFactors(z.logsumexp(-1).float(), torch.ones(37, device=DEVICE), None, None)
     config = logprobs.gradient_config(hidden, rows, PLAIN)
     width = -(-width // config.BLOCK_V) * config.BLOCK_V
     tiles = -(-37 // config.BLOCK_N)
@@ -410,7 +408,7 @@ def test_offsets_beyond_two_to_the_thirty_first():
     weight = base.as_strided((3, 8), (stride, 1))
     weight.copy_(torch.randn(3, 8))
     hidden, targets = torch.randn(4, 8, device=DEVICE).half(), torch.tensor([0, 1, 2, 2], device=DEVICE)
-    stats, _ = logprobs.forward(hidden, weight, None, targets, transform=PLAIN, outputs=())
+    stats, _ = logprobs.fused_forward(hidden, weight, None, targets, transform=PLAIN, outputs=())
     expected = reference.statistics(hidden.double() @ weight.double().T, targets, ("logprob",)).logprob
     torch.testing.assert_close(stats.logprob.double(), expected, rtol=1e-5, atol=1e-6)
 

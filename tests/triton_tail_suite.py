@@ -25,6 +25,7 @@ from torch import Tensor
 
 from logitless.backends import blocks
 from logitless.backends import triton as backend
+from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN
 from logitless.kernels.triton import configs, sparse
 from logitless.types import LogitTransform
 
@@ -77,7 +78,7 @@ def products(problem: Problem, routed: Routed, *, ordered: bool, blocks_at_once:
     d_hidden, d_weight = torch.zeros(hidden.shape, device=DEVICE), torch.zeros(weight.shape, device=DEVICE)
     for first in range(0, problem.blocks, blocks_at_once):
         group = (*pairs, first, min(blocks_at_once, problem.blocks - first))
-        made = torch.full((len(hidden) * group[-1], sparse.BLOCK), math.nan, dtype=hidden.dtype, device=DEVICE)
+        made = torch.full((len(hidden) * group[-1], PAIR_BLOCK), math.nan, dtype=hidden.dtype, device=DEVICE)
         sparse.listed_gradient(hidden, weight, None, targets, lse, factor, *group, made, slope=1.0)
         sparse.add_weight(made, hidden, *group, d_weight)
         sparse.add_hidden(made, weight, *group, d_hidden, ordered=ordered)
@@ -95,7 +96,7 @@ problems = st.builds(
 
 
 def test_the_strategy_and_the_kernels_agree_on_the_sizes() -> None:
-    assert (sparse.BLOCK, sparse.SLICE) == (blocks.BLOCK, blocks.SLICE)
+    assert (PAIR_BLOCK, PAIR_SPAN) == (blocks.BLOCK, blocks.SLICE)
 
 
 @settings(max_examples=20)
@@ -109,7 +110,7 @@ def test_routing(problem: Problem, tolerance: float) -> None:
     pairs = routed.pairs(rows)
     assert torch.equal(pairs, pairs.unique(dim=0)), "by block, then by token, each once"
     kept = routed.kept(rows)
-    counts = torch.stack([piece.sum(0) for piece in kept.split(sparse.SLICE)], 1).flatten()  # [blocks, slices]
+    counts = torch.stack([piece.sum(0) for piece in kept.split(PAIR_SPAN)], 1).flatten()  # [blocks, spans]
     assert torch.equal(routed.starts.diff(), counts.int()) and routed.starts[0] == 0
 
     mass = (problem.block_lse() - problem.logits.logsumexp(1, keepdim=True)).exp()

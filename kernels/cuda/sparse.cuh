@@ -50,9 +50,9 @@ struct Span {
 };
 
 __device__ inline Span span_of(const Listed& list, std::int64_t block) {
-    const std::int64_t slices = slices_of(list.rows);
-    const std::int64_t first = list.starts[block * slices];
-    return {first, first - list.starts[list.first * slices], list.starts[(block + 1) * slices] - first};
+    const std::int64_t spans = spans_of(list.rows);
+    const std::int64_t first = list.starts[block * spans];
+    return {first, first - list.starts[list.first * spans], list.starts[(block + 1) * spans] - first};
 }
 
 // Of the vectors [rows] that the gradient needs, those that may be null mean zero.
@@ -234,28 +234,28 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_hidden_kernel(const 
     }
 }
 
-// Grid: tiles of 128 columns of H; slices of 128 tokens. For each block, the listed rows of the slice's tokens stand in
+// Grid: tiles of 128 columns of H; spans of 128 tokens. For each block, the listed rows of the span's tokens stand in
 // the tile at their tokens' places, zeros elsewhere, so that the sum stays in registers from block to block.
 __global__ void __launch_bounds__(TILE_THREADS, 2) ordered_d_hidden_kernel(const SparseProduct x) {
     typedef Stages<bfloat16, 2> TwoStages;  // places needs a little of the 48 KB
     LOGITLESS_SHARED(TwoStages, shared, 1);
-    LOGITLESS_SHARED(std::int32_t, places, SLICE);
+    LOGITLESS_SHARED(std::int32_t, places, SPAN);
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
-    const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.y) * SLICE;
-    const std::int64_t slices = slices_of(x.list.rows);
-    const std::int32_t origin = x.list.starts[x.list.first * slices];
+    const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.y) * SPAN;
+    const std::int64_t spans = spans_of(x.list.rows);
+    const std::int32_t origin = x.list.starts[x.list.first * spans];
 
     Accumulators acc;
     clear(acc);
     for (std::int64_t block = x.list.first; block < x.list.first + x.list.count; ++block) {
-        const std::int32_t* const start = x.list.starts + block * slices + blockIdx.y;
+        const std::int32_t* const start = x.list.starts + block * spans + blockIdx.y;
         const std::int32_t listed = start[0] + static_cast<std::int32_t>(threadIdx.x);
         if (start[0] == start[1]) continue;
         places[threadIdx.x] = -1;
         __syncthreads();
         if (listed < start[1]) places[x.list.tokens[listed] - first_token] = listed - origin;
         __syncthreads();
-        const Matrix<bfloat16, true> scattered{x.gradient, BLOCK_COLUMNS, SLICE, BLOCK_COLUMNS, places};
+        const Matrix<bfloat16, true> scattered{x.gradient, BLOCK_COLUMNS, SPAN, BLOCK_COLUMNS, places};
         multiply_tile<false, true>(acc, *shared, scattered, 0, block_rows(x.operand, block), first, BLOCK_COLUMNS);
     }
     LOGITLESS_UNROLL

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
-from .logprobs import Coefficients, bends, joined
+from .logprobs import RowFactors, bends, joined
 from .tile import absorb, gradient, store_block_lse, store_finished, transform, with_bias
 
 
@@ -126,7 +126,7 @@ def gradient_in_place_kernel(
         tl.store(p_out, g.to(p_gradient.dtype.element_ty), mask=mask)
 
 
-def measure(
+def measure_chunk(
     raw: Tensor,
     bias: Tensor | None,
     targets: Tensor,
@@ -136,7 +136,7 @@ def measure(
     block: int | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
     """Statistics of raw products `[n, V]` of any floating dtype and strides; and, for a power of two `block`, the
-    blocks' logsumexps as `logprobs.forward`'s. logprob and lse come always. `raw` is left as it is."""
+    blocks' logsumexps as `logprobs.fused_forward`'s. logprob and lse come always. `raw` is left as it is."""
     count, vocabulary = raw.shape
     config = configs.row(raw.device)
     part = min(block or config.BLOCK_V, config.BLOCK_V)
@@ -156,7 +156,7 @@ def gradient_(
     raw: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    rows: Coefficients,
+    rows: RowFactors,
     *,
     transform: LogitTransform,
     dtype: torch.dtype,

@@ -22,7 +22,7 @@ from ...types import DivergenceOptions
 from . import configs
 from .chunk import _narrowed, load_raw
 from .logprobs import bends
-from .tile import absorb, anchor, transform, with_bias
+from .tile import absorb, anchor, log1p, transform, with_bias
 
 if TYPE_CHECKING:
     from ...backends.divergence import RawSide
@@ -38,15 +38,6 @@ def expm1(x):
     series = 1.0 + x * 0.25 * (1.0 + x * 0.2 * (1.0 + x * (1.0 / 6.0) * tail))
     near = x * (1.0 + x * 0.5 * (1.0 + x * (1.0 / 3.0) * series))
     return tl.where(tl.abs(x) < 0.5, near, tl.exp(x) - 1.0)
-
-
-@triton.jit
-def log1p(x):
-    """`log(1 + x)` for x >= -1; near 0 by the series of the inverse hyperbolic tangent, to s^13."""
-    s = x / (2.0 + x)
-    t = s * s
-    series = 1.0 + t * (1.0 / 3.0 + t * (0.2 + t * (1.0 / 7.0 + t * (1.0 / 9.0 + t * (1.0 / 11.0 + t * (1.0 / 13.0))))))
-    return tl.where(tl.abs(x) < 0.4, 2.0 * s * series, tl.log(1.0 + x))
 
 
 @triton.jit
@@ -67,7 +58,7 @@ def times(probability, x):
 
 
 @triton.jit
-def terms(log_p, log_q, x, scale, FORM: tl.constexpr):
+def summands(log_p, log_q, x, scale, FORM: tl.constexpr):
     """v, u and w, of probabilities P of the reference and Q of the model; x is the parameter of the form."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
@@ -231,7 +222,7 @@ def divergence_kernel(
         z_p, _ = load_logits(p_raw_p, p_bias_p, o_n, o_v, N, V, stride_pn, stride_pv, slope_p, inner_p, outer_p)
         log_q = (z_q - top_q[:, None]) - total_q[:, None]
         log_p = (z_p - top_p[:, None]) - total_p[:, None]
-        v, u, w = terms(log_p, log_q, x, scale, FORM)
+        v, u, w = summands(log_p, log_q, x, scale, FORM)
         sum_v += tl.sum(v, 1)
         sum_u += tl.sum(u, 1)
         sum_w += tl.sum(w, 1)
@@ -247,14 +238,14 @@ def divergence_kernel(
             tl.debug_barrier()  # the whole block is read before any thread writes over it
             log_q = (z_q - top_q[:, None]) - total_q[:, None]
             log_p = (z_p - top_p[:, None]) - total_p[:, None]
-            v, u, w = terms(log_p, log_q, x, scale, FORM)
+            v, u, w = summands(log_p, log_q, x, scale, FORM)
             if p_gradient_q is not None:
                 store_gradient(p_gradient_q, u, log_q, sum_u, upstream, c_q, o_n, o_v, N, V, stride_gqn, stride_gqv)
             if p_gradient_p is not None:
                 store_gradient(p_gradient_p, w, log_p, sum_w, upstream, c_p, o_n, o_v, N, V, stride_gpn, stride_gpv)
 
 
-def rows(
+def divergence_rows(
     model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The `backends.divergence.DivergenceEngine` of this kernel: float32 raw products of any strides."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
-from .tile import absorb, gradient, grouped, join, products, store_block_lse, store_finished, transform
+from .tile import absorb, gradient, grouped, join, raw_products, store_block_lse, store_finished, transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -70,7 +70,7 @@ def forward_kernel(
     stop = tl.minimum(first + tiles_per_split, tl.cdiv(V, BLOCK_V))
     for i_v in range(first, stop):
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        s = products(
+        s = raw_products(
             p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh,
             BLOCK_H, PRECISION,
         )  # fmt: skip
@@ -183,7 +183,7 @@ def gradient_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_n = o_n < N
-    s = products(
+    s = raw_products(
         p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh, BLOCK_H, PRECISION
     )
     z, c = transform(s, slope, inner, outer)
@@ -201,7 +201,7 @@ def gradient_kernel(
 # Host
 
 
-class Coefficients(NamedTuple):
+class RowFactors(NamedTuple):
     """What the gradient of a row's logits takes beside the logits, `[N]` float32 each (see `tile.gradient`)."""
 
     lse: Tensor
@@ -217,7 +217,7 @@ def bends(transform: LogitTransform) -> tuple[float, float | None, float | None]
     return transform.slope, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
 
 
-def forward(
+def fused_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -265,7 +265,7 @@ def joined(part_lse: Tensor | None, part: int, block: int | None) -> Tensor | No
     return whole.unflatten(1, (-1, block // part)).logsumexp(-1)
 
 
-def gradient_config(hidden: Tensor, rows: Coefficients, transform: LogitTransform) -> configs.TileConfig:
+def gradient_config(hidden: Tensor, rows: RowFactors, transform: LogitTransform) -> configs.TileConfig:
     """The tile of `gradient_tile`."""
     return configs.tile(hidden, rich=transform.softcap is not None or rows.entropy_factor is not None)
 
@@ -275,7 +275,7 @@ def gradient_tile(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    rows: Coefficients,
+    rows: RowFactors,
     first_v: int,
     out: Tensor,
     *,

@@ -39,7 +39,16 @@ def tanh(x):
 
 @triton.jit
 def log1p(x):
-    """`log(1 + x)` for x >= 0 without the rounding of 1 + x, which the quotient takes back."""
+    """`log(1 + x)` for x >= -1; near 0 by the series of the inverse hyperbolic tangent, to s^13."""
+    s = x / (2.0 + x)
+    t = s * s
+    series = 1.0 + t * (1.0 / 3.0 + t * (0.2 + t * (1.0 / 7.0 + t * (1.0 / 9.0 + t * (1.0 / 11.0 + t * (1.0 / 13.0))))))
+    return tl.where(tl.abs(x) < 0.4, 2.0 * s * series, tl.log(1.0 + x))
+
+
+@triton.jit
+def log1p_nonnegative(x):
+    """`log(1 + x)` for x >= 0. The quotient takes the rounding of 1 + x back."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
@@ -69,7 +78,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def products(
+def raw_products(
     p_hidden,
     p_weight,
     p_bias,
@@ -181,8 +190,8 @@ def finish(top, total, moment, square, z_t):
     share = total * tl.exp(-tl.maximum(d, 0.0))  # the others' sum, relative to the larger of top and z_t
     own = tl.where(z_t == z_t, tl.exp(tl.minimum(d, 0.0)), z_t)  # the target's term, likewise; a minimum drops a NaN
     x = tl.where(total == 0.0, top - z_t, tl.log(total) - d)  # o - z_t
-    logprob = -(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))))
-    log_total = tl.where(leads, log1p(share), tl.log(total + own))
+    logprob = -(tl.maximum(x, 0.0) + log1p_nonnegative(tl.exp(-tl.abs(x))))
+    log_total = tl.where(leads, log1p_nonnegative(share), tl.log(total + own))
     lse = tl.maximum(top, z_t) + log_total
     ours = tl.where(own == 0.0, 0.0, own * tl.minimum(d, 0.0))
     moments = tl.exp(-tl.maximum(d, 0.0)) * (moment - tl.maximum(d, 0.0) * total) + ours

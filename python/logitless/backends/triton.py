@@ -100,7 +100,7 @@ def forward(problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> 
 def measure_blocks(problem: Problem, outputs: tuple[str, ...], block: int | None) -> tuple[TokenStats, Tensor | None]:
     """`TokenStats` of every token and the logsumexp of every block of `block` vocabulary entries without the target's,
     float32 `[N, ceil(V / block)]`, from the same pass; `block` is a power of two."""
-    return _kernels().logprobs.forward(
+    return _kernels().logprobs.fused_forward(
         problem.hidden,
         problem.weight,
         _contiguous(problem.bias),
@@ -156,7 +156,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _parts(
-    problem: Problem, others: logprobs.Coefficients, operand: torch.dtype, column_sums: bool
+    problem: Problem, others: logprobs.RowFactors, operand: torch.dtype, column_sums: bool
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """(tokens, columns, their `dL/ds` without the targets' entries, its float32 column sums) in one buffer for all."""
     kernels = _kernels()
@@ -169,7 +169,7 @@ def _parts(
     sums = problem.hidden.new_empty((tiles, width) if column_sums else (0, width), dtype=torch.float32)
     bias, targets = _contiguous(problem.bias), problem.targets.contiguous()
     for tokens in sweep.spans(count, height):
-        taken = kernels.logprobs.Coefficients(*(None if x is None else x[tokens] for x in others))
+        taken = kernels.logprobs.RowFactors(*(None if x is None else x[tokens] for x in others))
         out = buffer[: (tokens.stop - tokens.start) * width].view(-1, width)
         partial = sums[: -(-len(out) // config.BLOCK_N)]
         for columns in sweep.spans(vocabulary, width):
@@ -200,7 +200,7 @@ def _width(problem: Problem, height: int, itemsize: int, multiple: int) -> int:
 class _Rows(NamedTuple):
     """Numbers of every token that its gradient takes."""
 
-    others: logprobs.Coefficients  # of the entries other than the target's
+    others: logprobs.RowFactors  # of the entries other than the target's
     target: Tensor  # [N] dL/ds at the target
 
 
@@ -220,7 +220,7 @@ def _rows(head: Problem | RowHead, vocabulary: int, stats: TokenStats, upstream:
     target = target * head.transform.derivative_at(stats.logprob + stats.lse)
     vectors = (stats.lse, factor, entropy_grad, mean_factor)
     contiguous = (None if x is None else x.float().contiguous() for x in vectors)
-    return _Rows(_kernels().logprobs.Coefficients(*contiguous), target)
+    return _Rows(_kernels().logprobs.RowFactors(*contiguous), target)
 
 
 def _add_targets(chunks: sweep.Chunks, tokens: slice, target: Tensor, sums: Gradients) -> None:
@@ -248,7 +248,7 @@ class _Engine(RowEngine):
         self, raw: Tensor, head: RowHead, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
     ) -> Tile:
         names = tuple(name for name in outputs if name != "mean_logit" or mean_logit is None)
-        stats, _ = _kernels().chunk.measure(
+        stats, _ = _kernels().chunk.measure_chunk(
             raw, _contiguous(head.bias), targets.contiguous(), transform=head.transform, outputs=names
         )
         return Tile(raw, targets, stats if mean_logit is None else stats._replace(mean_logit=mean_logit), None)
@@ -326,6 +326,6 @@ tail_forward, tail_backward, tail_single_pass, tail_blocks = TAIL.forward, TAIL.
 
 def divergence(problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]) -> DivergenceResult:
     """Divergences and, where `upstream` is given, gradients: cuBLAS's chunks, Triton's rows (why, its file says)."""
-    from ..kernels.triton.divergence import rows
+    from ..kernels.triton.divergence import divergence_rows
 
-    return divergence_sweep(rows, problem, upstream, needs)
+    return divergence_sweep(divergence_rows, problem, upstream, needs)
