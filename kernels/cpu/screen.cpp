@@ -32,7 +32,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../cuda/rows.cuh"
+#include "../rows.h"
 
 namespace {
 

@@ -14,7 +14,7 @@
 
 #include "partials.cuh"
 #include "platform.cuh"
-#include "rows.cuh"
+#include "../rows.h"
 
 namespace logitless {
 

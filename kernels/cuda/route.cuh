@@ -17,7 +17,7 @@
 #pragma once
 
 #include "platform.cuh"
-#include "rows.cuh"
+#include "../rows.h"
 
 namespace logitless {
 

@@ -4,9 +4,10 @@
 //     Moments, z_t      --finish-->     logprob, lse, entropy, log sum p^2, mean logit, correct
 //     upstream gradients, z_j  --other_gradient, target_gradient, derivative-->  dL/ds_j
 //
-// Equation numbers are those of kernels/MATH.md. Each function is for one thread, without memory or communication, so
-// that a host compiler builds the same text for the tests (rows_host.cpp) that nvcc builds for a kernel. T is float or
-// double. Natural logarithms. -inf is a legal logit (a masked vocabulary entry); NaN reaches every result.
+// Equation numbers are those of kernels/MATH.md. Each function is for one thread, without memory or communication. So
+// nvcc builds this text for the GPU's kernels, and a host compiler builds it for cpu/screen.cpp and for the tests
+// (cuda/rows_host.cpp). T is float or double. Logarithms are natural. -inf is a legal logit (a masked vocabulary entry),
+// and NaN reaches every result.
 #pragma once
 
 #include <cmath>
