@@ -24,7 +24,7 @@ from logitless.backends import cuda
 from logitless.backends.blocks import BLOCK
 from logitless.backends.sweep import RowHead
 from logitless.kernels.cuda import library as cuda_library
-from logitless.kernels.cuda.library import DTYPES, Library
+from logitless.kernels.cuda.library import DTYPE_CODES, Library
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised, poison_empty
 from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform, statistics_dtype
 
@@ -422,7 +422,7 @@ def test_the_rest_of_what_is_refused(library):
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPE_CODES)
 def test_no_rows(library, dtype):
     chunk = make_chunk(0, 40, dtype)
     found, _ = measure(library, chunk)

@@ -16,16 +16,15 @@ from torch import Tensor
 from .. import loading
 
 VARIABLE = "LOGITLESS_CPU_LIBRARY"
-NAME = "liblogitless_cpu.so"
 #: `enum logitless_screen_dtype`.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: Head rows in a panel, tokens in a tile, vocabulary entries in a block of the tail.
-PANEL, TILE, BLOCK = 16, 6, 256
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Rows of the head in a panel, and tokens in a tile.
+PANEL, TILE = 16, 6
 
 _P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
 
 #: What a function returns, then what it takes; tests/test_screen.py holds this and `Screen` against the header.
-SIGNATURES: dict[str, tuple[type | None, ...]] = {
+SIGNATURES: loading.Signatures = {
     "logitless_screen_supported": (_I,),
     "logitless_screen_pack": (None, _P, _I, _L, _L, _L, _P, _L, _L, _P, _P),
     "logitless_screen_chunk": (_L, _P, _L, _L, _P, _P, _P, _P, _L),
@@ -52,16 +51,12 @@ class Library:
     """A loaded library."""
 
     def __init__(self, path: Path) -> None:
-        functions = ctypes.CDLL(str(path))
-        for name, (result, *arguments) in SIGNATURES.items():
-            function = getattr(functions, name)
-            function.restype, function.argtypes = result, arguments
-        self.supported: bool = bool(functions.logitless_screen_supported())
-        self._functions = functions
+        self._functions = loading.declared(path, SIGNATURES)
+        self.supported: bool = bool(self._functions.logitless_screen_supported())
 
     def pack(self, weight: Tensor, order: Tensor | None, places: slice, panels: Tensor, units: Tensor) -> None:
         """Places of the head, `[V, H]` of unit column stride; the first is a multiple of `PANEL`."""
-        head = (weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, weight.stride(0))
+        head = (weight.data_ptr(), DTYPE_CODES[weight.dtype], *weight.shape, weight.stride(0))
         where = (None if order is None else order.data_ptr(), places.start, places.stop - places.start)
         self._functions.logitless_screen_pack(*head, *where, panels.data_ptr(), units.data_ptr())
 
@@ -74,7 +69,7 @@ class Library:
 
 def location() -> Path | None:
     """The library that would be loaded, None where there is none."""
-    return loading.location(VARIABLE, Path(__file__).with_name(NAME))
+    return loading.find(VARIABLE, Path(__file__).with_name("liblogitless_cpu.so"))
 
 
 @cache

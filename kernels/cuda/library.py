@@ -19,7 +19,6 @@ from torch import Tensor
 from .. import loading
 
 VARIABLE = "LOGITLESS_CUDA_LIBRARY"
-NAME = "liblogitless_cuda.so"
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_double
 _HEAD = (_P, _P, _D, _D, _D)  # bias, targets, logit_scale, softcap, temperature
@@ -49,7 +48,7 @@ SIGNATURES: dict[str, tuple[type, ...]] = {
 }
 
 #: `enum logitless_dtype`.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 #: Of `enum logitless_code`.
 NOT_BUILT = -8
 
@@ -59,10 +58,7 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._functions = ctypes.CDLL(str(path))
-        for name, (result, *arguments) in SIGNATURES.items():
-            function = getattr(self._functions, name)
-            function.restype, function.argtypes = result, arguments
+        self._functions = loading.declared(path, SIGNATURES)
         self.target: str = self._functions.logitless_target().decode()
 
     def explain(self, code: int) -> str:
@@ -76,7 +72,7 @@ class Library:
 
     def measure_workspace(self, rows: int, vocabulary: int, dtype: torch.dtype) -> int:
         """Bytes of workspace that `measure` needs."""
-        return self._functions.logitless_measure_workspace(rows, vocabulary, DTYPES[dtype])
+        return self._functions.logitless_measure_workspace(rows, vocabulary, DTYPE_CODES[dtype])
 
     def has(self, name: str) -> bool:
         """Whether this build holds the kernel: a call without arguments comes back with another complaint then."""
@@ -113,12 +109,12 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 def _argument(value: Tensor | torch.dtype | float | None) -> float | None:
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return DTYPES[value] if isinstance(value, torch.dtype) else value
+    return DTYPE_CODES[value] if isinstance(value, torch.dtype) else value
 
 
 def location() -> Path | None:
     """The library that would be loaded, None where there is none."""
-    return loading.location(VARIABLE, Path(__file__).with_name(NAME))
+    return loading.find(VARIABLE, Path(__file__).with_name("liblogitless_cuda.so"))
 
 
 @cache
