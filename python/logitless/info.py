@@ -1,4 +1,4 @@
-"""What was found on this machine, and what `backend="auto"` would pick."""
+"""A report on this machine: versions, devices, the available backends, and the one that `backend="auto"` picks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .backends import screen, sweep
 
 
 def info() -> dict[str, str]:
-    """Versions, devices and, per device, the backend that `"auto"` picks; printed by `python -m logitless info`."""
-    found = {
+    """Versions, devices, and the backend that `"auto"` picks on each. `python -m logitless info` prints them."""
+    report = {
         "logitless": _version("logitless"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -27,11 +27,11 @@ def info() -> dict[str, str]:
     if torch.accelerator.is_available():
         devices.append(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
     for device in devices:
-        found[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
+        report[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
         for name, module in backends.BACKENDS.items():
-            found[f"{name} on {device.type}"] = module.supports(device, torch.float32) or "available"
-    found["screened on cpu"] = screen.supports(torch.device("cpu"), torch.float32) or "available"
-    return found
+            report[f"{name} on {device.type}"] = module.supports(device, torch.float32) or "available"
+    report["screened on cpu"] = screen.supports(torch.device("cpu"), torch.float32) or "available"
+    return report
 
 
 def _version(package: str) -> str:
