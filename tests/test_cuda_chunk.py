@@ -301,7 +301,7 @@ def test_confident_token_keeps_its_digits(library):
 @pytest.mark.parametrize("column", [0, 77, 99, 2500])
 @pytest.mark.parametrize("masked", [False, True])
 def test_nan_reaches_every_result(library, column, masked):
-    """Also where everything else of its part is masked."""
+    """A NaN reaches them even if all other columns of its part are masked."""
     chunk = make_chunk(1, 3000 if column > 99 else 100)
     if masked:
         chunk.raw[:] = -INF
@@ -483,7 +483,7 @@ def test_frozen_head_keeps_one_vector_per_token(backend, case, outputs):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ragged_sizes(backend, dtype, softcap):
-    """Also the fused forward's: H is a multiple of 8 here."""
+    """Sizes that no tile divides. H is a multiple of 8, so the fused forward runs too."""
     problem = make_problem((70,), 40, 507, dtype=dtype, bias=True, ignored=0.2)
     check_op(Case(problem, LogitTransform(softcap=softcap), 20), DIFFERENTIABLE, "recompute")
 

@@ -231,7 +231,7 @@ def test_a_library_that_does_not_build_is_an_error_with_two_ways_out(
 
 @needs_compiler
 def test_wheel_carries_the_cpu_library_where_a_compiler_is(checkout: Path, tmp_path: Path) -> None:
-    """And that finds it."""
+    """The installed package finds the library."""
     done = call_hook(checkout, "build_wheel", tmp_path, LOGITLESS_CPU="require")
     assert done.returncode == 0, done.stdout + done.stderr
     wheel = tmp_path / done.stdout.split()[-1]

@@ -62,7 +62,7 @@ def run(
 def expected(
     raw: Tensor, targets: Tensor, transform: LogitTransform, upstream: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The same by the reference and autograd, in float64. The identity is the head: its logits are the raw products."""
+    """Statistics and gradient by the reference and autograd in float64. The head is the identity: z is raw."""
     raw = raw.double().requires_grad_()
     masked = raw.isneginf()
     z = raw.masked_fill(masked, 0) * transform.logit_scale

@@ -87,8 +87,8 @@ def test_a_nan_is_not_hidden(side):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_in_one_sweep(dtype):
-    """Of operands that stay halves, the gradient is rounded before the upstream factor in one way and after it in the
-    other: half an ulp of each term twice, and of the result twice. Terms may cancel to half their size."""
+    """If operands stay halves, one way rounds the gradient before the upstream factor and the other way after it.
+    That is half an ulp of each term twice, and of the result twice. Terms may cancel to half their size."""
     x = make(trainable=SIDES, dtype=dtype)
     at_once = measure(lambda y: call(y, kind="js", reduction="sum", **HERE), x)
     later = measure(lambda y: call(y, kind="js", backward="recompute", **HERE).sum(), x)

@@ -266,7 +266,7 @@ def test_deterministic_algorithms_choose_the_ordered_sum(monkeypatch: pytest.Mon
 
 
 def test_float16_goes_by_entries() -> None:
-    """Its small gradients are below what it holds."""
+    """Small gradients are below the range of float16."""
     half = torch.zeros(2, 8, dtype=torch.float16, device=DEVICE)
     assert [backend.TAIL.takes(x, x, LogitTransform()) for x in (half, half.float())] == [False, True]
     properties.a_softcap_is_exact(Backend("triton", torch.float16, DEVICE))
