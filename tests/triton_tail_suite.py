@@ -43,7 +43,7 @@ HALVED = configs.TileConfig(32, 64, 32, 2, 1, 1), configs.TileConfig(64, 64, 32,
 @contextmanager
 def tiles(gradient: configs.TileConfig, product: configs.TileConfig) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "INTERPRETED", gradient)
+        patch.setattr(configs, "INTERPRETED_TILE", gradient)
         patch.setattr(configs, "INTERPRETED_LISTED", product)
         yield
 

@@ -1,10 +1,10 @@
-// Where a row's statistics go, and the moments of parts of the vocabulary on their way there.
+// The memory of a row's statistics, and of the moments of parts of the vocabulary from which they are made.
 #pragma once
 
 #include <cstdint>
 
-#include "platform.cuh"
 #include "../rows.h"
+#include "platform.cuh"
 
 namespace logitless {
 

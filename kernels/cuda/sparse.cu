@@ -1,3 +1,4 @@
+// logitless_route and logitless_sparse_*: checks of their arguments, and the shapes of their launches.
 #include "sparse.cuh"
 
 #include <algorithm>

@@ -19,30 +19,30 @@ FUSED = {"enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class TileConfig:
-    """A kernel that multiplies: one program makes `[BLOCK_N, BLOCK_V]` logits, BLOCK_H of the sum at a time."""
+    """The tile of a kernel that multiplies: a program has `[BLOCK_N, BLOCK_V]` logits, and sums BLOCK_H at a time."""
 
     BLOCK_N: int
     BLOCK_V: int
     BLOCK_H: int
     GROUP_N: int
-    """Tiles of tokens that walk the vocabulary together (`tile.grouped`): their hidden states stay in the L2 cache."""
+    """Tiles of tokens that walk the vocabulary together (`tile.grouped`), so that the L2 cache holds their states."""
     num_warps: int
     num_stages: int
 
     @property
     def blocks(self) -> dict[str, int]:
-        """As keyword arguments of a kernel."""
+        """Keyword arguments of a kernel."""
         return asdict(self) | FUSED
 
     @property
     def ungrouped(self) -> dict[str, int]:
-        """The same, of a kernel whose grid has its tiles in order."""
+        """Keyword arguments of a kernel whose grid has its tiles in order, so without GROUP_N."""
         return {name: value for name, value in self.blocks.items() if name != "GROUP_N"}
 
 
 @dataclass(frozen=True)
 class RowConfig:
-    """A kernel that reads finished products: one program walks BLOCK_N rows, BLOCK_V columns at a time."""
+    """The shape of a kernel on finished products: a program walks BLOCK_N rows, BLOCK_V columns at a time."""
 
     BLOCK_N: int
     BLOCK_V: int
@@ -50,16 +50,18 @@ class RowConfig:
 
     @property
     def blocks(self) -> dict[str, int]:
+        """Keyword arguments of a kernel."""
         return asdict(self) | FUSED
 
 
-#: At most this many tokens are "few": the weight is read once, and memory is the bound.
+#: The largest number of "few" tokens, for which the weight is read once and memory is the bound.
 FEW_TOKENS = 32
 
-#: architecture -> (operands, shape) -> tile. Operands: "half" for bfloat16 and float16; "tf32" and "ieee" for float32.
-#: Shapes: "few" tokens; "many"; "rich", many with an epilogue that keeps more of a tile at hand (a softcap, an entropy,
-#: a sum of squares, blocks' masses), for which accumulators of 128 registers a thread leave too few. Where "rich" is
-#: missing it is "many".
+#: architecture -> (operands, shape) -> tile.
+#: Operands are "half" (bfloat16 and float16), or "tf32" and "ieee" (float32).
+#: Shapes are "few" tokens, "many", and "rich": many tokens with an epilogue that keeps more of a tile in registers, for
+#: a softcap, an entropy, a sum of squares, or blocks' masses. Accumulators of 128 registers a thread leave it too few.
+#: If there is no line for "rich", that for "many" is used.
 TILES: dict[str, dict[tuple[str, str], TileConfig]] = {
     "ampere": {
         ("half", "many"): TileConfig(128, 256, 32, 16, 8, 4),
@@ -105,14 +107,14 @@ TILES: dict[str, dict[tuple[str, str], TileConfig]] = {
         ("ieee", "few"): TileConfig(32, 64, 32, 1, 4, 2),
     },
 }
-#: GeForce Blackwell (compute capability 12) has Ada's shared memory and warp-wide tensor-core instructions; at Ada's
-#: depth of a float32 tile it spills a little.
+#: GeForce Blackwell (compute capability 12) has Ada's shared memory and warp-wide tensor-core instructions. A float32
+#: tile of Ada's depth spills a little.
 TILES["geforce-blackwell"] = {**TILES["ada"], ("ieee", "few"): TileConfig(32, 64, 16, 1, 4, 3)}
 
-#: architecture -> (operands, product) -> tile of a product with a listed gradient (`sparse.py`), in the same letters:
-#: "d_weight" makes `[BLOCK_V, BLOCK_H]` and sums BLOCK_N listed tokens at a time; "d_hidden", with its atomics, and
-#: "ordered" make `[BLOCK_N, BLOCK_H]` and sum BLOCK_V entries. BLOCK_V divides 128, and so does BLOCK_N of the latter.
-#: Before Hopper there are no atomics of four numbers, and the pointers of a wide tile's spill.
+#: architecture -> (operands, product) -> tile of a product with a listed gradient (`sparse.py`).
+#: "d_weight" has a tile `[BLOCK_V, BLOCK_H]` and sums BLOCK_N listed tokens at a time. "d_hidden" (with atomics) and
+#: "ordered" have a tile `[BLOCK_N, BLOCK_H]` and sum BLOCK_V entries at a time. BLOCK_V divides 128, and BLOCK_N of
+#: "ordered" too. GPUs before Hopper have no atomics of four numbers, so the pointers of a wide tile spill there.
 LISTED: dict[str, dict[tuple[str, str], TileConfig]] = {
     "ampere": {
         ("half", "d_weight"): TileConfig(32, 128, 128, 1, 8, 4),
@@ -148,13 +150,13 @@ LISTED: dict[str, dict[tuple[str, str], TileConfig]] = {
 LISTED |= {"ada": LISTED["ampere"], "blackwell": LISTED["hopper"]}
 LISTED["geforce-blackwell"] = {**LISTED["ada"], ("ieee", "d_hidden"): TileConfig(64, 16, 32, 1, 4, 3)}
 
-#: For every architecture: a row of 128k float32 entries is 32 blocks, 16 numbers a thread each.
+#: Rows on every architecture. A row of 128k float32 entries is 32 steps of 16 numbers a thread.
 ROW = RowConfig(1, 4096, 8)
-#: Rows of two heads at once (`divergence.py`): 8 numbers of each a thread. With 16 some forms fill 128 registers.
+#: Rows of two heads at once (`divergence.py`), 8 numbers of each a thread. With 16 some forms fill 128 registers.
 ROW_PAIR = RowConfig(1, 1024, 4)
 
-#: Small enough that a small problem has several tiles and splits each way.
-INTERPRETED, INTERPRETED_ROW = TileConfig(16, 32, 16, 2, 1, 1), RowConfig(8, 32, 1)
+#: Tiles in Triton's interpreter, so small that a small problem has several tiles and splits each way.
+INTERPRETED_TILE, INTERPRETED_ROW = TileConfig(16, 32, 16, 2, 1, 1), RowConfig(8, 32, 1)
 INTERPRETED_LISTED = TileConfig(64, 64, 32, 1, 1, 1)
 
 
@@ -163,12 +165,12 @@ INTERPRETED_LISTED = TileConfig(64, 64, 32, 1, 1, 1)
 
 
 def on_device(x: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device: that of `x` within this context."""
+    """A context in which the device of `x` is the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def architecture(device: torch.device) -> str:
-    """The table's name of a device; "interpreter" for a CPU. What is unknown is taken for Ada, which asks for least."""
+    """The table's name of a device, or "interpreter" for a CPU. An unknown GPU is taken for Ada, which needs least."""
     if device.type == "cpu":
         return "interpreter"
     if torch.version.hip is not None:
@@ -179,49 +181,54 @@ def architecture(device: torch.device) -> str:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of products of float32: "tf32" where PyTorch's own may be, else "ieee". Without meaning for other dtypes."""
+    """The precision of float32 products: "tf32" if PyTorch's own may be, else "ieee". Other dtypes ignore it."""
     allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 def operands(dtype: torch.dtype) -> str:
+    """The table's name of operands of a dtype."""
     return precision(dtype) if dtype == torch.float32 else "half"
 
 
 def tile(hidden: torch.Tensor, *, rich: bool) -> TileConfig:
-    """The tile of a kernel that multiplies `hidden [N, H]` by the head, to measure it or for its gradient."""
+    """The tile of a kernel that multiplies `hidden [N, H]` by the head, for statistics or for a gradient."""
     name = architecture(hidden.device)
     if name == "interpreter":
-        return INTERPRETED
+        return INTERPRETED_TILE
     kind = operands(hidden.dtype)
     shape = "few" if hidden.shape[0] <= FEW_TOKENS else "rich" if rich else "many"
     return TILES[name].get((kind, shape)) or TILES[name][kind, "many"]
 
 
 def listed_tile(operand: torch.Tensor, product: str) -> TileConfig:
-    """Of a product of a listed gradient, "d_weight", "d_hidden" or "ordered", with an operand of its dtype."""
+    """The tile of a product ("d_weight", "d_hidden" or "ordered") of a listed gradient with an operand."""
     name = architecture(operand.device)
     return INTERPRETED_LISTED if name == "interpreter" else LISTED[name][operands(operand.dtype), product]
 
 
 def row(device: torch.device) -> RowConfig:
+    """The shape of a kernel on rows of one chunk."""
     return INTERPRETED_ROW if device.type == "cpu" else ROW
 
 
 def row_pair(device: torch.device) -> RowConfig:
+    """The shape of a kernel on rows of two chunks, one of each head."""
     return INTERPRETED_ROW if device.type == "cpu" else ROW_PAIR
 
 
 @cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of the device; 4 in the interpreter, which has none."""
+    """The number of the device's multiprocessors. The interpreter has none; there it is 4."""
     return 4 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def split(tiles_n: int, tiles_v: int, processors: int) -> tuple[int, int]:
-    """(splits, tiles in a split) of the vocabulary: the fewest splits with the shortest schedule, which is the number
-    of rounds in which the processors take one program each, times the tiles of a program. At most 128 splits: a split
-    leaves five numbers a token behind."""
+    """(splits, tiles in a split) of the vocabulary: the fewest splits with the shortest schedule.
+
+    A schedule's length is its number of rounds, in each of which a processor takes one program, times the tiles of a
+    program. There are at most 128 splits, because each leaves up to five numbers a token behind.
+    """
     tiles_v = max(tiles_v, 1)
 
     def schedule(splits: int) -> int:

@@ -1,8 +1,8 @@
-"""Statistics of tokens from tiles that never leave the chip, and the tile of gradients that a backward needs.
+"""Statistics of tokens from tiles of logits that never leave the chip, and the tile of gradients for a backward.
 
-Forward: a program owns a tile of tokens and a split of the vocabulary, walks the split's tiles, and leaves the sums of
-eq. 3 behind for each row; `merge_kernel` joins the splits. Backward: `gradient_kernel` computes a tile again and writes
-its `dL/ds`, rounded once, for the two products, which are cuBLAS's (kernels/triton/README.md says why).
+Forward: a program owns a tile of tokens and a split of the vocabulary. It walks the split's tiles and stores the sums
+of eq. 3 for each row. `merge_kernel` joins the splits. Backward: `gradient_kernel` computes a tile again and writes its
+`dL/ds`, rounded once, for the two products, which are cuBLAS's (kernels/triton/README.md says why).
 No kernel here adds into memory that another program writes: the same inputs give the same bits.
 """
 
@@ -29,7 +29,7 @@ def forward_kernel(
     p_weight,
     p_bias,
     p_targets,
-    p_top,  # [splits, N], as the next four; None where not asked for
+    p_top,  # [splits, N]; so are the next four, or None
     p_total,
     p_moment,
     p_square,
@@ -177,8 +177,10 @@ def gradient_kernel(
     GROUP_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Eqs. 11 and 13 of a tile: tokens by the V columns from `first_v` on, to which weight and bias point already. The
-    target's entry is 0, and so are the columns beyond V: a store without a mask on columns is a wide one."""
+    """Eqs. 11 and 13 of a tile: tokens by the V columns from `first_v` on, where weight and bias begin.
+
+    The target's entry is 0. So are columns beyond V, because a store without a mask on columns is a wide one.
+    """
     i_n, i_v = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -202,12 +204,12 @@ def gradient_kernel(
 
 
 class RowFactors(NamedTuple):
-    """What the gradient of a row's logits takes beside the logits, `[N]` float32 each (see `tile.gradient`)."""
+    """The factors of the gradient of rows of logits, `[N]` float32 each (see `tile.gradient`)."""
 
     lse: Tensor
     factor: Tensor
     entropy_factor: Tensor | None
-    mean_factor: Tensor | None  # under a softcap alone: without one, m / V is left to two products
+    mean_factor: Tensor | None  # only under a softcap: without one, two products add the part of m / V
 
 
 def bends(transform: LogitTransform) -> tuple[float, float | None, float | None]:
@@ -227,13 +229,21 @@ def fused_forward(
     outputs: tuple[str, ...],
     block: int | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """Statistics of `hidden [N, H]`, `weight [V, H]`, contiguous `bias [V]` and `targets [N]`, any strides of the first
-    two; and, for a power of two `block`, the logsumexp of every block of the vocabulary without the target's entry,
-    float32 `[N, ceil(V / block)]`, -inf for a block of nothing else. logprob and lse come always."""
+    """Statistics of tokens, and with `block` the logsumexps of the vocabulary's blocks.
+
+    Args:
+        hidden, weight: `[N, H]`, `[V, H]`, any strides. bias: `[V]` or None, contiguous. targets: `[N]`.
+        outputs: names of the statistics. logprob and lse are always there.
+        block: a power of two, or None.
+
+    Returns:
+        The statistics, and float32 `[N, ceil(V / block)]` or None. A block's logsumexp leaves the target's entry out,
+        so it is -inf for a block of nothing else.
+    """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rich = transform.softcap is not None or block is not None or bool({"entropy", "log_sum_sq"} & set(outputs))
     config = configs.tile(hidden, rich=rich)
-    part = min(block or config.BLOCK_V, config.BLOCK_V)  # of a block that is wider than a tile
+    part = min(block or config.BLOCK_V, config.BLOCK_V)  # a block wider than a tile is joined from its parts
     wanted = {"logprob", "lse", *outputs}
     stats = TokenStats(**{name: _floats(hidden, tokens) for name in OUTPUTS if name in wanted})
     part_lse = None if block is None else _floats(hidden, tokens, triton.cdiv(vocabulary, part))
@@ -257,7 +267,7 @@ def fused_forward(
 
 
 def joined(part_lse: Tensor | None, part: int, block: int | None) -> Tensor | None:
-    """Logsumexps of blocks from those of their parts, `[N, parts]`; what there is already is left as it is."""
+    """Logsumexps of blocks from those of their parts, `[N, parts]`. If a part is a whole block, nothing is done."""
     if part_lse is None or block is None or block == part:
         return part_lse
     ragged = -part_lse.shape[1] % (block // part)
@@ -283,13 +293,13 @@ def gradient_tile(
     config: configs.TileConfig,
     column_sum: Tensor | None = None,
 ) -> None:
-    """`out [N, width] = dL/ds` of `weight [V, H]`, a part of the vocabulary that begins at `first_v`; 0 at a target.
+    """Writes `out [N, width] = dL/ds` for `weight [V, H]`, the vocabulary from `first_v` on; 0 at a target.
 
     Args:
-        config: `gradient_config`'s, which the shapes below follow.
-        out: contiguous, any floating dtype; width is a multiple of the tile's BLOCK_V, and columns beyond V become 0.
-        column_sum: `[ceil(N / BLOCK_N), width]` float32, or None: the columns' sums over each tile of tokens, before
-            `out` is rounded.
+        config: the tile, from `gradient_config`.
+        out: contiguous, any floating dtype. Its width is a multiple of BLOCK_V, and columns beyond V become 0.
+        column_sum: `[ceil(N / BLOCK_N), width]` float32, or None. It receives the columns' sums over each tile of
+            tokens, before `out` is rounded.
     """
     tokens, part = hidden.shape[0], weight.shape[0]
     assert out.shape[1] % config.BLOCK_V == 0 and part <= out.shape[1]

@@ -1,20 +1,25 @@
-"""The backward of listed pairs of a token and a block of BLOCK vocabulary entries: routing, gradient, two products.
+"""The approximate backward on listed (token, block) pairs: routing, gradient, and two products with it.
+
+A block is PAIR_BLOCK vocabulary entries, below BLOCK; a span is PAIR_SPAN tokens, below SPAN.
 
     mass[i, b] = exp(block_lse[i, b] - lse[i])         the block's share of p, the target's left out
     kept where magnitude[i] mass[i, b] >= threshold     (a product of 0 never, a NaN always)
     tail[i, b] = mass[i, b] where not kept, else 0
 
-    tokens                    the list: block 0's tokens in order, then block 1's, ...; room for all of them
-    starts[b spans + s]      where block b's tokens in [SPAN s, SPAN (s + 1)) begin in it; its end comes last
+    tokens                    the list: block 0's tokens in order, then block 1's, ...; with room for every pair
+    starts[b spans + s]       where the list has block b's tokens of span s, [SPAN s, SPAN (s + 1)); the end comes last
 
     listed_gradient_kernel    G[r] = dL/ds of listed pair r, [BLOCK], rounded once; 0 at the target   2 R BLOCK H flops
     d_weight_kernel           d_weight[v] += sum_r G[r, v] hidden[token r]                            2 R BLOCK H
     d_hidden_kernel           d_hidden[token r] += sum_v G[r, v] weight[v], by float32 atomics        2 R BLOCK H
     ordered_d_hidden_kernel   the same sum, block after block: the same bits every time               2 U BLOCK H
 
-for R listed pairs, and U that counts every token of a span where one is listed. A call takes some of the blocks, so
-that G can have room for every token in each of them, and nobody asks the device how many there are: programs beyond a
-list's end stop at once. What is put back for pairs left out, the target's entry and the mean logit's part are not here.
+R is the number of listed pairs. U counts all tokens of a span for each block that lists one of them.
+
+A call takes some of the blocks. G has room for every token in each of these, so the host never waits for the device to
+say how many pairs there are. Programs beyond a list's end stop at once.
+
+Three terms are added elsewhere: the correction for pairs left out, the target's entry, and the mean logit's part.
 Traffic and numerics: kernels/triton/README.md.
 """
 
@@ -31,9 +36,9 @@ from ..pairs import PAIR_BLOCK, PAIR_SPAN
 from . import configs
 from .tile import dot, gradient, raw_products, transform
 
-#: Programs along a block's list, at most: most lists are short, and a program that finds nothing is not free.
+#: The most programs along a block's list. Most lists are short, and a program without work is not free.
 LIST_PROGRAMS = 8
-#: Blocks that a program of `route_kernel` has: a read of 128 bytes a token.
+#: Blocks of a program of `route_kernel`, which reads 128 bytes of each token.
 ROUTE_BLOCKS = 32
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -43,19 +48,19 @@ ROUTE_BLOCKS = 32
 @triton.jit(do_not_specialize=["N", "blocks"])
 def route_kernel(
     p_block_lse,  # [N, blocks]
-    p_lse,  # [N], as the next
+    p_lse,  # [N]; so is the next
     p_magnitude,
     p_threshold,  # [1]
-    p_tail,  # [N, blocks]; None in the second run, as the next
+    p_tail,  # [N, blocks]; this and the next are None in the second run
     p_counts,  # [blocks, spans] pairs kept
-    p_starts,  # [blocks, spans]; None in the first run, as the next
+    p_starts,  # [blocks, spans]; this and the next are None in the first run
     p_tokens,  # [N blocks]
     N,
     blocks,
     SPAN: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """A span of tokens against BLOCK_B blocks. It runs twice: to leave the tail and count, and to list."""
+    """The pairs of a span of tokens and BLOCK_B blocks. It runs twice: to store the tail and counts, then to list."""
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     i_span = tl.program_id(1)
     o_n = i_span * SPAN + tl.arange(0, SPAN)
@@ -81,7 +86,7 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["first", "spans"])
 def place_kernel(p_starts, p_tokens, p_place, first, spans, SPAN: tl.constexpr):
-    """`place [count, spans SPAN]`: the row of G of each listed pair; the other pairs' are left as they are."""
+    """Writes each listed pair's row of G into `place [count, spans SPAN]`. Other entries are not written."""
     i_block = tl.program_id(1)
     p_start = p_starts + (first + i_block) * spans + tl.program_id(0)
     o_r = tl.load(p_start) + tl.arange(0, SPAN)
@@ -97,14 +102,14 @@ def place_kernel(p_starts, p_tokens, p_place, first, spans, SPAN: tl.constexpr):
 
 @triton.jit
 def list_bounds(p_starts, first, i_block, spans):
-    """Where a block's tokens begin and end in the list, and where those of the call's first block do: row 0 of G."""
+    """The list's begin and end for a block, and its begin for the call's first block, which is row 0 of G."""
     p_start = p_starts + (first + i_block) * spans
     return tl.load(p_start), tl.load(p_start + spans), tl.load(p_starts + first * spans)
 
 
 @triton.jit
 def load_rows(p, o_row, o_column, mask, stride_row, stride_column):
-    """`[rows, columns]` of a matrix; 0 where the mask is false."""
+    """The `[rows, columns]` of a matrix, and 0 where the mask is false."""
     o = o_row[:, None].to(tl.int64) * stride_row + o_column[None, :].to(tl.int64) * stride_column
     return tl.load(p + o, mask=mask, other=0.0)
 
@@ -115,7 +120,7 @@ def listed_gradient_kernel(
     p_weight,
     p_bias,
     p_targets,
-    p_lse,  # [N], as the next
+    p_lse,  # [N]; so is the next
     p_factor,
     p_starts,
     p_tokens,
@@ -136,7 +141,7 @@ def listed_gradient_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Eqs. 11 and 13 of BLOCK_N listed tokens by BLOCK_V columns of their block; 0 at the target and beyond V."""
+    """Eqs. 11 and 13 for BLOCK_N listed tokens by BLOCK_V columns of their block; 0 at the target and beyond V."""
     PARTS: tl.constexpr = BLOCK // BLOCK_V
     i_block = tl.program_id(1)
     start, stop, origin = list_bounds(p_starts, first, i_block, spans)
@@ -178,7 +183,7 @@ def d_weight_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_V rows of d_weight by BLOCK_H columns, this program's alone, summed over a block's list."""
+    """Adds a block's listed tokens into a tile `[BLOCK_V, BLOCK_H]` of d_weight, which only this program writes."""
     PARTS: tl.constexpr = BLOCK // BLOCK_V
     i_block = tl.program_id(1) // PARTS
     start, stop, origin = list_bounds(p_starts, first, i_block, spans)
@@ -222,8 +227,11 @@ def d_hidden_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_N listed tokens after BLOCK_N others by BLOCK_H columns, summed over their block, added by atomics. The
-    columns go slowest over the grid: a part of the sums that fits the L2 is live at a time."""
+    """Sums a block for tiles `[BLOCK_N, BLOCK_H]` of listed tokens, and adds them into d_hidden by atomics.
+
+    A program takes every `num_programs(0)`-th tile of the list. Columns go slowest over the grid, so that the sums in
+    use at one time fit the L2 cache.
+    """
     i_block = tl.program_id(1)
     start, stop, origin = list_bounds(p_starts, first, i_block, spans)
     o_h = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -266,7 +274,7 @@ def ordered_d_hidden_kernel(
     SPAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_N tokens of a span by BLOCK_H columns, this program's alone, summed over the span's blocks in order."""
+    """Sums a span's blocks in order into a tile `[BLOCK_N, BLOCK_H]` of d_hidden, which only this program writes."""
     PARTS: tl.constexpr = BLOCK // BLOCK_V
     i_n = tl.program_id(1) * BLOCK_N
     i_span = i_n // SPAN
@@ -296,11 +304,16 @@ def ordered_d_hidden_kernel(
 
 
 def route(block_lse: Tensor, lse: Tensor, magnitude: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`starts [blocks spans + 1]` and `tokens [N blocks]` int32, and `tail [N, blocks]`, of contiguous float32
-    `block_lse [N, blocks]`, `lse [N]`, `magnitude [N]`, `threshold [1]`. The host does not wait.
+    """The list of pairs that carry at least the threshold, and the mass of the others. The host does not wait.
+
+    Args:
+        block_lse, lse, magnitude, threshold: float32 and contiguous, `[N, blocks]`, `[N]`, `[N]`, `[1]`.
+
+    Returns:
+        `starts [blocks spans + 1]` and `tokens [N blocks]`, int32, and `tail [N, blocks]`, float32.
 
     Raises:
-        ValueError: N blocks is 2^31 or more, what an int32 place cannot hold.
+        ValueError: N blocks is 2^31 or more, which an int32 place cannot hold.
     """
     count, blocks = block_lse.shape
     if count * blocks >= 2**31:
@@ -337,13 +350,14 @@ def listed_gradient(
     *,
     slope: float,
 ) -> None:
-    """`out[r] = factor slope p` of the listed pairs of blocks `[first, first + count)`, 0 at a target and beyond V.
+    """Writes `out[r] = factor slope p` for the listed pairs of blocks `[first, first + count)`; 0 at a target.
 
     Args:
         hidden, weight: `[N, H]`, `[V, H]`, any strides. bias: `[V]` or None, contiguous. targets: `[N]` int64.
-        lse, factor: `[N]` float32: `p = e^(z - lse)`, and the upstream gradient of lse less that of logprob.
-        starts, tokens: of `route`.
-        out: `[N count, PAIR_BLOCK]`; row 0 is the first pair of block `first`. Rows beyond the list are not written.
+        lse, factor: `[N]` float32. p is `e^(z - lse)`; factor is lse's upstream gradient less logprob's.
+        starts, tokens: the list, from `route`.
+        out: `[N count, PAIR_BLOCK]`. Row 0 is the first pair of block `first`. Columns beyond V are 0. Rows beyond the
+            list are not written.
         slope: dz/ds.
     """
     config = configs.tile(hidden, rich=True)
@@ -358,7 +372,7 @@ def listed_gradient(
 
 
 def add_weight(g: Tensor, hidden: Tensor, starts: Tensor, tokens: Tensor, first: int, count: int, out: Tensor) -> None:
-    """`out [V, H] += g^T hidden` over the listed pairs of those blocks; `out` float32, contiguous."""
+    """`out [V, H] += g^T hidden` over the pairs of blocks `[first, first + count)`; `out` is float32, contiguous."""
     config, spans = configs.listed_tile(hidden, "d_weight"), triton.cdiv(hidden.shape[0], PAIR_SPAN)
     grid = (triton.cdiv(hidden.shape[1], config.BLOCK_H), count * (PAIR_BLOCK // config.BLOCK_V))
     with configs.on_device(hidden):
@@ -371,8 +385,11 @@ def add_weight(g: Tensor, hidden: Tensor, starts: Tensor, tokens: Tensor, first:
 def add_hidden(
     g: Tensor, weight: Tensor, starts: Tensor, tokens: Tensor, first: int, count: int, out: Tensor, *, ordered: bool
 ) -> None:
-    """`out [N, H] += g weight` over the listed pairs of those blocks; `out` float32, contiguous. `ordered`: in the
-    order of the blocks, the same bits every time, with more work; otherwise in any order."""
+    """`out [N, H] += g weight` over the pairs of blocks `[first, first + count)`; `out` is float32, contiguous.
+
+    With `ordered` the sum is in the order of the blocks: the same bits every time, for more work. Otherwise atomics add
+    in any order.
+    """
     config = configs.listed_tile(weight, "ordered" if ordered else "d_hidden")
     spans, tiles_h = triton.cdiv(len(out), PAIR_SPAN), triton.cdiv(out.shape[1], config.BLOCK_H)
     options = {"BLOCK": PAIR_BLOCK, "PRECISION": configs.precision(weight.dtype), **config.ungrouped}
@@ -392,8 +409,10 @@ def add_hidden(
 
 
 def _alive(starts: Tensor, first: int, count: int, spans: int) -> tuple[Tensor, Tensor]:
-    """For each span the blocks, counted from `first`, that list a token of it: `[spans, count]` int32, these in
-    order, then the others; and how many there are, `[spans]`."""
+    """The blocks that list a token of each span, `[spans, count]` int32, and their number, `[spans]`.
+
+    A row has these blocks in order, counted from `first`, and then the other blocks.
+    """
     pairs = starts[first * spans : (first + count) * spans + 1].diff().view(count, spans).T
     alive = (pairs > 0).to(torch.int32).contiguous()
     return alive.argsort(descending=True, stable=True).to(torch.int32), alive.sum(1, dtype=torch.int32)
