@@ -14,7 +14,7 @@ from torch import Tensor
 import logitless
 from logitless import Head, losses
 from logitless.losses import Distillation, Loss
-from logitless.losses.batch import evaluate, layout
+from logitless.losses.layout import token_layout
 from logitless.testing import TokenProblem, materialised
 from logitless.types import LogitTransform, TokenStats
 
@@ -54,7 +54,7 @@ def materialised_loss(loss: Loss, hidden: Tensor, weight: Tensor, inputs: Inputs
     problem = TokenProblem(hidden, weight, None, inputs.targets)
     stats = materialised(problem, LogitTransform(temperature=loss.stats_temperature), outputs=loss.outputs)
     divergence = None
-    if loss.level == "distribution":
+    if isinstance(loss, losses.DistributionLoss) and loss.compares_distributions:
         heads = Head(weight), Head(weight.detach())
         divergence = logitless.linear_divergence(
             hidden, heads[0], ref_hidden(inputs), heads[1], backend="reference", **loss.linear_divergence
@@ -66,12 +66,11 @@ def of_stats(loss: Loss, stats: TokenStats, inputs: Inputs, divergence: Tensor |
     """A loss of the registry from the tokens' statistics `[N]`, as its paper reduces it."""
     shape = inputs.problem.shape
     rows = TokenStats(*(None if x is None else x.view(shape) for x in stats))
-    out = evaluate(
-        loss,
+    out = loss.evaluate(
         rows,
-        layout(torch.ones(shape, dtype=torch.bool), None),
+        token_layout(torch.ones(shape, dtype=torch.bool), None),
         constants(loss, inputs.problem),
-        reduction=loss.reduction,  # type: ignore[arg-type]
+        reduction=loss.reduction,
         max_length=inputs.problem.length if loss.reduction == "constant_length" else None,
         divergence=None if divergence is None else divergence.view(shape),
     )

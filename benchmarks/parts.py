@@ -86,7 +86,7 @@ def _with_peers(losses: Sequence[Provider]) -> tuple[tuple[Provider, ...], tuple
 
 _SEQUENCES = _registered("sequence", "pair", "unpaired", backward="recompute")
 _REAL_LOSSES, _REAL_TARGETS = _with_peers(
-    [own.of_registry(name) for name in ("nll", *(x for x in peers.OF_REGISTRY if LOSSES[x].level != "distribution"))]
+    [own.of_registry(name) for name in ("nll", *(x for x in peers.OF_REGISTRY if not LOSSES[x].compares_distributions))]
 )
 _DISTRIBUTIONS, _DISTRIBUTION_TARGETS = _with_peers(_registered("distribution"))
 

@@ -15,7 +15,7 @@ def loss_inputs(
     names = (*loss.inputs, *loss.optional_inputs)
     inputs = {name: _per_token(name, rows, width, generator, dtype) for name in names}
     inputs |= {name: _per_sequence(name, rows, dtype) for name in loss.sequence_inputs}
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         inputs["ref_hidden"] = torch.randn(rows, width, hidden_size, generator=generator, dtype=dtype)
     return inputs
 

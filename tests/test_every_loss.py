@@ -9,15 +9,15 @@ import torch
 from loss_cases import loss_inputs
 from torch import Tensor
 
-from logitless import Head, linear_divergence, linear_loss, losses
-from logitless.losses import Loss
-from logitless.losses.batch import evaluate, layout
+from logitless import Head, linear_divergence, linear_logprobs, linear_loss, losses
+from logitless.losses import Loss, PairLoss, UnpairedLoss
+from logitless.losses.layout import token_layout
 from logitless.reduce import OF_SEQUENCES
 from logitless.testing import TokenProblem, materialised
 from logitless.types import LogitTransform, TokenStats
 
 NAMES = losses.names()
-WHOLE = ("pair", "unpaired")
+WHOLE = (PairLoss, UnpairedLoss)
 B, T, H, V = 6, 5, 4, 11
 
 
@@ -77,8 +77,8 @@ def total(parts: list[Any]) -> list[Tensor]:
 
 def count_of(loss: Loss, targets: Tensor) -> float:
     """What the loss's own reduction divides by, of the whole batch."""
-    if loss.level in WHOLE:
-        return len(targets) // 2 if loss.level == "pair" else len(targets)
+    if isinstance(loss, WHOLE):
+        return loss.count_groups(len(targets))
     counted = targets != -100
     return float((counted.any(-1) if loss.reduction in OF_SEQUENCES else counted).sum())
 
@@ -116,7 +116,7 @@ def test_against_the_loss_of_full_logits(name):
     stats = materialised(TokenProblem(hidden, weight, None, batch.targets), transform, outputs=loss.outputs)
     inputs = dict(batch.inputs)
     divergence = None
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         mask = batch.targets != -100
         divergence = linear_divergence(
             hidden,
@@ -127,9 +127,9 @@ def test_against_the_loss_of_full_logits(name):
             backend="reference",
             **loss.linear_divergence,
         )
-    tokens = layout(batch.targets != -100, None)
+    tokens = token_layout(batch.targets != -100, None)
     length = 8 if loss.reduction == "constant_length" else None
-    out = evaluate(loss, stats, tokens, inputs, reduction=loss.reduction, max_length=length, divergence=divergence)
+    out = loss.evaluate(stats, tokens, inputs, reduction=loss.reduction, max_length=length, divergence=divergence)
     value = out if isinstance(out, Tensor) else out.loss
     close(run(loss, batch), (value.detach(), *torch.autograd.grad(value, (hidden, weight))))
 
@@ -137,7 +137,7 @@ def test_against_the_loss_of_full_logits(name):
 @pytest.mark.parametrize(
     "loss",
     [
-        *(losses.get(name) for name in NAMES if losses.get(name).level == "distribution"),
+        *(losses.get(name) for name in NAMES if losses.get(name).compares_distributions),
         losses.ASFT(kl_weight=0.7),
         losses.SFTKL(kl="reverse_kl", kl_weight=0.0),
         losses.Distillation("js", nll_weight=0.4),
@@ -167,7 +167,7 @@ def test_the_order_of_rows_changes_nothing(name):
     """In a batch of pairs, the chosen and the rejected halves are reordered alike."""
     loss = losses.get(name)
     batch = batch_of(loss)
-    order = torch.tensor([2, 0, 1, 5, 3, 4]) if loss.level == "pair" else torch.tensor([4, 0, 5, 2, 1, 3])
+    order = torch.tensor([2, 0, 1, 5, 3, 4]) if isinstance(loss, PairLoss) else torch.tensor([4, 0, 5, 2, 1, 3])
     value, d_hidden, d_weight = run(loss, batch)
     close(run(loss, batch.rows(order)), (value, d_hidden[order], d_weight))
 
@@ -177,7 +177,7 @@ def test_micro_batches_of_any_size_add_up(name):
     """With the global count as the normalizer; ranks that sum their gradients are micro-batches."""
     loss = losses.get(name)
     batch = batch_of(loss)
-    parts = [[0, 3], [1, 2, 4, 5]] if loss.level == "pair" else [[0], [1, 2, 3], [4, 5]]
+    parts = [[0, 3], [1, 2, 4, 5]] if isinstance(loss, PairLoss) else [[0], [1, 2, 3], [4, 5]]
     normalizer = count_of(loss, batch.targets)
     found = []
     for rows in parts:
@@ -222,7 +222,7 @@ def test_no_token_that_counts(name):
     batch = batch._replace(targets=torch.full_like(batch.targets, -100))
     value, d_hidden, d_weight = run(loss, batch)
     assert value.isfinite() and not d_hidden.any() and not d_weight.any()
-    if loss.level not in WHOLE:
+    if not isinstance(loss, WHOLE):
         assert value == 0
 
 
@@ -274,3 +274,57 @@ def test_one_advantage_a_sequence_is_spread_over_its_tokens(name):
     short = batch._replace(inputs={**batch.inputs, "advantages": each})
     long = batch._replace(inputs={**batch.inputs, "advantages": each[:, None].expand(B, T)})
     close(run(loss, short), run(loss, long), 0.0)
+
+
+WITH_REFERENCE = [
+    *(loss for loss in map(losses.get, NAMES) if "ref_logprob" in loss.inputs),
+    losses.FDivergenceSFT(value="lse"),
+    losses.ASFT(kl="k3"),
+    losses.GRPO(beta=0.1),
+]
+
+
+def of_reference(batch: Batch) -> tuple[Batch, dict[str, Any], dict[str, Tensor]]:
+    """The batch without what a reference gives; the reference's hidden states and head; the inputs in their place."""
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(*shape, 3, generator=generator, dtype=torch.float64) for shape in ((B, T), (V,)))
+    stats = linear_logprobs(hidden, weight, batch.targets, softcap=5.0, outputs=("logprob", "lse"))
+    scored = {"ref_logprob": stats.logprob, "ref_lse": stats.lse}
+    rest = {name: x for name, x in batch.inputs.items() if name not in scored}
+    reference = {"ref_hidden": hidden, "ref_head": Head(weight, softcap=5.0)}
+    return batch._replace(inputs=rest), reference, {k: x for k, x in scored.items() if k in batch.inputs}
+
+
+@pytest.mark.parametrize("loss", WITH_REFERENCE, ids=str)
+def test_hidden_states_of_the_reference_stand_for_its_log_probs(loss):
+    batch, reference, scored = of_reference(batch_of(loss))
+    expected = run(loss, batch._replace(inputs=batch.inputs | scored))
+    close(run(loss, batch, **reference), expected, 0.0)
+    for name, value in scored.items():
+        with pytest.raises(ValueError, match=rf"{name}: .*ref_hidden"):
+            run(loss, batch, **reference, **{name: value})
+
+
+@pytest.mark.parametrize("loss", [losses.DPO(), losses.FDivergenceSFT(value="lse")], ids=str)
+def test_hidden_states_of_the_reference_compile_without_a_graph_break(loss):
+    batch, reference, _ = of_reference(batch_of(loss))
+    torch._dynamo.reset()
+
+    def value(hidden: Tensor) -> Tensor:
+        out = linear_loss(loss, hidden, batch.weight, batch.targets, **reference)
+        return out if isinstance(out, Tensor) else out.loss
+
+    compiled = torch.compile(value, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(batch.hidden), value(batch.hidden))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [x for x in map(losses.get, NAMES) if "ref_logprob" not in x.inputs and not x.compares_distributions],
+    ids=lambda loss: loss.name,
+)
+def test_a_reference_that_is_not_read_is_refused(loss):
+    batch, reference, _ = of_reference(batch_of(loss))
+    for argument, value in reference.items():
+        with pytest.raises(ValueError, match=rf"{argument}: '{loss.name}' reads nothing of a reference"):
+            run(loss, batch, **{argument: value})

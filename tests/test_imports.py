@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,8 +22,11 @@ LAYERS = (
     ("reference", "reduce"),
     ("losses", "backends"),
     ("ops", "info"),
+    ("arguments",),
     ("linear",),
-    ("functional",),
+    ("class_weight",),
+    ("functional", "module"),
+    ("aliases",),
     ("nn",),
     ("testing",),
     ("integrations",),
@@ -52,7 +57,7 @@ def modules() -> list[Path]:
 
 
 def unit(path: Path) -> str:
-    """The part of the package that a file belongs to: `losses` for losses/sft.py, `types` for types.py."""
+    """The part of the package that a file belongs to: `losses` for losses/loss.py, `types` for types.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -95,6 +100,32 @@ def test_backends_do_not_know_one_another() -> None:
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
         assert not imported & (names - {name})
+
+
+def test_losses_are_found_in_an_archive(tmp_path: Path) -> None:
+    """Their modules are listed nowhere, and an archive has no folders to look into."""
+    archive = tmp_path / "logitless.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for folder, _, names in os.walk(PACKAGE, followlinks=True):
+            for path in (Path(folder, name) for name in names if name.endswith(".py")):
+                file.write(path, path.relative_to(PACKAGE.parent))
+    code = (
+        f"import sys; sys.path.insert(0, {str(archive)!r})\n"
+        "import logitless\n"
+        "assert logitless.__file__.startswith(sys.path[0])\n"
+        "print(*logitless.losses.names())"
+    )
+    assert fresh(code).split() == logitless.losses.names()
+
+
+def test_a_loss_that_is_not_loaded_yet_compiles_by_its_name() -> None:
+    fresh(
+        "import torch, logitless\n"
+        "hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randint(7, (2, 3))\n"
+        "def loss(hidden): return logitless.linear_loss('gspo', hidden, weight, targets, advantages=torch.ones(2))\n"
+        "found = torch.compile(loss, backend='eager', fullgraph=True)(hidden)\n"
+        "torch.testing.assert_close(found, loss(hidden))"
+    )
 
 
 def test_import_brings_in_torch_alone() -> None:

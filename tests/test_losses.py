@@ -14,12 +14,17 @@ from torch import Tensor
 
 from logitless import losses
 from logitless.losses import DFT, DPO, NLL, FDivergenceSFT, Loss, sequence_logprob
-from logitless.losses.divergences import DIVERGENCES, SATURATED_PEARSON, Divergence, alpha_divergence
+from logitless.losses.sft.reward_transforms import (
+    REWARD_TRANSFORMS,
+    SATURATED_PEARSON,
+    RewardTransform,
+    alpha_transform,
+)
 from logitless.types import TokenStats
 
 ALPHAS = (-1.0, -0.3, 0.0, 0.05, 0.5, 1.0, 1.7, 2.0)
 SFT_LOSSES = [
-    *(FDivergenceSFT(divergence=name, beta=0.3) for name in DIVERGENCES),
+    *(FDivergenceSFT(divergence=name, beta=0.3) for name in REWARD_TRANSFORMS),
     FDivergenceSFT(saturate=True, beta=0.3),
     *(FDivergenceSFT(divergence="alpha", alpha=alpha, beta=0.3) for alpha in ALPHAS),
 ]
@@ -132,16 +137,16 @@ def test_dft_power_zero_is_nll_at_infinity_and_nan_stays_visible() -> None:
 # The divergences: their table against its own definition
 
 
-def rows() -> list[tuple[str, Divergence]]:
-    named = [*DIVERGENCES.items(), ("saturated", SATURATED_PEARSON)]
-    return named + [(f"alpha={alpha}", alpha_divergence(alpha)) for alpha in ALPHAS]
+def rows() -> list[tuple[str, RewardTransform]]:
+    named = [*REWARD_TRANSFORMS.items(), ("saturated", SATURATED_PEARSON)]
+    return named + [(f"alpha={alpha}", alpha_transform(alpha)) for alpha in ALPHAS]
 
 
 ROWS = pytest.mark.parametrize("row", [row for _, row in rows()], ids=[name for name, _ in rows()])
 
 
 @ROWS
-def test_divergence_is_normalised(row: Divergence) -> None:
+def test_divergence_is_normalised(row: RewardTransform) -> None:
     zero, one = doubles(0.0, grad=True), doubles(1.0)
     assert row.value(zero).item() == 0.0
     assert row.weight(zero).item() == 1.0
@@ -151,11 +156,11 @@ def test_divergence_is_normalised(row: Divergence) -> None:
 
 
 @ROWS
-def test_phi_is_the_conjugate_of_its_generator(row: Divergence) -> None:
+def test_phi_is_the_conjugate_of_its_generator(row: RewardTransform) -> None:
     """phi(x) = -sup_u (-x u - f(u)) = min_u (x u + f(u)), over a fine grid of u."""
-    if row is DIVERGENCES["pearson_chi2"]:
+    if row is REWARD_TRANSFORMS["pearson_chi2"]:
         x = torch.linspace(-3, 2, 41, dtype=torch.float64)  # beyond 2 the exact conjugate saturates
-    elif row is DIVERGENCES["total_variation"]:
+    elif row is REWARD_TRANSFORMS["total_variation"]:
         x = torch.linspace(-0.5, 0.5, 41, dtype=torch.float64)
     else:
         x = torch.linspace(-3 if row.low is None else max(row.low, -3), 4, 41, dtype=torch.float64)
@@ -167,7 +172,7 @@ def test_phi_is_the_conjugate_of_its_generator(row: Divergence) -> None:
 
 
 @ROWS
-def test_slope_is_the_derivative_of_phi_everywhere(row: Divergence) -> None:
+def test_slope_is_the_derivative_of_phi_everywhere(row: RewardTransform) -> None:
     x = torch.linspace(-9, 9, 73, dtype=torch.float64) + 0.011
     x = torch.cat([x, doubles(0.0 if row.low is None else row.low)]).requires_grad_()
     (gradient,) = torch.autograd.grad(row.value(x).sum(), x)
@@ -175,12 +180,12 @@ def test_slope_is_the_derivative_of_phi_everywhere(row: Divergence) -> None:
 
 
 @ROWS
-def test_continuation_keeps_value_slope_and_concavity(row: Divergence) -> None:
+def test_continuation_keeps_value_slope_and_concavity(row: RewardTransform) -> None:
     x = torch.linspace(-60, 20, 4001, dtype=torch.float64)
     value, weight = row.value(x), row.weight(x)
     assert bool((weight.diff() <= 1e-12).all()), "concave"
     assert bool((value.diff(n=2) <= 1e-9).all()), "concave"
-    if row is not DIVERGENCES["pearson_chi2"]:
+    if row is not REWARD_TRANSFORMS["pearson_chi2"]:
         assert bool((weight >= 0).all()), "increasing"
     if row.low is not None:
         low = doubles(row.low)
@@ -194,12 +199,12 @@ def test_alpha_contains_the_named_divergences() -> None:
     x = torch.linspace(-0.45, 3, 50, dtype=torch.float64)
 
     def at(alpha: float, scale: float) -> Tensor:
-        return scale * alpha_divergence(alpha).value(x / scale)
+        return scale * alpha_transform(alpha).value(x / scale)
 
-    torch.testing.assert_close(at(1, 1), DIVERGENCES["forward_kl"].value(x))
-    torch.testing.assert_close(at(0, 1), DIVERGENCES["reverse_kl"].value(x))
-    torch.testing.assert_close(at(0.5, 0.5), DIVERGENCES["squared_hellinger"].value(x))
-    torch.testing.assert_close(at(2, 2), DIVERGENCES["neyman_chi2"].value(x))
+    torch.testing.assert_close(at(1, 1), REWARD_TRANSFORMS["forward_kl"].value(x))
+    torch.testing.assert_close(at(0, 1), REWARD_TRANSFORMS["reverse_kl"].value(x))
+    torch.testing.assert_close(at(0.5, 0.5), REWARD_TRANSFORMS["squared_hellinger"].value(x))
+    torch.testing.assert_close(at(2, 2), REWARD_TRANSFORMS["neyman_chi2"].value(x))
     torch.testing.assert_close(at(-1, 2), SATURATED_PEARSON.value(x))
 
 
@@ -208,11 +213,11 @@ def test_alpha_contains_the_named_divergences() -> None:
 @pytest.mark.parametrize("step", [1e-3, 1e-6, 1e-9, 1e-11, 1e-13, 1e-200, -1e-9, -1e-13])
 def test_alpha_approaches_its_limits_smoothly(limit: float, dtype: torch.dtype, step: float) -> None:
     x = torch.linspace(-0.4, 3, 40, dtype=dtype, requires_grad=True)
-    near, exact = alpha_divergence(limit + step).value(x), alpha_divergence(limit).value(x)
+    near, exact = alpha_transform(limit + step).value(x), alpha_transform(limit).value(x)
     tolerance = 10 * abs(step) + 20 * torch.finfo(dtype).eps
     torch.testing.assert_close(near, exact, rtol=tolerance, atol=tolerance)
     (gradient,) = torch.autograd.grad(near.sum(), x)
-    torch.testing.assert_close(gradient, alpha_divergence(limit).weight(x), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient, alpha_transform(limit).weight(x), rtol=tolerance, atol=tolerance)
 
 
 def test_alpha_orientation_is_that_of_the_divergence_itself() -> None:
@@ -220,10 +225,10 @@ def test_alpha_orientation_is_that_of_the_divergence_itself() -> None:
     p, q = doubles(0.2, 0.5, 0.3), doubles(0.6, 0.1, 0.3)
     for alpha in (-1.0, 0.3, 0.5, 1.7):
         expected = (1 - (p**alpha * q ** (1 - alpha)).sum()) / (alpha * (1 - alpha))
-        torch.testing.assert_close((p * alpha_divergence(alpha).generator(q / p)).sum(), expected)
-    torch.testing.assert_close((p * alpha_divergence(1.0).generator(q / p)).sum(), (p * (p / q).log()).sum())
-    torch.testing.assert_close((p * alpha_divergence(0.0).generator(q / p)).sum(), (q * (q / p).log()).sum())
-    divergence = {name: (p * row.generator(q / p)).sum() for name, row in DIVERGENCES.items()}
+        torch.testing.assert_close((p * alpha_transform(alpha).generator(q / p)).sum(), expected)
+    torch.testing.assert_close((p * alpha_transform(1.0).generator(q / p)).sum(), (p * (p / q).log()).sum())
+    torch.testing.assert_close((p * alpha_transform(0.0).generator(q / p)).sum(), (q * (q / p).log()).sum())
+    divergence = {name: (p * row.generator(q / p)).sum() for name, row in REWARD_TRANSFORMS.items()}
     torch.testing.assert_close(divergence["forward_kl"], (p * (p / q).log()).sum())
     torch.testing.assert_close(divergence["reverse_kl"], (q * (q / p).log()).sum())
     torch.testing.assert_close(divergence["pearson_chi2"], ((q - p) ** 2 / p).sum())
@@ -248,7 +253,7 @@ CLOSED_FORMS = {
 
 
 def test_every_named_divergence_has_a_closed_form_here() -> None:
-    assert set(CLOSED_FORMS) == set(DIVERGENCES)
+    assert set(CLOSED_FORMS) == set(REWARD_TRANSFORMS)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
@@ -383,7 +388,7 @@ def test_value_lse_declares_what_it_needs() -> None:
     assert (value_loss().outputs, FDivergenceSFT().outputs) == (("logprob", "lse"), ("logprob",))
 
 
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, "alpha"])
+@pytest.mark.parametrize("divergence", [*REWARD_TRANSFORMS, "alpha"])
 def test_value_lse_is_its_formula(divergence: str) -> None:
     """Prompt tokens, padding, a turn of somebody else in the middle, and a row where nothing counts."""
     mask = torch.tensor(
@@ -439,7 +444,7 @@ def test_value_lse_gradcheck() -> None:
     mask = torch.tensor([[0, 1, 1, 0, 1], [1, 1, 1, 1, 0]]).bool()
     full, _, _ = random_stats(2, 5)
     ref_logprob, ref_lse = reference_like(full)
-    for divergence in DIVERGENCES:
+    for divergence in REWARD_TRANSFORMS:
         loss = value_loss(divergence=divergence)
         assert torch.autograd.gradcheck(
             lambda p, q, loss=loss: loss(TokenStats(logprob=p, lse=q), ref_logprob, ref_lse, mask=mask),
@@ -629,7 +634,7 @@ def test_token_losses_are_pure_and_elementwise(loss: Loss) -> None:
     assert stats.logprob is not None and value.data_ptr() != stats.logprob.data_ptr()
     row = TokenStats(*(None if x is None else x[1] for x in stats))
     torch.testing.assert_close(loss(row, *(x[1] for x in arguments)), value[1], rtol=0, atol=0)
-    if loss.level == "token":
+    if loss.token_wise:
         flat = TokenStats(*(None if x is None else x.flatten() for x in stats))
         torch.testing.assert_close(loss(flat, *(x.flatten() for x in arguments)), value.flatten(), rtol=0, atol=0)
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitless import linear_logprobs
-from logitless.losses import FDivergenceSFT
-from logitless.losses.implicit_reward import centred_advantage, dense_rewards
+from logitless.losses import FDivergenceSFT, centred_advantage, dense_rewards
 from logitless.types import TokenStats
 
 F64 = torch.float64

@@ -40,7 +40,8 @@ from logitless.losses import (
     sampler_correction,
     top_entropy_mask,
 )
-from logitless.losses.policy_base import LEAST_LOGPROB, Samples, bounded_exp, k3
+from logitless.losses.formulas import bounded_exp, k3
+from logitless.losses.policy.policy_loss import LEAST_LOGPROB, Samples
 from logitless.types import TokenStats
 
 TOKEN_LOSSES = [Reinforce(), PPO(), PPO(delta=3.0), GRPO(), DrGRPO(), DAPO(), BNPO(), CISPO(), SAPO(), DPPO(), DRO()]
@@ -84,7 +85,7 @@ class Batch(SimpleNamespace):
     def inputs(self, loss: PolicyLoss, **changed: Any) -> dict[str, Any]:
         """All that the loss knows of this batch, those of `changed` replaced."""
         known = {k: v for k, v in vars(self).items() if k in (*loss.inputs, *loss.optional_inputs)}
-        return known | ({"mask": self.mask} if loss.level == "sequence" else {}) | changed
+        return known | ({"mask": self.mask} if not loss.token_wise else {}) | changed
 
     def call(self, loss: PolicyLoss, **changed: Any) -> Tensor:
         return loss(self.stats, **self.inputs(loss, **changed))

@@ -37,8 +37,8 @@ from logitless.losses import (
     bco_reward_shift,
     kto_reference_point,
 )
-from logitless.losses.batch import evaluate, layout
-from logitless.losses.preference import LOSS_TYPES
+from logitless.losses.layout import token_layout
+from logitless.losses.preference.dpo import LOSS_TYPES
 from logitless.types import TokenStats
 
 DPO_TYPES = [DPO(loss_type=kind, label_smoothing=0.1 if kind == "exo_pair" else 0.0) for kind in LOSS_TYPES]
@@ -741,7 +741,7 @@ def test_a_dropped_tail_is_not_read() -> None:
     logprob = torch.tensor([[-1.0, -2.0, -math.inf], [-3.0, -1.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     inputs = dict(ref_logprob=torch.tensor([[-1.5, -1.0, -4.0], [-2.0, -2.0, 0.0]]))
-    found = evaluate(DPO(tail_weight=0.0), TokenStats(logprob=logprob), layout(mask, None), inputs)
+    found = DPO(tail_weight=0.0).evaluate(TokenStats(logprob=logprob), token_layout(mask, None), inputs)
     torch.testing.assert_close(found.loss, torch.tensor(-math.log(sg(-0.05))))
     (gradient,) = torch.autograd.grad(found.loss, logprob)
     assert gradient.isfinite().all() and gradient[0, 2] == 0 and (gradient[0, :2] < 0).all()

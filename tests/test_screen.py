@@ -490,7 +490,7 @@ def peaked_batch(loss: Loss) -> Batch:
 
 
 @pytest.mark.parametrize("backward", ["tail_corrected", "screened"])
-@pytest.mark.parametrize("name", [name for name in losses.names() if losses.get(name).level != "distribution"])
+@pytest.mark.parametrize("name", [name for name in losses.names() if not losses.get(name).compares_distributions])
 def test_every_loss_takes_it(name: str, backward: str) -> None:
     batch = peaked_batch(losses.get(name))
     exact = run_loss(name, batch)

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reduce
-from ..linear import linear_loss, loss_inputs
+from ..arguments import loss_inputs
+from ..linear import linear_loss
 from ..losses import Loss
-from ..losses.batch import check_boundaries, evaluate, layout
+from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs
 from ..types import OUTPUTS, BackendName, BackwardName, Head, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
@@ -216,8 +217,9 @@ class _HeadCall:
 
     @property
     def _reads_them(self) -> bool:
-        """Whether the loss is a function of a token's own statistics at the head's temperature."""
-        return self.loss.level == "token" and self.loss.stats_temperature == 1.0
+        """Whether the loss is a function of the call's statistics and of its inputs, without a reference to score."""
+        scores_reference = "ref_hidden" in (self.request.loss_inputs or {})
+        return self.loss.token_wise and self.loss.stats_temperature == 1.0 and not scores_reference
 
     def _token_stats(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
         """The statistics that the call and the loss ask for, from one product."""
@@ -234,10 +236,10 @@ class _HeadCall:
         settings = {name: given.pop(name, None) for name in ("token_weight", "max_length")}
         settings["reduction"] = given.pop("reduction", self.loss.reduction)
         reduce.check(settings["reduction"], self.request.num_items_in_batch, settings["max_length"])
-        tokens = layout(self.targets != self.request.ignore_index, self.request.cu_seqlens)
+        tokens = token_layout(self.targets != self.request.ignore_index, self.request.cu_seqlens)
         stats, items = _stats(results, self.loss.outputs), self.request.num_items_in_batch
         known = loss_inputs(self.loss, given, tokens, self.targets.device)
-        out: Tensor = evaluate(self.loss, stats, tokens, known, normalizer=items, **settings)
+        out: Tensor = self.loss.evaluate(stats, tokens, known, normalizer=items, **settings)
         return out
 
     def _linear_loss(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:

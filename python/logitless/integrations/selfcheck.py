@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..losses import NLL
+from ..losses.sft.likelihood import NLL
 from .families import UnsupportedModelError, text_config
 from .heads import find_head
 from .scoring import Patch, Request, score

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from .. import losses
-from ..losses import NLL, Loss
+from ..losses import Loss
+from ..losses.sft.likelihood import NLL
 from ..types import BackendName, BackwardName
 from . import selfcheck
 from .families import head_rule, router_loss

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from logitless.losses import Loss
+from logitless.losses import Loss, PairLoss
 from logitless.training.batching import Batch, consecutive
 from logitless.training.feeding import Feeder
 from logitless.training.objective import Engine, count, objective_of_stats
@@ -43,7 +43,7 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    names = PREFERENCE_METRICS if loss.level == "pair" else TOKEN_METRICS
+    names = PREFERENCE_METRICS if isinstance(loss, PairLoss) else TOKEN_METRICS
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
     for units in consecutive(len(feeder.units), batch_size)[world.rank :: world.size]:
         for name, value in _sums(model, loss, engine, complete(feeder.batch(units))).items():
@@ -59,15 +59,15 @@ TOKEN_METRICS = ("nll", "mean_token_accuracy")
 
 def _sums(model: Any, loss: Loss, engine: Engine, batch: Batch) -> dict[str, float]:
     """The loss and what it is a mean over (`weight`), the metrics and what they are means over (`count`)."""
-    wanted = loss.outputs if loss.level == "pair" else (*loss.outputs, "logprob", "correct")
+    wanted = loss.outputs if isinstance(loss, PairLoss) else (*loss.outputs, "logprob", "correct")
     stats = engine.stats(model, batch, tuple(dict.fromkeys(wanted)))
-    if loss.level == "distribution" or loss.stats_temperature != 1.0:  # not a function of these statistics
+    if loss.compares_distributions or loss.stats_temperature != 1.0:  # not a function of these statistics
         objective = engine.objective(model, batch, 1.0)
     else:
         objective = objective_of_stats(loss, stats, batch)
     weight = count(loss, batch)
     found = {"weight": weight, "loss": float(objective.loss)}
-    if loss.level == "pair":
+    if isinstance(loss, PairLoss):
         sums = {name: float(getattr(objective.result, part).sum()) for name, part in PREFERENCE_METRICS.items()}
         return {**found, "count": weight, **sums}
     assert stats.logprob is not None and stats.correct is not None

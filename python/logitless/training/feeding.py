@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from logitless.losses import Loss
+from logitless.losses import Loss, PairLoss
 from logitless.training.batching import Batch, Piece, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
@@ -29,7 +29,7 @@ def load_data(options: TrainOptions, tokenizer: object, loss: Loss) -> tuple[Tok
         text_field=options.dataset_text_field,
         columns=column_inputs(loss),
     )
-    render = renderer.pairs if loss.level == "pair" else renderer.sequences
+    render = renderer.pairs if isinstance(loss, PairLoss) else renderer.sequences
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from logitless import reduce
+from logitless.arguments import loss_inputs
 from logitless.integrations.scoring import plain_head
-from logitless.linear import loss_inputs
 from logitless.losses import NLL, Loss
-from logitless.losses.batch import Layout, evaluate, layout
+from logitless.losses.layout import TokenLayout, token_layout
+from logitless.losses.whole_sequence import WholeSequenceLoss
 from logitless.training.batching import Batch
 from logitless.training.render import IGNORED
-from logitless.types import LossReduction, TokenStats
+from logitless.types import TokenStats
 
 
 class Objective(NamedTuple):
@@ -148,29 +149,28 @@ def objective_of_stats(
     settings = _inputs(loss, batch, max_length)
     length = settings.pop("max_length", None)
     inputs = loss_inputs(loss, settings, tokens, batch.labels.device)
-    reduction = cast(LossReduction, loss.reduction)
-    out = evaluate(loss, stats, tokens, inputs, reduction=reduction, normalizer=normalizer, max_length=length)
+    out = loss.evaluate(stats, tokens, inputs, reduction=loss.reduction, normalizer=normalizer, max_length=length)
     return Objective(out) if isinstance(out, torch.Tensor) else Objective(out.loss, out)
 
 
 def count(loss: Loss, batch: Batch) -> int:
     """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count."""
     tokens = _layout(batch)
-    if loss.level in ("pair", "unpaired"):
-        return tokens.sequences // 2 if loss.level == "pair" else tokens.sequences
+    if isinstance(loss, WholeSequenceLoss):
+        return loss.count_groups(tokens.sequences)
     if loss.reduction not in reduce.OF_SEQUENCES:
         return batch.counted
     assert tokens.sequence is not None
     return len(tokens.sequence[tokens.mask].unique())
 
 
-def _layout(batch: Batch) -> Layout:
-    return layout(shifted(batch.labels) != IGNORED, batch.cu_seqlens)
+def _layout(batch: Batch) -> TokenLayout:
+    return token_layout(shifted(batch.labels) != IGNORED, batch.cu_seqlens)
 
 
 def reads_sequences(loss: Loss) -> bool:
     """Whether the loss has to know where sequences begin."""
-    return loss.level in ("sequence", "pair", "unpaired") or loss.reduction in reduce.OF_SEQUENCES
+    return not (loss.token_wise or loss.compares_distributions) or loss.reduction in reduce.OF_SEQUENCES
 
 
 def _inputs(loss: Loss, batch: Batch, max_length: int) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def reference_inputs(loss: Loss) -> tuple[str, ...]:
 
 def needs_reference(loss: Loss) -> bool:
     """Whether the loss compares with a reference model."""
-    return bool(reference_inputs(loss)) or loss.level == "distribution"
+    return bool(reference_inputs(loss)) or loss.compares_distributions
 
 
 def column_inputs(loss: Loss) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from logitless.losses import Loss
+from logitless.losses import Loss, PairLoss
 from logitless.training import checkpoint, files, model, parallel, reference
 from logitless.training.batching import Batch, Plan
 from logitless.training.config import TrainOptions
@@ -171,7 +171,7 @@ class Trainer:
         names = reference.reference_inputs(self.loss)
         if not reference.needs_reference(self.loss):
             return None
-        hidden = self._hidden_of_reference() if self.loss.level == "distribution" else None
+        hidden = self._hidden_of_reference() if self.loss.compares_distributions else None
         teacher = self.options.teacher_model_name_or_path
         if self.options.use_peft and not self.options.precompute_ref_log_probs and teacher is None:
             return reference.Reference(self.engine.stats, self.model, names, hidden)
@@ -262,7 +262,7 @@ class Trainer:
             step,
             self.total_steps,
             self.options.warmup(self.total_steps),
-            peak_learning_rate(self.options, self.loss.level),
+            peak_learning_rate(self.options, self.loss),
             self.options.lr_scheduler_type,
         )
         set_learning_rate(self.optimizer, rate)
@@ -303,7 +303,7 @@ class Trainer:
     def _preference(self, objectives: list[Objective], pairs: float) -> Record:
         """Means of the preference metrics over all pairs of the step."""
         results = [objective.result for objective in objectives]
-        if self.loss.level != "pair":
+        if not isinstance(self.loss, PairLoss):
             return {}
         return {
             name: self.world.sum(sum(float(getattr(result, part).sum()) for result in results)) / pairs

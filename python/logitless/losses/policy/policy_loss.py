@@ -1,12 +1,10 @@
-"""What all policy losses share: ratios, the KL to a reference, the entropy bonus, the weights and masks of samples.
+"""The base of all policy losses: ratios, the KL to a reference, the entropy bonus, the weights and masks of samples.
 
-`PolicyLoss` writes each of them once; a loss adds its own term (`_objective`), and what its ratio is where that is not
-the token's own (`_log_ratio`).
+A loss adds its own term (`_objective`) and, if its ratio is not the token's own, that ratio (`_log_ratio`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, NamedTuple
@@ -14,92 +12,22 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import TokenStats
-from .base import Loss, check_choice, check_flag, check_number, constant, read
-from .policy_weights import still_on_policy, top_entropy_mask
-from .runs import Sequences, sequences_of
+from ...types import TokenStats
+from ..checks import check_flag, check_number, check_one_of, constant, statistic
+from ..formulas import ESTIMATORS, bounded_exp, k3, kl_estimate
+from ..loss import SequenceLoss
+from ..sequences import Sequences, sequences_of
+from .weights import still_on_policy, top_entropy_mask
 
-#: Ratios follow exp up to here, and its tangent beyond.
-MAX_LOG_RATIO = 20.0
+__all__ = ["PolicyLoss", "PolicyMetrics"]
+
 #: Log-probabilities count as at least this, far below what any logits give to a token that can be sampled.
 LEAST_LOGPROB = -1e6
-ESTIMATORS = ("k1", "k2", "k3")
-
-
-def bounded_exp(x: Tensor) -> Tensor:
-    """exp(x) up to x = 20 (4.9e8), its tangent there beyond: finite in float32, and with a slope that stays.
-
-    A clamp would take the gradient from the very tokens that have drifted furthest. exp(-inf) is 0, with slope 0.
-    """
-    top = MAX_LOG_RATIO
-    return torch.exp(x.clamp(max=top)) + math.exp(top) * torch.relu(x - top)
-
-
-def k1(kappa: Tensor) -> Tensor:
-    """`-kappa`, kappa = ref_logprob - logprob: unbiased; its gradient is the score alone, 0 on average."""
-    return -kappa
-
-
-def k2(kappa: Tensor) -> Tensor:
-    """`kappa^2 / 2`: biased; its gradient is unbiased for that of the reverse KL, on-policy."""
-    return kappa.square() / 2
-
-
-def k3(kappa: Tensor) -> Tensor:
-    """`exp(kappa) - kappa - 1`, >= 0: unbiased with less variance; its gradient is that of the forward KL, on average.
-
-    By its series near 0, where the difference has no digits left, and by its tangent beyond kappa = 20.
-    """
-    small = kappa.abs() < 1e-3
-    near = torch.where(small, kappa, 0.0)
-    series = near.square() / 2 * (1 + near / 3 * (1 + near / 4))
-    held = kappa.clamp(max=MAX_LOG_RATIO)
-    far = torch.expm1(held) - held + math.expm1(MAX_LOG_RATIO) * torch.relu(kappa - MAX_LOG_RATIO)
-    return torch.where(small, series, far)
-
-
-_ESTIMATES = {"k1": k1, "k2": k2, "k3": k3}
-
-
-def kl_estimate(
-    logprob: Tensor,
-    ref_logprob: Tensor,
-    *,
-    estimator: str = "k3",
-    gradient: str | None = None,
-    ratio: Tensor | None = None,
-) -> Tensor:
-    """An estimate of KL(policy || reference) per sampled token, in nats.
-
-    Args:
-        logprob, ref_logprob: `[...]`, finite; the second a constant.
-        estimator: `"k1"`, `"k2"` or `"k3"`: the value.
-        gradient: the estimator whose gradient it has (straight-through); the value's own by default.
-        ratio: the importance weight of samples of an older policy, which multiplies value and gradient. With the
-            value's own gradient it is differentiated too: `ratio k3` then has the gradient of `sg(ratio) k2`.
-
-    Source: J. Schulman's note on approximating KL (2020); the weight as in DeepSeek-V3.2; the separate gradient as in
-    verl's `+` estimators.
-
-    Raises:
-        ValueError: an estimator of another name.
-    """
-    for name, choice in (("estimator", estimator), ("gradient", estimator if gradient is None else gradient)):
-        if choice not in ESTIMATORS:
-            raise ValueError(f"{name}: expected one of {', '.join(ESTIMATORS)}, got {choice!r}")
-    kappa = ref_logprob.detach() - logprob
-    value = _ESTIMATES[estimator](kappa)
-    value = value if ratio is None else ratio * value
-    if gradient is None or (gradient == estimator and ratio is None):
-        return value
-    slope = _ESTIMATES[gradient](kappa)
-    slope = slope if ratio is None else ratio.detach() * slope
-    return slope + (value - slope).detach()
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What a policy loss is a function of: constants detached, 0 where `sequences` does not count a token."""
+    """The values that a policy loss reads: constants detached, 0 at a token that `sequences` does not count."""
 
     logprob: Tensor
     log_ratio: Tensor
@@ -115,14 +43,14 @@ class Samples:
 
 
 class PolicyMetrics(NamedTuple):
-    """What to watch, per token and detached; average with the mask."""
+    """Metrics of a policy loss, per token and detached; average them with the mask."""
 
     ratio: Tensor
     """The ratio that the loss is built on; a sequence's on each of its tokens where the loss takes it so."""
     clipped_low: Tensor
-    """1 where the ratio is below its bound and the token has no gradient for that."""
+    """1 where the ratio is below its bound, so that the token has no gradient."""
     clipped_high: Tensor
-    """1 where it is above its bound."""
+    """1 where the ratio is above its bound."""
     old_kl: Tensor
     """k3 of KL(old policy || policy)."""
     kl: Tensor | None
@@ -132,7 +60,7 @@ class PolicyMetrics(NamedTuple):
 
 
 @dataclass(frozen=True)
-class PolicyLoss(Loss):
+class PolicyLoss(SequenceLoss):
     """Base of the policy losses: `policy_weight * (the loss's own term) + beta * KL - entropy_coef * entropy`.
 
     Inputs, all constants per token (the advantages of a sequence stand on each of its tokens):
@@ -163,7 +91,7 @@ class PolicyLoss(Loss):
 
     An estimator's option without `beta`, where it would do nothing, is refused.
 
-    Source: KL as in arXiv 2402.03300 and `kl_estimate`; masks arXiv 2506.01939 and DeepSeek-V3.2 (`policy_weights`).
+    Source: KL as in arXiv 2402.03300 and `kl_estimate`; masks arXiv 2506.01939 and DeepSeek-V3.2 (`weights`).
     """
 
     _: KW_ONLY
@@ -184,9 +112,9 @@ class PolicyLoss(Loss):
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0)
-        check_choice(self, "kl", ESTIMATORS)
+        check_one_of(self, "kl", ESTIMATORS)
         if self.kl_gradient is not None:
-            check_choice(self, "kl_gradient", ESTIMATORS)
+            check_one_of(self, "kl_gradient", ESTIMATORS)
         check_flag(self, "kl_importance")
         if self.beta == 0 and (self.kl, self.kl_gradient, self.kl_importance) != ("k3", None, False):
             raise ValueError(f"{type(self).__name__}: kl, kl_gradient and kl_importance need beta > 0, got beta=0")
@@ -194,10 +122,6 @@ class PolicyLoss(Loss):
         check_number(self, "top_entropy", low=0.0, low_open=True, high=1.0)
         if self.off_policy_threshold is not None:
             check_number(self, "off_policy_threshold")
-
-    @property
-    def level(self) -> str:
-        return "sequence" if self.of_sequences or self.batch_wide else "token"
 
     @property
     def of_sequences(self) -> bool:
@@ -262,7 +186,7 @@ class PolicyLoss(Loss):
         sequence: Tensor | None = None,
         **inputs: Tensor | None,
     ) -> PolicyMetrics:
-        """What to watch, from the same arguments, detached; no further pass over the vocabulary."""
+        """Metrics from the arguments of the loss, detached; they need no further pass over the vocabulary."""
         samples = self._samples(stats, inputs, mask, sequence)
         ratio = bounded_exp(self._log_ratio(samples))
         low, high = self._clipped(samples, ratio)
@@ -271,7 +195,7 @@ class PolicyLoss(Loss):
         entropy = None if samples.entropy is None else samples.entropy.detach()
         return PolicyMetrics(ratio, low.to(ratio.dtype), high.to(ratio.dtype), old_kl, kl, entropy)
 
-    # What a loss is: its ratio, its own term, and where that is clipped.
+    # A loss's own parts: its ratio, its term, and the tokens at which the term is clipped.
 
     def _log_ratio(self, samples: Samples) -> Tensor:
         return samples.log_ratio
@@ -283,7 +207,7 @@ class PolicyLoss(Loss):
         none = torch.zeros_like(ratio, dtype=torch.bool)
         return none, none
 
-    # What all losses share.
+    # Parts that all losses share.
 
     def _samples(
         self,
@@ -292,13 +216,13 @@ class PolicyLoss(Loss):
         mask: Tensor | None,
         sequence: Tensor | None,
     ) -> Samples:
-        logprob = read(self, stats, "logprob").clamp(min=LEAST_LOGPROB)
-        if self.level == "token" and (mask is not None or sequence is not None):
+        logprob = statistic(self, stats, "logprob").clamp(min=LEAST_LOGPROB)
+        if self.token_wise and (mask is not None or sequence is not None):
             raise ValueError(f"{self.name}: mask and sequence belong to losses that look at sequences")
         constants = self._constants(inputs, logprob)
-        entropy = read(self, stats, "entropy") if "entropy" in self.outputs else None
+        entropy = statistic(self, stats, "entropy") if "entropy" in self.outputs else None
         sequences = None
-        if self.level == "sequence":
+        if not self.token_wise:
             sequences = sequences_of(self, logprob, mask, sequence)
             counted = sequences.mask
             # Before any exp: what stands behind an ignored token would come back as 0 * inf. From zeros every loss
@@ -315,11 +239,11 @@ class PolicyLoss(Loss):
             if name not in known:
                 raise TypeError(f"{self.name} has no input {name!r}; its inputs are {', '.join(known)}")
         wanted = [name for name in known if name in self.inputs or inputs.get(name) is not None]
-        found = {name: constant(self, name, inputs.get(name), like) for name in wanted}
-        return {name: x.clamp(min=LEAST_LOGPROB) if name.endswith("logprob") else x for name, x in found.items()}
+        constants = {name: constant(self, name, inputs.get(name), like) for name in wanted}
+        return {name: x.clamp(min=LEAST_LOGPROB) if name.endswith("logprob") else x for name, x in constants.items()}
 
     def _weight(self, samples: Samples) -> Tensor | None:
-        """What multiplies the loss's own term; None for 1."""
+        """The factor of the loss's own term; None for 1."""
         weight = samples.constants.get("policy_weight")
         for keep in (self._entropy_mask(samples), self._off_policy_mask(samples)):
             if keep is not None:
@@ -358,9 +282,3 @@ class PolicyLoss(Loss):
             gradient=self.kl_gradient,
             ratio=ratio if self.kl_importance else None,
         )
-
-
-def check_optional(loss: Loss, field: str, *, low: float) -> None:
-    """Raises unless the field is None or a finite number, `low` at least."""
-    if getattr(loss, field) is not None:
-        check_number(loss, field, low=low)

@@ -11,16 +11,18 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .base import Loss, check_number, constant, get, register
-from .preference import DPO, PairLoss, PreferenceResult, check_pair
+from ..catalogue import get, register
+from ..checks import check_number, constant
+from ..whole_sequence import PairLoss, PreferenceResult
+from .dpo import DPO, check_pair
 from .reference_free import ChosenNLL
 
 
 class _Sum(PairLoss):
-    """Declares what its terms need, and adds them up."""
+    """A weighted sum of pair losses, which needs all that its terms need."""
 
     @property
-    def parts(self) -> tuple[tuple[float, Loss], ...]:
+    def parts(self) -> tuple[tuple[float, PairLoss], ...]:
         """The weights and the terms."""
         raise NotImplementedError
 
@@ -65,22 +67,23 @@ class _Sum(PairLoss):
         """
         check_pair(self, chosen, rejected)
         pair = {"chosen": chosen, "rejected": rejected, "ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
-        results = [(weight, _evaluate(self, term, pair, extras)) for weight, term in self.parts]
+        results = [(weight, _of_term(self, term, pair, extras)) for weight, term in self.parts]
         loss = sum((weight * result.loss for weight, result in results), start=chosen.new_zeros(()))
         return results[0][1]._replace(loss=loss, chosen_logprob=chosen.detach(), rejected_logprob=rejected.detach())
 
 
-def _evaluate(whole: Loss, term: Loss, pair: dict[str, Tensor | None], extras: dict[str, Tensor]) -> PreferenceResult:
-    """One term, of averages where it wants them."""
+def _of_term(
+    whole: PairLoss, term: PairLoss, pair: dict[str, Tensor | None], extras: dict[str, Tensor]
+) -> PreferenceResult:
+    """The result of one term, from averages if the term takes these."""
     wanted = pair if term.inputs else {side: pair[side] for side in ("chosen", "rejected")}
     if term.average_logprob:
         wanted = {name: _average(whole, name, value, extras) for name, value in wanted.items()}
     named = [f"{side}_{extra}" for extra in term.extras for side in ("chosen", "rejected")]
-    result: PreferenceResult = term(**wanted, **{name: extras[name] for name in named if name in extras})
-    return result
+    return term(**wanted, **{name: extras[name] for name in named if name in extras})
 
 
-def _average(whole: Loss, name: str, value: Tensor | None, extras: dict[str, Tensor]) -> Tensor | None:
+def _average(whole: PairLoss, name: str, value: Tensor | None, extras: dict[str, Tensor]) -> Tensor | None:
     if value is None:
         return None
     length = f"{name.removeprefix('ref_')}_length"
@@ -114,7 +117,7 @@ class WeightedSum(_Sum):
     Source: TRL's lists of `loss_type` and `loss_weights`.
     """
 
-    terms: Sequence[Loss | str | Mapping[str, Any]] = (DPO(), ChosenNLL())
+    terms: Sequence[PairLoss | str | Mapping[str, Any]] = (DPO(), ChosenNLL())
     weights: Sequence[float] | None = None
     name: ClassVar[str] = "weighted_sum"
 
@@ -128,11 +131,11 @@ class WeightedSum(_Sum):
             raise ValueError(f"WeightedSum: terms must share one tail_weight, got {sorted(tails)}")
 
     @property
-    def parts(self) -> tuple[tuple[float, Loss], ...]:
-        return tuple((weight, get(term)) for weight, term in zip(self.weights or (), self.terms, strict=True))  # type: ignore[arg-type]
+    def parts(self) -> tuple[tuple[float, PairLoss], ...]:
+        return tuple(zip(self.weights or (), self.terms, strict=True))  # type: ignore[arg-type]  # checked when made
 
 
-def _term(value: Any) -> Loss:
+def _term(value: Any) -> PairLoss:
     """A pair loss from an object, a name, or a mapping of a name and hyper-parameters."""
     if isinstance(value, Mapping):
         settings = dict(value)
@@ -141,7 +144,7 @@ def _term(value: Any) -> Loss:
         loss = get(settings.pop("name"), **settings)
     else:
         loss = get(value)
-    if loss.level != "pair":
+    if not isinstance(loss, PairLoss):
         raise ValueError(f"WeightedSum: terms must be pair losses, got {loss.name!r} of level {loss.level!r}")
     return loss
 
@@ -153,11 +156,11 @@ def _listed(field: str, value: Any) -> list[Any]:
 
 
 def _positive(loss: str, weights: Iterable[Any], count: int) -> tuple[float, ...]:
-    found = tuple(weights)
-    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in found)
-    if not numbers or len(found) != count or count == 0 or not all(0 < x < float("inf") for x in found):
-        raise ValueError(f"{loss}: weights must be {max(count, 1)} finite positive numbers, one per term, got {found}")
-    return tuple(float(x) for x in found)
+    values = tuple(weights)
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in values)
+    if not numbers or len(values) != count or count == 0 or not all(0 < x < float("inf") for x in values):
+        raise ValueError(f"{loss}: weights must be {max(count, 1)} finite positive numbers, one per term, got {values}")
+    return tuple(float(x) for x in values)
 
 
 @register
@@ -191,7 +194,7 @@ class RPO(_Sum):
         check_number(self, "nll_weight", low=0.0, low_open=True)
 
     @property
-    def parts(self) -> tuple[tuple[float, Loss], ...]:
+    def parts(self) -> tuple[tuple[float, PairLoss], ...]:
         return (1.0, DPO(beta=self.beta)), (self.nll_weight, ChosenNLL())
 
 
@@ -225,6 +228,6 @@ class MPO(_Sum):
         object.__setattr__(self, "weights", _positive("MPO", _listed("weights", self.weights), 3))
 
     @property
-    def parts(self) -> tuple[tuple[float, Loss], ...]:
+    def parts(self) -> tuple[tuple[float, PairLoss], ...]:
         terms = DPO(beta=self.beta), DPO(beta=self.beta, loss_type="bco_pair"), ChosenNLL()
         return tuple(zip(self.weights, terms, strict=True))

@@ -1,4 +1,4 @@
-"""The f-divergences of f-divergence SFT, each as a reward transform phi (`DIVERGENCES`, `alpha_divergence`).
+"""The f-divergences of f-divergence SFT, each as a reward transform phi (`REWARD_TRANSFORMS`, `alpha_transform`).
 
 For `D_f = sum_v P_v f(Q_v / P_v)`, P the expert and Q the model, the dual form that imitation learning uses is
 `sup_r E_P[phi(r)] - E_Q[r]` with
@@ -28,7 +28,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Divergence:
+class RewardTransform:
     """One row: a generator and its reward transform.
 
     Attributes:
@@ -55,7 +55,7 @@ class Divergence:
         return self.phi(x.clamp(min=self.low)) - self.low_slope * torch.relu(self.low - x)
 
     def weight(self, x: Tensor) -> Tensor:
-        """phi'(x), constant below `low`: what multiplies the gradient of NLL."""
+        """phi'(x), constant below `low`: the factor on NLL's gradient."""
         return self.slope(x if self.low is None else x.clamp(min=self.low))
 
 
@@ -64,8 +64,8 @@ _MAX_LOG_SLOPE = 5.0
 
 # Every phi is written so that its value near 0 and its autograd derivative far from 0 keep their digits:
 # 1 - exp(-log1p(x)) for x / (1 + x), whose derivative is otherwise a difference of nearly equal terms.
-DIVERGENCES: dict[str, Divergence] = {
-    "total_variation": Divergence(
+REWARD_TRANSFORMS: dict[str, RewardTransform] = {
+    "total_variation": RewardTransform(
         generator=lambda u: (u - 1).abs() / 2,
         phi=lambda x: x.clone(),
         slope=torch.ones_like,
@@ -73,7 +73,7 @@ DIVERGENCES: dict[str, Divergence] = {
         low_slope=1.0,
         remarks="The strict conjugate holds for |x| <= 1/2 only; without that bound the loss is NLL plus a constant.",
     ),
-    "pearson_chi2": Divergence(
+    "pearson_chi2": RewardTransform(
         generator=lambda u: (u - 1).square(),
         phi=lambda x: x * (1 - x / 4),
         slope=lambda x: 1 - x / 2,
@@ -81,7 +81,7 @@ DIVERGENCES: dict[str, Divergence] = {
         low_slope=math.inf,
         remarks="The whole parabola, as IQ-Learn uses it: the weight is negative beyond x = 2 and unbounded below.",
     ),
-    "squared_hellinger": Divergence(
+    "squared_hellinger": RewardTransform(
         generator=lambda u: (u.sqrt() - 1).square(),
         phi=lambda x: -torch.expm1(-torch.log1p(x)),
         slope=lambda x: (1 + x).pow(-2),
@@ -89,7 +89,7 @@ DIVERGENCES: dict[str, Divergence] = {
         low_slope=4.0,
         remarks="phi = x / (1 + x), for x > -1.",
     ),
-    "reverse_kl": Divergence(
+    "reverse_kl": RewardTransform(
         generator=lambda u: torch.special.xlogy(u, u) - u + 1,
         phi=lambda x: -torch.expm1(-x),
         slope=lambda x: torch.exp(-x),
@@ -97,7 +97,7 @@ DIVERGENCES: dict[str, Divergence] = {
         low_slope=math.exp(_MAX_LOG_SLOPE),
         remarks="KL(model || expert). phi = 1 - exp(-x), for all x; continued before it overflows.",
     ),
-    "forward_kl": Divergence(
+    "forward_kl": RewardTransform(
         generator=lambda u: u - 1 - u.log(),
         phi=torch.log1p,
         slope=lambda x: 1 / (1 + x),
@@ -105,7 +105,7 @@ DIVERGENCES: dict[str, Divergence] = {
         low_slope=2.0,
         remarks="KL(expert || model). phi = log(1 + x), for x > -1.",
     ),
-    "js": Divergence(
+    "js": RewardTransform(
         generator=lambda u: torch.special.xlogy(u, u) - (u + 1) * ((u + 1) / 2).log(),
         phi=lambda x: torch.log1p(-torch.expm1(-x)),
         slope=lambda x: 1 / (2 * torch.exp(x) - 1),
@@ -113,7 +113,7 @@ DIVERGENCES: dict[str, Divergence] = {
         low_slope=1 / (2 * math.exp(-0.3) - 1),
         remarks="phi = log(2 - exp(-x)), for x > -log 2.",
     ),
-    "neyman_chi2": Divergence(
+    "neyman_chi2": RewardTransform(
         generator=lambda u: (u - 1).square() / u,
         phi=lambda x: 2 * torch.expm1(torch.log1p(x) / 2),
         slope=lambda x: (1 + x).rsqrt(),
@@ -124,8 +124,8 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 #: Pearson's chi2 with its exact conjugate over u >= 0: flat beyond x = 2.
-SATURATED_PEARSON = Divergence(
-    generator=DIVERGENCES["pearson_chi2"].generator,
+SATURATED_PEARSON = RewardTransform(
+    generator=REWARD_TRANSFORMS["pearson_chi2"].generator,
     phi=lambda x: x.clamp(max=2.0) * (1 - x.clamp(max=2.0) / 4),
     slope=lambda x: (1 - x / 2).clamp(min=0.0),
     low=None,
@@ -133,11 +133,8 @@ SATURATED_PEARSON = Divergence(
     remarks="As pearson_chi2, with weight 0 instead of a negative one beyond x = 2.",
 )
 
-#: What `FDivergenceSFT.divergence` may be.
-NAMES = (*DIVERGENCES, "alpha")
 
-
-def alpha_divergence(alpha: float) -> Divergence:
+def alpha_transform(alpha: float) -> RewardTransform:
     """The alpha divergence, `(1 - sum_v P^alpha Q^(1 - alpha)) / (alpha (1 - alpha))`, P the expert and Q the model.
 
     `phi(x) = [1 - (1 + alpha x)^(-(1 - alpha) / alpha)] / (1 - alpha)` and `phi'(x) = (1 + alpha x)^(-1 / alpha)`,
@@ -157,7 +154,7 @@ def alpha_divergence(alpha: float) -> Divergence:
             return _log_deformed(x, alpha)
         return -torch.expm1((alpha - 1) * _log_deformed(x, alpha)) / (1 - alpha)
 
-    return Divergence(
+    return RewardTransform(
         generator=lambda u: _alpha_generator(u, alpha),
         phi=phi,
         slope=lambda x: torch.exp(-_log_deformed(x, alpha)) * (1 + alpha * x > 0),
@@ -182,7 +179,7 @@ def _log_deformed(x: Tensor, alpha: float) -> Tensor:
 
 def _alpha_generator(u: Tensor, alpha: float) -> Tensor:
     if abs(alpha) < _LIMIT:
-        return DIVERGENCES["reverse_kl"].generator(u)
+        return REWARD_TRANSFORMS["reverse_kl"].generator(u)
     if abs(1 - alpha) < _LIMIT:
-        return DIVERGENCES["forward_kl"].generator(u)
+        return REWARD_TRANSFORMS["forward_kl"].generator(u)
     return (alpha + (1 - alpha) * u - u.pow(1 - alpha)) / (alpha * (1 - alpha))

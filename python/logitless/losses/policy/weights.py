@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from .base import widest
-from .runs import Sequences
+from ..sequences import Sequences, wide_dtype
+
+__all__ = ["off_policy_mask", "own_means", "sampler_correction", "top_entropy_mask"]
 
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
@@ -83,7 +84,7 @@ def top_entropy_mask(entropy: Tensor, share: float, mask: Tensor | None = None) 
         return mask
     entropy = entropy.detach()
     ordered = torch.where(mask, entropy, torch.inf).reshape(-1).sort().values
-    last = (mask.sum().reshape(1) - 1).to(widest(entropy.device))
+    last = (mask.sum().reshape(1) - 1).to(wide_dtype(entropy.device))
     place = (last * (1 - share)).clamp(min=0)
     below, above = (ordered.gather(0, x.long()) for x in (place.floor(), place.ceil()))
     threshold = torch.lerp(below, above, place.frac().to(ordered.dtype))

@@ -14,8 +14,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import widest
-from .runs import Sequences
+from ..sequences import Sequences, wide_dtype
+
+__all__ = [
+    "discounted_sum",
+    "generalized_advantages",
+    "group_advantages",
+    "prefix_rft_advantages",
+    "rloo_advantages",
+    "whiten",
+]
 
 SCALES = ("group", "batch", "none")
 
@@ -121,7 +129,7 @@ def whiten(values: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class PrefixAdvantages(NamedTuple):
-    """`[S]` each: what the continuation's tokens of a sample get, and what those of its prefix get (0 without one)."""
+    """Advantages of a sample's continuation and of its prefix (0 without one), `[S]` each."""
 
     continuation: Tensor
     prefix: Tensor
@@ -204,7 +212,7 @@ def _centred(values: Tensor, index: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor) -> Tensor:
-    return values.detach().to(widest(values.device))
+    return values.detach().to(wide_dtype(values.device))
 
 
 def _result(values: Tensor, like: Tensor) -> Tensor:

@@ -14,26 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from ..types import TokenStats
-from .base import Loss, check_choice, check_flag, check_number, constant, read, register
-from .runs import Sequences, sequences_of
-from .weighted import weighted_nll
+from ...types import LossReduction, TokenStats
+from ..catalogue import register
+from ..checks import check_flag, check_number, check_one_of, constant, statistic
+from ..formulas import weighted_nll
+from ..loss import SequenceLoss
+from ..sequences import Sequences, sequences_of
 
 
-class _Answers(Loss):
+class _Answers(SequenceLoss):
     """A sequence loss whose value is an answer's own, an equal share of it on each of its tokens."""
 
-    @property
-    def level(self) -> str:
-        return "sequence"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return ("ref_logprob",)
-
-    @property
-    def reduction(self) -> str:
-        return "sequence_mean"
+    inputs: ClassVar[tuple[str, ...]] = ("ref_logprob",)
+    reduction: ClassVar[LossReduction] = "sequence_mean"
 
     def __call__(
         self, stats: TokenStats, ref_logprob: Tensor, *, mask: Tensor | None = None, sequence: Tensor | None = None
@@ -46,7 +39,7 @@ class _Answers(Loss):
             mask: bool, the tokens that count; all by default.
             sequence: int64, the tokens' answers where several lie behind one another; a row is one by default.
         """
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         rho = logprob - constant(self, "ref_logprob", ref_logprob, logprob)
         tokens = sequences_of(self, rho, mask, sequence)
         return torch.where(tokens.mask, self._answer(rho, tokens) / tokens.count(rho.dtype), 0.0)
@@ -115,7 +108,7 @@ class PoFT(_Answers):
 
 @register
 @dataclass(frozen=True)
-class IWSFT(Loss):
+class IWSFT(SequenceLoss):
     """Importance-weighted SFT (iw-SFT): `-sg(weight) logprob`; w = weight.
 
     - `per="sequence"`: `weight = clamp(exp(temperature mean_t rho_t), low, high)`, one for every token of an answer,
@@ -147,9 +140,11 @@ class IWSFT(Loss):
     low: float | None = None
     high: float | None = None
     name: ClassVar[str] = "iw_sft"
+    inputs: ClassVar[tuple[str, ...]] = ("ref_logprob",)
+    optional_inputs: ClassVar[tuple[str, ...]] = ("quality",)
 
     def __post_init__(self) -> None:
-        check_choice(self, "per", ("sequence", "token"))
+        check_one_of(self, "per", ("sequence", "token"))
         check_number(self, "temperature", low=0.0)
         for field in ("low", "high"):
             if getattr(self, field) is not None:
@@ -166,16 +161,8 @@ class IWSFT(Loss):
         return low if self.low is None else self.low, high if self.high is None else self.high
 
     @property
-    def level(self) -> str:
-        return self.per
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return ("ref_logprob",)
-
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("quality",)
+    def of_sequences(self) -> bool:
+        return self.per == "sequence"
 
     def __call__(
         self,
@@ -188,7 +175,7 @@ class IWSFT(Loss):
     ) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob` and constants `[...]`; with `per="sequence"` the last axis
         is time, `mask` (bool) the tokens that count and `sequence` (int64) the answer that each belongs to."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         exponent = logprob.detach() - constant(self, "ref_logprob", ref_logprob, logprob)
         if self.per == "sequence":
             tokens = sequences_of(self, logprob, mask, sequence)
@@ -202,7 +189,7 @@ class IWSFT(Loss):
 
 @register
 @dataclass(frozen=True)
-class DiscriminativeSFT(Loss):
+class DiscriminativeSFT(SequenceLoss):
     """Discriminative fine-tuning (the authors' DFT and DFT2): an answer against answers sampled from the base model.
 
     For a prompt with the demonstrated answer's log-probability s+ and B sampled ones s_j:
@@ -236,6 +223,8 @@ class DiscriminativeSFT(Loss):
     decay: float = 0.95
     ref_free: bool = False
     name: ClassVar[str] = "discriminative_sft"
+    batch_wide: ClassVar[bool] = True
+    reduction: ClassVar[LossReduction] = "sequence_mean"
 
     def __post_init__(self) -> None:
         check_number(self, "temperature", low=0.0, low_open=True)
@@ -243,20 +232,8 @@ class DiscriminativeSFT(Loss):
         check_flag(self, "ref_free")
 
     @property
-    def level(self) -> str:
-        return "sequence"
-
-    @property
     def inputs(self) -> tuple[str, ...]:
         return (*(() if self.ref_free else ("ref_logprob",)), "group", "negative", "log_normalizer")
-
-    @property
-    def batch_wide(self) -> bool:
-        return True
-
-    @property
-    def reduction(self) -> str:
-        return "sequence_mean"
 
     def __call__(
         self,
@@ -271,7 +248,7 @@ class DiscriminativeSFT(Loss):
     ) -> Tensor:
         """Per-token terms `[...]` from `stats.logprob` and constants `[...]`, equal over an answer's tokens but for
         `ref_logprob`; `mask` bool, the tokens that count, `sequence` int64, the answer that each belongs to."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         tokens = sequences_of(self, logprob, mask, sequence)
         sampled = constant(self, "negative", negative, logprob) != 0
         score, normalizer, size = self._scores(logprob, tokens, ref_logprob, group, sampled, log_normalizer)
@@ -291,7 +268,7 @@ class DiscriminativeSFT(Loss):
         sequence: Tensor | None = None,
     ) -> Tensor:
         """The prompts' new `log_normalizer` on each of their tokens, detached; the arguments are the loss's."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         tokens = sequences_of(self, logprob, mask, sequence)
         sampled = constant(self, "negative", negative, logprob) != 0
         return self._scores(logprob, tokens, ref_logprob, group, sampled, log_normalizer)[1]
@@ -329,7 +306,7 @@ class DiscriminativeSFT(Loss):
 
 @register
 @dataclass(frozen=True)
-class IFT(Loss):
+class IFT(SequenceLoss):
     """Intuitive fine-tuning's weights: `-logprob_t C_t`, `C_t = T G_t / sum_k G_k`, `G_t = sum_{k >= t} discount^(k -
     t) (-logprob_k)` over an answer's T tokens; w = C_t, with mean 1.
 
@@ -356,23 +333,16 @@ class IFT(Loss):
     discount: float = 0.95
     detach: bool = True
     name: ClassVar[str] = "ift"
+    reduction: ClassVar[LossReduction] = "mean_of_means"
 
     def __post_init__(self) -> None:
         check_number(self, "discount", low=0.0, high=1.0)
         check_flag(self, "detach")
 
-    @property
-    def level(self) -> str:
-        return "sequence"
-
-    @property
-    def reduction(self) -> str:
-        return "mean_of_means"
-
     def __call__(self, stats: TokenStats, *, mask: Tensor | None = None, sequence: Tensor | None = None) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob`, whose last axis is time; `mask` bool, the tokens that
         count, `sequence` int64, the answer that each belongs to."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         tokens = sequences_of(self, logprob, mask, sequence)
         nll = torch.where(tokens.mask, -logprob, 0.0)
         bounded = nll.clamp(max=1e6)

@@ -14,9 +14,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import check_number, register
-from .policy_base import PolicyLoss, Samples, check_optional, k2
-from .weighted import weighted_nll
+from ...types import LossReduction
+from ..catalogue import register
+from ..checks import check_number, check_optional
+from ..formulas import k2, weighted_nll
+from .policy_loss import PolicyLoss, Samples
 
 
 @register
@@ -117,10 +119,7 @@ class GRPO(PPO):
     """
 
     name: ClassVar[str] = "grpo"
-
-    @property
-    def reduction(self) -> str:
-        return "mean_of_means"
+    reduction: ClassVar[LossReduction] = "mean_of_means"
 
 
 @register
@@ -144,10 +143,7 @@ class DrGRPO(PPO):
     """
 
     name: ClassVar[str] = "dr_grpo"
-
-    @property
-    def reduction(self) -> str:
-        return "constant_length"
+    reduction: ClassVar[LossReduction] = "constant_length"
 
 
 @register
@@ -262,15 +258,12 @@ class SAPO(PolicyLoss):
     tau_positive: float = 1.0
     tau_negative: float = 1.05
     name: ClassVar[str] = "sapo"
+    reduction: ClassVar[LossReduction] = "mean_of_means"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "tau_positive", low=0.0, low_open=True)
         check_number(self, "tau_negative", low=0.0, low_open=True)
-
-    @property
-    def reduction(self) -> str:
-        return "mean_of_means"
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
         tau = torch.full_like(ratio, self.tau_negative).masked_fill(samples.advantages > 0, self.tau_positive)

@@ -13,11 +13,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import check_number, register
-from .policy import PPO
-from .policy_base import MAX_LOG_RATIO, PolicyLoss, Samples, bounded_exp
-from .runs import Sequences
-from .weighted import weighted_nll
+from ...types import LossReduction
+from ..catalogue import register
+from ..checks import check_number
+from ..formulas import MAX_LOG_RATIO, bounded_exp, weighted_nll
+from ..sequences import Sequences
+from .policy_loss import PolicyLoss, Samples
+from .token_ratio import PPO
 
 
 def _sequences(samples: Samples) -> Sequences:
@@ -50,10 +52,7 @@ class RLOO(PPO):
 
     name: ClassVar[str] = "rloo"
     of_sequences: ClassVar[bool] = True
-
-    @property
-    def reduction(self) -> str:
-        return "mean_of_means"
+    reduction: ClassVar[LossReduction] = "mean_of_means"
 
     def _log_ratio(self, samples: Samples) -> Tensor:
         return _sequences(samples).sum(samples.log_ratio)
@@ -86,10 +85,7 @@ class GSPO(PPO):
     epsilon_high: float = 4e-4
     name: ClassVar[str] = "gspo"
     of_sequences: ClassVar[bool] = True
-
-    @property
-    def reduction(self) -> str:
-        return "mean_of_means"
+    reduction: ClassVar[LossReduction] = "mean_of_means"
 
     def _log_ratio(self, samples: Samples) -> Tensor:
         return _sequences(samples).mean(samples.log_ratio)
@@ -142,10 +138,7 @@ class LUSPO(GSPO):
     """
 
     name: ClassVar[str] = "luspo"
-
-    @property
-    def reduction(self) -> str:
-        return "sequence_mean"
+    reduction: ClassVar[LossReduction] = "sequence_mean"
 
 
 @register
@@ -174,15 +167,12 @@ class GMPO(PolicyLoss):
     epsilon_high: float = 0.4
     name: ClassVar[str] = "gmpo"
     of_sequences: ClassVar[bool] = True
+    reduction: ClassVar[LossReduction] = "mean_of_means"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "epsilon_low", low=0.0)
         check_number(self, "epsilon_high", low=0.0)
-
-    @property
-    def reduction(self) -> str:
-        return "mean_of_means"
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
         log_ratio = samples.log_ratio

@@ -13,24 +13,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..types import TokenStats
-from .base import Loss, check_choice, check_flag, check_number, constant, read, register
-from .runs import sequences_of
-
-
-def weighted_nll(weight: Tensor, logprob: Tensor) -> Tensor:
-    """`-weight logprob`; 0 where the weight is 0, also at a logprob of -inf, as in the limit of every weight here."""
-    return torch.where(weight == 0, 0.0, -weight * logprob)
-
-
-def probability_power(logprob: Tensor, power: Tensor | float) -> Tensor:
-    """`p^power`; 1 for power 0 at a logprob of -inf too, where 0 * -inf would be NaN."""
-    return torch.exp(power * logprob.clamp(min=torch.finfo(logprob.dtype).min))
+from ...types import TokenStats
+from ..catalogue import register
+from ..checks import check_flag, check_number, check_one_of, constant, statistic
+from ..formulas import probability_power, weighted_nll
+from ..loss import SequenceLoss, TokenLoss
+from ..sequences import sequences_of
 
 
 @register
 @dataclass(frozen=True)
-class DFT(Loss):
+class DFT(TokenLoss):
     """Dynamic fine-tuning: `-sg(p^power) logprob`, p = exp(logprob) and sg the stop-gradient; w = p^power.
 
     The gradient is that of `-p` (`-p^power / power` in general), so the value is no likelihood: log plain NLL beside
@@ -57,24 +50,21 @@ class DFT(Loss):
 
     power: float = 1.0
     name: ClassVar[str] = "dft"
+    optional_inputs: ClassVar[tuple[str, ...]] = ("token_power",)
 
     def __post_init__(self) -> None:
         check_number(self, "power", low=0.0)
 
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("token_power",)
-
     def __call__(self, stats: TokenStats, token_power: Tensor | None = None) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob`; `token_power` `[...]`, not negative."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         power = self.power if token_power is None else constant(self, "token_power", token_power, logprob)
         return weighted_nll(probability_power(logprob.detach(), power), logprob)
 
 
 @register
 @dataclass(frozen=True)
-class DeformedLog(Loss):
+class DeformedLog(SequenceLoss):
     """Deformed-logarithm likelihood ("beyond log-likelihood"): `(1 - p^a) / a`; w = p^a.
 
     - `form="constant"`: a = `exponent`. 0 is NLL (the limit), 1 is `1 - p`, whose gradient is DFT's.
@@ -107,22 +97,15 @@ class DeformedLog(Loss):
     min_prob: float = 0.0
     max_prob: float = 1.0
     name: ClassVar[str] = "deformed_log"
+    of_sequences: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_choice(self, "form", ("constant", "deft", "cayley"))
+        check_one_of(self, "form", ("constant", "deft", "cayley"))
         check_number(self, "exponent", low=0.0)
         check_number(self, "min_prob", low=0.0, high=1.0)
         check_number(self, "max_prob", low=self.min_prob, high=1.0)
         if self.exponent != 1.0 and self.form != "constant":
             raise ValueError(f"DeformedLog: exponent belongs to form='constant', got {self.form!r}")
-
-    @property
-    def level(self) -> str:
-        return "sequence" if self.form == "cayley" else "token"
-
-    @property
-    def of_sequences(self) -> bool:
-        return False
 
     @property
     def batch_wide(self) -> bool:
@@ -134,7 +117,7 @@ class DeformedLog(Loss):
 
     def __call__(self, stats: TokenStats, mask: Tensor | None = None, sequence: Tensor | None = None) -> Tensor:
         """Per-token loss `[...]`, >= 0; `mask` (bool, the tokens that count) belongs to `form="cayley"` alone."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         if self.form == "cayley":
             mask = sequences_of(self, logprob, mask, sequence).mask
             logprob = torch.where(mask, logprob, 0.0)
@@ -147,7 +130,7 @@ class DeformedLog(Loss):
         if self.form == "constant":
             return self.exponent
         if self.form == "deft":
-            return read(self, stats, "log_sum_sq").detach().exp()
+            return statistic(self, stats, "log_sum_sq").detach().exp()
         assert mask is not None
         p = torch.where(mask, logprob.exp(), 0.0)
         floor = 0.5 * p.sum() / mask.sum().clamp(min=1)
@@ -162,7 +145,7 @@ def _deformed_nll(logprob: Tensor, exponent: Tensor | float) -> Tensor:
 
 @register
 @dataclass(frozen=True)
-class CHORDPhi(Loss):
+class CHORDPhi(TokenLoss):
     """CHORD's token weight: `-sg(p (1 - p)) logprob`; w = p (1 - p), zero at both ends and at most 1/4.
 
     A logprob of -inf gives value and gradient 0. CHORD mixes this with a policy loss as `(1 - mu) L_RL + mu L_SFT`,
@@ -190,14 +173,14 @@ class CHORDPhi(Loss):
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob`."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         weight = -logprob.detach().exp() * torch.expm1(logprob.detach())
         return weighted_nll(weight, logprob.clamp(max=math.log(self.cutoff)))
 
 
 @register
 @dataclass(frozen=True)
-class LUFFYShaping(Loss):
+class LUFFYShaping(TokenLoss):
     """LUFFY's shaping of demonstrations: `-p / (p + gamma)`; w = gamma p / (p + gamma)^2, at most 1/4, at p = gamma.
 
     Between NLL and DFT: unlikely tokens pull in proportion to p / gamma, likely ones hardly. A logprob of -inf gives
@@ -227,12 +210,12 @@ class LUFFYShaping(Loss):
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, in (-1, 0], from `stats.logprob`."""
-        return -torch.sigmoid(read(self, stats, "logprob") - math.log(self.gamma))
+        return -torch.sigmoid(statistic(self, stats, "logprob") - math.log(self.gamma))
 
 
 @register
 @dataclass(frozen=True)
-class Focal(Loss):
+class Focal(TokenLoss):
     """Focal loss: `-(1 - p)^gamma logprob`; w = (1 - p)^gamma - gamma p logprob (1 - p)^(gamma - 1).
 
     The opposite of DFT: likely tokens hardly pull. w can exceed 1. A logprob of -inf gives inf with gradient -1, as NLL
@@ -258,7 +241,7 @@ class Focal(Loss):
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob`."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         # Below -80, 1 - p is 1 in every precision, and the clamp keeps inf * 0 out of the backward.
         miss = -torch.expm1(logprob.clamp(min=-80.0))
         return -(miss.clamp(min=1e-6) if self.gamma < 1 else miss).pow(self.gamma) * logprob
@@ -266,7 +249,7 @@ class Focal(Loss):
 
 @register
 @dataclass(frozen=True)
-class Unlikelihood(Loss):
+class Unlikelihood(TokenLoss):
     """Unlikelihood: `-alpha log(1 - p)` on negative tokens; w = -alpha p / (1 - p).
 
     Every target is negative by default. The optional per-token input `negative` (0 or 1) says which are, and the others
@@ -289,17 +272,14 @@ class Unlikelihood(Loss):
 
     alpha: float = 1.0
     name: ClassVar[str] = "unlikelihood"
+    optional_inputs: ClassVar[tuple[str, ...]] = ("negative",)
 
     def __post_init__(self) -> None:
         check_number(self, "alpha", low=0.0)
 
-    @property
-    def optional_inputs(self) -> tuple[str, ...]:
-        return ("negative",)
-
     def __call__(self, stats: TokenStats, negative: Tensor | None = None) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob`; `negative` `[...]`, not 0 where the token is negative."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         most = -1e-6
         miss = -torch.log(-torch.expm1(logprob.clamp(max=most)))
         loss = self.alpha * (miss + torch.relu(logprob - most) / math.expm1(-most))
@@ -310,7 +290,7 @@ class Unlikelihood(Loss):
 
 @register
 @dataclass(frozen=True)
-class EAFT(Loss):
+class EAFT(TokenLoss):
     """Entropy-adaptive fine-tuning: `-sg(h^alpha) logprob`, `h = min(entropy / log k, 1)`; w = h^alpha.
 
     The paper's h is the entropy of the k likeliest tokens, renormalised, over log k. Instead of this top-k, the whole
@@ -333,24 +313,21 @@ class EAFT(Loss):
     alpha: float = 1.0
     k: int = 20
     name: ClassVar[str] = "eaft"
+    outputs: ClassVar[tuple[str, ...]] = ("logprob", "entropy")
 
     def __post_init__(self) -> None:
         check_number(self, "alpha", low=0.0)
         check_number(self, "k", low=2.0)
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("logprob", "entropy")
-
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob` and `stats.entropy`."""
-        share = read(self, stats, "entropy").detach() / math.log(self.k)
-        return weighted_nll(share.clamp(0.0, 1.0).pow(self.alpha), read(self, stats, "logprob"))
+        share = statistic(self, stats, "entropy").detach() / math.log(self.k)
+        return weighted_nll(share.clamp(0.0, 1.0).pow(self.alpha), statistic(self, stats, "logprob"))
 
 
 @register
 @dataclass(frozen=True)
-class SEDSFT(Loss):
+class SEDSFT(TokenLoss):
     """Selective-entropy SFT (SED-SFT): `-logprob + scale m (p - 1/2)^2`, m = 1 where entropy > min_entropy;
     w = 1 - 2 scale m p (p - 1/2), in [1 - scale, 1 + scale / 8].
 
@@ -375,25 +352,22 @@ class SEDSFT(Loss):
     scale: float = 0.2
     min_entropy: float = 2.2
     name: ClassVar[str] = "sed_sft"
+    outputs: ClassVar[tuple[str, ...]] = ("logprob", "entropy")
 
     def __post_init__(self) -> None:
         check_number(self, "scale", low=0.0)
         check_number(self, "min_entropy", low=0.0)
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("logprob", "entropy")
-
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob` and `stats.entropy`."""
-        logprob = read(self, stats, "logprob")
-        flexible = read(self, stats, "entropy").detach() > self.min_entropy
+        logprob = statistic(self, stats, "logprob")
+        flexible = statistic(self, stats, "entropy").detach() > self.min_entropy
         return -logprob + torch.where(flexible, self.scale * (logprob.exp() - 0.5).square(), 0.0)
 
 
 @register
 @dataclass(frozen=True)
-class IDFT(Loss):
+class IDFT(TokenLoss):
     """In-distribution fine-tuning: `-sg(p^g) logprob` with a power for each token; w = p^g.
 
     With `phi = logprob + entropy`, which has mean 0 under the model and is negative for a surprising token,
@@ -422,6 +396,7 @@ class IDFT(Loss):
     mix: float = 1.0
     detach: bool = True
     name: ClassVar[str] = "idft"
+    outputs: ClassVar[tuple[str, ...]] = ("logprob", "entropy")
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0, low_open=True)
@@ -430,14 +405,10 @@ class IDFT(Loss):
         check_number(self, "mix", low=0.0, high=1.0)
         check_flag(self, "detach")
 
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("logprob", "entropy")
-
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob` and `stats.entropy`."""
-        logprob = read(self, stats, "logprob")
-        surprise = -(logprob + read(self, stats, "entropy")).detach() / self.beta
+        logprob = statistic(self, stats, "logprob")
+        surprise = -(logprob + statistic(self, stats, "entropy")).detach() / self.beta
         power = 1 + self.mix * (surprise.exp().clamp(self.min_power, self.max_power) - 1)
         if self.detach:
             return weighted_nll(probability_power(logprob.detach(), power), logprob)
@@ -445,26 +416,9 @@ class IDFT(Loss):
         return -probability_power(logprob, power) * logprob
 
 
-def idft_mix(step: int, total_steps: int, *, warmup: float = 0.2, transition: float = 0.1) -> float:
-    """`IDFT.mix` at a step: 0 for the share `warmup` of all steps, then linear to 1 over the share `transition`.
-
-    Source: the code of arXiv 2602.12222, with its defaults.
-
-    Raises:
-        ValueError: a negative step, no steps in all, or shares that are negative or exceed 1 together.
-    """
-    if step < 0 or total_steps < 1:
-        raise ValueError(f"idft_mix: expected 0 <= step and 1 <= total_steps, got {step} and {total_steps}")
-    if warmup < 0 or transition < 0 or warmup + transition > 1:
-        got = f"{warmup} and {transition}"
-        raise ValueError(f"idft_mix: warmup and transition must be shares of the steps, at most 1 together; got {got}")
-    done = step - warmup * total_steps
-    return min(max(done / max(transition * total_steps, 1.0), 0.0), 1.0)
-
-
 @register
 @dataclass(frozen=True)
-class ProFiT(Loss):
+class ProFiT(TokenLoss):
     """ProFiT: `-1[p > threshold] logprob`; w is 1 for tokens that the model finds likely enough and 0 for the others.
 
     A dropped token stays in the mean's denominator. For a mask made offline from anything else (CFT's critical tokens:
@@ -491,13 +445,13 @@ class ProFiT(Loss):
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob`."""
-        logprob = read(self, stats, "logprob")
+        logprob = statistic(self, stats, "logprob")
         return torch.where(logprob.detach().exp() > self.threshold, -logprob, 0.0)
 
 
 @register
 @dataclass(frozen=True)
-class GEM(Loss):
+class GEM(TokenLoss):
     """GEM with linear h: `beta logsumexp(z / beta) - z_target`, which is `-beta logprob` at the temperature beta.
 
     The gradient with respect to the logits z is `softmax(z / beta) - onehot`: a token stops being pushed up once it
@@ -529,4 +483,4 @@ class GEM(Loss):
 
     def __call__(self, stats: TokenStats) -> Tensor:
         """Per-token loss `[...]`, >= 0, from `stats.logprob` at the temperature `stats_temperature`."""
-        return -self.beta * read(self, stats, "logprob")
+        return -self.beta * statistic(self, stats, "logprob")

@@ -4,13 +4,12 @@ Dense-Path REINFORCE, which takes its rewards from a model that imitated demonst
 The bool input `demonstration` says which tokens are a demonstration's; the others are the policy's own, and get a
 policy loss. KL and entropy bonus, estimates over the policy's own samples, leave demonstrations out.
 
-The schedules of how much of a demonstration is shown (`prefix_rft_length`, `uft_hint_length`) and of its weight
-(`chord_mu`) stand at the end. Advantages of prefixes: `advantages.prefix_rft_advantages`.
+How much of a demonstration is shown, and its weight: `schedules`. Advantages of prefixes:
+`advantages.prefix_rft_advantages`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -18,12 +17,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..types import TokenStats
-from .base import check_choice, check_flag, check_number, register
-from .policy import PPO, Reinforce
-from .policy_base import PolicyLoss, Samples, check_optional
-from .policy_weights import top_entropy_mask
-from .weighted import DFT, CHORDPhi, LUFFYShaping, weighted_nll
+from ...types import TokenStats
+from ..catalogue import register
+from ..checks import check_flag, check_number, check_one_of, check_optional
+from ..formulas import weighted_nll
+from ..sft.token_weights import DFT, CHORDPhi, LUFFYShaping
+from .policy_loss import PolicyLoss, Samples
+from .token_ratio import PPO, Reinforce
+from .weights import top_entropy_mask
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class CHORD(_Imitating):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_number(self, "mu", low=0.0, high=1.0)
-        check_choice(self, "imitation", ("phi", "nll", "dft"))
+        check_one_of(self, "imitation", ("phi", "nll", "dft"))
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
         share = torch.full_like(ratio, 1 - self.mu).masked_fill(_demonstration(samples), self.mu)
@@ -207,6 +208,7 @@ class SRFT(_Mixed):
     entropy_cap: float = 5.0
     name: ClassVar[str] = "srft"
     uses_ratio: ClassVar[bool] = False
+    outputs: ClassVar[tuple[str, ...]] = ("logprob", "entropy")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -214,10 +216,6 @@ class SRFT(_Mixed):
             check_number(self, field, low=0.0)
         if self.entropy_sign not in (-1, 1):
             raise ValueError(f"SRFT: entropy_sign must be -1 or 1, got {self.entropy_sign!r}")
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        return ("logprob", "entropy")
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
         assert samples.entropy is not None
@@ -321,7 +319,7 @@ class DensePathReinforce(Reinforce):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self, "credit", ("return", "token"))
+        check_one_of(self, "credit", ("return", "token"))
         check_number(self, "gamma", low=0.0, high=1.0)
         check_optional(self, "reward_clip", low=0.0)
         if self.gamma != 1 and self.credit != "return":
@@ -346,89 +344,3 @@ class DensePathReinforce(Reinforce):
             assert samples.sequences is not None
             reward = samples.sequences.discounted(reward, self.gamma)
         return replace(samples, constants={**samples.constants, "advantages": reward})
-
-
-# Schedules
-
-
-def _cosine(step: int, total_steps: int, start: float, end: float) -> float:
-    """From `start` at step 0 to `end` at `total_steps` along half a cosine, and `end` beyond."""
-    if step < 0 or total_steps < 1:
-        raise ValueError(f"step, total_steps: expected 0 <= step and 1 <= total_steps, got {step} and {total_steps}")
-    done = min(step / total_steps, 1.0)
-    return end + 0.5 * (1 + math.cos(math.pi * done)) * (start - end)
-
-
-def prefix_rft_length(
-    length: int,
-    step: int,
-    total_steps: int,
-    *,
-    start: float = 0.95,
-    end: float = 0.05,
-    high: float = 0.95,
-    generator: torch.Generator | None = None,
-) -> int:
-    """How many of a demonstration's `length` tokens Prefix-RFT shows: `floor(u length)`, at most `length - 1`.
-
-    u is uniform in [low, high]; low falls along a cosine from `start` to `end` over `total_steps`, so that prefixes are
-    long at first and of any length later.
-
-    Raises:
-        ValueError: a length below 1, a negative step, no steps in all, or shares that are not in [0, 1].
-
-    Source: arXiv 2507.01679's code. Unverified source: the shares, from a port that cites the paper's appendix.
-    """
-    if length < 1:
-        raise ValueError(f"length: expected at least 1, got {length}")
-    if not (0 <= end <= high <= 1 and 0 <= start <= high):
-        raise ValueError(f"start, end, high: expected shares with start, end <= high, got {start}, {end}, {high}")
-    low = _cosine(step, total_steps, start, end)
-    share = low + (high - low) * float(torch.rand((), generator=generator, dtype=torch.float64))
-    return min(int(share * length), length - 1)
-
-
-def uft_hint_length(
-    length: int,
-    step: int,
-    hint_steps: int = 300,
-    *,
-    pieces: int = 5,
-    start: float = 0.95,
-    end: float = 0.05,
-    generator: torch.Generator | None = None,
-) -> int:
-    """How many of a solution's `length` tokens UFT shows: each of up to `pieces` equal pieces with a falling chance.
-
-    The number of pieces is binomial with a chance that falls along a cosine from `start` to `end` over `hint_steps`; 0
-    after these. Source: arXiv 2505.16984's code, with its defaults.
-
-    Raises:
-        ValueError: a negative length or step, no steps or pieces, or chances that are not in [0, 1].
-    """
-    if length < 0 or pieces < 1:
-        raise ValueError(f"length, pieces: expected length >= 0 and pieces >= 1, got {length} and {pieces}")
-    if not (0 <= start <= 1 and 0 <= end <= 1):
-        raise ValueError(f"start, end: expected chances in [0, 1], got {start} and {end}")
-    chance = _cosine(step, hint_steps, start, end)
-    count = min(pieces, length)
-    if step > hint_steps or count == 0:
-        return 0
-    shown = int((torch.rand(count, generator=generator, dtype=torch.float64) < chance).sum())
-    return length * shown // count
-
-
-def chord_mu(step: int, *, warmup: int = 0, decay: int = 0, peak: float = 0.1, valley: float = 0.1) -> float:
-    """`CHORD.mu` at a step: linear from 0 to `peak` over `warmup` steps, then a cosine to `valley` over `decay` steps.
-
-    The defaults, its code's, are a constant 0.1. Source: arXiv 2508.11408's code.
-
-    Raises:
-        ValueError: a negative number of steps, or weights that are not in [0, 1].
-    """
-    if min(step, warmup, decay) < 0 or not (0 <= peak <= 1 and 0 <= valley <= 1):
-        got = f"{step}, {warmup}, {decay}, {peak}, {valley}"
-        raise ValueError(f"chord_mu: expected steps >= 0 and weights in [0, 1], got {got}")
-    if step < warmup:
-        return peak * step / warmup
-    return valley if decay == 0 else _cosine(step - warmup, decay, peak, valley)

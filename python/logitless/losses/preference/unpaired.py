@@ -1,47 +1,27 @@
-"""Preference losses on single completions that are marked desirable or not: KTO and BCO, and what they compare with.
+"""Preference losses on single completions that are marked desirable or not: KTO and BCO.
 
 Both are functions of a log-ratio `v = logprob - ref_logprob` and of a number that the batch, or the run, supplies: a
-constant here, computed by the small functions below.
+constant here, computed by `unpaired_statistics`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import Loss, check_choice, check_flag, check_number, constant, register, widest
-
-
-class UnpairedResult(NamedTuple):
-    """What an unpaired loss returns: the loss, with its graph, and detached metrics, all per completion, `[S]`.
-
-    The one-call forms reduce `loss` and leave the metrics per completion.
-    """
-
-    loss: Tensor
-    """The loss to minimise."""
-    reward: Tensor
-    """`beta (logprob - ref_logprob)`."""
-    logprob: Tensor
-
-
-class _Unpaired(Loss):
-    @property
-    def level(self) -> str:
-        return "unpaired"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return ("ref_logprob",)
+from ..catalogue import register
+from ..checks import check_flag, check_number, check_one_of, constant
+from ..loss import Loss
+from ..whole_sequence import UnpairedLoss, UnpairedResult
 
 
 @register
 @dataclass(frozen=True)
-class KTO(_Unpaired):
+class KTO(UnpairedLoss):
     """Kahneman-Tversky optimisation: the value of a gain, or of an avoided loss, against a reference point.
 
     With `v = logprob - ref_logprob` of a completion and the reference point z0:
@@ -78,7 +58,7 @@ class KTO(_Unpaired):
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0, low_open=True)
-        check_choice(self, "loss_type", ("kto", "apo_zero_unpaired"))
+        check_one_of(self, "loss_type", ("kto", "apo_zero_unpaired"))
         check_number(self, "desirable_weight", low=0.0)
         check_number(self, "undesirable_weight", low=0.0)
 
@@ -115,7 +95,7 @@ class KTO(_Unpaired):
 
 @register
 @dataclass(frozen=True)
-class BCO(_Unpaired):
+class BCO(UnpairedLoss):
     """Binary classifier optimisation: logistic regression of the mark on the reward, with a shift.
 
     With `r = beta (logprob - ref_logprob)` and the shift delta, the running mean of r over the run:
@@ -203,58 +183,3 @@ def _shared(loss: Loss, name: str, value: Tensor | None, like: Tensor) -> Tensor
     if value is not None and value.dim() == 0:
         value = value.expand(like.shape)
     return constant(loss, name, value, like)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the losses compare with
-
-
-def kto_reference_point(logprob: Tensor, ref_logprob: Tensor) -> Tensor:
-    """KTO's reference point, `max(0, mean_i (logprob_i - ref_logprob_i))`: an estimate of KL(model || ref).
-
-    Args:
-        logprob, ref_logprob: `[S]`, summed over the tokens of completions that do not belong to their prompts (each
-            prompt with the completion of the row before it, say), of the whole batch: gather the ranks' before.
-
-    Returns:
-        `[]`, detached; 0 for no completions. One alone has no mismatched partner: take batches of two at least.
-    """
-    if not logprob.numel():
-        return logprob.new_zeros(())
-    return (logprob - ref_logprob).detach().mean().clamp(min=0.0)
-
-
-class RunningMean(NamedTuple):
-    """A mean and the number of values seen; both `[]`, float64, to be saved with a checkpoint."""
-
-    mean: Tensor
-    seen: Tensor
-
-
-def bco_reward_shift(rewards: Tensor, before: RunningMean | None = None) -> RunningMean:
-    """BCO's shift delta: the mean of all rewards so far, `.mean`, every reward counting alike.
-
-    Args:
-        rewards: `[S]`, `beta (logprob - ref_logprob)` of the batch, of all ranks.
-        before: what this function returned for the batches before; None at the start.
-
-    Returns:
-        The mean with this batch in it, detached.
-    """
-    rewards = rewards.detach().to(widest(rewards.device))
-    if before is None:
-        before = RunningMean(rewards.new_zeros(()), rewards.new_zeros(()))
-    seen = before.seen + rewards.numel()
-    step = (rewards - before.mean).sum() / seen.clamp(min=1.0)
-    return RunningMean(before.mean + step, seen)
-
-
-def bco_density_ratio(probability: Tensor, *, low: float = 0.5, high: float = 10.0) -> Tensor:
-    """BCO's weight of an undesirable completion, `p / (1 - p)` between `low` and `high`, detached.
-
-    Args:
-        probability: `[S]`, p: a classifier's probability that the prompt is one of the desirable completions'.
-        low, high: the bounds; 0.5 and 10 as in TRL 0.23.
-    """
-    probability = probability.detach()
-    return (probability / (1 - probability)).clamp(low, high)

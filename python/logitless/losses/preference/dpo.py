@@ -9,45 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .base import Loss, check_choice, check_flag, check_number, constant, register
-
-
-class PreferenceResult(NamedTuple):
-    """What a pair loss returns: the loss, with its graph, and detached metrics, all per pair.
-
-    The pure losses return `[B]` tensors throughout; the one-call forms reduce `loss` and leave the metrics per pair.
-    """
-
-    loss: Tensor
-    """The loss to minimise."""
-    chosen_reward: Tensor
-    """`beta (chosen - ref_chosen)`, whatever the divergence: log-ratios of averages for losses of averages, of sums
-    otherwise; without a reference `beta chosen`."""
-    rejected_reward: Tensor
-    margin: Tensor
-    """`chosen_reward - rejected_reward`."""
-    accuracy: Tensor
-    """1 where the chosen reward is the greater, strictly: a tie counts as wrong."""
-    chosen_logprob: Tensor
-    rejected_logprob: Tensor
-
-
-class PairLoss(Loss):
-    """A loss of two sequences' log-probabilities, with a reference's unless `inputs` is overridden."""
-
-    @property
-    def level(self) -> str:
-        return "pair"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return ("ref_logprob",)
+from ..catalogue import register
+from ..checks import check_flag, check_number, check_one_of, constant
+from ..loss import Loss
+from ..whole_sequence import PairLoss, PreferenceResult
 
 
 def preference_result(
@@ -60,7 +31,7 @@ def preference_result(
 
 
 def check_pair(loss: Loss, chosen: Tensor, rejected: Tensor) -> None:
-    """Raises ValueError unless both have one shape."""
+    """Raises ValueError unless chosen and rejected have one shape."""
     if rejected.shape != chosen.shape:
         shapes = f"{tuple(chosen.shape)}, got {tuple(rejected.shape)}"
         raise ValueError(f"{loss.name}: rejected must have the shape of chosen, {shapes}")
@@ -153,7 +124,7 @@ _OF_REWARDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "apo_down": lambda c, r, _: torch.sigmoid(c) + torch.sigmoid(r - c),
 }
 LOSS_TYPES = (*_OF_DIFFERENCE, *_OF_REWARDS)
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+SCORE_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 
 _SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "aot", "aot_unpaired")
 _AVERAGED = ("ipo", "sigmoid_norm")
@@ -254,9 +225,9 @@ class DPO(PairLoss):
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0, low_open=True)
-        check_choice(self, "loss_type", LOSS_TYPES)
+        check_one_of(self, "loss_type", LOSS_TYPES)
         check_number(self, "label_smoothing", low=0.0, high=0.5, high_open=True)
-        check_choice(self, "divergence", DIVERGENCES)
+        check_one_of(self, "divergence", SCORE_DIVERGENCES)
         check_number(self, "alpha", low=0.0)
         check_number(self, "discopop_tau", low=0.0, high=1.0, low_open=True)
         check_number(self, "tail_weight", low=0.0, high=1.0)
@@ -264,7 +235,7 @@ class DPO(PairLoss):
         self._check_meaning()
 
     def _check_meaning(self) -> None:
-        """Raises ValueError where one setting would be ignored, or would mean nothing, beside another."""
+        """Raises ValueError if one setting would be ignored, or would mean nothing, beside another."""
         kind = self.loss_type
         if self.label_smoothing > 0 and kind not in _SMOOTHED:
             raise ValueError(f"DPO: label_smoothing belongs to loss_type {', '.join(_SMOOTHED)}; got {kind!r}")
@@ -428,14 +399,11 @@ class RDPO(PairLoss):
     beta: float = 0.1
     alpha: float = 0.01
     name: ClassVar[str] = "r_dpo"
+    extras: ClassVar[tuple[str, ...]] = ("length",)
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0, low_open=True)
         check_number(self, "alpha")
-
-    @property
-    def extras(self) -> tuple[str, ...]:
-        return ("length",)
 
     def __call__(
         self,

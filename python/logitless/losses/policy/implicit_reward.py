@@ -27,13 +27,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import TokenStats
-from .base import widest
-from .runs import Sequences
+from ...types import TokenStats
+from ..sequences import Sequences, wide_dtype
+
+__all__ = ["ImplicitReward", "centred_advantage", "dense_rewards"]
 
 
 class ImplicitReward(NamedTuple):
-    """What a model's statistics say of every token of a text, `[..., T]` each, in the unit of beta; 0 where masked."""
+    """Rewards and values of every token of a text, `[..., T]` each, in the unit of beta; 0 where masked."""
 
     log_odds: Tensor
     """`Q_t(y_t) - V_t = beta rho_t`: the token's advantage, as DPO's reward has it per token."""
@@ -76,8 +77,8 @@ def dense_rewards(
     Raises:
         ValueError: beta or discount is out of range, a statistic is missing, or shapes do not fit.
     """
-    _check("beta", beta, 0.0 < beta < float("inf"), "a positive number")
-    _check("discount", discount, 0.0 <= discount <= 1.0, "a number in [0, 1]")
+    _check_range("beta", beta, 0.0 < beta < float("inf"), "a positive number")
+    _check_range("discount", discount, 0.0 <= discount <= 1.0, "a number in [0, 1]")
     logprob, lse = (_statistic(stats, "stats", name, None) for name in ("logprob", "lse"))
     rho, drift = logprob, lse
     if ref_stats is not None:
@@ -121,7 +122,7 @@ def _statistic(stats: TokenStats, where: str, field: str, like: Tensor | None) -
         raise ValueError(f"{where}: needs {field}, got None; compute it with outputs=('logprob', 'lse')")
     if like is not None:
         _check_shape(f"{where}.{field}", value, like)
-    return value.detach().to(widest(value.device))
+    return value.detach().to(wide_dtype(value.device))
 
 
 def _texts(like: Tensor, mask: Tensor | None, sequence: Tensor | None) -> Sequences:
@@ -135,6 +136,6 @@ def _check_shape(name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{name}: expected shape {list(like.shape)}, got {list(value.shape)}")
 
 
-def _check(name: str, value: object, accepted: bool, expected: str) -> None:
+def _check_range(name: str, value: object, accepted: bool, expected: str) -> None:
     if not accepted:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")

@@ -12,30 +12,18 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .base import check_choice, check_flag, check_number, constant, register
-from .preference import (
-    MAX_EXPONENT,
-    PairLoss,
-    PreferenceResult,
-    check_pair,
-    hinge,
-    power_score,
-    preference_result,
-    smoothed_logistic,
-    squared,
-)
+from ..catalogue import register
+from ..checks import check_flag, check_number, check_one_of, constant
+from ..whole_sequence import PairLoss, PreferenceResult
+from .dpo import MAX_EXPONENT, check_pair, hinge, power_score, preference_result, smoothed_logistic, squared
 
 
 class _ReferenceFree(PairLoss):
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return ()
+    inputs: ClassVar[tuple[str, ...]] = ()
 
 
 class _OfAverages(_ReferenceFree):
-    @property
-    def average_logprob(self) -> bool:
-        return True
+    average_logprob: ClassVar[bool] = True
 
 
 @register
@@ -199,7 +187,7 @@ class CPO(_ReferenceFree):
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0, low_open=True)
-        check_choice(self, "loss_type", ("sigmoid", "hinge", "ipo"))
+        check_one_of(self, "loss_type", ("sigmoid", "hinge", "ipo"))
         check_number(self, "label_smoothing", low=0.0, high=0.5, high_open=True)
         check_number(self, "nll_weight", low=0.0)
         if self.label_smoothing > 0 and self.loss_type != "sigmoid":
