@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from logitless.backends import sweep
+from logitless.backends.exact import chunks
 from logitless.types import Options
 
 PAGE = Path(__file__).with_name("chunks.md")
@@ -45,13 +45,13 @@ MODELS = (
 def chunk_tokens(model: Model) -> int:
     """Tokens of a chunk of bfloat16 tensors on an accelerator with a trainable head, by the library's own rule."""
     hidden, weight = (torch.empty(n, model.hidden, dtype=torch.bfloat16, device="meta") for n in (1, model.vocabulary))
-    most = sweep.chunk_tokens(hidden, weight, Options(), trainable=True)
-    return sweep.equal_chunks(TOKENS, most, "meta")
+    most = chunks.chunk_tokens(hidden, weight, Options(), trainable=True)
+    return chunks.equal_chunks(TOKENS, most, "meta")
 
 
 def small_chunk_tokens(model: Model) -> int:
     """Tokens that fit 256 MiB, in steps of 16."""
-    return sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR // (4 * model.vocabulary) // 16 * 16
+    return chunks.DEFAULT_CHUNK_BYTES_ACCELERATOR // (4 * model.vocabulary) // 16 * 16
 
 
 #: Bytes a logit of the row operations: read for the statistics (4), then read and written for the gradient (4 + 2).

@@ -1,6 +1,6 @@
 """Measures and draws README's picture: the memory of one cross-entropy step against the size of the vocabulary.
 
-    python docs/memory.py measure       # docs/memory.json, then the picture; about 5 minutes on two CPU cores
+    python docs/memory.py measure       # docs/memory.json, then the picture; took 11 minutes with one thread
     python docs/memory.py plot          # docs/memory.png, from docs/memory.json
 
 One step is the forward and backward of the mean negative log-likelihood, float32, with a trainable head. Each step runs

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from logitless import linear_logprobs, linear_loss, linear_token_loss, tail_report
 from logitless.losses import DPO
+from logitless.ops.registered.shared import Execution
+from logitless.types import LogitTransform
 
 #: For V = 2000, whose blocks are too few for the default.
 TOLERANCE = 2.0**-7
@@ -353,9 +355,10 @@ def it_compiles_without_a_break(backend: Backend) -> None:
 def the_op_is_well_formed(backend: Backend) -> None:
     problem = {name: backend.cast(x) for name, x in peaked_problem(count=6).items()}
     hidden, weight = (leaf(problem[name]) for name in ("hidden", "weight"))
-    arguments = (hidden, weight, None, problem["targets"], 1.0, None, 1.0, -100, "logprob", backend.name, None, None)
+    execution = Execution(backend.name, "tail_corrected", TOLERANCE, None, None)
+    arguments = (hidden, weight, None, problem["targets"], None, LogitTransform().packed(), -100, "logprob", *execution)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.logitless.logprobs_tail.default, (*arguments, TOLERANCE, None), test_utils=tests)
+    torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=tests)
 
 
 def backward_twice(backend: Backend) -> None:

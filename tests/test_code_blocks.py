@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Sections whose blocks are files to write, not sessions; tests of their own hold them.
-WALKS = re.compile(r"^#+ A new (loss|backend)\b.*?(?=^#+ |\Z)", re.MULTILINE | re.DOTALL)
+WALKS = re.compile(r"^(?:#+ |\*\*)A new (?:loss|backend)\b.*?(?=^## |^\*\*A new |\Z)", re.MULTILINE | re.DOTALL)
 RUN_YAML = {"method": "sft", "model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "run-yaml"}
 
 

@@ -120,27 +120,27 @@ def test_gpu_only_kernels_are_not_built_for_the_cpu(host):
 def test_without_the_library(monkeypatch, tmp_path):
     monkeypatch.delenv(cuda_library.VARIABLE, raising=False)
     monkeypatch.setattr(cuda_library, "__file__", str(tmp_path / "library.py"))
-    assert "its library is not built" in cuda.supports(torch.device("cpu"), torch.float32)
+    assert "its library is not built" in cuda.CUDA.supports(torch.device("cpu"), torch.float32)
 
 
 def test_a_library_that_cannot_be_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv(cuda_library.VARIABLE, str(tmp_path / "absent.so"))
-    assert "cannot be loaded" in cuda.supports(torch.device("cpu"), torch.float32)
+    assert "cannot be loaded" in cuda.CUDA.supports(torch.device("cpu"), torch.float32)
 
 
 @needs_compiler
 def test_a_library_of_another_version(monkeypatch):
     monkeypatch.setenv(cuda_library.VARIABLE, str(host_library(target="logitless_rows")))
-    assert "cannot be loaded" in cuda.supports(torch.device("cpu"), torch.float32)
+    assert "cannot be loaded" in cuda.CUDA.supports(torch.device("cpu"), torch.float32)
 
 
 @needs_compiler
 def test_other_devices_and_dtypes(monkeypatch, host):
     monkeypatch.setenv(cuda_library.VARIABLE, str(host.path))
     weight = torch.zeros(3, 8)
-    assert cuda.supports(weight.device, weight.dtype) is None
-    assert "takes tensors on cpu, got meta" in cuda.supports(torch.device("meta"), weight.dtype)
-    assert "got torch.complex64" in cuda.supports(weight.device, torch.complex64)
+    assert cuda.CUDA.supports(weight.device, weight.dtype) is None
+    assert "takes tensors on cpu, got meta" in cuda.CUDA.supports(torch.device("meta"), weight.dtype)
+    assert "got torch.complex64" in cuda.CUDA.supports(weight.device, torch.complex64)
 
 
 @needs_compiler
@@ -272,7 +272,7 @@ assert loaded.target == "cuda"
 code = loaded.device_code(torch.device("cpu"))  # of device 0; PyTorch's guard would stop the call on its own
 print(code, loaded.explain(code))
 x = torch.zeros(4, 8)
-print(cuda.supports(x.device, x.dtype))
+print(cuda.CUDA.supports(x.device, x.dtype))
 vector = torch.zeros(4)
 try:
     loaded.launch("merge", vector, vector, torch.float32, 1, 5, 4, 9, *(None,) * 6, None, 0, on=torch.device("cpu"))

@@ -41,6 +41,14 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
     assert list(dead_links(page)) == []
 
 
+@pytest.mark.parametrize("folder", ["triton", "cuda", "cpu"])
+def test_a_manual_names_every_file_of_its_kernels(folder: str) -> None:
+    here = ROOT / "kernels" / folder
+    manual = (here / "README.md").read_text(encoding="utf-8")
+    files = [path.name for path in here.iterdir() if path.is_file() and path.suffix not in (".md", ".so")]
+    assert [name for name in files if f"`{name}`" not in manual] == []
+
+
 def test_readme_is_a_screen_and_a_half() -> None:
     lines = README.splitlines()
     assert len(lines) <= MOST_LINES

@@ -1,4 +1,4 @@
-"""The screened forward (kernels/cpu, backends/screen.py): its integers' error, its bound, and what it leaves to others.
+"""The screened forward (kernels/cpu): its integers' error, its bound, and what it leaves to others.
 
 With the identity for a head, hidden states are logits and `d hidden` is the gradient of the logits itself.
 """
@@ -28,7 +28,8 @@ from test_tail import cases, check_compiled, exact_of, gradients, peaked_problem
 from torch import Tensor
 
 from logitless import linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
-from logitless.backends import STRATEGIES, chunked, screen
+from logitless.backends import BACKENDS
+from logitless.backends.approximate.screened import Screened
 from logitless.kernels.cpu import library as cpu_library
 from logitless.losses import DPO, Loss
 from logitless.testing import make_problem
@@ -441,7 +442,7 @@ def test_a_library_that_is_missing_or_of_no_use_is_an_error(monkeypatch: pytest.
 
 
 def test_the_strategy_is_not_a_backend() -> None:
-    assert STRATEGIES["screened"] is screen and screen.chunked is chunked
+    assert isinstance(BACKENDS["chunked"].approximate("screened"), Screened)
     with pytest.raises(ValueError, match="backend: expected one of"):
         linear_logprobs(torch.randn(2, 3), torch.randn(5, 3), torch.zeros(2).long(), backend="screened")
 

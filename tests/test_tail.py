@@ -15,9 +15,11 @@ from torch import Tensor
 
 import logitless
 from logitless import linear_logprobs, linear_token_loss, tail_report
-from logitless.backends import tail
+from logitless.backends.approximate import entries
+from logitless.backends.approximate.select import SHARE
+from logitless.ops.registered.shared import Execution
 from logitless.testing import make_problem
-from logitless.types import TAIL_TOLERANCE
+from logitless.types import TAIL_TOLERANCE, LogitTransform
 
 V = 600  # two whole blocks and a short one
 #: Coarse enough for the small vocabularies here; at the default most of their entries would be kept, and all be exact.
@@ -170,7 +172,7 @@ def test_the_tail_mass_is_exact() -> None:
         gradients(**problem, **TAIL)
     p = (problem["hidden"] @ problem["weight"].T).softmax(-1)
     p[torch.arange(len(p)), problem["targets"]] = 1  # the target's entry is kept
-    torch.testing.assert_close(report.tail_mass, p.where(p < 2.0**-8 / tail.SHARE, 0).sum(-1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(report.tail_mass, p.where(p < 2.0**-8 / SHARE, 0).sum(-1), rtol=1e-9, atol=1e-12)
 
 
 def test_a_tolerance_of_0_is_exact() -> None:
@@ -204,7 +206,7 @@ def test_plain_filtering_is_biased_where_this_is_not() -> None:
     problem["coefficient"] = torch.ones(count, dtype=torch.float64)
     exact, _, _ = gradients(**problem)
     p = (hidden @ weight.T + bias).softmax(-1)
-    filtered = torch.where(p >= TAIL_TOLERANCE / tail.SHARE, -p, 0)
+    filtered = torch.where(p >= TAIL_TOLERANCE / SHARE, -p, 0)
     filtered[:, 0] += 1
     filtered = torch.where(p >= 2.0**-10, filtered, 0)
     assert relative(filtered @ weight, exact) > 0.5
@@ -313,7 +315,7 @@ def test_tokens_without_an_upstream_gradient_keep_nothing() -> None:
 def test_a_frozen_head_costs_no_work_for_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = peaked_problem()
     trainable, _, _ = gradients(**problem, **TAIL)
-    monkeypatch.setattr(tail._Accumulators, "_flush", lambda self: pytest.fail("the head's gradient was computed"))
+    monkeypatch.setattr(entries._EntrySums, "_flush", lambda self: pytest.fail("the head's gradient was computed"))
     hidden = problem["hidden"].clone().requires_grad_()
     stats = linear_logprobs(hidden, problem["weight"], problem["targets"], **TAIL)
     (problem["coefficient"] * stats.logprob).sum().backward()
@@ -323,7 +325,7 @@ def test_a_frozen_head_costs_no_work_for_its_gradient(monkeypatch: pytest.Monkey
 def test_entries_that_wait_are_flushed_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = peaked_problem(count=40)
     once = gradients(**problem, **TAIL, chunk_bytes=8 * 2000 * 8)
-    monkeypatch.setattr(tail, "MOST_WAITING", 10)
+    monkeypatch.setattr(entries, "MOST_WAITING", 10)
     often = gradients(**problem, **TAIL, chunk_bytes=8 * 2000 * 8)
     torch.testing.assert_close(often[1], once[1])
 
@@ -376,9 +378,10 @@ def test_bad_tolerances(options: dict[str, Any], error: type[Exception], message
 def test_the_ops_are_well_formed() -> None:
     problem = peaked_problem(count=6, dtype=torch.float32)
     hidden, weight = (problem[name].requires_grad_() for name in ("hidden", "weight"))
-    arguments = (hidden, weight, None, problem["targets"], 1.0, None, 1.0, -100, "logprob", "chunked", None, None)
+    execution = Execution("chunked", "tail_corrected", 2e-4, None, None)
+    arguments = (hidden, weight, None, problem["targets"], None, LogitTransform().packed(), -100, "logprob", *execution)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.logitless.logprobs_tail.default, (*arguments, 2e-4, None), test_utils=tests)
+    torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=tests)
 
 
 def check_compiled(options: dict[str, Any]) -> None:
@@ -412,4 +415,5 @@ def test_reports_nest_and_end() -> None:
             gradients(**problem, **TAIL)
     gradients(**problem, **TAIL)
     assert len(outer.left) == 48 and len(inner.left) == 24
-    assert len(tail.TailReport().left) == len(tail.TailReport().l2_bound) == len(tail.TailReport().tail_mass) == 0
+    empty = logitless.TailReport()
+    assert len(empty.left) == len(empty.l2_bound) == len(empty.tail_mass) == 0

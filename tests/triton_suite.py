@@ -7,9 +7,6 @@ TRITON_INTERPRET must be set before Triton is imported. By hand: `TRITON_INTERPR
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -19,9 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitless import linear_cross_entropy, linear_logprobs, linear_token_loss, reference
-from logitless.backends import sweep
 from logitless.backends import triton as backend
-from logitless.backends.problem import Needs, Problem, Upstream
+from logitless.backends.exact import products
+from logitless.backends.interface import Needs, Problem, Upstream
 from logitless.kernels.triton import chunk, configs, logprobs
 from logitless.testing import (
     TokenProblem,
@@ -32,7 +29,7 @@ from logitless.testing import (
     measure,
     poison_empty,
 )
-from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats
+from logitless.types import DIFFERENTIABLE, OUTPUTS, Head, LogitTransform, TokenStats
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN, BENT = LogitTransform(), LogitTransform(1.3, 3.0, 0.7)
@@ -202,8 +199,7 @@ def test_the_same_bits_twice(trainable):
 def row_problem(rows: Tensor, targets: Tensor, **options) -> Problem:
     """A head whose raw products are `rows [N, V]`: the identity's (float32: exact)."""
     identity = torch.eye(rows.shape[1], device=DEVICE)
-    transform = LogitTransform(**options)
-    return Problem(rows.T.contiguous().T.to(DEVICE) @ identity, identity, None, targets.to(DEVICE), transform)
+    return Problem(rows.T.contiguous().T.to(DEVICE) @ identity, Head(identity, **options), targets.to(DEVICE))
 
 
 def adversarial(vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -236,10 +232,10 @@ def test_adversarial_rows(kernel, softcap):
             found, _ = backend.measure_blocks(problem, OUTPUTS, None)
         else:
             found, _ = chunk.measure_chunk(
-                problem.hidden, None, problem.targets, transform=problem.transform, outputs=OUTPUTS
+                problem.hidden, None, problem.targets, transform=problem.head.transform, outputs=OUTPUTS
             )
-    exact = reference.statistics(reference.transformed(rows.double(), problem.transform), targets, OUTPUTS)
-    same_dtype = reference.statistics(reference.transformed(rows, problem.transform), targets, OUTPUTS)
+    exact = reference.statistics(reference.transformed(rows.double(), problem.head.transform), targets, OUTPUTS)
+    same_dtype = reference.statistics(reference.transformed(rows, problem.head.transform), targets, OUTPUTS)
     for name in OUTPUTS:
         for i in range(len(rows)):  # each row by its own measure
             assert_within_budget(
@@ -263,7 +259,7 @@ def test_a_margin_of_twenty_nats_keeps_its_digits():
         assert stats.logprob.item() == pytest.approx(-wrong, rel=1e-6)
         assert stats.entropy.item() == pytest.approx(wrong + 74 * math.exp(-20) * 20, rel=1e-5)
     upstream = Upstream(logprob=torch.ones(1, device=DEVICE))
-    gradient = backend.backward(problem, fused, upstream, Needs(True, False, False)).hidden
+    gradient = backend.TRITON.backward(problem, fused, upstream, Needs(True, False, False)).hidden
     assert gradient[0, 70].item() == pytest.approx(wrong, rel=1e-5)
     assert gradient[0, 0].item() == pytest.approx(-math.exp(-20), rel=1e-5)
 
@@ -285,7 +281,7 @@ def test_nan_reaches_every_result(kernel, column):
     bias[column] = math.nan
     raw, targets = torch.zeros(1, 75, device=DEVICE), torch.tensor([3], device=DEVICE)
     if kernel == "fused":
-        problem = replace(row_problem(raw.cpu(), targets), bias=bias)
+        problem = row_problem(raw.cpu(), targets, bias=bias)
         stats, _ = backend.measure_blocks(problem, OUTPUTS, None)
     else:
         stats, _ = chunk.measure_chunk(raw, bias, targets, transform=PLAIN, outputs=OUTPUTS)
@@ -321,7 +317,7 @@ def test_logsumexp_of_every_block(block, kernel):
     padded = torch.nn.functional.pad(others, (0, width * block - z.shape[1]), value=-math.inf)
     expected = padded.unflatten(1, (width, block)).logsumexp(-1)
     if kernel == "fused":
-        stats, found = backend.measure_blocks(Problem(hidden, weight, bias, targets, BENT), (), block)
+        stats, found = backend.measure_blocks(Problem(hidden, Head(weight, bias, *BENT.numbers), targets), (), block)
     else:
         stats, found = chunk.measure_chunk(hidden @ weight.T, bias, targets, transform=BENT, outputs=(), block=block)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
@@ -390,12 +386,11 @@ def test_gradients_gather_in_float32_over_many_parts(monkeypatch):
 def test_what_is_frozen_costs_no_product(monkeypatch, names):
     made: list[tuple[int, ...]] = []
 
-    def watched(product: Callable, a: Tensor, b: Tensor, out: Tensor) -> None:
+    def watched(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         made.append(tuple(out.shape))
-        product(a, b, out=out)
+        products.multiply(a, b, out=out, add=add)
 
-    for name in ("multiply", "multiply_add"):
-        monkeypatch.setattr(sweep, name, partial(watched, getattr(sweep, name)))
+    monkeypatch.setattr(backend, "multiply", watched)
     problem = on_device(make_problem((5,), 4, 7, bias=True, trainable=names))
     run(problem, backward="recompute").logprob.sum().backward()
     assert made == [shape for name, shape in (("hidden", (5, 4)), ("weight", (7, 4))) if name in names]

@@ -23,11 +23,10 @@ from test_cuda_sparse import Problem, Routed, assert_within, draw, spread_over_c
 from test_tail import cases
 from torch import Tensor
 
-from logitless.backends import blocks
 from logitless.backends import triton as backend
 from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN
 from logitless.kernels.triton import configs, sparse
-from logitless.types import LogitTransform
+from logitless.types import Head
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -93,10 +92,6 @@ problems = st.builds(
     spread=st.sampled_from([0.1, 4.0, 12.0]),
     seed=st.integers(0, 2**32 - 1),
 )
-
-
-def test_the_strategy_and_the_kernels_agree_on_the_sizes() -> None:
-    assert (PAIR_BLOCK, PAIR_SPAN) == (blocks.BLOCK, blocks.SLICE)
 
 
 @settings(max_examples=20)
@@ -268,5 +263,5 @@ def test_deterministic_algorithms_choose_the_ordered_sum(monkeypatch: pytest.Mon
 def test_float16_goes_by_entries() -> None:
     """Small gradients are below the range of float16."""
     half = torch.zeros(2, 8, dtype=torch.float16, device=DEVICE)
-    assert [backend.TAIL.takes(x, x, LogitTransform()) for x in (half, half.float())] == [False, True]
+    assert [backend.TritonBlocks().takes(x, Head(x)) for x in (half, half.float())] == [False, True]
     properties.a_softcap_is_exact(Backend("triton", torch.float16, DEVICE))

@@ -37,7 +37,7 @@
 namespace {
 
 constexpr std::int64_t TILE_TOKENS = 6, TILE_ENTRIES = 16;
-constexpr std::int64_t BLOCK = 256;  // of the tail, as backends/tail.py has it
+constexpr std::int64_t BLOCK = 256;  // of the tail: TAIL_BLOCK of the backends
 constexpr float ERROR = 13377;       // standard deviation of a product of integers: 32767 / sqrt(6)
 
 std::int64_t round_up(std::int64_t x, std::int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

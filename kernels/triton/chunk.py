@@ -1,6 +1,7 @@
 """Row operations on a chunk of raw products `[n, V]` from a GEMM: statistics, and the gradient in their place.
 
-Statistics read the chunk once. The gradient reads and writes it once. Together they make a single pass.
+Statistics read the chunk once. The gradient reads and writes it once. Together they make a single pass
+(`backends/exact/sweep.py`).
 
 A program owns its rows. The gradient may be narrower than the products and still take their place: all threads read a
 block of a row before any of them writes, and the gradient lies at or before the products it is made of.

@@ -1,8 +1,8 @@
 """Row operations of a divergence on chunks of raw products of both heads: values, and the gradients in place.
 
 A program owns some rows, of the model's products and of the reference's. It walks them two or three times: for both
-normalisers, for the sums of v, u and w, and to write the gradients. `KINDS` in the backends' divergence derives the
-elementwise functions v, u and w. So no sum over the vocabulary is needed between programs.
+normalisers, for the sums of v, u and w, and to write the gradients. `backends/exact/divergence.py`
+derives the elementwise functions v, u and w. So no sum over the vocabulary is needed between programs.
 
 The GEMMs are cuBLAS's. Tiles of both heads in registers would save the chunk's way through memory, which for values is
 24 bytes an entry (two floats written, and read twice). But every kind needs the normalisers before its sums, so all
@@ -25,7 +25,7 @@ from .logprobs import bends
 from .tile import absorb, anchor, log1p, transform, with_bias
 
 if TYPE_CHECKING:
-    from ...backends.divergence import RawSide
+    from ...backends.interface import RawSide
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of one number
@@ -107,7 +107,7 @@ class Form(NamedTuple):
 
 
 def form(options: DivergenceOptions) -> Form:
-    """The kernel's form of a kind of divergence."""
+    """The kernel's form of a kind of divergence in `backends.exact.divergence.KINDS`."""
     match options.kind:
         case "js" if options.mixture not in (0, 1):
             w = options.mixture
@@ -250,7 +250,7 @@ def divergence_rows(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Values, and the gradients of both sides, from float32 raw products of any strides.
 
-    With `upstream` None there are no gradients.
+    With `upstream` None there are no gradients. This is a `backends.interface.DivergenceEngine`.
     """
     chosen = form(options)
     if chosen.exchanged:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
-from .tile import absorb, gradient, grouped, join, raw_products, store_block_lse, store_finished, transform
+from .tile import absorb, gradient, grouped, join, tile_products, store_block_lse, store_finished, transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -70,7 +70,7 @@ def forward_kernel(
     stop = tl.minimum(first + tiles_per_split, tl.cdiv(V, BLOCK_V))
     for i_v in range(first, stop):
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        s = raw_products(
+        s = tile_products(
             p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh,
             BLOCK_H, PRECISION,
         )  # fmt: skip
@@ -185,7 +185,7 @@ def gradient_kernel(
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_n = o_n < N
-    s = raw_products(
+    s = tile_products(
         p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh, BLOCK_H, PRECISION
     )
     z, c = transform(s, slope, inner, outer)

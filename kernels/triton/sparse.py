@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ..pairs import PAIR_BLOCK, PAIR_SPAN
 from . import configs
-from .tile import dot, gradient, raw_products, transform
+from .tile import dot, gradient, tile_products, transform
 
 #: The most programs along a block's list. Most lists are short, and a program without work is not free.
 LIST_PROGRAMS = 8
@@ -153,7 +153,7 @@ def listed_gradient_kernel(
     o_n = tl.load(p_tokens + o_r, mask=m_r, other=0)
     o_c = tl.program_id(0) % PARTS * BLOCK_V + tl.arange(0, BLOCK_V)
     o_v = (first + i_block) * BLOCK + o_c
-    s = raw_products(
+    s = tile_products(
         p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh, BLOCK_H, PRECISION
     )
     z, c = transform(s, slope, None, None)

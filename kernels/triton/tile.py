@@ -1,6 +1,6 @@
 """The mathematics of a tile of logits, shared by every Triton kernel: products, transform, statistics, gradient.
 
-    raw_products -> s [BLOCK_N, BLOCK_V] -> transform -> z -> absorb (per tile) -> join (per part) -> finish (per row)
+    tile_products -> s [BLOCK_N, BLOCK_V] -> transform -> z -> absorb (per tile) -> join (per part) -> finish (per row)
                                                            -> gradient (dL/ds)
 
 Equation numbers are those of kernels/MATH.md, names those of kernels/README.md. All arithmetic is float32. An argument
@@ -81,7 +81,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def raw_products(
+def tile_products(
     p_hidden,
     p_weight,
     p_bias,

@@ -2,7 +2,7 @@
 
 from . import losses, nn
 from .aliases import linear_dft, linear_dpo, linear_f_divergence_sft
-from .backends.order import vocabulary_order
+from .backends.approximate.order import vocabulary_order
 from .functional import linear_cross_entropy
 from .info import info
 from .integrations.transformers import patch, unpatch

@@ -16,8 +16,8 @@ from torch import Tensor
 from . import reduce
 from .losses.sft.likelihood import NLL
 from .ops import linear_token_loss
+from .ops.call import Call, prepare
 from .ops.checks import check_constant, check_tensor
-from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input
 from .types import Options, Reduction, TokenStats, statistics_dtype
 

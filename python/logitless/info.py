@@ -8,7 +8,7 @@ import platform
 import torch
 
 from . import backends
-from .backends import screen, sweep
+from .backends.exact.products import has_bfloat16_units
 
 
 def info() -> dict[str, str]:
@@ -21,16 +21,16 @@ def info() -> dict[str, str]:
         "transformers": _version("transformers"),
         "cpu threads": str(torch.get_num_threads()),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16 units": "yes, for gradients" if sweep.has_bfloat16_units() else "no: multiplied in float32",
+        "bfloat16 units": "yes, for gradients" if has_bfloat16_units() else "no: multiplied in float32",
     }
     devices = [torch.device("cpu")]
     if torch.accelerator.is_available():
         devices.append(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
     for device in devices:
         report[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
-        for name, module in backends.BACKENDS.items():
-            report[f"{name} on {device.type}"] = module.supports(device, torch.float32) or "available"
-    report["screened on cpu"] = screen.supports(torch.device("cpu"), torch.float32) or "available"
+        for name, backend in backends.BACKENDS.items():
+            report[f"{name} on {device.type}"] = backend.supports(device, torch.float32) or "available"
+    report["screened on cpu"] = backends.supports_screened(torch.device("cpu"), torch.float32) or "available"
     return report
 
 

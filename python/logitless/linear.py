@@ -19,7 +19,7 @@ from typing import Any, Unpack, overload
 import torch
 from torch import Tensor
 
-from . import backends, reduce
+from . import reduce
 from .arguments import REFERENCE_STATISTICS, LossArguments, Reference, check_level, loss_inputs, reference_of
 from .losses import (
     DistributionLoss,
@@ -35,8 +35,8 @@ from .losses import (
 from .losses.layout import TokenLayout, reduction_rule, token_layout
 from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
+from .ops.call import Call, prepare
 from .ops.checks import check_ignore_index, check_tokens
-from .ops.logprobs import Call, prepare
 from .ops.token_loss import check_token_input, single_pass
 from .ops.tokens import is_captured
 from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
@@ -286,8 +286,7 @@ def _fits(call: Call, tokens: TokenLayout, groups: int) -> bool:
         return False  # the sizes of the groups are data, which must not be waited for
     assert tokens.sequence is not None
     sizes = torch.bincount((tokens.sequence % groups)[tokens.mask], minlength=1)
-    backend = backends.STRATEGIES[call.strategy()]
-    return int(sizes.max()) <= backend.tokens_at_once(call.hidden, call.weight, call.options)
+    return int(sizes.max()) <= call.tokens_at_once()
 
 
 def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups: int) -> Any:

@@ -1,4 +1,4 @@
-"""The row engine of the chunked backend, in PyTorch operations: logits to statistics, exponentials to gradients.
+"""A row engine in PyTorch operations, on any device: logits to statistics, exponentials to gradients.
 
 With m_i the largest logit of row i and t its target,
 
@@ -27,11 +27,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..types import Options, TokenStats
-from .problem import Problem, Upstream
-from .sweep import RowEngine, RowGradient, RowHead, Tile
+from ...types import Head, TokenStats
+from ..interface import RowEngine, RowGradient, Tile, Upstream
+from .gradients import target_entry
 
-#: Bytes of that part.
+#: Bytes of the part of a chunk that row operations take at a time.
 PIECE_BYTES = {"cpu": 2**20}
 PIECE_BYTES_ACCELERATOR = 64 * 2**20
 
@@ -40,20 +40,20 @@ LOG_OF_ZERO = -1000.0
 
 
 class _Exponentials(NamedTuple):
-    """What `measure` leaves behind beside the exponentials."""
+    """A tile's private part: what a gradient needs besides the exponentials."""
 
     log_total: Tensor  # [n]
     derivative: Tensor | None  # [n, V] dz / d(raw product) under a softcap, else None
 
 
-class _Engine(RowEngine):
-    """See `sweep.RowEngine`."""
+class TorchRows(RowEngine):
+    """The row engine of PyTorch operations."""
 
-    def buffers(self, problem: Problem | Options) -> int:
-        return 2 if problem.transform.softcap is not None or problem.chunk_dtype is not None else 1
+    def buffers(self, head: Head, chunk_dtype: torch.dtype | None) -> int:
+        return 2 if head.softcap is not None or chunk_dtype is not None else 1
 
     def measure(
-        self, raw: Tensor, head: RowHead, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
+        self, raw: Tensor, head: Head, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
     ) -> Tile:
         z = raw if raw.dtype not in (torch.bfloat16, torch.float16) else raw.float()
         if head.bias is not None:
@@ -61,15 +61,12 @@ class _Engine(RowEngine):
         derivative = head.transform.apply_(z, may_be_masked=head.bias is not None)
         return _statistics(z, derivative, targets, outputs, mean_logit)
 
-    def recall(self, raw: Tensor, head: RowHead, targets: Tensor, stats: TokenStats) -> Tile:
+    def recall(self, raw: Tensor, head: Head, targets: Tensor, stats: TokenStats) -> Tile:
         return self.measure(raw, head, targets, (), None)._replace(stats=stats)
 
-    def gradient(self, tile: Tile, head: RowHead, upstream: Upstream, operand: torch.dtype) -> RowGradient:
-        found = _gradient(tile, head, upstream)
-        return found._replace(matrix=found.matrix.to(operand))
-
-
-ENGINE = _Engine()
+    def gradient(self, tile: Tile, head: Head, upstream: Upstream, operand: torch.dtype) -> RowGradient:
+        result = _row_gradient(tile, head, upstream)
+        return result._replace(matrix=result.matrix.to(operand))
 
 
 def _statistics(
@@ -86,18 +83,18 @@ def _statistics(
     others, weighted, squares = sums[0].log(), sums[1], sums[2]
     d, top = (target - top)[:, 0], top[:, 0]
     log_total = torch.logaddexp(others, d)
-    found = {"logprob": -torch.logaddexp(others - d, torch.zeros_like(d)), "lse": top + log_total}
+    stats = {"logprob": -torch.logaddexp(others - d, torch.zeros_like(d)), "lse": top + log_total}
     if mean_logit is not None:
-        found["mean_logit"] = mean_logit
+        stats["mean_logit"] = mean_logit
     if "entropy" in outputs:
         # log p_ij = log e_ij - log_total
         weighted = weighted + d.exp() * d.clamp(min=LOG_OF_ZERO)
-        found["entropy"] = log_total - weighted * (-log_total).exp()
+        stats["entropy"] = log_total - weighted * (-log_total).exp()
     if "correct" in outputs:
-        found["correct"] = (d >= 0).to(z.dtype)
+        stats["correct"] = (d >= 0).to(z.dtype)
     if "log_sum_sq" in outputs:
-        found["log_sum_sq"] = (squares + (2 * d).exp()).log() - 2 * log_total
-    return Tile(z, targets, TokenStats(**found), _Exponentials(log_total, derivative))
+        stats["log_sum_sq"] = (squares + (2 * d).exp()).log() - 2 * log_total
+    return Tile(z, targets, TokenStats(**stats), _Exponentials(log_total, derivative))
 
 
 def _pieces(chunk: Tensor) -> tuple[Tensor, ...]:
@@ -117,16 +114,12 @@ def _exponentials_(z: Tensor, top: Tensor, outputs: tuple[str, ...]) -> Tensor:
     return torch.stack([total, weighted, squares])
 
 
-def _gradient(tile: Tile, head: RowHead, upstream: Upstream) -> RowGradient:
+def _row_gradient(tile: Tile, head: Head, upstream: Upstream) -> RowGradient:
     """Turns the exponentials into the gradient."""
-    a, b, entropy_grad, mean_grad = upstream
+    entropy_grad, mean_grad = upstream.entropy, upstream.mean_logit
     stats, slope = tile.stats, head.transform.slope
     log_total, derivative = tile.private
-    zero = torch.zeros_like(log_total)
-    a, b = zero if a is None else a, zero if b is None else b
-    assert stats.logprob is not None and stats.lse is not None  # always measured
-    target = target_entry(stats, upstream)
-    factor = b - a
+    target, factor = target_entry(stats, upstream), upstream.by_probability(log_total)
     if entropy_grad is not None:
         assert stats.entropy is not None
         factor = factor - entropy_grad * (stats.entropy - log_total)
@@ -143,20 +136,6 @@ def _gradient(tile: Tile, head: RowHead, upstream: Upstream) -> RowGradient:
     if mean_grad is not None:
         e.add_((mean_grad / e.shape[1])[:, None])
     return RowGradient(e.mul_(derivative), None, target)
-
-
-def target_entry(stats: TokenStats, upstream: Upstream) -> Tensor:
-    """`dL / dz` at the target without the mean logit's part, `[n]` (kernels/MATH.md, eq. 12)."""
-    a, b, entropy_grad, _ = upstream
-    assert stats.logprob is not None
-    p = stats.logprob.exp()
-    entry = torch.zeros_like(p) if a is None else -a * torch.expm1(stats.logprob)
-    if b is not None:
-        entry = entry + b * p
-    if entropy_grad is not None:
-        assert stats.entropy is not None
-        entry = entry - entropy_grad * (torch.xlogy(p, p) + p * stats.entropy)
-    return entry
 
 
 def _bend_(e: Tensor, factor: Tensor, entropy_factor: Tensor | None) -> Tensor:

@@ -1,9 +1,9 @@
 """An order of the vocabulary in which neighbours are alike, for the blocks of a tail-corrected backward.
 
-What such a backward leaves of a block is put back as the block's mean, so its error is what entries differ by within
-blocks; and a block that is kept or left as a whole is the cheaper the more of the probability a few blocks hold. Both
-ask for clusters: entries whose logits rise and fall together. Sorting by mean probability has less than half of it
-(docs/tail-corrected.md). The head itself is never reordered.
+Such a backward puts back what it leaves of a block as the block's mean, so its error is the difference of entries from
+their block's mean. A block that is kept or left as a whole costs less where a few blocks hold most of the probability.
+Both ask for clusters: entries whose logits rise and fall together. Sorting by mean probability gives less than half of
+the gain (docs/tail-corrected.md). The head itself is never reordered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Gradients, Problem
+from ..interface import Gradients, Problem
 
 #: Clusters have these sizes, the smaller ones nested in the larger: every block size in use is one of them.
 SIZES = (256, 128, 64)
@@ -43,11 +43,11 @@ def vocabulary_order(weight: Tensor, hidden: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: something else than floating tensors of these shapes, or on two devices.
     """
-    _check("weight", weight, weight.dim() == 2 if isinstance(weight, Tensor) else False, "[V, H]")
+    _check_floating("weight", weight, weight.dim() == 2 if isinstance(weight, Tensor) else False, "[V, H]")
     rows = weight.float()
     if hidden is not None:
         fits = isinstance(hidden, Tensor) and hidden.shape[-1:] == weight.shape[1:] and hidden.numel() > 0
-        _check("hidden", hidden, fits, f"[..., {weight.shape[1]}]")
+        _check_floating("hidden", hidden, fits, f"[..., {weight.shape[1]}]")
         if hidden.device != weight.device:
             raise ValueError(f"hidden: expected it on {weight.device} like weight, got {hidden.device}")
         states = hidden.reshape(-1, hidden.shape[-1])
@@ -64,16 +64,16 @@ def vocabulary_order(weight: Tensor, hidden: Tensor | None = None) -> Tensor:
     return order
 
 
-def _check(name: str, value: object, fits: bool, shape: str) -> None:
+def _check_floating(name: str, value: object, fits: bool, shape: str) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
-        found = value.dtype if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"{name}: expected a floating tensor of shape {shape}, got {found}")
+        kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name}: expected a floating tensor of shape {shape}, got {kind}")
     if not fits:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 
 
 def _along_first_component(rows: Tensor) -> Tensor:
-    """Indices that sort the rows along it."""
+    """Indices that sort the rows along their first principal component."""
     centred = rows - rows.mean(0)
     direction = centred[centred.square().sum(1).argmax()]
     for _ in range(ITERATIONS):
@@ -82,31 +82,31 @@ def _along_first_component(rows: Tensor) -> Tensor:
 
 
 def _first_half(count: int) -> int:
-    """Half, in whole blocks of the largest size that the part exceeds."""
+    """Half of a part, in whole blocks of the largest size that the part exceeds."""
     size = next(size for size in SIZES if count > size)
     return max(size, count // 2 // size * size)
 
 
 def permuted(problem: Problem) -> Problem:
-    """The same problem with its vocabulary in its order: a copy of the head, for kernels that take whole blocks."""
-    order = problem.vocabulary_order
+    """A problem with its vocabulary in its order: a copy of the head, for kernels that take whole blocks."""
+    order, head = problem.vocabulary_order, problem.head
     if order is None:
         return problem
-    bias = None if problem.bias is None else problem.bias.index_select(0, order)
-    targets = places(order).index_select(0, problem.targets)
-    weight = problem.weight.index_select(0, order)
-    return replace(problem, weight=weight, bias=bias, targets=targets, vocabulary_order=None)
+    bias = None if head.bias is None else head.bias.index_select(0, order)
+    head = head._replace(weight=head.weight.index_select(0, order), bias=bias)
+    targets = inverse(order).index_select(0, problem.targets)
+    return replace(problem, head=head, targets=targets, vocabulary_order=None)
 
 
 def restored(gradients: Gradients, order: Tensor | None) -> Gradients:
-    """Gradients of `permuted`'s problem, as those of the problem itself."""
+    """Gradients of the problem that `permuted` gives, as those of the problem itself."""
     if order is None:
         return gradients
-    place = places(order)
+    place = inverse(order)
     weight, bias = (None if x is None else x.index_select(0, place) for x in gradients[1:])
     return Gradients(gradients.hidden, weight, bias)
 
 
-def places(order: Tensor) -> Tensor:
-    """`[V]` int64: the place of each entry, the inverse of `order`."""
+def inverse(order: Tensor) -> Tensor:
+    """`[V]` int64: the place of each entry in an order."""
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))

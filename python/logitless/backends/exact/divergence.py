@@ -23,26 +23,30 @@ a = 0 (e = q r), forward KL at 1, 4 squared Hellinger at 1/2, half of Pearson's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..types import DivergenceOptions, Options, statistics_dtype
-from .problem import DivergenceProblem, DivergenceResult, Gradients, Needs, Side, empty_gradients
-from .sweep import (
-    RowHead,
-    chunk_tokens,
-    equal_chunks,
+from ...types import DivergenceOptions, Options, statistics_dtype
+from ..interface import (
+    DivergenceEngine,
+    DivergenceProblem,
+    DivergenceResult,
+    Gradients,
+    Needs,
+    RawSide,
+    Side,
+    empty_gradients,
+)
+from .chunks import chunk_tokens, equal_chunks, in_dtype, lay_out, row_stride
+from .products import (
     float16_products,
-    lay_out,
     logit_dtype,
     multiply,
-    multiply_add,
     operand_dtype,
-    products,
     products_with_head,
-    row_stride,
+    raw_products,
     spans,
 )
 
@@ -51,7 +55,7 @@ from .sweep import (
 
 
 class Rows(NamedTuple):
-    """A block of rows of both distributions, `[n, V]` each."""
+    """Some rows of both distributions, `[n, V]` each."""
 
     p: Tensor
     q: Tensor
@@ -64,7 +68,7 @@ class Rows(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """A divergence of a block: its values, and u and w of the header, computed when somebody asks."""
+    """A divergence of some rows: its values, and u and w of the header, computed when somebody asks."""
 
     value: Tensor  # [n]
     model: Callable[[], Tensor]  # [n, V] u
@@ -75,7 +79,7 @@ class Terms(NamedTuple):
 
 
 def terms(x: Rows, options: DivergenceOptions) -> Terms:
-    """The kind that `options` names, of a block of rows."""
+    """The terms of the kind that `options` names, for a group of rows."""
     return KINDS[options.kind](x, options)
 
 
@@ -167,63 +171,44 @@ KINDS: dict[str, Callable[[Rows, DivergenceOptions], Terms]] = {
 # Rows of a chunk, in PyTorch
 
 
-class RawSide(NamedTuple):
-    """One side of a chunk: raw products, and how they become logits and a gradient."""
-
-    raw: Tensor  # [n, V] in the statistics' dtype; overwritten
-    head: RowHead
-    operand: torch.dtype | None  # of the gradient for the raw products; None: nobody needs it
-
-
-class DivergenceEngine(Protocol):
-    """Row operations on a chunk."""
-
-    def __call__(
-        self, model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Values `[n]`, and `upstream * d value / d raw product` of either side that needs it, which may lie in the
-        place of the raw products; None without `upstream [n]`."""
-        ...
-
-
 #: PyTorch's temporaries are made for this share of a chunk's rows at a time: then they take one more chunk in all.
-_BLOCKS = 8
+_ROW_GROUPS = 8
 
 
-def rows(
+def torch_divergence_rows(
     model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The `DivergenceEngine` of PyTorch operations."""
     count, sides = len(model.raw), (model, ref)
     values = []
-    for block in spans(count, -(-count // _BLOCKS)):
-        parts = [side._replace(raw=side.raw[block]) for side in sides]
-        values.append(_block(parts[0], parts[1], options, None if upstream is None else upstream[block]))
+    for group in spans(count, -(-count // _ROW_GROUPS)):
+        parts = [side._replace(raw=side.raw[group]) for side in sides]
+        values.append(_of_group(parts[0], parts[1], options, None if upstream is None else upstream[group]))
     gradients = [None if upstream is None or side.operand is None else side.raw.to(side.operand) for side in sides]
     return torch.cat(values), gradients[0], gradients[1]
 
 
-def _block(model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None) -> Tensor:
-    """Values; the gradients take the raw products' place."""
+def _of_group(model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None) -> Tensor:
+    """The values of some rows; their gradients take the raw products' place."""
     (log_q, slope_q), (log_p, slope_p) = _log_softmax(model), _log_softmax(ref)
     log_ratio = log_p - log_q
     if model.head.bias is not None or ref.head.bias is not None:
         log_ratio.masked_fill_(log_p.isneginf() & log_q.isneginf(), 0.0)
     x = Rows(log_p.exp(), log_q.exp(), log_p, log_q, log_ratio)
-    found = terms(x, options)
+    result = terms(x, options)
     if upstream is not None:
         for side, share, probability, slope in (
-            (model, found.model, x.q, slope_q),
-            (ref, found.ref, x.p, slope_p),
+            (model, result.model, x.q, slope_q),
+            (ref, result.ref, x.p, slope_p),
         ):
             if side.operand is not None:
-                side.raw.copy_(_gradient(share(), probability, upstream, slope))
-    return found.value
+                side.raw.copy_(_logit_gradient(share(), probability, upstream, slope))
+    return result.value
 
 
 def _log_softmax(side: RawSide) -> tuple[Tensor, Tensor | float]:
     """Log-probabilities, and `d logit / d raw product`. A dense copy: rows of a vocabulary-major chunk are not."""
-    bias, transform = side.head
+    bias, transform = side.head.bias, side.head.transform
     z = side.raw.clone() if bias is None else side.raw + bias
     derivative = transform.apply_(z, may_be_masked=bias is not None)
     z.sub_(z.amax(-1, keepdim=True))
@@ -231,7 +216,7 @@ def _log_softmax(side: RawSide) -> tuple[Tensor, Tensor | float]:
     return z, transform.slope if derivative is None else derivative
 
 
-def _gradient(share: Tensor, probability: Tensor, upstream: Tensor, slope: Tensor | float) -> Tensor:
+def _logit_gradient(share: Tensor, probability: Tensor, upstream: Tensor, slope: Tensor | float) -> Tensor:
     """`upstream (u - q sum u) slope`."""
     gradient = torch.addcmul(share, probability, share.sum(-1, keepdim=True), value=-1)
     return gradient.mul_(upstream[:, None]).mul_(slope)
@@ -241,7 +226,7 @@ def _gradient(share: Tensor, probability: Tensor, upstream: Tensor, slope: Tenso
 # Chunks
 
 
-def sweep(
+def divergence_sweep(
     engine: DivergenceEngine, problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]
 ) -> DivergenceResult:
     """Divergences `[N]` and, where `upstream [N]` is given, the gradients of `sum_i upstream_i D_i`, in one sweep."""
@@ -253,7 +238,7 @@ def sweep(
     buffers = 1 if problem.chunk_bytes is None else 3
     trainable = upstream is not None and any(need.weight for need in needs)
     options = Options(chunk_bytes=problem.chunk_bytes)
-    most = chunk_tokens(wide, problem.model.weight, options, buffers, trainable=trainable)
+    most = chunk_tokens(wide, problem.model.head.weight, options, buffers, trainable=trainable)
     tokens = equal_chunks(count, most, wide.device.type)
     chunks = [
         _SideChunks(side, need if upstream is not None else Needs(False, False, False), tokens, dtype)
@@ -274,9 +259,9 @@ class _SideChunks:
 
     def __init__(self, side: Side, needs: Needs, tokens: int, dtype: torch.dtype) -> None:
         device, own = side.hidden.device, side.hidden.dtype
-        self.hidden, self.weight = side.hidden, side.weight
+        self.hidden, self.weight = side.hidden, side.head.weight
         self.multiplied = logit_dtype(own, device, None)
-        self.head = RowHead(None if side.bias is None else side.bias.to(dtype), side.transform)
+        self.head = in_dtype(side.head, dtype)
         self.buffer = torch.empty(tokens * row_stride(len(self.weight), dtype, device.type), dtype=dtype, device=device)
         self.operand = operand_dtype(own, device) if any(needs) else None
         self.sums: Gradients = empty_gradients(side, needs, dtype)
@@ -284,15 +269,15 @@ class _SideChunks:
     def raw(self, span: slice) -> RawSide:
         hidden = self.hidden[span].to(self.multiplied)
         out = lay_out(self.buffer, len(hidden), len(self.weight), hidden.device.type)
-        return RawSide(products(hidden, self.weight, out), self.head, self.operand)
+        return RawSide(raw_products(hidden, self.weight, out), self.head, self.operand)
 
     def add(self, span: slice, gradient: Tensor) -> None:
-        """Adds what a chunk of `dL / d raw product` contributes; the head's sum begins with the first chunk's."""
+        """Adds the products of a chunk's gradient; the head's sum begins with the first chunk's."""
         with float16_products(self.hidden.dtype, self.hidden.device):
             if self.sums.hidden is not None:
                 products_with_head(gradient, self.weight, self.sums.hidden[span])
             if self.sums.weight is not None:
-                product = multiply_add if span.start else multiply
-                product(gradient.T, self.hidden[span].to(gradient.dtype), out=self.sums.weight)
+                hidden = self.hidden[span].to(gradient.dtype)
+                multiply(gradient.T, hidden, out=self.sums.weight, add=span.start > 0)
             if self.sums.bias is not None:
                 self.sums.bias.add_(gradient.sum(0, dtype=self.sums.bias.dtype))
