@@ -38,20 +38,20 @@ class Backend(NamedTuple):
         return {"backend": self.name, "backward": "tail_corrected", "tail_tolerance": tolerance}
 
     def cast(self, x: Any) -> Any:
-        """As this backend takes it; numbers and names stay."""
+        """A tensor on the backend's device and in its dtype. Numbers and names are returned unchanged."""
         if not isinstance(x, Tensor):
             return x
         return x.to(self.device, self.dtype if x.is_floating_point() else x.dtype)
 
     @property
     def rounding(self) -> float:
-        """Of a sum to the size of its terms. In half precision: the listed gradient, the tail, the block's mean, the
-        result, half an ulp each."""
+        """Rounding of a sum relative to its terms. In half precision it is half an ulp each of the listed gradient, the
+        tail, the block's mean and the result."""
         return {torch.float64: 1e-11, torch.float32: 1e-4}.get(self.dtype, 4 * torch.finfo(self.dtype).eps)
 
 
 def double(x: Any) -> Any:
-    """For the reference, on the CPU."""
+    """An operand of the reference: a float64 copy on the CPU."""
     if not isinstance(x, Tensor):
         return x
     return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
@@ -151,7 +151,7 @@ def more_tokens_than_a_slice(backend: Backend) -> None:
 
 
 def any_order_of_the_vocabulary(backend: Backend) -> None:
-    """Its blocks, and gradients where they belong; the head's own order, named, changes no bit."""
+    """Blocks follow a given order, and gradients come back in the head's. The head's own order changes no bit."""
     problem = peaked_problem(count=40)
     problem["bias"] = torch.linspace(-1, 1, 2000)
     probability = (problem["hidden"] @ problem["weight"].T + problem["bias"]).softmax(-1).mean(0)
@@ -315,7 +315,7 @@ def any_layout(backend: Backend) -> None:
 
 
 def spaced(x: Tensor, step: int, offset: int) -> Tensor:
-    """The same values in memory `step` elements apart, from an odd address on."""
+    """A copy in memory whose elements lie `step` apart, from an odd address on."""
     base = x.new_zeros(x.numel() * step + offset)
     view = base[offset:].view(*x.shape, step)[..., 0]
     return view.copy_(x)

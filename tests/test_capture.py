@@ -170,7 +170,7 @@ NAMES = list(op_bodies(FakeTensorMode(), "chunked"))
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    """Of the GPU backends all but the kernels themselves; their launches are listed."""
+    """The GPU backends without their kernels, whose launches are listed instead."""
     pytest.importorskip("triton")
     from logitless.kernels.triton import chunk
 

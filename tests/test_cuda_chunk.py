@@ -25,7 +25,7 @@ from logitless.backends.approximate.blocks import PAIR_BLOCK
 from logitless.backends.exact import gradients, products
 from logitless.backends.interface import Upstream
 from logitless.kernels.cuda import library as cuda_library
-from logitless.kernels.cuda.library import DTYPES, Library
+from logitless.kernels.cuda.library import DTYPE_CODES, Library
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised, poison_empty
 from logitless.types import DIFFERENTIABLE, OUTPUTS, Head, LogitTransform, statistics_dtype
 
@@ -302,7 +302,7 @@ def test_confident_token_keeps_its_digits(library):
 @pytest.mark.parametrize("column", [0, 77, 99, 2500])
 @pytest.mark.parametrize("masked", [False, True])
 def test_nan_reaches_every_result(library, column, masked):
-    """Also where everything else of its part is masked."""
+    """A NaN reaches them even if all other columns of its part are masked."""
     chunk = make_chunk(1, 3000 if column > 99 else 100)
     if masked:
         chunk.raw[:] = -INF
@@ -423,7 +423,7 @@ def test_the_rest_of_what_is_refused(library):
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPE_CODES)
 def test_no_rows(library, dtype):
     chunk = make_chunk(0, 40, dtype)
     found, _ = measure(library, chunk)
@@ -484,7 +484,7 @@ def test_frozen_head_keeps_one_vector_per_token(backend, case, outputs):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ragged_sizes(backend, dtype, softcap):
-    """Also the fused forward's: H is a multiple of 8 here."""
+    """Sizes that no tile divides. H is a multiple of 8, so the fused forward runs too."""
     problem = make_problem((70,), 40, 507, dtype=dtype, bias=True, ignored=0.2)
     check_op(Case(problem, LogitTransform(softcap=softcap), 20), DIFFERENTIABLE, "recompute")
 

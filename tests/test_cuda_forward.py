@@ -96,7 +96,7 @@ def draw(
 
 
 def forwards(library: Library, dtype: torch.dtype) -> list[Kernel]:
-    """Those that run here."""
+    """The fused forwards that can run on this machine."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     names = library.configurations() if hopper else ()
     return [AMPERE, *(Kernel("forward_sm90", (k,)) for k in range(len(names)) if k == 0 or dtype == torch.bfloat16)]
@@ -111,7 +111,7 @@ def run(
     count: int = 5,
     padding: int | None = None,
 ) -> Result:
-    """With `count` moments; the raw products in a matrix that many columns wider, where `padding` is given."""
+    """Runs a forward and the merge, with `count` moments. With `padding`, raw products go to a matrix wider by that."""
     rows, vocabulary = len(x.hidden), len(x.weight)
     parts = -(-vocabulary // PART)
     moments, target_logit = torch.full((parts, count, rows), math.nan), torch.full((rows,), math.nan)
@@ -141,7 +141,7 @@ def merge(library: Library, moments: Tensor, target_logit: Tensor, vocabulary: i
 
 
 def logits(x: Operands, transform: LogitTransform) -> Tensor:
-    """Of the same halves, in float64."""
+    """Logits in float64 from the half-precision operands."""
     s = x.hidden.double() @ x.weight.double().T
     masked = None
     if x.bias is not None:

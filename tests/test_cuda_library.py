@@ -20,7 +20,7 @@ from cuda_build import ROOT, cutlass_headers, gpu_library, host_library, needs_c
 
 from logitless.backends import cuda
 from logitless.kernels.cuda import library as cuda_library
-from logitless.kernels.cuda.library import DTYPES, NOT_BUILT, SIGNATURES, Library
+from logitless.kernels.cuda.library import DTYPE_CODES, NOT_BUILT, SIGNATURES, Library
 
 HEADER = ROOT / "kernels" / "cuda" / "logitless.h"
 NUMBERS = {
@@ -64,7 +64,7 @@ def test_signatures_are_those_of_the_header():
 
 def test_codes_are_those_of_the_header():
     values = dict(re.findall(r"(LOGITLESS_\w+) = (-?\d+)", HEADER.read_text()))
-    for dtype, code in DTYPES.items():
+    for dtype, code in DTYPE_CODES.items():
         assert int(values[f"LOGITLESS_{str(dtype).removeprefix('torch.').upper()}"]) == code
     assert int(values["LOGITLESS_NOT_BUILT"]) == NOT_BUILT
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitless.kernels.cuda.library import Library
+from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN
 
-BLOCK = SLICE = 128
 CPU = torch.device("cpu")
 #: An entry of the listed gradient is rounded to bfloat16 once; as much again for what goes into it.
 ROUNDING = 2 * 2.0**-9
@@ -41,7 +41,7 @@ class Problem:
 
     @property
     def blocks(self) -> int:
-        return -(-len(self.weight) // BLOCK)
+        return -(-len(self.weight) // PAIR_BLOCK)
 
     @property
     def raw(self) -> Tensor:
@@ -54,7 +54,7 @@ class Problem:
     def block_lse(self) -> Tensor:
         """[N, blocks], the target left out."""
         others = self.logits.scatter(1, self.targets[:, None], -math.inf)
-        return torch.stack([block.logsumexp(1) for block in others.split(BLOCK, 1)], 1)
+        return torch.stack([block.logsumexp(1) for block in others.split(PAIR_BLOCK, 1)], 1)
 
     def entropy(self) -> Tensor:
         logp = self.logits.log_softmax(1)
@@ -86,14 +86,14 @@ def draw(
 
 
 class Routed(NamedTuple):
-    starts: Tensor  # [blocks slices + 1]
+    starts: Tensor  # [blocks spans + 1]
     tokens: Tensor  # [N blocks]
     tail: Tensor  # [N, blocks]
 
     def pairs(self, rows: int) -> Tensor:
         """(block, token) of the list, in its order."""
-        slices = -(-rows // SLICE)
-        counts = self.starts[::slices].diff()
+        spans = -(-rows // PAIR_SPAN)
+        counts = self.starts[::spans].diff()
         block = torch.arange(len(counts)).repeat_interleave(counts)
         return torch.stack([block, self.tokens[: len(block)].long()], 1)
 
@@ -107,10 +107,10 @@ class Routed(NamedTuple):
 
 def route(library: Library, problem: Problem, magnitude: Tensor, threshold: float) -> Routed:
     rows, blocks = len(problem.hidden), problem.blocks
-    slices = -(-rows // SLICE)
+    spans = -(-rows // PAIR_SPAN)
     block_lse, lse = problem.block_lse().float(), problem.logits.logsumexp(1).float()
     made = Routed(
-        torch.full((blocks * slices + 1,), -1, dtype=torch.int32),
+        torch.full((blocks * spans + 1,), -1, dtype=torch.int32),
         torch.full((rows * blocks,), -1, dtype=torch.int32),
         torch.full((rows, blocks), math.nan),
     )
@@ -121,7 +121,7 @@ def route(library: Library, problem: Problem, magnitude: Tensor, threshold: floa
 
 def listed_gradient(library: Library, problem: Problem, routed: Routed, first: int, count: int) -> Tensor:
     rows, depth = problem.hidden.shape
-    made = torch.full((rows * count, BLOCK), math.nan, dtype=torch.bfloat16)
+    made = torch.full((rows * count, PAIR_BLOCK), math.nan, dtype=torch.bfloat16)
     lse, entropy = problem.logits.logsumexp(1).float(), problem.entropy().float()
     library.launch(
         "sparse_gradient",
@@ -150,7 +150,7 @@ def products(
 
 
 def spread_over_columns(kept: Tensor, vocabulary: int) -> Tensor:
-    return kept.repeat_interleave(BLOCK, 1)[:, :vocabulary]
+    return kept.repeat_interleave(PAIR_BLOCK, 1)[:, :vocabulary]
 
 
 def assert_within(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
@@ -180,11 +180,11 @@ def test_routing(library: Library, problem: Problem, tolerance: float) -> None:
     assert torch.equal(pairs, pairs.unique(dim=0)), "by block, then by token, each once"
     assert (routed.tokens[len(pairs) :] == -1).all()
 
-    slices = -(-rows // SLICE)
+    spans = -(-rows // PAIR_SPAN)
     kept = routed.kept(rows)
-    counts = torch.stack([piece.sum(0) for piece in kept.split(SLICE)], 1).flatten()  # [blocks, slices]
+    counts = torch.stack([piece.sum(0) for piece in kept.split(PAIR_SPAN)], 1).flatten()  # [blocks, spans]
     assert torch.equal(routed.starts.diff(), counts.int()) and routed.starts[0] == 0
-    assert len(counts) == problem.blocks * slices
+    assert len(counts) == problem.blocks * spans
 
     mass = (problem.block_lse() - problem.logits.logsumexp(1, keepdim=True)).exp()
     product = mass * magnitude[:, None]

@@ -87,7 +87,7 @@ def test_preferences(frozen: bool) -> None:
 
 @pytest.mark.slow
 def test_without_a_fused_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Blackwell: cuBLAS's chunks, measured with their blocks."""
+    """A GPU without a fused forward, such as Blackwell, measures cuBLAS's chunks with their blocks."""
     monkeypatch.setattr(cuda, "fused_kernel", lambda hidden, weight: None)
     with poison_empty():
         properties.the_report_is_exact(HALF)

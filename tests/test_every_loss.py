@@ -164,7 +164,7 @@ def test_padding_changes_nothing(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_order_of_rows_changes_nothing(name):
-    """Of pairs: the chosen and the rejected halves alike."""
+    """In a batch of pairs, the chosen and the rejected halves are reordered alike."""
     loss = losses.get(name)
     batch = batch_of(loss)
     order = torch.tensor([2, 0, 1, 5, 3, 4]) if isinstance(loss, PairLoss) else torch.tensor([4, 0, 5, 2, 1, 3])

@@ -118,7 +118,7 @@ def test_rooms_of_the_backends_import_downwards(path: Path) -> None:
 
 
 def test_losses_are_found_in_an_archive(tmp_path: Path) -> None:
-    """Their modules are listed nowhere, and an archive has no folders to look into."""
+    """No list names the modules of the losses, and an archive has no folders to look into."""
     archive = tmp_path / "logitless.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for folder, _, names in os.walk(PACKAGE, followlinks=True):

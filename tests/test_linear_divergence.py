@@ -26,7 +26,7 @@ TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_a
 
 
 class Tensors(NamedTuple):
-    """Of one call; those that require a gradient are leaves."""
+    """The tensors of one call. Those that require a gradient are leaves."""
 
     hidden: torch.Tensor
     weight: torch.Tensor
@@ -71,7 +71,7 @@ def call(x: Tensors, options=None, ref_options=None, *, device="cpu", mask=None,
 def plain(
     x: Tensors, options=None, ref_options=None, *, divergence: DivergenceOptions, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """As materialised code computes it: logits in the model's dtype, the definition in float32."""
+    """The divergence as materialised code computes it: logits in the model's dtype, the definition in float32."""
     sides = ((x[:3], options), (x[3:], ref_options))
     z = [reference.transformed(linear(*side).to(statistics_dtype(side[0].dtype)), o or LogitTransform())
          for side, o in sides]  # fmt: skip
@@ -514,7 +514,7 @@ def products(monkeypatch):
     ],
 )
 def test_matrix_products(products, trainable, keywords, forward, backward):
-    """As the docstring says, of both sides together, for one chunk."""
+    """The number of products of both sides for one chunk is that of the docstring."""
     x = make(trainable=trainable)
     found = call(x, kind="js", **keywords)
     assert len(products) == forward

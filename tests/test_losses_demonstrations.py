@@ -162,7 +162,7 @@ def test_prefix_rft_is_batch_wide_and_top_entropy_adds_to_it() -> None:
 
 
 def test_prefix_rft_keeps_the_code_s_number_of_tokens() -> None:
-    """Its code zeroes `int(n * 0.8)` of the sorted tokens."""
+    """Prefix-RFT's code zeroes `int(n * 0.8)` of the sorted tokens."""
     for n in range(1, 40):
         entropy = torch.randperm(n, generator=torch.Generator().manual_seed(n)).double()
         assert n - int(top_entropy_mask(entropy, 0.2).sum()) == int(n * 0.8 + 1e-9)

@@ -253,7 +253,7 @@ def test_on_policy_samples_without_old_logprob_are_trl_s() -> None:
 
 
 def test_sampler_correction_is_trl_s_weight() -> None:
-    """As a policy weight: before the KL, in the normaliser nowhere."""
+    """The weight is a policy weight: it comes before the KL, and not into the normaliser."""
     batch = Batch()
     weight = sampler_correction(batch.old_logprob, batch.sampling_logprob, mode="token_truncate", high=1.1)
     theirs = trl_loss(batch, "grpo", {"importance_sampling_ratio": weight}, use_vllm=True, **KL)
@@ -326,7 +326,7 @@ def test_losses_are_liger_s(loss: PolicyLoss, loss_type: str, options: dict[str,
 
 
 def test_liger_s_luspo_with_a_kl_counts_padding() -> None:
-    """Its known defect: per-token terms are multiplied by |y| and averaged over all positions, padded ones included."""
+    """A known defect of Liger: terms are multiplied by |y| and averaged over all positions, padded ones too."""
     batch = Batch(drift=0.5)
     loss = LUSPO(**WIDE, **KL)
     theirs = liger_loss(batch, "luspo", **SEQUENCE, **KL)

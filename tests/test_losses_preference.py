@@ -371,7 +371,7 @@ def test_nca_settles_at_two_thirds() -> None:
 
 
 def test_discopop_is_not_monotone() -> None:
-    """Its local minimum and maximum at tau = 0.05."""
+    """At tau = 0.05 the loss has a local minimum and a local maximum."""
     loss = DPO(loss_type="discopop")
     for place, below, above in ((-0.119, -1, 1), (0.072, 1, -1)):
         assert margin_gradient(loss, place - 1e-3) * below > 0 and margin_gradient(loss, place + 1e-3) * above > 0
@@ -490,7 +490,7 @@ def test_weighted_sum_averages_the_reference_too() -> None:
 
 
 def test_weighted_sum_of_plain_values() -> None:
-    """As a YAML file gives them; equal, hashable and replaceable like any loss."""
+    """Plain values, as from a YAML file, make a loss that is equal, hashable and replaceable like any."""
     plain = losses.get(
         "weighted_sum",
         terms=["simpo", {"name": "dpo", "loss_type": "hinge", "beta": 0.3}, {"name": "chosen_nll"}],
@@ -528,7 +528,7 @@ def test_finite_for_finite_input(loss: Loss, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("loss", PAIRS, ids=ident)
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_an_impossible_completion_has_a_finite_gradient(loss: Loss, side: str) -> None:
-    """And never a NaN: losses that are quadratic in it have an infinite one, as they must."""
+    """No gradient is NaN. Losses that are quadratic in the log-prob have an infinite one, as they must."""
     chosen = torch.tensor([-math.inf if side == "chosen" else -2.0], requires_grad=True)
     rejected = torch.tensor([-math.inf if side == "rejected" else -2.0], requires_grad=True)
     result = call(loss, chosen, rejected, torch.tensor([-2.5]), torch.tensor([-2.5]))

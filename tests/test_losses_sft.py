@@ -285,7 +285,7 @@ def test_probability_losses_at_any_token(logprob: float, exponent: float, gamma:
 
 
 def test_dft_is_trl_s() -> None:
-    """Of random and extreme log-probs, with a mask; TRL's own product is NaN at -inf, where ours is 0."""
+    """Equal at random and extreme log-probs, with a mask. At -inf TRL's own product is NaN, and ours is 0."""
     trainer = pytest.importorskip("trl.trainer.sft_trainer").SFTTrainer
     logprob = torch.cat([-20 * torch.rand(40, dtype=F64), doubles(0.0, -1e-9, -90.0, -1e4)]).reshape(4, 11)
     mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -381,7 +381,7 @@ def test_cayley_reads_the_counted_tokens_alone() -> None:
 
 
 def test_gem_s_gradient_is_the_tempered_distribution_less_the_target() -> None:
-    """And that of the paper's own form, `-logprob + sum_v sg(q_v) log p_v`; through `linear_loss` on a head."""
+    """Through `linear_loss` on a head. The paper's form `-logprob + sum_v sg(q_v) log p_v` has this gradient too."""
     hidden = torch.randn(6, 4, dtype=F64, requires_grad=True)
     weight = torch.randn(9, 4, dtype=F64, requires_grad=True)
     targets = torch.tensor([0, 3, 8, -100, 2, 2])

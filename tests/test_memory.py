@@ -27,7 +27,7 @@ def problem(trainable=("hidden", "weight", "bias"), shape=(N,), **options) -> To
 
 
 def pairs(p: TokenProblem, rows: int) -> dict:
-    """The same tokens as `rows` sequences."""
+    """The tokens of a problem as `rows` sequences."""
     hidden = p.hidden.detach().reshape(rows, -1, H).requires_grad_(p.hidden.requires_grad)
     return dict(hidden=hidden, weight=p.weight, targets=p.targets.reshape(rows, -1), bias=p.bias)
 

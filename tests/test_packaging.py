@@ -48,16 +48,16 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def package_files(folder: Path) -> set[str]:
-    """What an installed package must hold: every module, the type marker, the kernels' device code and documents, but
-    not what runs that code on a CPU."""
+    """The files of an installed package: modules, the type marker, the kernels' device code and documents, but not the
+    code that runs the CUDA kernels on a CPU."""
     package = folder / "python" / "logitless"
     kernels = (package / "kernels").resolve()  # which rglob does not enter by a link
     files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed"}
     files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*") if p.suffix in (".py", ".md")}
-    for folder in ("cpu", "cuda"):
-        here = kernels / folder
-        files |= {f"kernels/{folder}/{p.name}" for p in here.iterdir() if p.suffix in (".cu", ".cuh", ".h")}
-    assert {"kernels/cuda/rows.cuh", "kernels/cuda/logitless.h", "kernels/cuda/library.py"} <= files
+    for here in (kernels, kernels / "cpu", kernels / "cuda"):
+        device = (p for p in here.iterdir() if p.suffix in (".cu", ".cuh", ".h"))
+        files |= {f"kernels/{p.relative_to(kernels)}" for p in device}
+    assert {"kernels/rows.h", "kernels/cuda/logitless.h", "kernels/cuda/library.py"} <= files
     assert {"kernels/cpu/screen.h", "kernels/cpu/library.py", "kernels/MATH.md", "kernels/cuda/README.md"} <= files
     return {f"logitless/{name}" for name in files}
 
@@ -66,7 +66,7 @@ def check_wheel(wheel: Path, expected: set[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert names == expected
-        assert b"struct Moments" in archive.read("logitless/kernels/cuda/rows.cuh")
+        assert b"struct Moments" in archive.read("logitless/kernels/rows.h")
         (info,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         assert "logitless = logitless.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
@@ -115,7 +115,7 @@ def test_installed_wheel_imports_and_finds_its_kernels(checkout: Path, tmp_path:
     code = (
         "import importlib.resources as r, logitless\n"
         "print(logitless.__file__)\n"
-        "print((r.files('logitless') / 'kernels' / 'cuda' / 'rows.cuh').is_file())"
+        "print((r.files('logitless') / 'kernels' / 'rows.h').is_file())"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", code]
@@ -231,7 +231,7 @@ def test_a_library_that_does_not_build_is_an_error_with_two_ways_out(
 
 @needs_compiler
 def test_wheel_carries_the_cpu_library_where_a_compiler_is(checkout: Path, tmp_path: Path) -> None:
-    """And that finds it."""
+    """The installed package finds the library."""
     done = call_hook(checkout, "build_wheel", tmp_path, LOGITLESS_CPU="require")
     assert done.returncode == 0, done.stdout + done.stderr
     wheel = tmp_path / done.stdout.split()[-1]

@@ -81,7 +81,7 @@ def test_signatures_are_those_of_the_header() -> None:
     assert found == cpu_library.SIGNATURES
     codes = dict(re.findall(r"LOGITLESS_SCREEN_(\w+) = (\d+)", text))
     assert {name: int(code) for name, code in codes.items()} == {
-        str(dtype).removeprefix("torch.").upper(): code for dtype, code in cpu_library.DTYPES.items()
+        str(dtype).removeprefix("torch.").upper(): code for dtype, code in cpu_library.DTYPE_CODES.items()
     }
 
 

@@ -136,7 +136,7 @@ def test_a_copy_of_the_head_serves_the_products():
 
 
 def test_rows_need_no_second_chunk_for_the_entropy(monkeypatch):
-    """Its value and its gradient: temporaries are a part of the vocabulary."""
+    """Neither its value nor its gradient does, because temporaries are a part of the vocabulary."""
     z, targets = torch.randn(4096, 64).T, torch.arange(64)
     head = Head(torch.empty(0, 0))
     monkeypatch.setattr(torch_rows, "PIECE_BYTES", {"cpu": 2**16})

@@ -50,7 +50,7 @@ def logits_of(kind: str, count: int, seed: int, dtype: torch.dtype = torch.float
 def gradients(
     hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: Tensor, *, bias: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of `sum_i coefficient_i logprob_i`."""
+    """Gradients of `sum_i coefficient_i logprob_i`."""
     leaves = [x if x is None else x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
     stats = linear_logprobs(leaves[0], leaves[1], targets, bias=leaves[2], **options)
     (coefficient * stats.logprob).sum().backward()

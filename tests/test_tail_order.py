@@ -39,7 +39,7 @@ def problem_of(seed: int, *, order: bool = True, masked: bool = False, count: in
 
 
 def by_logprobs(problem: Problem, tolerance: float = TOLERANCE) -> Gradients:
-    """Of `sum_i (-1)^i logprob_i + lse_i / 4`."""
+    """Gradients of `sum_i (-1)^i logprob_i + lse_i / 4`."""
     signs = torch.ones(len(problem.targets), dtype=torch.float64)
     signs[1::2] = -1
     forward, saved = ENTRIES.forward(problem, ("logprob", "lse"), tolerance)
@@ -48,7 +48,7 @@ def by_logprobs(problem: Problem, tolerance: float = TOLERANCE) -> Gradients:
 
 
 def by_single_pass(problem: Problem, tolerance: float = TOLERANCE) -> Gradients:
-    """Of the sum of the negative log-probs and a little entropy."""
+    """Gradients of the sum of the negative log-probs and a little entropy."""
 
     def coefficients(stats: TokenStats, rows: slice) -> tuple[Tensor, Upstream]:
         assert stats.logprob is not None
@@ -92,7 +92,7 @@ def test_the_native_order_by_name_is_none(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_two_parts_are_taken_and_the_order_matters(way: str) -> None:
-    """Or the comparisons above were of exact products."""
+    """Otherwise the comparisons above would be of exact products."""
     problem = problem_of(3)
     with tail_report() as report:
         found = WAYS[way](problem)
@@ -144,7 +144,7 @@ def test_it_is_a_permutation_and_the_same_each_time(vocabulary: int, dtype: torc
 
 @pytest.mark.parametrize("from_data", [False, True])
 def test_it_finds_clusters(from_data: bool) -> None:
-    """As many as there are blocks of the largest size, shuffled over the vocabulary."""
+    """The head has one cluster for each block of the largest size, shuffled over the vocabulary."""
     draw = torch.Generator().manual_seed(0)
     centres = 5 * torch.randn(8, 32, generator=draw)
     cluster = torch.arange(8).repeat(SIZES[0])[torch.randperm(8 * SIZES[0], generator=draw)]

@@ -69,7 +69,7 @@ def test_curves_lie_on_those_of_materialised_logits(folder: Path, loss: dict[str
 
 
 def test_evaluation_has_the_loss_s_own_temperature(folder: Path) -> None:
-    """It is the loss that is trained; without a step taken, the same of both ways and of the same rows."""
+    """Evaluation computes the trained loss. Before any step it is equal for both backends, and equal on equal rows."""
     loss, rows = {"name": "gem", "beta": 0.5}, str(folder / "rows.jsonl")
     found = []
     for backend in ("auto", "materialised"):

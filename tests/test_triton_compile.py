@@ -27,6 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN  # noqa: E402
 from logitless.kernels.triton import chunk, configs, logprobs, sparse  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -114,7 +115,7 @@ def compiled(
 
 
 @cache
-def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str, ...], target: GPUTarget):
+def tile_kernel(name: str, operands: str, tile: configs.TileConfig, present: tuple[str, ...], target: GPUTarget):
     kernel = KERNELS["forward" if name == "blocks" else name]
     values = {k: v for k, v in tile.blocks.items() if k in kernel.arg_names}
     values |= {"BLOCK": min(128, tile.BLOCK_V), "PRECISION": "ieee" if operands == "half" else operands}
@@ -124,9 +125,9 @@ def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str
 
 
 @cache
-def listed_kernel(name: str, operands: str, tile: configs.Tile, target: GPUTarget):
+def listed_kernel(name: str, operands: str, tile: configs.TileConfig, target: GPUTarget):
     kernel = LISTED[name]
-    values = {**tile.blocks, "BLOCK": sparse.BLOCK, "SLICE": sparse.SLICE}
+    values = {**tile.blocks, "BLOCK": PAIR_BLOCK, "SPAN": PAIR_SPAN}
     values["PRECISION"] = "ieee" if operands == "half" else operands
     values = {k: v for k, v in values.items() if k in kernel.arg_names}
     halves = "*bf16" if operands == "half" else "*fp32"
@@ -254,7 +255,7 @@ def check_resources(code, arch: Architecture, folder: Path) -> None:
 def test_the_gradient_of_listed_pairs(name, operands, shape, tmp_path):
     """By every tile that it may have, down to a block's width."""
     arch, tile = ARCHITECTURES[name], configs.TILES[name][operands, shape]
-    tile = replace(tile, BLOCK_V=min(tile.BLOCK_V, sparse.BLOCK))
+    tile = replace(tile, BLOCK_V=min(tile.BLOCK_V, PAIR_BLOCK))
     code = listed_kernel("listed", operands, tile, arch.target)
     check_resources(code, arch, tmp_path)
     if name != "amd":
@@ -294,11 +295,11 @@ def test_routing(name, tmp_path):
     arch = ARCHITECTURES[name]
     counting, listing = ("p_tail", "p_counts"), ("p_starts", "p_tokens")
     for absent in (counting, listing):
-        values = {"SLICE": sparse.SLICE, "BLOCK_B": sparse.ROUTE_BLOCKS, **dict.fromkeys(absent)}
+        values = {"SPAN": PAIR_SPAN, "BLOCK_B": sparse.ROUTE_BLOCKS, **dict.fromkeys(absent)}
         check_resources(
             compiled(sparse.route_kernel, ("p_block_lse",), values, "*fp32", arch.target, 4), arch, tmp_path
         )
-    code = compiled(sparse.place_kernel, (), {"SLICE": sparse.SLICE}, "*fp32", arch.target, 4)
+    code = compiled(sparse.place_kernel, (), {"SPAN": PAIR_SPAN}, "*fp32", arch.target, 4)
     check_resources(code, arch, tmp_path)
 
 
@@ -336,7 +337,7 @@ def test_row_kernels(name, tmp_path):
 # The bound that the instructions set
 
 
-def bound(name: str, operands: str, tile: configs.Tile, folder: Path) -> float:
+def bound(name: str, operands: str, tile: configs.TileConfig, folder: Path) -> float:
     """The share of the tensor cores' peak that the forward's loop of the product cannot exceed: clocks of the products
     over those of whichever takes longest, of
 
@@ -356,7 +357,7 @@ def bound(name: str, operands: str, tile: configs.Tile, folder: Path) -> float:
     return product / max(product, issue, shared, copied / 64)
 
 
-def shared_reads(loop: Counter[str], tile: configs.Tile, itemsize: int) -> float:
+def shared_reads(loop: Counter[str], tile: configs.TileConfig, itemsize: int) -> float:
     """Bytes that products read in one round of the loop: `ldmatrix` and wide loads by their count; a warp group's
     (64 rows of hidden) or Blackwell's (both operands once) by the instruction's own reading."""
     counted = sum(n * {"4": 512, "2": 256}.get(op[-1], 128) for op, n in loop.items() if op.startswith("LDSM"))

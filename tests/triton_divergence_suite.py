@@ -26,7 +26,7 @@ from test_linear_divergence import (
     measure,
 )
 
-from logitless.kernels.triton import divergence
+from logitless.kernels.triton import divergence, tile
 from logitless.types import DivergenceOptions, LogitTransform
 
 HERE = dict(backend="triton", device="cuda" if torch.cuda.is_available() else "cpu")
@@ -87,8 +87,8 @@ def test_a_nan_is_not_hidden(side):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_in_one_sweep(dtype):
-    """Of operands that stay halves, the gradient is rounded before the upstream factor in one way and after it in the
-    other: half an ulp of each term twice, and of the result twice. Terms may cancel to half their size."""
+    """If operands stay halves, one way rounds the gradient before the upstream factor and the other way after it.
+    That is half an ulp of each term twice, and of the result twice. Terms may cancel to half their size."""
     x = make(trainable=SIDES, dtype=dtype)
     at_once = measure(lambda y: call(y, kind="js", reduction="sum", **HERE), x)
     later = measure(lambda y: call(y, kind="js", backward="recompute", **HERE).sum(), x)
@@ -102,7 +102,7 @@ def functions_kernel(p_x, p_expm1, p_log1p, p_mixture, weight, BLOCK: tl.constex
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(p_x + o)
     tl.store(p_expm1 + o, divergence.expm1(x))
-    tl.store(p_log1p + o, divergence.log1p(tl.where(x < -1.0, -1.0, x)))
+    tl.store(p_log1p + o, tile.log1p(tl.where(x < -1.0, -1.0, x)))
     tl.store(p_mixture + o, divergence.log_mixture(weight, x))
 
 

@@ -24,7 +24,7 @@ from test_tail import cases
 from torch import Tensor
 
 from logitless.backends import triton as backend
-from logitless.backends.approximate import blocks
+from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN
 from logitless.kernels.triton import configs, sparse
 from logitless.types import Head
 
@@ -35,14 +35,14 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 #: A block of 128 in one tile, and in two. The interpreter's time is the number of tiles.
-WHOLE = configs.Tile(64, 128, 32, 2, 1, 1), configs.Tile(64, 128, 64, 1, 1, 1)
-HALVED = configs.Tile(32, 64, 32, 2, 1, 1), configs.Tile(64, 64, 32, 1, 1, 1)
+WHOLE = configs.TileConfig(64, 128, 32, 2, 1, 1), configs.TileConfig(64, 128, 64, 1, 1, 1)
+HALVED = configs.TileConfig(32, 64, 32, 2, 1, 1), configs.TileConfig(64, 64, 32, 1, 1, 1)
 
 
 @contextmanager
-def tiles(gradient: configs.Tile, product: configs.Tile) -> Iterator[None]:
+def tiles(gradient: configs.TileConfig, product: configs.TileConfig) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "INTERPRETED", gradient)
+        patch.setattr(configs, "INTERPRETED_TILE", gradient)
         patch.setattr(configs, "INTERPRETED_LISTED", product)
         yield
 
@@ -77,7 +77,7 @@ def products(problem: Problem, routed: Routed, *, ordered: bool, blocks_at_once:
     d_hidden, d_weight = torch.zeros(hidden.shape, device=DEVICE), torch.zeros(weight.shape, device=DEVICE)
     for first in range(0, problem.blocks, blocks_at_once):
         group = (*pairs, first, min(blocks_at_once, problem.blocks - first))
-        made = torch.full((len(hidden) * group[-1], sparse.BLOCK), math.nan, dtype=hidden.dtype, device=DEVICE)
+        made = torch.full((len(hidden) * group[-1], PAIR_BLOCK), math.nan, dtype=hidden.dtype, device=DEVICE)
         sparse.listed_gradient(hidden, weight, None, targets, lse, factor, *group, made, slope=1.0)
         sparse.add_weight(made, hidden, *group, d_weight)
         sparse.add_hidden(made, weight, *group, d_hidden, ordered=ordered)
@@ -94,10 +94,6 @@ problems = st.builds(
 )
 
 
-def test_the_strategy_and_the_kernels_agree_on_the_sizes() -> None:
-    assert (sparse.BLOCK, sparse.SLICE) == (blocks.PAIR_BLOCK, blocks.PAIR_SLICE)
-
-
 @settings(max_examples=20)
 @given(problem=problems, tolerance=st.sampled_from([0.0, 1e-3, 0.05, 2.0]))
 @example(problem=draw(150, 5000, 8), tolerance=1e-3)
@@ -109,7 +105,7 @@ def test_routing(problem: Problem, tolerance: float) -> None:
     pairs = routed.pairs(rows)
     assert torch.equal(pairs, pairs.unique(dim=0)), "by block, then by token, each once"
     kept = routed.kept(rows)
-    counts = torch.stack([piece.sum(0) for piece in kept.split(sparse.SLICE)], 1).flatten()  # [blocks, slices]
+    counts = torch.stack([piece.sum(0) for piece in kept.split(PAIR_SPAN)], 1).flatten()  # [blocks, spans]
     assert torch.equal(routed.starts.diff(), counts.int()) and routed.starts[0] == 0
 
     mass = (problem.block_lse() - problem.logits.logsumexp(1, keepdim=True)).exp()
@@ -265,7 +261,7 @@ def test_deterministic_algorithms_choose_the_ordered_sum(monkeypatch: pytest.Mon
 
 
 def test_float16_goes_by_entries() -> None:
-    """Its small gradients are below what it holds."""
+    """Small gradients are below the range of float16."""
     half = torch.zeros(2, 8, dtype=torch.float16, device=DEVICE)
     assert [backend.TritonBlocks().takes(x, Head(x)) for x in (half, half.float())] == [False, True]
     properties.a_softcap_is_exact(Backend("triton", torch.float16, DEVICE))

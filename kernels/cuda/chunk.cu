@@ -1,4 +1,4 @@
-// logitless_measure and logitless_gradient: the shapes of their launches.
+// logitless_measure and logitless_gradient: checks of their arguments, and the shapes of their launches.
 #include <type_traits>
 
 #include "arguments.cuh"

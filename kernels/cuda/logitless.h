@@ -133,7 +133,7 @@ LOGITLESS_API const char *logitless_forward_sm90_configuration(int32_t index);
 
 /* Statistics from partial ones, by equation 4.
  *   moments [parts, moment_count, rows]: of each part of the vocabulary, of the columns other than the target, the numbers
- *   of rows.cuh's Moments in their order: max, sum, shifted, squares, total; -inf, 0, 0, 0, 0 for a part with none.
+ *   of rows.h's Moments in their order: max, sum, shifted, squares, total; -inf, 0, 0, 0, 0 for a part with none.
  *   moment_count 2: the first two alone, and entropy, mean_logit and log_sum_sq are null.
  *   target_logit [rows], finished (equation 1). vocabulary: columns in all, the target's included.
  *   dtype of all vectors: LOGITLESS_FLOAT32 or LOGITLESS_FLOAT64. Results as for logitless_measure.

@@ -1,4 +1,4 @@
-"""logitless: losses for language-model post-training from hidden states and the output head, never from logits."""
+"""Losses for language-model post-training, computed from hidden states and the output head, without logits."""
 
 from . import losses, nn
 from .aliases import linear_dft, linear_dpo, linear_f_divergence_sft

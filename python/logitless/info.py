@@ -1,4 +1,4 @@
-"""What was lines on this machine, and what `backend="auto"` would pick."""
+"""A report on this machine: versions, devices, the available backends, and the one that `backend="auto"` picks."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .backends.exact.products import has_bfloat16_units
 
 
 def info() -> dict[str, str]:
-    """Versions, devices and, per device, the backend that `"auto"` picks; printed by `python -m logitless info`."""
-    lines = {
+    """Versions, devices, and the backend that `"auto"` picks on each. `python -m logitless info` prints them."""
+    report = {
         "logitless": _version("logitless"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -27,11 +27,11 @@ def info() -> dict[str, str]:
     if torch.accelerator.is_available():
         devices.append(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
     for device in devices:
-        lines[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
+        report[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
         for name, backend in backends.BACKENDS.items():
-            lines[f"{name} on {device.type}"] = backend.supports(device, torch.float32) or "available"
-    lines["screened on cpu"] = backends.supports_screened(torch.device("cpu"), torch.float32) or "available"
-    return lines
+            report[f"{name} on {device.type}"] = backend.supports(device, torch.float32) or "available"
+    report["screened on cpu"] = backends.supports_screened(torch.device("cpu"), torch.float32) or "available"
+    return report
 
 
 def _version(package: str) -> str:

@@ -1,7 +1,7 @@
-"""The specification: every statistic of a token from its full logits, in the fewest words, by plain autograd.
+"""The specification: each statistic of a token as a formula on its full logits, differentiated by plain autograd.
 
-It allocates `[N, V]` logits. It is the oracle of the tests, the baseline of the benchmarks and, in float64, the answer
-to "what should this be". Ignored tokens are left out before the product, as everywhere.
+It allocates `[N, V]` logits. In float64 it is the oracle of the tests: other code is right if it agrees. It is also the
+baseline of the benchmarks. Ignored tokens are left out before the product, as in the ops.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logit
 
 
 def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
-    """Finished logits from raw ones; what is masked (-inf) stays so under a softcap."""
+    """Logits from raw products. A masked entry (-inf) stays masked under a softcap."""
     z = z * transform.logit_scale
     if transform.softcap is not None:
         masked = z.isneginf()
@@ -38,19 +38,19 @@ def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> T
     logp = z.log_softmax(-1)
     p = logp.exp()
     finite = logp.masked_fill(logp.isneginf(), 0)  # 0 * -inf is 0 here, in value and gradient
-    found: dict[str, Tensor] = {}
+    stats: dict[str, Tensor] = {}
     if targets is not None:
         # log p_t = -log(1 + sum_{j != t} e^(z_j - z_t)): z_t - lse would round to 0 for a confident token
         z_target = z.gather(-1, targets[:, None])
         lowest = torch.finfo(z.dtype).min  # not -inf: were all the others masked, logsumexp's gradient would be NaN
         others = z.scatter(-1, targets[:, None], lowest).clamp(min=lowest).logsumexp(-1, keepdim=True)
-        found["logprob"] = -torch.logaddexp(others - z_target, torch.zeros_like(others))[:, 0]
-        found["correct"] = (z_target >= z.amax(-1, keepdim=True))[:, 0].to(z.dtype)
-    found["lse"] = z.logsumexp(-1)
-    found["entropy"] = -(p * finite).sum(-1)
-    found["mean_logit"] = z.mean(-1)
-    found["log_sum_sq"] = (2 * logp).logsumexp(-1).detach()
-    return TokenStats(**{name: found[name] for name in outputs})
+        stats["logprob"] = -torch.logaddexp(others - z_target, torch.zeros_like(others))[:, 0]
+        stats["correct"] = (z_target >= z.amax(-1, keepdim=True))[:, 0].to(z.dtype)
+    stats["lse"] = z.logsumexp(-1)
+    stats["entropy"] = -(p * finite).sum(-1)
+    stats["mean_logit"] = z.mean(-1)
+    stats["log_sum_sq"] = (2 * logp).logsumexp(-1).detach()
+    return TokenStats(**{name: stats[name] for name in outputs})
 
 
 def linear_logprobs(
@@ -92,13 +92,13 @@ def linear_divergence(
         for x, y in ((hidden, head), (ref_hidden, ref_head))
     )
     dtype = torch.promote_types(log_q.dtype, log_p.dtype)
-    found = divergence(log_p.to(dtype), log_q.to(dtype), options)
-    return found.new_zeros(len(hidden)).index_add(0, kept, found)
+    compact = divergence(log_p.to(dtype), log_q.to(dtype), options)
+    return compact.new_zeros(len(hidden)).index_add(0, kept, compact)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tensor:
-    """`[n]` divergences of the reference P and the model Q from their log-probabilities `[n, V]`, as defined."""
-    nowhere = log_p.isneginf() & log_q.isneginf()  # left out of every sum, so that no -inf meets another
+    """`[n]` divergences of the reference P and the model Q, by definition, from log-probabilities `[n, V]`."""
+    nowhere = log_p.isneginf() & log_q.isneginf()  # left out of every sum: -inf less -inf is NaN
     log_p, log_q = log_p.masked_fill(nowhere, 0), log_q.masked_fill(nowhere, 0)
 
     def total(x: Tensor) -> Tensor:
@@ -121,8 +121,8 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
     def js(w: float) -> Tensor:
         if options.normalized and w in (0, 1):
             return kl(log_q, log_p) if w else kl(log_p, log_q)
-        found = w * kl(log_p, mix(w)) + (1 - w) * kl(log_q, mix(w))
-        return found / (w * (1 - w)) if options.normalized else found
+        value = w * kl(log_p, mix(w)) + (1 - w) * kl(log_q, mix(w))
+        return value / (w * (1 - w)) if options.normalized else value
 
     match options.kind:
         case "forward_kl":

@@ -37,8 +37,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.pairs import PAIR_BLOCK, PAIR_SPAN
 from ..types import OUTPUTS, Head, LogitTransform, TokenStats, statistics_dtype
-from .approximate.blocks import PAIR_BLOCK, PAIR_SLICE, BlockEngine, Routed, has_aligned_rows
+from .approximate.blocks import BlockEngine, Routed, has_aligned_rows
 from .approximate.select import block_count
 from .backend import Backend
 from .exact.chunks import Chunks, chunk_budget
@@ -335,7 +336,7 @@ class CudaBlocks(BlockEngine):
     def route(self, block_lse: Tensor, lse: Tensor, magnitude: Tensor, threshold: Tensor) -> Routed:
         count, width = block_lse.shape
         routed = Routed(
-            lse.new_empty(width * -(-count // PAIR_SLICE) + 1, dtype=torch.int32),
+            lse.new_empty(width * -(-count // PAIR_SPAN) + 1, dtype=torch.int32),
             lse.new_empty(count * width, dtype=torch.int32),
             torch.empty_like(block_lse),
         )

@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.pairs import PAIR_BLOCK
 from ..types import DivergenceOptions, Head, TokenStats
-from .approximate.blocks import PAIR_BLOCK, BlockEngine, Routed
+from .approximate.blocks import BlockEngine, Routed
 from .backend import Backend
 from .exact.chunks import Operands
 from .exact.gradients import Accumulators, target_entry
@@ -118,7 +119,7 @@ def measure_blocks(problem: Problem, outputs: tuple[str, ...], block: int | None
     `block`, a power of two, is the width of a block; None: no blocks. The logsumexps are float32
     `[N, ceil(V / block)]`.
     """
-    return _kernels().logprobs.forward(
+    return _kernels().logprobs.fused_forward(
         problem.hidden,
         problem.head.weight,
         _contiguous(problem.head.bias),
@@ -134,7 +135,7 @@ def measure_blocks(problem: Problem, outputs: tuple[str, ...], block: int | None
 
 
 def _parts(
-    problem: Problem, others: logprobs.Coefficients, operand: torch.dtype, column_sums: bool
+    problem: Problem, others: logprobs.RowFactors, operand: torch.dtype, column_sums: bool
 ) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
     """(tokens, columns, their `dL/ds` without the targets' entries, its float32 column sums) in one buffer for all."""
     kernels = _kernels()
@@ -147,7 +148,7 @@ def _parts(
     sums = problem.hidden.new_empty((tiles, width) if column_sums else (0, width), dtype=torch.float32)
     bias, targets = _contiguous(problem.head.bias), problem.targets.contiguous()
     for tokens in spans(count, height):
-        taken = kernels.logprobs.Coefficients(*(None if x is None else x[tokens] for x in others))
+        taken = kernels.logprobs.RowFactors(*(None if x is None else x[tokens] for x in others))
         out = buffer[: (tokens.stop - tokens.start) * width].view(-1, width)
         partial = sums[: -(-len(out) // config.BLOCK_N)]
         for columns in spans(vocabulary, width):
@@ -178,7 +179,7 @@ def _width(problem: Problem, height: int, itemsize: int, multiple: int) -> int:
 class _Rows(NamedTuple):
     """Numbers of every token that the gradient's kernels read."""
 
-    others: logprobs.Coefficients  # of the entries other than the target's
+    others: logprobs.RowFactors  # of the entries other than the target's
     target: Tensor  # [N] dL/ds at the target
 
 
@@ -196,7 +197,7 @@ def _rows_of_tokens(head: Head, stats: TokenStats, upstream: Upstream) -> _Rows:
     target = target * head.transform.derivative_at(stats.logprob + stats.lse)
     vectors = (stats.lse, factor, entropy_grad, mean_factor)
     contiguous = (None if x is None else x.float().contiguous() for x in vectors)
-    return _Rows(_kernels().logprobs.Coefficients(*contiguous), target)
+    return _Rows(_kernels().logprobs.RowFactors(*contiguous), target)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -213,7 +214,7 @@ class TritonRows(RowEngine):
         self, raw: Tensor, head: Head, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
     ) -> Tile:
         names = tuple(name for name in outputs if name != "mean_logit" or mean_logit is None)
-        stats, _ = _kernels().chunk.measure(
+        stats, _ = _kernels().chunk.measure_chunk(
             raw, _contiguous(head.bias), targets.contiguous(), transform=head.transform, outputs=names
         )
         return Tile(raw, targets, stats if mean_logit is None else stats._replace(mean_logit=mean_logit), None)
@@ -278,9 +279,9 @@ def _divergence_rows(
     model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The divergence engine of Triton's rows on cuBLAS's chunks (why, the kernel's file says)."""
-    from ..kernels.triton.divergence import rows
+    from ..kernels.triton.divergence import divergence_rows
 
-    return rows(model, ref, options, upstream)
+    return divergence_rows(model, ref, options, upstream)
 
 
 TRITON = Triton()

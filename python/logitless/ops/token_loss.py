@@ -69,7 +69,7 @@ def linear_token_loss(
     for i, value in enumerate(token_inputs):
         check_token_input(f"token_inputs[{i}]", value, hidden)
     if normalizer is None:
-        normalizer = reduce.count(targets, call.options.ignore_index)
+        normalizer = reduce.count_tokens(targets, call.options.ignore_index)
     by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
     if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
         if reduction == "none" and call.options.backward == "single_pass" and any(call.needs()[1:]):

@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.pairs import PAIR_BLOCK, PAIR_SPAN
 from ...types import Head, Options, TokenStats, statistics_dtype
 from ..exact.chunks import Operands, chunk_budget
 from ..exact.gradients import Accumulators, target_entry
@@ -62,10 +63,6 @@ from .select import MOST_LEFT, block_count, shares
 if TYPE_CHECKING:
     from ..backend import Backend
 
-#: Vocabulary entries in the block of a pair: the width of a tile of the tensor-core kernels.
-PAIR_BLOCK = 128
-#: Tokens in a slice of a block's list: the height of that tile.
-PAIR_SLICE = 128
 #: At this share of the pairs the listed products cost half of the exact ones, whose GEMMs gather nothing.
 MOST_PAIRS = 1 / 2
 
@@ -73,7 +70,7 @@ MOST_PAIRS = 1 / 2
 class Routed(NamedTuple):
     """The pairs that are kept, on the device alone. The list goes block by block, each block's tokens in order."""
 
-    starts: Tensor  # [blocks slices + 1] int32: block b's tokens from PAIR_SLICE s on begin at b slices + s; the end
+    starts: Tensor  # [blocks spans + 1] int32: block b's tokens from PAIR_SPAN s on begin at b spans + s; the end
     tokens: Tensor  # [N blocks] int32, undefined beyond the list
     tail: Tensor  # [N, blocks] mass of the pairs left out, 0 for the others
 
@@ -236,7 +233,7 @@ class _Pairs(NamedTuple):
     def _entries(self) -> int:
         """How many entries are listed; a target counts too where its block is not listed."""
         targets, vocabulary = self.problem.targets, len(self.problem.head.weight)
-        counts = self.routed.starts[:: -(-len(targets) // PAIR_SLICE)].diff().long()
+        counts = self.routed.starts[:: -(-len(targets) // PAIR_SPAN)].diff().long()
         block = torch.arange(len(counts), device=counts.device).repeat_interleave(counts)
         of_target = block == targets[self.routed.tokens[: len(block)]] // PAIR_BLOCK
         widths = (vocabulary - block * PAIR_BLOCK).clamp(max=PAIR_BLOCK)

@@ -230,7 +230,7 @@ class _Call:
         return panels, units.mul_(self.problem.head.transform.slope)
 
     def _screen(self, tolerance: float) -> Screen:
-        from ...kernels.cpu.library import DTYPES, Screen
+        from ...kernels.cpu.library import DTYPE_CODES, Screen
 
         hidden, weight, units = (self.tensors[name] for name in ("hidden", "weight", "units"))
         assert hidden is not None and weight is not None and units is not None
@@ -239,7 +239,7 @@ class _Call:
             depth=weight.shape[1],
             hidden_stride=hidden.stride(0),
             weight_stride=weight.stride(0),
-            dtype=DTYPES[weight.dtype],
+            dtype=DTYPE_CODES[weight.dtype],
             slope=self.problem.head.transform.slope,
             largest_unit=float(units.max()),
             keep=tolerance / SHARE,

@@ -1,12 +1,13 @@
-// The row mathematics of the losses: what a kernel does with one row of logits once its GEMM has made them.
+// The row mathematics of the losses: the steps from one row of raw products to statistics and gradients.
 //
 //     raw products s_j  --transform-->  z_j  --accumulate, merge-->  Moments of the columns other than the target
 //     Moments, z_t      --finish-->     logprob, lse, entropy, log sum p^2, mean logit, correct
 //     upstream gradients, z_j  --other_gradient, target_gradient, derivative-->  dL/ds_j
 //
-// Equation numbers are those of kernels/MATH.md. Each function is for one thread, without memory or communication, so
-// that a host compiler builds the same text for the tests (rows_host.cpp) that nvcc builds for a kernel. T is float or
-// double. Natural logarithms. -inf is a legal logit (a masked vocabulary entry); NaN reaches every result.
+// Equation numbers are those of kernels/MATH.md. Each function is for one thread, without memory or communication. So
+// nvcc builds this text for the GPU's kernels, and a host compiler builds it for cpu/screen.cpp and for the tests
+// (cuda/rows_host.cpp). T is float or double. Logarithms are natural. -inf is a legal logit (a masked vocabulary entry),
+// and NaN reaches every result.
 #pragma once
 
 #include <cmath>
@@ -48,7 +49,7 @@ struct Logit {
     T derivative;  // eq. 2: dz/ds
 };
 
-// Of a raw product. What is masked stays masked: tanh alone would lift -inf to -softcap.
+// The logit of a raw product. A masked one (-inf) stays masked; tanh alone would lift it to -softcap.
 template <typename T>
 LOGITLESS_FUNCTION Logit<T> logit(Transform<T> t, T raw) {
     if (t.outer == T(0)) return {raw * t.slope, t.slope};
@@ -117,7 +118,7 @@ LOGITLESS_FUNCTION Moments<T> one_column(T z) {
     return {z, present, T(0), present, z};
 }
 
-// Eq. 4: of two disjoint sets, their union. One exponential.
+// Eq. 4: the moments of the union of two disjoint sets. One exponential.
 template <typename T>
 LOGITLESS_FUNCTION Moments<T> merge(Moments<T> a, Moments<T> b) {
     const bool b_leads = b.max > a.max || std::isnan(b.max);
@@ -200,7 +201,7 @@ LOGITLESS_FUNCTION RowStatistics<T> finish(Moments<T> others, T target, std::int
 
 // ---------------------------------------------------------------------------------------------- gradients
 
-// What reaches the differentiable statistics of a row.
+// Upstream gradients of the differentiable statistics of a row.
 template <typename T>
 struct Upstream {
     T logprob;
