@@ -1,27 +1,30 @@
-"""From options to batches: reads and tokenises the data, holds some out, and builds any batch on demand."""
+"""Data loading: rows are read, tokenised and held out, and any batch of them is collated on demand."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from logitless.losses import Loss, PairLoss
-from logitless.training.batching import Batch, Piece, best_fit, packed, padded, padding_free
+from logitless.training.collate import Batch, Piece, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
-from logitless.training.reference import Stored, column_inputs
-from logitless.training.render import Example, Renderer, TokenizedData
+from logitless.training.model import check_packing, uses_flash_attention
+from logitless.training.objective import reads_sequences
+from logitless.training.reference_model import Stored, column_inputs
+from logitless.training.tokenize import Example, RowTokenizer, TokenizedData
 
 
 def load_data(options: TrainOptions, tokenizer: object, loss: Loss) -> tuple[TokenizedData, TokenizedData | None]:
     """Training and evaluation data (None where there is none), tokenised.
 
     Raises:
-        InputError: see `read_rows` and `Renderer`; evaluation asked for without data for it.
+        InputError: see `read_rows` and `RowTokenizer`; evaluation asked for without data for it.
     """
-    renderer = Renderer(
+    tokenize = RowTokenizer(
         tokenizer,
         options.max_length,
         options.truncation_mode,
@@ -29,7 +32,7 @@ def load_data(options: TrainOptions, tokenizer: object, loss: Loss) -> tuple[Tok
         text_field=options.dataset_text_field,
         columns=column_inputs(loss),
     )
-    render = renderer.pairs if isinstance(loss, PairLoss) else renderer.sequences
+    read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
@@ -37,7 +40,7 @@ def load_data(options: TrainOptions, tokenizer: object, loss: Loss) -> tuple[Tok
     if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
                          "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
-    return render(rows, options.dataset_name), None if held_out is None else render(held_out, origin)
+    return read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
 
 
 def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
@@ -62,8 +65,34 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
     return kept, [row for index, row in enumerate(rows) if index in chosen]
 
 
+def make_loaders(
+    options: TrainOptions,
+    loss: Loss,
+    model: Any,
+    pad_token: int | None,
+    data: TokenizedData,
+    eval_data: TokenizedData | None,
+) -> tuple[Loader, Loader | None]:
+    """Loaders of training and evaluation data, in the shape that the options and the model's attention ask for.
+
+    Raises:
+        InputError: packing for a loss of whole sequences, or for a model that lets packed rows see each other.
+    """
+    flash = uses_flash_attention(model)
+    flat = flash if options.padding_free is None else options.padding_free
+    if options.packing and reads_sequences(loss):
+        raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
+    if options.packing or flat:
+        check_packing(model)
+    pad_token = 0 if pad_token is None else pad_token
+    capacity = options.max_length if options.packing else None
+    # Flash attention finds boundaries in a single row only.
+    train = Loader(data, pad_token, flat or (options.packing and flash), capacity)
+    return train, None if eval_data is None else Loader(eval_data, pad_token, flat)
+
+
 @dataclass
-class Feeder:
+class Loader:
     """Builds batches of units; a unit is one item, or with `capacity` one pack of items.
 
     Args:
@@ -98,6 +127,10 @@ class Feeder:
         if self.capacity is not None:
             return packed([[pieces[0] for pieces in pack] for pack in packs], self.pad_token)
         return padded(pieces, self.pad_token)
+
+    def without_packs(self) -> Loader:
+        """A loader of the same items, each a unit of its own."""
+        return Loader(self.data, self.pad_token, flat=self.flat and self.capacity is None)
 
     def _pieces(self, item: int) -> list[Piece]:
         stored = self.stored[item] if self.stored is not None else ({},) * len(self.data.items[item])

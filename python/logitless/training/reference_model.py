@@ -7,13 +7,14 @@ name is a hash of everything they depend on: weights, tokens, precision and the 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
@@ -22,8 +23,16 @@ from torch import nn
 
 from logitless.losses import Loss
 from logitless.training import files
-from logitless.training.batching import Batch, Inputs
-from logitless.training.render import Item
+from logitless.training.collate import Batch, Inputs, consecutive
+from logitless.training.config import TrainOptions
+from logitless.training.errors import InputError
+from logitless.training.model import cache_folder, load_model, locate_once, patched
+from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
+from logitless.training.parallel import World
+from logitless.training.tokenize import Item
+
+if TYPE_CHECKING:
+    from logitless.training.loader import Loader
 
 #: A loss's input and the statistic of the reference that it is. The run's start is also the policy that a proximal
 #: loss stays near.
@@ -46,19 +55,23 @@ def column_inputs(loss: Loss) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceModel:
     """A frozen model that is asked for its own view of a batch.
 
     Args:
-        stats: `(model, batch, outputs) -> TokenStats` of `[B, T]`, in the precision of the run.
-        model: the frozen copy, or the trained model under LoRA.
-        names: the loss inputs to compute, of `FIELDS`.
+        engine: how it is asked, in the precision of the run.
+        model: the frozen copy, or the trained model under LoRA, whose adapter is switched off meanwhile.
+        loss: the loss whose inputs it gives.
     """
 
-    stats: Callable[[Any, Batch, tuple[str, ...]], Any]
+    engine: Engine
     model: Any
-    names: tuple[str, ...]
-    hidden: Callable[[Any, Batch], dict[str, Any]] | None = None  # instead of statistics: for distribution losses
+    loss: Loss
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The loss inputs that it gives, of `FIELDS`."""
+        return reference_inputs(self.loss)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Any]:
@@ -67,13 +80,41 @@ class Reference:
         self.model.eval()
         try:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
-                if self.hidden is not None:
-                    return self.hidden(self.model, batch)
-                stats = self.stats(self.model, batch, tuple(FIELDS[name] for name in self.names))
+                if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
+                    return self.engine.hidden(self.model, batch)
+                stats = self.engine.stats(self.model, batch, tuple(FIELDS[name] for name in self.names))
         finally:
             self.model.train(was_training)
         return {name: getattr(stats, FIELDS[name]).detach() for name in self.names}
 
+
+def load_reference(
+    options: TrainOptions, world: World, source: str, engine: Engine, loss: Loss, trained: Any
+) -> ReferenceModel | None:
+    """The model that the loss compares with; None if it needs none.
+
+    It is the teacher of the options, or else the trained model as the run found it: the one without its adapter, or a
+    frozen copy.
+    """
+    teacher = options.teacher_model_name_or_path
+    if not needs_reference(loss):
+        return None
+    if loss.compares_distributions and options.precompute_ref_log_probs:
+        raise InputError(f"precompute_ref_log_probs: {loss.name} compares distributions, which are not stored")
+    if loss.compares_distributions and not isinstance(engine, PatchedEngine):
+        raise InputError(f"backend: {loss.name} compares distributions, which 'materialised' does not")
+    if options.use_peft and not options.precompute_ref_log_probs and teacher is None:
+        return ReferenceModel(engine, trained, loss)
+    if teacher is not None:
+        source = locate_once(dataclasses.replace(options, model_name_or_path=teacher), world)
+    frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
+    if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
+        raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
+    return ReferenceModel(engine, frozen, loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that are computed once and kept
 
 Stored = list[tuple[Inputs, ...]]  # per item and example: the loss inputs, [T] each
 
@@ -93,8 +134,8 @@ def hash_weights(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def compute(
-    reference: Reference,
+def compute_values(
+    reference: ReferenceModel,
     items: Sequence[Item],
     batches: Sequence[list[int]],
     make: Callable[[list[int]], Batch],
@@ -121,7 +162,7 @@ def compute(
     return [stored[index] for index in range(len(items))]
 
 
-def write(path: Path, stored: Stored) -> None:
+def write_values(path: Path, stored: Stored) -> None:
     """Saves the values, whole or not at all."""
     names = stored[0][0].keys()
     flat = {name: torch.cat([inputs[name] for item in stored for inputs in item]) for name in names}
@@ -130,8 +171,8 @@ def write(path: Path, stored: Stored) -> None:
         save_file(flat, unfinished)
 
 
-def read(path: Path, items: Sequence[Item]) -> Stored:
-    """The values that `write` saved for the same items."""
+def read_values(path: Path, items: Sequence[Item]) -> Stored:
+    """The values that `write_values` saved for the same items."""
     lengths = [len(example.input_ids) for item in items for example in item]
     with safe_open(path, "pt") as file:
         flat = {name: file.get_tensor(name).split(lengths) for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -143,3 +184,22 @@ def read(path: Path, items: Sequence[Item]) -> Stored:
         )
         for item in items
     ]
+
+
+def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, world: World) -> Stored:
+    """The reference's values of a loader's items, from the cache, where the main process puts them first."""
+    depends_on = {
+        "weights": hash_weights(asked.model),
+        "data": loader.data.fingerprint(),
+        "inputs": asked.names,
+        "dtype": options.dtype,
+        "bf16": computes_in_bf16(options, world.device),
+        "attention": asked.model.config._attn_implementation,
+    }
+    path = cache_file(cache_folder(options), depends_on)
+    if world.is_main and not path.is_file():
+        unpacked = loader.without_packs()
+        batches = consecutive(len(loader.data.items), options.per_device_eval_batch_size)
+        write_values(path, compute_values(asked, loader.data.items, batches, unpacked.batch, world.device))
+    world.wait()
+    return read_values(path, loader.data.items)

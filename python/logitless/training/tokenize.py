@@ -1,4 +1,4 @@
-"""From rows to tokens: the chat template, where the loss counts, truncation.
+"""From rows to tokens: the chat template, the labels that say where the loss counts, truncation.
 
 Four forms of row, named as in TRL's documentation:
 
@@ -80,7 +80,7 @@ class TokenizedData:
 
 
 @dataclass(frozen=True)
-class Renderer:
+class RowTokenizer:
     """Turns rows into token sequences with one tokenizer.
 
     Args:
@@ -107,11 +107,11 @@ class Renderer:
         """Preference rows, as (chosen, rejected)."""
         return self._collect(rows, origin, self._pair)
 
-    def _collect(self, rows: Iterable[Row], origin: str, render: Callable[[Row], Item]) -> TokenizedData:
-        """Renders and cuts every row; a row of which an example has nothing left that counts is dropped whole."""
+    def _collect(self, rows: Iterable[Row], origin: str, tokenize: Callable[[Row], Item]) -> TokenizedData:
+        """Tokenises and cuts every row; a row of which an example has nothing left that counts is dropped whole."""
         items, total, truncated = [], 0, 0
         for row in rows:
-            whole = render(row)
+            whole = tokenize(row)
             item = tuple(self._cut(example) for example in whole)
             total += 1
             truncated += any(len(a.labels) != len(b.labels) for a, b in zip(item, whole, strict=True))
@@ -130,7 +130,7 @@ class Renderer:
         return example._replace(input_ids=example.input_ids[keep], labels=labels)
 
     def _constants(self, row: Row) -> dict[str, float]:
-        found: dict[str, float] = {}
+        constants: dict[str, float] = {}
         for name in self.columns:
             value = row.values.get(name)
             if name == "desirable" and value is None:
@@ -139,8 +139,8 @@ class Renderer:
                 raise InputError(
                     f"{row.origin}: the loss needs a column {name} of numbers, or of true and false; got {value!r}"
                 )
-            found[name] = value
-        return found
+            constants[name] = value
+        return constants
 
     def _sequence(self, row: Row) -> Example:
         values = row.values
