@@ -1,9 +1,8 @@
 """logitless: losses for language-model post-training from hidden states and the output head, never from logits."""
 
 from . import losses, nn
-from .aliases import linear_dft, linear_dpo, linear_f_divergence_sft
 from .backends.order import vocabulary_order
-from .functional import linear_cross_entropy
+from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft
 from .info import info
 from .integrations.transformers import patch, unpatch
 from .linear import linear_loss
