@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
-from .tile import absorb, gradient, grouped, join, tile_products, store_block_lse, store_finished, transform
+from .tile import absorb, gradient, grouped, join, store_block_lse, store_finished, tile_products, transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
