@@ -37,7 +37,7 @@ from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
 from .ops.call import Call, prepare
 from .ops.checks import check_ignore_index, check_tokens
-from .ops.token_loss import check_token_input, single_pass
+from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
 from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
 
@@ -296,7 +296,7 @@ def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups:
     per_token = {name: x.reshape(-1) for name, x in batch.inputs.items() if name not in loss.sequence_inputs}
     constants = tuple((name, batch.inputs[name]) for name in loss.sequence_inputs)
     function = _WholeGroups(loss, tuple(per_token), constants, batch.tokens.sequences, groups)
-    total, logprob = single_pass(
+    total, logprob = sum_in_one_sweep(
         call, function, [sequence, *per_token.values()], ("logprob",), groups=sequence % max(groups, 1)
     )
     stats = TokenStats(logprob=logprob.view(batch.tokens.mask.shape))

@@ -112,7 +112,7 @@ def _wanted(outputs: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in OUTPUTS if name in ("logprob", "lse", *outputs))
 
 
-def _options(transform: LogitTransform) -> tuple[float, float, float]:
+def _transform_numbers(transform: LogitTransform) -> tuple[float, float, float]:
     """The transform as the library takes it: a softcap of 0 stands for none."""
     return transform.logit_scale, transform.softcap or 0.0, transform.temperature
 
@@ -221,7 +221,7 @@ def _vector(raw: Tensor) -> Tensor:
 def _chunk(raw: Tensor, head: Head, targets: Tensor) -> tuple[Tensor | torch.dtype | float | None, ...]:
     """The arguments that both functions begin with."""
     bias = None if head.bias is None else head.bias.contiguous()
-    return (raw, raw.dtype, *raw.shape, raw.stride(0), bias, targets.contiguous(), *_options(head.transform))
+    return (raw, raw.dtype, *raw.shape, raw.stride(0), bias, targets.contiguous(), *_transform_numbers(head.transform))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def _fuse(
         kernel,
         *(hidden, weight, hidden.dtype, len(hidden), *weight.shape, hidden.stride(0), weight.stride(0)),
         *(None if head.bias is None else head.bias.float().contiguous(), targets.contiguous()),
-        *(*_options(head.transform), moments, count, target_logit),
+        *(*_transform_numbers(head.transform), moments, count, target_logit),
         *(raw, 0 if raw is None else raw.stride(0)),
         *((CONFIGURATION,) if kernel == "forward_sm90" else ()),
         on=device,
@@ -350,7 +350,11 @@ class CudaBlocks(BlockEngine):
         _library().launch(
             "sparse_gradient",
             *(hidden, weight, len(hidden), *weight.shape, hidden.stride(0), weight.stride(0)),
-            *(None if bias is None else bias.float().contiguous(), problem.targets, *_options(problem.head.transform)),
+            *(
+                None if bias is None else bias.float().contiguous(),
+                problem.targets,
+                *_transform_numbers(problem.head.transform),
+            ),
             *(lse, None, None, factor, None),
             *(routed.starts, routed.tokens, first, count, out, len(out)),
             on=hidden.device,

@@ -87,11 +87,11 @@ def linear_logprobs(
     outputs = checks.check_outputs(outputs, with_targets=targets is not None)
     call = prepare(hidden, weight, targets, options)
     shape = hidden.shape[:-1]
-    stats = _statistics(call, outputs)
+    stats = _statistics_of_call(call, outputs)
     return TokenStats(*(None if x is None else x.reshape(shape) for x in stats))
 
 
-def _statistics(call: Call, outputs: tuple[str, ...]) -> TokenStats:
+def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics that `outputs` names, `[N]` each, None for the others."""
     if call.options.backend == "reference":
         return _reference(call, outputs)

@@ -85,25 +85,25 @@ def linear_token_loss(
         rule = reduce.Rule(None, 1.0 if reduction == "sum" else normalizer)
         return reduce.apply(losses, counts, rule, keep_tokens=reduction == "none")
     flat = [x.reshape(-1) for x in token_inputs]
-    total = single_pass(call, per_token_loss, flat, outputs).loss
+    total = sum_in_one_sweep(call, per_token_loss, flat, outputs).loss
     return total if reduction == "sum" else reduce.mean(total, normalizer)
 
 
-class Total(NamedTuple):
+class SweepResult(NamedTuple):
     """The results of one sweep."""
 
     loss: Tensor  # [] sum of the losses, differentiable
     logprob: Tensor  # [N], a constant
 
 
-def single_pass(
+def sum_in_one_sweep(
     call: Call,
     function: PerTokenLoss,
     inputs: Sequence[Tensor],
     outputs: tuple[str, ...],
     groups: Tensor | None = None,
-) -> Total:
-    """Runs the op on a prepared call. Tokens of one of the `groups [N]` must be in one chunk."""
+) -> SweepResult:
+    """The sum of a loss over a prepared call. Tokens of one of the `groups [N]` must be in one chunk."""
     if torch.compiler.is_compiling():
         numbers: list[float] = []
         return _total(call, functions.keep(functions.describe(function, numbers)), numbers, inputs, outputs, groups)
@@ -118,7 +118,7 @@ def _total(
     inputs: Sequence[Tensor],
     outputs: tuple[str, ...],
     groups: Tensor | None,
-) -> Total:
+) -> SweepResult:
     assert call.targets is not None
     options = call.options
     loss, logprob, *_ = token_loss(
@@ -137,7 +137,7 @@ def _total(
         call.needs(),
         *call.execution("single_chunk" if call.fits_one_chunk(outputs) else "single_pass"),
     )
-    return Total(loss, logprob)
+    return SweepResult(loss, logprob)
 
 
 def check_token_input(name: str, value: Tensor, hidden: Tensor) -> None:

@@ -152,7 +152,7 @@ def _result_dtype(*hidden: Tensor) -> torch.dtype:
 # Autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x = named(divergence, inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -163,7 +163,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(unit, ref_unit, x.mask, *(getattr(x, name) for name in SIDES))
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+def _differentiate_divergence(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward()
     unit, ref_unit, mask, *tensors = ctx.saved_tensors
     if grad is None:
@@ -201,5 +201,5 @@ def _differentiate_sum(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tupl
     )
 
 
-divergence.register_autograd(_differentiate, setup_context=_save)
+divergence.register_autograd(_differentiate_divergence, setup_context=_save_divergence)
 divergence_sum.register_autograd(_differentiate_sum, setup_context=_save_sum)

@@ -150,7 +150,7 @@ def _known(stats: Sequence[Tensor | None], tokens: Tokens) -> TokenStats:
 # Autograd
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x = named(logprobs, inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[len(DIFFERENTIABLE) :])
@@ -160,7 +160,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.execution = Execution(x.backend, x.strategy, x.tolerance, x.chunk_bytes, x.chunk_dtype)
 
 
-def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     hidden, weight, bias, targets, order, logprob, lse, entropy, unit, *saved = ctx.saved_tensors
     # A statistic that nobody asked for is an empty tensor, and so is its gradient.
@@ -209,4 +209,4 @@ def _scale_unit(
     return total.to(unit.dtype)
 
 
-logprobs.register_autograd(_differentiate, setup_context=_save)
+logprobs.register_autograd(_differentiate_logprobs, setup_context=_save_logprobs)

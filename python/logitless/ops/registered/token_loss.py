@@ -102,7 +102,7 @@ def _fake_token_loss(*inputs):  # type: ignore[no-untyped-def]
     return (loss, logprob, *fake_gradients(tensors, x.needs, dtypes))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x = named(token_loss, inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
@@ -112,7 +112,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.needs, ctx.token_inputs, ctx.numbers = x.needs, len(x.token_inputs), len(x.numbers)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     refuse_double_backward()
     # torch.library takes an empty list of numbers for a list of tensors.
     lists = {"token_inputs": [None] * ctx.token_inputs, "numbers": None if ctx.numbers else []}
@@ -125,4 +125,4 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[An
     return gradients(token_loss, **dict(zip(("hidden", "weight", "bias"), of_tensors, strict=True)), **lists)
 
 
-token_loss.register_autograd(_differentiate, setup_context=_save)
+token_loss.register_autograd(_differentiate_token_loss, setup_context=_save_token_loss)
