@@ -32,8 +32,6 @@ INTERFACES = {
     "divergence": "the reference, which names a function as the op that it specifies",
     "linear_divergence": "the reference",
     "linear_logprobs": "the reference",
-    "_differentiate": "the registered ops: what `register_autograd` takes",
-    "_save": "the registered ops",
     "info": "the command line, which names a command as the function that it calls",
     "main": "the command line: what the entry point calls, and what that imports",
     "train": "the command line",
