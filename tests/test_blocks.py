@@ -16,10 +16,10 @@ from torch import Tensor
 
 from logitless import backends, linear_logprobs, reference
 from logitless.backends.approximate import blocks
-from logitless.backends.approximate.blocks import PAIR_BLOCK, PAIR_SLICE, BlockEngine, Routed
+from logitless.backends.approximate.blocks import BlockEngine, Routed
 from logitless.backends.exact.torch_rows import TorchRows
 from logitless.backends.interface import Problem
-from logitless.types import Head, TokenStats, statistics_dtype
+from logitless.types import PAIR_BLOCK, PAIR_SPAN, Head, TokenStats, statistics_dtype
 
 
 class Dense(BlockEngine):
@@ -41,8 +41,8 @@ class Dense(BlockEngine):
         product = mass * magnitude[:, None]
         kept = ~(product < threshold) & (product != 0)
         count, width = kept.shape
-        slices = -(-count // PAIR_SLICE)
-        cut = torch.nn.functional.pad(kept.T, (0, slices * PAIR_SLICE - count)).view(width * slices, PAIR_SLICE).sum(1)
+        spans = -(-count // PAIR_SPAN)
+        cut = torch.nn.functional.pad(kept.T, (0, spans * PAIR_SPAN - count)).view(width * spans, PAIR_SPAN).sum(1)
         tokens = torch.full((count * width,), -1, dtype=torch.int32)
         found = kept.T.nonzero()[:, 1]
         tokens[: len(found)] = found.int()
@@ -76,7 +76,7 @@ class Dense(BlockEngine):
         return (z if problem.head.bias is None else z + problem.head.bias.to(dtype)) * problem.head.transform.slope
 
     def _pairs(self, count: int, routed: Routed, first: int, number: int) -> list[tuple[int, int]]:
-        starts = routed.starts[:: -(-count // PAIR_SLICE)].tolist()
+        starts = routed.starts[:: -(-count // PAIR_SPAN)].tolist()
         return [
             (token, block)
             for block in range(first, first + number)

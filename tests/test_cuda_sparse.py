@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitless.kernels.cuda.library import Library
-from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN
+from logitless.types import PAIR_BLOCK, PAIR_SPAN
 
 CPU = torch.device("cpu")
 #: An entry of the listed gradient is rounded to bfloat16 once; as much again for what goes into it.

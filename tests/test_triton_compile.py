@@ -27,8 +27,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN  # noqa: E402
 from logitless.kernels.triton import chunk, configs, logprobs, sparse  # noqa: E402
+from logitless.types import PAIR_BLOCK, PAIR_SPAN  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 

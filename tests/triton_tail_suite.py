@@ -24,9 +24,8 @@ from test_tail import cases
 from torch import Tensor
 
 from logitless.backends import triton as backend
-from logitless.kernels.pairs import PAIR_BLOCK, PAIR_SPAN
 from logitless.kernels.triton import configs, sparse
-from logitless.types import Head
+from logitless.types import PAIR_BLOCK, PAIR_SPAN, Head
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)

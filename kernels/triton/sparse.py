@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..pairs import PAIR_BLOCK, PAIR_SPAN
+from ...types import PAIR_BLOCK, PAIR_SPAN
 from . import configs
 from .tile import dot, gradient, tile_products, transform
 

@@ -103,7 +103,7 @@ def _constant(name: str, value: object, shape: str, device: torch.device) -> Ten
 
 
 @dataclass(frozen=True)
-class Reference:
+class ReferenceStates:
     """The reference's hidden states and head: constants, also where the head is the model's own."""
 
     hidden: Tensor
@@ -136,7 +136,7 @@ def reference_of(
     ref_hidden: Tensor | None,
     ref_head: Tensor | Head | None,
     options: Mapping[str, Any],
-) -> Reference | None:
+) -> ReferenceStates | None:
     """The reference of a call, checked; None if there is none. `names` are the inputs that it stands for."""
     argument = "ref_hidden" if ref_hidden is not None else "ref_head"
     if ref_hidden is not None or ref_head is not None:
@@ -154,4 +154,4 @@ def reference_of(
     check_tensor("ref_head", head.weight, "[V, H'], or a Head", 2)
     check_tensor("ref_hidden", ref_hidden, f"[..., {head.weight.shape[1]}]")
     bias = None if head.bias is None else head.bias.detach()
-    return Reference(ref_hidden.detach(), head._replace(weight=head.weight.detach(), bias=bias))
+    return ReferenceStates(ref_hidden.detach(), head._replace(weight=head.weight.detach(), bias=bias))

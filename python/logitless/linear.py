@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from . import reduce
-from .arguments import REFERENCE_STATISTICS, LossArguments, Reference, check_level, loss_inputs, reference_of
+from .arguments import REFERENCE_STATISTICS, LossArguments, ReferenceStates, check_level, loss_inputs, reference_of
 from .losses import (
     DistributionLoss,
     Loss,
@@ -229,7 +229,7 @@ def _of_statistics(loss: Loss, batch: _Batch, divergence: Tensor | None = None) 
     )
 
 
-def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: Reference) -> Tensor:
+def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: ReferenceStates) -> Tensor:
     """A distribution loss: a sweep sums the divergence, another one the rest; "none" keeps every token's value."""
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:

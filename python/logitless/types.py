@@ -23,6 +23,10 @@ TAIL_TOLERANCE = 2**-12
 #: The fields of `TokenStats`, in order; the first four carry gradients.
 OUTPUTS = ("logprob", "lse", "entropy", "mean_logit", "correct", "log_sum_sq")
 DIFFERENTIABLE = OUTPUTS[:4]
+#: Vocabulary entries in the block of a (token, block) pair: the width of a tile of the tensor-core kernels.
+PAIR_BLOCK = 128
+#: Tokens in a span of a block's list of pairs: the height of that tile.
+PAIR_SPAN = 128
 
 
 class TokenStats(NamedTuple):

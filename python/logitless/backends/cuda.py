@@ -37,8 +37,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..kernels.pairs import PAIR_BLOCK, PAIR_SPAN
-from ..types import OUTPUTS, Head, LogitTransform, TokenStats, statistics_dtype
+from ..types import OUTPUTS, PAIR_BLOCK, PAIR_SPAN, Head, LogitTransform, TokenStats, statistics_dtype
 from .approximate.blocks import BlockEngine, Routed, has_aligned_rows
 from .approximate.select import block_count
 from .backend import Backend

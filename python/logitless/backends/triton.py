@@ -30,8 +30,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.pairs import PAIR_BLOCK
-from ..types import DivergenceOptions, Head, TokenStats
+from ..types import PAIR_BLOCK, DivergenceOptions, Head, TokenStats
 from .approximate.blocks import BlockEngine, Routed
 from .backend import Backend
 from .exact.chunks import Operands

@@ -38,8 +38,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ...kernels.pairs import PAIR_BLOCK, PAIR_SPAN
-from ...types import Head, Options, TokenStats, statistics_dtype
+from ...types import PAIR_BLOCK, PAIR_SPAN, Head, Options, TokenStats, statistics_dtype
 from ..exact.chunks import Operands, chunk_budget
 from ..exact.gradients import Accumulators, target_entry
 from ..exact.products import multiply, spans
