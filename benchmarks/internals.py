@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -21,16 +22,24 @@ from logitless.backends.tail import BLOCK as TAIL_BLOCK
 from logitless.backends.tail import SHARE as TAIL_SHARE
 from logitless.losses import Loss
 from logitless.losses.batch import evaluate, layout
+from logitless.training.files import write_text
 from logitless.types import LogitTransform, Options
 
 from .harness.problem import Inputs
 
-__all__ = ["TAIL_BLOCK", "TAIL_SHARE", "multiply", "multiply_add"]
+__all__ = ["TAIL_BLOCK", "TAIL_SHARE", "write_text"]
 
 BACKENDS = tuple(backends.BACKENDS)
 #: `out = a @ b` and `out += a @ b` as the backends do them.
 multiply, multiply_add = sweep.multiply, sweep.multiply_add
 _HEAD = sweep.RowHead(None, LogitTransform())
+
+
+def convert_gguf(file: Any, work: Any) -> Path:
+    """A GGUF file as a folder that Transformers loads. What it needs is imported when it is called."""
+    from logitless.training.model import convert_gguf as convert
+
+    return convert(file, work)
 
 
 def evaluate_rows(

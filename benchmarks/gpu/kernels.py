@@ -21,10 +21,10 @@ from logitless.types import BackendName
 
 from .. import internals
 from ..harness.machine import Machine
-from ..harness.measure import Json, Method, Row, Tell, attempt, in_turns, seconds
-from ..harness.problem import Inputs, Problem
+from ..harness.measure import Method, Part, Row, Tell, attempt, in_turns, seconds
+from ..harness.problem import Inputs
 from ..harness.provider import Provider
-from ..harness.targets import Target
+from ..harness.targets import Json
 from ..providers import floors, own
 
 #: Turns that are kept of each kernel and its floor. Any failure is a line in the table.
@@ -59,18 +59,11 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class KernelPart:
-    """Kernels on the tensors of one problem; to `harness.measure` what a `Part` is."""
+class KernelPart(Part):
+    """Kernels on the tensors of one problem, in place of providers."""
 
-    name: str
-    problem: Problem
-    targets: tuple[Target, ...] = ()
+    method: Method = METHOD
     columns: tuple[str, ...] = COLUMNS
-    base: str = ""
-    needs: float = 0.0
-
-    def tiny(self) -> KernelPart:
-        return replace(self, problem=self.problem.tiny())
 
     def kernels(self, inputs: Inputs) -> Iterator[Kernel]:
         return KERNELS[self.name](inputs)
@@ -90,7 +83,7 @@ class KernelPart:
             rows.append(row)
             tell(kernel.name, so_far())
             if row.runs:
-                attempt(row, partial(measure_kernel, kernel, row, machine), machine, METHOD)
+                attempt(row, partial(measure_kernel, kernel, row, machine), machine, self.method)
         return so_far(complete=True)
 
 

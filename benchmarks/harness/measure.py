@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,8 @@ from . import work
 from .machine import Machine
 from .problem import Inputs, Problem
 from .provider import Outcome, Provider, Role, differentiate
-from .targets import Target
+from .targets import Json, Target
 
-Json = dict[str, Any]
 T = TypeVar("T")
 #: Told what is being done and what has been measured so far, before anything that may never return.
 Tell = Callable[[str, Json], None]
@@ -64,25 +63,23 @@ class Method:
 
 @dataclass(frozen=True)
 class Part:
-    """A problem and the providers that take turns on it.
+    """A problem and the providers that take turns on it; the kernels' parts measure something else on it.
 
     Args:
         targets: what logitless has to reach.
         columns: of its table, by their names in `tables.COLUMNS`.
         base: the provider of the columns "/ base" and "spread".
         memory: whether memory is measured too, in a process of its own for each provider.
-        needs: seconds that must be left for the part to be begun.
     """
 
     name: str
     problem: Problem
-    providers: tuple[Provider, ...]
+    providers: tuple[Provider, ...] = ()
     targets: tuple[Target, ...] = ()
     method: Method = Method()
     columns: tuple[str, ...] = ()
     base: str = ""
     memory: bool = False
-    needs: float = 0.0
 
     def tiny(self) -> Part:
         return replace(self, problem=self.problem.tiny())
@@ -91,23 +88,8 @@ class Part:
         return next(p for p in self.providers if p.name == name)
 
     def measure(self, machine: Machine, deadline: float, skip: Json, tell: Tell) -> Json:
-        return measure_part(self, machine, deadline, skip, tell)
-
-
-class Measurable(Protocol):
-    """A part whose rows are measured: `Part`, and the kernels' own."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def columns(self) -> tuple[str, ...]: ...
-
-    @property
-    def base(self) -> str: ...
-
-    def measure(self, machine: Machine, deadline: float, skip: Json, tell: Tell) -> Json:
         """Ready for JSON, with "complete". `skip` has the reason for each row that is left out."""
+        return measure_part(self, machine, deadline, skip, tell)
 
 
 @dataclass

@@ -10,12 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from logitless.training.files import write_text
-
+from ..internals import write_text
 from . import memory
 from .environment import RESULTS, describe, provenance
 from .machine import this_machine
-from .measure import Measurable, Part, silent
+from .measure import Part, silent
 from .tables import part_table, table
 from .targets import Json, Target
 
@@ -50,7 +49,7 @@ def markdown(title: str, sections: Sequence[str]) -> str:
     return "\n\n".join([f"# {title}", *sections]) + "\n"
 
 
-def section(part: Measurable, measured: Json) -> str:
+def section(part: Part, measured: Json) -> str:
     """One part: when and where it was measured, and its table."""
     return "\n\n".join([f"## {part.name}", about(measured), part_table(measured, part.columns, part.base)])
 
@@ -87,6 +86,7 @@ class Report:
         folder: where it is written; None: nowhere.
         about: the environment of what is measured now.
         end: nothing new begins after it, on `time.monotonic`'s clock.
+        tables, text: the whole file's Markdown, and that of one part by its name.
         earlier: a file of results to go on with where the folder has none.
     """
 
@@ -94,8 +94,18 @@ class Report:
     RESERVE = 0.0
 
     def __init__(
-        self, name: str, folder: Path | None, about: Json, *, end: float, tiny: bool, earlier: Path | None = None
+        self,
+        name: str,
+        folder: Path | None,
+        about: Json,
+        *,
+        end: float,
+        tiny: bool,
+        tables: Callable[[Json], str],
+        text: Callable[[str, Json], str],
+        earlier: Path | None = None,
     ) -> None:
+        self.tables, self.text = tables, text
         self.about, self.end, self.tiny = about, end, tiny
         self.folder, self.path = folder, folder and folder / f"{name}.json"
         self.results: Json = {"parts": {}}
@@ -139,17 +149,10 @@ class Report:
     def measure_part(self, name: str) -> Json:
         raise NotImplementedError
 
-    def text(self, name: str) -> str:
-        """A part's section of the tables."""
-        raise NotImplementedError
-
-    def tables(self, results: Json) -> str:
-        raise NotImplementedError
-
     def keep(self, name: str, found: Json) -> None:
         self.results["parts"][name] = found
         self.save()
-        print(self.text(name), flush=True)
+        print(self.text(name, found), flush=True)
 
     def save(self) -> None:
         if self.path is not None:
@@ -160,8 +163,8 @@ class ProcessorReport(Report):
     """A suite on the processor: parts in this process, and memory in one of its own for each provider."""
 
     def __init__(self, suite: Suite, folder: Path | None, *, end: float, tiny: bool, rounds: int | None = None) -> None:
-        super().__init__(suite.name, folder, describe(tiny=tiny), end=end, tiny=tiny)
-        self.suite = suite
+        about = describe(tiny=tiny)
+        super().__init__(suite.name, folder, about, end=end, tiny=tiny, tables=suite.markdown, text=self._text)
         self.parts = {part.name: self._sized(part, rounds) for part in suite.parts}
 
     def _sized(self, part: Part, rounds: int | None) -> Part:
@@ -193,11 +196,8 @@ class ProcessorReport(Report):
             print(f"{part.name}, {row['provider']}: memory not measured: {reason}", file=sys.stderr)
         self.save()
 
-    def text(self, name: str) -> str:
-        return section(self.parts[name], self.results["parts"][name])
-
-    def tables(self, results: Json) -> str:
-        return self.suite.markdown(results)
+    def _text(self, name: str, found: Json) -> str:
+        return section(self.parts[name], found)
 
 
 def _without_memory(part: Part, found: Json, roles: Sequence[str]) -> list[Json]:

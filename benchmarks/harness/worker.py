@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from .machine import this_machine
-from .measure import DeviceLost, Json, Measurable, Tell, explain
+from .measure import DeviceLost, Part, Tell, explain
+from .targets import Json
 
 #: Seconds without a word after which a child counts as hung: several times a compiled provider's first call. A peer may
 #: compile and try many kernels in its first call, and has so many times as long.
@@ -51,7 +52,7 @@ class Worker:
         self._process: BaseProcess | None = None
         self._connection: Connection
 
-    def measure(self, part: Measurable, deadline: float, end: float, *, gpu: bool) -> Json:
+    def measure(self, part: Part, deadline: float, end: float, *, gpu: bool) -> Json:
         """The part, complete or as far as it came: no round begins after `deadline`, and at `end` all is over."""
         found: Json = {"rows": [], "complete": False}
         for _ in range(RESTARTS + 1):
@@ -145,5 +146,5 @@ def _serve(connection: Connection, plain: bool) -> None:
         connection.send(("the end", found, True))
 
 
-def _measure(part: Measurable, deadline: float, skip: dict[str, str], gpu: bool, tell: Tell) -> Json:
+def _measure(part: Part, deadline: float, skip: dict[str, str], gpu: bool, tell: Tell) -> Json:
     return part.measure(this_machine(gpu=gpu), deadline, skip, tell)

@@ -85,14 +85,14 @@ ROWS_TARGETS = tuple(Target(f"cuda, {what}", "bandwidth", COPY, 0.9, ">=") for w
 def _cell(problem: Problem) -> Part:
     name = f"n{problem.tokens}-h{problem.hidden}-v{problem.vocabulary}-{problem.data}"
     targets = MAIN_TARGETS if problem is MAIN else ()
-    return Part(name, problem, PROVIDERS, targets, METHOD, COLUMNS, needs=60.0)
+    return Part(name, problem, PROVIDERS, targets, METHOD, COLUMNS)
 
 
 CELLS = tuple(_cell(problem) for problem in PROBLEMS)
 _KERNEL_TARGETS = {kernels.ROWS: ROWS_TARGETS, kernels.TOKENS: TOKENS_TARGETS}
-KERNEL_PARTS = tuple(KernelPart(name, MAIN, _KERNEL_TARGETS.get(name, ())) for name in kernels.KERNELS)
+KERNEL_PARTS = tuple(KernelPart(name, MAIN, targets=_KERNEL_TARGETS.get(name, ())) for name in kernels.KERNELS)
 #: Everything that the worker measures, by name.
-MEASURED: dict[str, Part | KernelPart] = {part.name: part for part in KERNEL_PARTS} | {p.name: p for p in CELLS}
+MEASURED: dict[str, Part] = {part.name: part for part in (*KERNEL_PARTS, *CELLS)}
 
 #: The parts that run other programs, and their headings.
 TESTS, PROFILES, SANITIZER = "tests", "profiles", "sanitizer"
@@ -111,7 +111,7 @@ BUILD_SHARE, TESTS_SECONDS = 0.3, 240.0
 
 def needs(name: str) -> float:
     """Seconds that a part must have left to be begun. Where it has not, a smaller one may."""
-    return 60.0 if name in HEADINGS else MEASURED[name].needs
+    return 60.0 if name in HEADINGS or MEASURED[name].providers else 0.0
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -178,7 +178,7 @@ class GpuReport(Report):
         carried: bundle.Unpacked | None = None,
         providers: tuple[Provider, ...] = PROVIDERS,
     ) -> None:
-        super().__init__("gpu", folder, about, end=end, tiny=tiny, earlier=earlier)
+        super().__init__("gpu", folder, about, end=end, tiny=tiny, tables=tables, text=part_section, earlier=earlier)
         self.results.setdefault("build", None)
         self.tests_seconds, self.carried, self.providers = tests_seconds, carried, providers
         names = frozenset(provider.name for provider in providers if provider.role == "peer")
@@ -216,7 +216,7 @@ class GpuReport(Report):
     def measure_part(self, name: str) -> Json:
         if name in MEASURED:
             part = MEASURED[name].tiny() if self.tiny else MEASURED[name]
-            part = replace(part, providers=self.providers) if isinstance(part, Part) else part
+            part = replace(part, providers=self.providers) if part.providers else part
             return self.worker.measure(part, self.deadline, self.end, gpu=not self.tiny)
         self.worker.stop()  # it holds most of the device's memory
         with tempfile.TemporaryDirectory() as scratch:
@@ -243,12 +243,6 @@ class GpuReport(Report):
         if self.folder is not None and (scratch / "tests.xml").exists():
             shutil.copyfile(scratch / "tests.xml", self.folder / "tests.xml")
         return {**found, "left_out": None if there else "The CUDA library's own suites were left out"}
-
-    def text(self, name: str) -> str:
-        return part_section(name, self.results["parts"][name])
-
-    def tables(self, results: Json) -> str:
-        return tables(results)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -40,7 +40,10 @@ class TailReport(Report):
     """One part for each kind of measurement, model and text: `kind / label / text`."""
 
     def __init__(self, given: argparse.Namespace, end: float) -> None:
-        super().__init__("tail", output(given), describe(tiny=given.tiny), end=end, tiny=given.tiny)
+        about, tables = describe(tiny=given.tiny), plots.markdown
+        super().__init__(
+            "tail", output(given), about, end=end, tiny=given.tiny, tables=tables, text=lambda _, x: plots.section(x)
+        )
         self.given = given
         self.texts = given.texts[:1] if given.tiny else given.texts
         self.units: dict[str, Callable[[], Json]] = {}
@@ -54,12 +57,6 @@ class TailReport(Report):
     def measure_part(self, name: str) -> Json:
         self.about = describe(tiny=self.tiny)
         return self.units[name]()
-
-    def text(self, name: str) -> str:
-        return plots.section(self.results["parts"][name])
-
-    def tables(self, results: Json) -> str:
-        return plots.markdown(results)
 
     def _sample(self, text: str, tokens: int = WHOLE, folder: Path | None = None) -> Inputs:
         if self.tiny:

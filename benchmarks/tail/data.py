@@ -21,6 +21,7 @@ from recipes import smollm2
 from torch import Tensor
 
 from ..harness.problem import Inputs, Problem
+from ..internals import convert_gguf
 
 LENGTH = 512  # tokens of a sequence
 
@@ -62,9 +63,7 @@ TEXTS: dict[str, Callable[[], str]] = {
 
 def model_folder(work: Path) -> Path:
     """SmolLM2 as Transformers loads it, made in `work` where it is not there yet."""
-    from logitless.training.model import convert_gguf
-
-    return Path(convert_gguf(smollm2.fetch(work / "model"), work / "model"))
+    return convert_gguf(smollm2.fetch(work / "model"), work / "model")
 
 
 def load(folder: Path) -> tuple[Any, Any]:
