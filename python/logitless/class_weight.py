@@ -16,7 +16,7 @@ from torch import Tensor
 from . import reduce
 from .losses.sft.likelihood import NLL
 from .ops import linear_token_loss
-from .ops.call import Call, prepare
+from .ops.call import Call, prepare_call
 from .ops.checks import check_constant, check_tensor
 from .ops.token_loss import check_token_input
 from .types import Options, Reduction, TokenStats, statistics_dtype
@@ -36,7 +36,7 @@ def class_weighted_nll(
 ) -> Tensor:
     """NLL with class weights `[V]`; "mean" divides by the sum of the targets' weights."""
     eps, vocabulary = nll.label_smoothing, weight.shape[0]
-    call = prepare(hidden, weight, targets, Options(**options))
+    call = prepare_call(hidden, weight, targets, Options(**options))
     class_weight = _checked_class_weight(class_weight, weight).to(statistics_dtype(call.hidden.dtype))
     if eps > 0 and call.options.softcap is not None:
         raise ValueError("class_weight: with label_smoothing it is refused under a softcap, got softcap and both")

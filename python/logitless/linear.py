@@ -35,7 +35,7 @@ from .losses import (
 from .losses.layout import TokenLayout, reduction_rule, token_layout
 from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
-from .ops.call import Call, prepare
+from .ops.call import Call, prepare_call
 from .ops.checks import check_ignore_index, check_tokens
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
@@ -256,7 +256,7 @@ def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: Referenc
 def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
     """A loss of whole sequences, in one sweep if every group of sequences fits a chunk: its named tuple, reduced."""
     groups = loss.count_groups(batch.tokens.sequences)
-    call = prepare(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
+    call = prepare_call(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
     if batch.reduction != "none" and _gains_by_a_sweep(loss, call) and _fits(call, batch.tokens, groups):
         return _sweep_of_groups(loss, batch, call, groups)
     options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once

@@ -60,7 +60,7 @@ class Call(NamedTuple):
         return backends.BACKENDS[self.backend()].finishes_gradients and len(self.hidden) <= self.tokens_at_once()
 
 
-def prepare(
+def prepare_call(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor | None,

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends, reduce, reference
 from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions, Head, Options, Reduction
 from . import checks
-from .call import Call, prepare
+from .call import Call, prepare_call
 from .registered.divergence import divergence, divergence_sum
 from .token_loss import check_token_input
 
@@ -195,7 +195,7 @@ def _side(prefix: str, hidden: Tensor, head: Tensor | Head, options: Options) ->
     weight, bias, logit_scale, softcap, temperature = head
     options = replace(options, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     names = (f"{prefix}hidden", f"{prefix}head.weight", f"{prefix}head.bias")
-    return prepare(hidden, weight, None, options, names)
+    return prepare_call(hidden, weight, None, options, names)
 
 
 def _strategy(pair: _Pair, reduction: str) -> str:

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..types import OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
 from . import checks
-from .call import Call, prepare
+from .call import Call, prepare_call
 from .registered.logprobs import logprobs
 
 
@@ -85,7 +85,7 @@ def linear_logprobs(
         vocabulary_order,
     )
     outputs = checks.check_outputs(outputs, with_targets=targets is not None)
-    call = prepare(hidden, weight, targets, options)
+    call = prepare_call(hidden, weight, targets, options)
     shape = hidden.shape[:-1]
     stats = _statistics_of_call(call, outputs)
     return TokenStats(*(None if x is None else x.reshape(shape) for x in stats))

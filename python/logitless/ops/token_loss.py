@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reduce
 from ..types import OptionKeywords, Options, Reduction
 from . import checks, functions
-from .call import Call, prepare
+from .call import Call, prepare_call
 from .functions import PerTokenLoss
 from .logprobs import linear_logprobs
 from .registered.derivative import check_losses
@@ -65,7 +65,7 @@ def linear_token_loss(
     checks.check_tokens(hidden, targets)
     if not callable(per_token_loss):
         raise TypeError(f"per_token_loss: expected a function, got {type(per_token_loss).__name__}")
-    call = prepare(hidden, weight, targets, Options(**options))
+    call = prepare_call(hidden, weight, targets, Options(**options))
     for i, value in enumerate(token_inputs):
         check_token_input(f"token_inputs[{i}]", value, hidden)
     if normalizer is None:
