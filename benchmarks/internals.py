@@ -129,14 +129,13 @@ class Rows:
     def measure(self, logits: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> TokenStats:
         return self.engine.measure(logits, _head_of(logits), targets, outputs, None).stats
 
-    def recall(self, logits: Tensor, targets: Tensor, stats: TokenStats) -> Any:
-        """What `gradient` takes: the tile whose statistics are known, and an upstream gradient of ones."""
+    def recall(self, logits: Tensor, targets: Tensor, stats: TokenStats) -> tuple[Any, Upstream]:
+        """Arguments of `gradient`: the tile whose statistics are known, and an upstream gradient of ones."""
         tile = self.engine.recall(logits, _head_of(logits), targets, stats)
         return tile, Upstream(logprob=torch.ones(len(logits), device=logits.device))
 
-    def gradient(self, recalled: Any, dtype: torch.dtype) -> Any:
+    def gradient(self, tile: Any, upstream: Upstream, dtype: torch.dtype) -> Any:
         """`dL/ds`, its rows not scaled yet where the engine leaves that to others: see `scaled`."""
-        tile, upstream = recalled
         return self.engine.gradient(tile, _head_of(tile.logits), upstream, dtype)
 
     @staticmethod

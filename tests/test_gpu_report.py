@@ -48,6 +48,10 @@ def fails(hidden, weight, inputs):
     raise ValueError("no such shape\nand more")
 
 
+def absent(hidden, weight, inputs):
+    import no_such_peer  # noqa: F401
+
+
 def out_of_memory(hidden, weight, inputs):
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 8 GiB")
 
@@ -120,7 +124,7 @@ def test_a_cell_measures_every_provider_that_runs_and_names_the_others():
         *FEW,
         Provider("fails", "peer", fails),
         Provider("oom", "peer", out_of_memory),
-        Provider("absent", "peer", fails, package="x"),
+        Provider("absent", "peer", absent),
         rounds=1,
     )
     told = []
@@ -130,7 +134,8 @@ def test_a_cell_measures_every_provider_that_runs_and_names_the_others():
     rows = by_name(found)
     assert found["complete"] and not any(complete for _, complete in told) and told[0][0] == GEMMS.name
     assert rows["fails"]["failure"] == "ValueError: no such shape" and rows["oom"]["failure"] == "out of memory"
-    assert rows["absent"]["failure"] == "x is not installed" and rows["chunked, recompute"]["failure"] == "skipped"
+    assert rows["absent"]["failure"] == "ModuleNotFoundError: No module named 'no_such_peer'"
+    assert rows["chunked, recompute"]["failure"] == "skipped"
     for name in ("chunked, single_pass", "chunked, frozen head", "materialised"):
         row = rows[name]
         assert [len(row[x]) for x in ("forward", "backward", "seconds")] == [1, 1, 1]
@@ -241,7 +246,7 @@ def test_an_engine_that_makes_and_measures_logits_at_once_is_timed(host, monkeyp
 def test_not_a_number_is_wrong():
     row = measure.Row("x", "logitless")
     check = dict(lse=(float("nan"), 1.0), logprob=(0.5, 1.0))
-    kernel = kernels.Kernel("x", lambda given: None, lambda: None, check=lambda: check)
+    kernel = kernels.Kernel("x", lambda: None, lambda: None, check=lambda: check)
     kernels.measure_kernel(kernel, row, Cpu())
     assert row.wrong == ["lse"]
 
@@ -303,7 +308,7 @@ def test_once_calls_everything_of_ours_or_one_kernel(host, capsys, monkeypatch):
     printed = capsys.readouterr().out
     assert "forward: cuda, fused: runs" in printed and "step: cuda, tail_corrected: runs" in printed
     called = []
-    monkeypatch.setattr(kernels._Rows, "_gradient", lambda self, given: called.append(self.backend))
+    monkeypatch.setattr(kernels._Rows, "_gradient", lambda self, *given: called.append(self.backend))
     once.main([ROWS, "cuda, gradient"])
     assert called == ["cuda", "cuda"]
     with pytest.raises(SystemExit):

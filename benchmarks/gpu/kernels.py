@@ -42,20 +42,24 @@ COLUMNS = ("ms", "floor ms", "/ floor", "GB/s", "peak MiB", "largest error", "ri
 
 @dataclass(frozen=True)
 class Kernel:
-    """`run` takes what `prepare` made, which is not timed. `check` gives errors against float64, each with the most
-    that is right."""
+    """A call beside its floor.
+
+    Args:
+        prepare: makes the arguments of `run`, untimed.
+        check: errors against float64, each with the most that is right.
+    """
 
     name: str
-    run: Callable[[Any], object]
+    run: Callable[..., object]
     floor: Callable[[], object]
-    prepare: Callable[[], Any] = lambda: None
+    prepare: Callable[[], tuple[Any, ...]] = tuple
     check: Callable[[], dict[str, tuple[float, float]]] | None = None
     bytes: int | None = None
     floor_bytes: int | None = None
     failure: str | None = None
 
     def once(self) -> object:
-        return self.run(self.prepare())
+        return self.run(*self.prepare())
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def measure_kernel(kernel: Kernel, row: Row, machine: Machine) -> None:
         row.wrong = [name for name, (error, most) in checked.items() if not error <= most]  # NaN is wrong
     kernel.floor()
     floor = partial(_timed, row.floor, lambda: kernel.floor, machine)
-    ours = partial(_timed, row.seconds, lambda: partial(kernel.run, kernel.prepare()), machine)
+    ours = partial(_timed, row.seconds, lambda: partial(kernel.run, *kernel.prepare()), machine)
     for timed in in_turns((floor, ours), METHOD.rounds):
         timed()
 
@@ -106,11 +110,6 @@ def measure_kernel(kernel: Kernel, row: Row, machine: Machine) -> None:
 def _timed(found: list[float], ready: Callable[[], Callable[[], object]], machine: Machine) -> None:
     """Appends the time of what `ready` prepares."""
     found.append(seconds(ready(), machine))
-
-
-def _call(function: Callable[[], object]) -> Callable[[Any], object]:
-    """For what needs no preparation."""
-    return lambda _: function()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -121,7 +120,7 @@ def _forward_kernels(inputs: Inputs) -> Iterator[Kernel]:
     """Fused forwards, and one that stores its logits chunk by chunk, beside one product."""
     check = _Exact(inputs)
     for name, run, failure in _forwards(inputs):
-        yield Kernel(name, _call(run), _product(inputs), check=partial(check, run), failure=failure)
+        yield Kernel(name, run, _product(inputs), check=partial(check, run), failure=failure)
     yield from _projections(inputs)
 
 
@@ -134,7 +133,7 @@ def _projections(inputs: Inputs) -> Iterator[Kernel]:
         logits = torch.empty(count, len(inputs.weight), dtype=torch.float32, device=inputs.weight.device)
         run = partial(internals.project, few, logits)
         name = f"cuda, {count} tokens' logits and statistics"
-        yield Kernel(name, _call(run), _product(few), check=partial(_Exact(few), run))
+        yield Kernel(name, run, _product(few), check=partial(_Exact(few), run))
 
 
 def _configurations(inputs: Inputs) -> Iterator[Kernel]:
@@ -143,7 +142,7 @@ def _configurations(inputs: Inputs) -> Iterator[Kernel]:
     check = _Exact(inputs)
     for number, name in enumerate(names):
         run = partial(_configured, number, inputs)
-        yield Kernel(name, _call(run), _product(inputs), check=partial(check, run))
+        yield Kernel(name, run, _product(inputs), check=partial(check, run))
 
 
 def _configured(number: int, inputs: Inputs) -> TokenStats:
@@ -246,22 +245,22 @@ class _Rows:
     def _operations(self) -> internals.Rows:
         return internals.Rows(self.backend)
 
-    def _fill(self) -> Tensor:
-        return self.buffer.copy_(self.raw)
+    def _fill(self) -> tuple[Tensor]:
+        return (self.buffer.copy_(self.raw),)
 
     def _measure(self, outputs: tuple[str, ...], logits: Tensor) -> TokenStats:
         return self._operations.measure(logits, self.targets, ("logprob", "lse", *outputs))
 
-    def _recall(self) -> Any:
-        return self._operations.recall(self._fill(), self.targets, _statistics(self.raw, self.targets))
+    def _recall(self) -> tuple[Any, ...]:
+        return self._operations.recall(*self._fill(), self.targets, _statistics(self.raw, self.targets))
 
-    def _gradient(self, recalled: Any) -> Any:
-        return self._operations.gradient(recalled, torch.bfloat16)
+    def _gradient(self, tile: Any, upstream: Any) -> Any:
+        return self._operations.gradient(tile, upstream, torch.bfloat16)
 
     def _check_measure(self, measure: Callable[[Tensor], TokenStats]) -> dict[str, tuple[float, float]]:
         """A logsumexp of float32 logits: roundings of the logits' own size, and of V sums; 2^-18 of the largest."""
         rows = _ends(len(self.raw), self.raw.device)
-        expected, found = _statistics(self.raw[rows].double(), self.targets[rows]), measure(self._fill())
+        expected, found = _statistics(self.raw[rows].double(), self.targets[rows]), measure(*self._fill())
         most = 2**-18 * max(1.0, _largest(self.raw[rows]))
         pairs = ((name, getattr(found, name)[rows].double(), getattr(expected, name)) for name in ("logprob", "lse"))
         return {name: (_largest(x - exact), most) for name, x, exact in pairs}
@@ -269,7 +268,7 @@ class _Rows:
     def _check_gradient(self) -> dict[str, tuple[float, float]]:
         """Each entry is rounded to bfloat16 once, by at most 2^-8 of it; float32's own errors are far below."""
         rows = _ends(len(self.raw), self.raw.device)
-        matrix = self._operations.scaled(self._gradient(self._recall()), rows)
+        matrix = self._operations.scaled(self._gradient(*self._recall()), rows)
         exact = -self.raw[rows].double().softmax(-1)
         exact.scatter_(1, self.targets[rows, None], 0.0)
         return {"gradient": (float((matrix - exact).norm() / exact.norm()), 2**-8)}
@@ -288,9 +287,9 @@ def _products(inputs: Inputs) -> Iterator[Kernel]:
         yield from _chunk_products(hidden[:tokens], weight, d_weight, narrow)
     one = torch.ones((), device=weight.device)
     copy = partial(narrow.copy_, d_weight)
-    yield Kernel("d_weight: zeros", lambda _: d_weight.zero_(), copy)
-    yield Kernel("d_weight: scaled in place, then cast", lambda _: narrow.copy_(d_weight.mul_(one)), copy)
-    yield Kernel("d_weight: scaled and cast in one pass", lambda _: torch.mul(d_weight, one, out=narrow), copy)
+    yield Kernel("d_weight: zeros", lambda: d_weight.zero_(), copy)
+    yield Kernel("d_weight: scaled in place, then cast", lambda: narrow.copy_(d_weight.mul_(one)), copy)
+    yield Kernel("d_weight: scaled and cast in one pass", lambda: torch.mul(d_weight, one, out=narrow), copy)
 
 
 def _chunk_products(hidden: Tensor, weight: Tensor, d_weight: Tensor, narrow: Tensor) -> Iterator[Kernel]:
@@ -300,17 +299,15 @@ def _chunk_products(hidden: Tensor, weight: Tensor, d_weight: Tensor, narrow: Te
     dense = floor()
     strided = raw.view(hidden.dtype)[:, :vocabulary]
     d_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
-    yield Kernel(
-        f"{count} tokens: logits to float32", _call(partial(internals.multiply, hidden, weight.T, out=raw)), floor
-    )
+    yield Kernel(f"{count} tokens: logits to float32", partial(internals.multiply, hidden, weight.T, out=raw), floor)
     strided.copy_(dense)
     for kind, matrix in (("gradient in place", strided), ("gradient dense", dense)):
         name = f"{count} tokens, {kind}"
-        yield Kernel(f"{name}: d_hidden", _call(partial(internals.multiply, matrix, weight, out=d_hidden)), floor)
+        yield Kernel(f"{name}: d_hidden", partial(internals.multiply, matrix, weight, out=d_hidden), floor)
         for what, multiply in (("beta 0", internals.multiply), ("beta 1", partial(internals.multiply, add=True))):
             run = partial(multiply, matrix.T, hidden, out=d_weight)
-            yield Kernel(f"{name}: d_weight, {what}", _call(run), floor)
-    yield Kernel(f"{count} tokens: d_weight to bfloat16", _call(partial(torch.mm, dense.T, hidden, out=narrow)), floor)
+            yield Kernel(f"{name}: d_weight, {what}", run, floor)
+    yield Kernel(f"{count} tokens: d_weight to bfloat16", partial(torch.mm, dense.T, hidden, out=narrow), floor)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +348,7 @@ def _step(
     given = inputs._replace(problem=problem)
     step = Provider(backend, "logitless", partial(own.nll, backend=backend, chunk_dtype=dtype)).step
     floor = partial(floors.GEMMS.step, given)
-    return Kernel(f"{backend}: {what}", _call(partial(step, given)), floor, failure=_unsupported(backend, inputs))
+    return Kernel(f"{backend}: {what}", partial(step, given), floor, failure=_unsupported(backend, inputs))
 
 
 def _calls_by_tokens(inputs: Inputs) -> Iterator[Kernel]:
@@ -370,7 +367,7 @@ def _logprobs(inputs: Inputs, name: str) -> Kernel:
         outputs = ("logprob", "lse")
         return logitless.linear_logprobs(hidden, weight, targets, outputs=outputs, chunk_bytes=problem.chunk_bytes)
 
-    return Kernel(name, _call(run), _product(inputs), check=partial(_Exact(inputs), run))
+    return Kernel(name, run, _product(inputs), check=partial(_Exact(inputs), run))
 
 
 def _first(inputs: Inputs, count: int) -> Inputs:

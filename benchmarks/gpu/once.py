@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _profiled(kernel: Kernel, machine: Machine) -> None:
     """`ncu --profile-from-start off` sees the second call alone."""
     kernel.once()
-    given = kernel.prepare()
+    arguments = kernel.prepare()
     machine.recover()
     with torch.cuda.profiler.profile() if torch.cuda.is_available() else nullcontext():
-        kernel.run(given)
+        kernel.run(*arguments)
         machine.recover()
 
 

@@ -161,7 +161,7 @@ def measure_part(part: Part, machine: Machine, deadline: float, skip: Json, tell
     """Errors, memory and times of every provider. No round begins after `deadline`, on `time.monotonic`'s clock."""
     torch.compiler.reset()
     method = part.method
-    rows = [Row(p.name, p.role, p.frozen, failure=skip.get(p.name) or p.missing()) for p in part.providers]
+    rows = [Row(p.name, p.role, p.frozen, failure=skip.get(p.name)) for p in part.providers]
     pairs = list(zip(part.providers, rows, strict=True))
     inputs = part.problem.inputs(machine.device)
 

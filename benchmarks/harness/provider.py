@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import Inputs
 
 Role = Literal["floor", "materialised", "logitless", "peer"]
 Loss = Callable[[Tensor, Tensor, Inputs], Tensor]  # takes hidden, weight and the rest
-TORCH_OP = "torch.nn.functional.linear_cross_entropy"
 
 
 class Outcome(NamedTuple):
@@ -34,7 +31,6 @@ class Provider:
         compared: the definition that its loss and gradients are held against; "": none.
         frozen: whether the head is a constant even where the problem's is not.
         dtype: of the operands where it is not the problem's.
-        package: what must be installed.
     """
 
     name: str
@@ -43,14 +39,6 @@ class Provider:
     compared: str = "nll"
     frozen: bool = False
     dtype: torch.dtype | None = None
-    package: str | None = None
-
-    def missing(self) -> str | None:
-        """Why it cannot run here, as far as that shows before it is called."""
-        if self.package == TORCH_OP:
-            return None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no {TORCH_OP}"
-        absent = self.package is not None and importlib.util.find_spec(self.package) is None
-        return f"{self.package} is not installed" if absent else None
 
     def of(self, inputs: Inputs) -> Inputs:
         """The inputs as this provider takes them."""

@@ -181,12 +181,12 @@ class ProcessorReport(Report):
         return found
 
     def measure_peers_memory(self) -> None:
-        """Memory of the peers in every part of the file: last of all, because no target is about it."""
-        for name, found in self.results["parts"].items():
-            for row in _without_memory(self.parts[name], found, ("peer",)):
+        """Memory of the peers in every part from here and now: last of all, because no target is about it."""
+        for part in (part for name, part in self.parts.items() if self.has(name)):
+            for row in _without_memory(part, self.results["parts"][part.name], ("peer",)):
                 if self.out_of_time():
                     return print("out of time; the same command goes on with the peers' memory", file=sys.stderr)
-                self._measure_memory(self.parts[name], row)
+                self._measure_memory(part, row)
         return None
 
     def _measure_memory(self, part: Part, row: Json) -> None:

@@ -56,7 +56,7 @@ def registered_loss(
     """Any loss by `linear_loss`, as its paper reduces it."""
     shape = inputs.problem.shape
     given: dict[str, Any] = dict(constants(loss, inputs.problem))
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         given["ref_hidden"] = ref_hidden(inputs).view(*shape, -1)
     if loss.reduction == "constant_length":
         given["max_length"] = inputs.problem.length

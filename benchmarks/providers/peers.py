@@ -20,7 +20,7 @@ from torch import Tensor
 from logitless import TokenStats
 
 from ..harness.problem import Inputs
-from ..harness.provider import TORCH_OP, Loss, Provider
+from ..harness.provider import Loss, Provider
 from .materialised import BETA, LOSSES, constants, dpo_of_logprob, of_stats, ref_hidden
 
 #: What TRL's trainers pass (trl.trainer.utils, release 1.16).
@@ -74,7 +74,7 @@ def cce_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def liger_fused(hidden: Tensor, weight: Tensor, inputs: Inputs, accum_dtype: torch.dtype | None = None) -> Tensor:
-    """Its default accumulates the head's gradient in the head's dtype, chunk after chunk."""
+    """Liger's fused cross-entropy; its default accumulates the head's gradient in the head's dtype, chunk after chunk."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss(accum_dtype=accum_dtype)(weight, hidden, inputs.targets)
@@ -127,14 +127,14 @@ def trl_js(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def liger_dft(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """Its per-token primitive, weighted."""
+    """DFT on Liger's per-token primitive, weighted."""
     module = import_without_parents("liger_kernel.ops.fused_linear_scaled_cross_entropy")
     nll = module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, inputs.targets)
     return (torch.exp(-nll.detach()) * nll).mean()
 
 
 def liger_pairs(loss: str, settings: dict[str, Any], hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """Its reference-free pair losses, by the name of their class and with the paper's settings; compiled."""
+    """Liger's reference-free pair losses, by the name of their class and with the paper's settings; compiled."""
     from liger_kernel import chunked_loss
 
     shape = inputs.problem.shape
@@ -207,42 +207,37 @@ def _without_init(name: str) -> ModuleType:
 # Providers
 
 
-def _peer(name: str, package: str, loss: Loss, compared: str = "nll") -> Provider:
-    return Provider(name, "peer", loss, compared, package=package)
+def _peer(name: str, loss: Loss, compared: str = "nll") -> Provider:
+    return Provider(name, "peer", loss, compared)
 
 
-TORCH = _peer("torch F.linear_cross_entropy", TORCH_OP, torch_nll)
-TRL = _peer("TRL ChunkedLogProbFunction", "trl", trl_nll)
-TRL_DPO = _peer(TRL.name, "trl", trl_dpo, "dpo")
-LIGER = _peer("Liger scaled cross-entropy", "liger_kernel", liger_nll)
-LIGER_DPO = _peer("Liger chunked DPO", "liger_kernel", liger_dpo, "dpo")
-CCE = _peer("Cut Cross-Entropy, compiled", "cut_cross_entropy", cce_nll)
-LIGER_FUSED = _peer("Liger fused linear", "liger_kernel", liger_fused)
-LIGER_FUSED_FLOAT32 = _peer(
-    "Liger fused linear, float32 sums", "liger_kernel", partial(liger_fused, accum_dtype=torch.float32)
-)
-CCE_KERNELS = _peer("Cut Cross-Entropy", "cut_cross_entropy", cce_kernels)
-QUACK = _peer("quack", "quack", quack)
-FLASH_ATTN = _peer("flash-attn, on logits", "flash_attn", flash_attn)
+TORCH = _peer("torch F.linear_cross_entropy", torch_nll)
+TRL = _peer("TRL ChunkedLogProbFunction", trl_nll)
+TRL_DPO = _peer(TRL.name, trl_dpo, "dpo")
+LIGER = _peer("Liger scaled cross-entropy", liger_nll)
+LIGER_DPO = _peer("Liger chunked DPO", liger_dpo, "dpo")
+CCE = _peer("Cut Cross-Entropy, compiled", cce_nll)
+LIGER_FUSED = _peer("Liger fused linear", liger_fused)
+LIGER_FUSED_FLOAT32 = _peer("Liger fused linear, float32 sums", partial(liger_fused, accum_dtype=torch.float32))
+CCE_KERNELS = _peer("Cut Cross-Entropy", cce_kernels)
+QUACK = _peer("quack", quack)
+FLASH_ATTN = _peer("flash-attn, on logits", flash_attn)
 _torch_1024 = partial(torch_nll, batch_chunk_size=1024, chunking_method=None)
 #: NLL by other libraries, as they are called on a processor and on a GPU.
 ON_PROCESSOR = (TORCH, TRL, LIGER, CCE)
 ON_GPU = (
-    *(TORCH, _peer("torch F.linear_cross_entropy, chunks of 1024", TORCH_OP, _torch_1024), TRL),
+    *(TORCH, _peer("torch F.linear_cross_entropy, chunks of 1024", _torch_1024), TRL),
     *(LIGER_FUSED, LIGER_FUSED_FLOAT32, LIGER, CCE_KERNELS, QUACK, FLASH_ATTN),
 )
 
+SIMPO = dict(beta=2.0, compute_nll_loss=False)
 #: TRL's and Liger's losses of the registry's names.
 OF_REGISTRY: dict[str, tuple[Provider, ...]] = {
-    name: (_peer(f"TRL {name}", "trl", trl, name), _peer(f"Liger {name}", "liger_kernel", liger, name))
+    name: (_peer(f"TRL {name}", trl, name), _peer(f"Liger {name}", liger, name))
     for name, trl, liger in (
         ("dft", partial(trl_of_logprob, "dft"), liger_dft),
         ("dpo", partial(trl_of_logprob, "dpo"), liger_dpo),
-        (
-            "simpo",
-            partial(trl_of_logits, "simpo"),
-            partial(liger_pairs, "SimPO", dict(beta=2.0, compute_nll_loss=False)),
-        ),
+        ("simpo", partial(trl_of_logits, "simpo"), partial(liger_pairs, "SimPO", SIMPO)),
         ("orpo", partial(trl_of_logits, "orpo"), partial(liger_pairs, "ORPO", {})),
         ("cpo", partial(trl_of_logits, "cpo"), partial(liger_pairs, "CPO", {})),
         ("kto", partial(trl_of_logprob, "kto"), liger_kto),

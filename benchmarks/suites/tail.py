@@ -15,6 +15,8 @@ WORK/finetuned after `finetune`; --label names it in the results.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -97,7 +99,7 @@ class TailReport(Report):
         return orders.measure(sample, sources, partial(print, f"{self.given.label} {text}", flush=True))
 
     def _times(self) -> None:
-        """Also of flat distributions, on the first text, unless methods are named."""
+        """Measures times; of flat distributions too, on the first text, unless methods are named."""
         for text in self.texts:
             self._add("times", self.given.label, text, partial(self._time, text))
         if not self.given.methods:
@@ -147,6 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return plots.draw(given.tables)
     made = TailReport(given, start + 60 * given.minutes)
     made.measure([name for name in made.units if given.only or not made.has(name)])
-    if made.path is not None and made.path.exists():
-        plots.draw(made.path)
-    return None
+    if made.path is None or not made.path.exists():
+        return None
+    if importlib.util.find_spec("matplotlib") is None:
+        return print("no PNG: matplotlib is not installed", file=sys.stderr)
+    return plots.draw(made.path)

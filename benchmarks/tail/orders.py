@@ -47,7 +47,7 @@ def split(sample: Inputs, tokens: int) -> tuple[Inputs, Tensor]:
 
 
 def mean_probability(source: Source) -> Tensor:
-    """`[V]`."""
+    """Mean probability of every vocabulary entry, `[V]`."""
     parts = (F.softmax(x @ source.weight.T, -1).sum(0) for x in source.hidden.split(256))
     return sum(parts, torch.zeros(len(source.weight))) / len(source.hidden)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -139,18 +141,11 @@ def _curve(found: Json) -> str:
     title = f"## {_name(found)}: loss {found['loss']:.2f}, {found['tokens']} tokens"
     note = "Exact in bfloat16: d hidden {:.4f}, d weight {:.4f}.".format(*found["bfloat16"])
     head = ["tolerance", "entries kept", "tail mass", "corrected: d hidden, d weight", "dropped"]
-    rows = [
-        [
-            f"2^{_exponent(p['tolerance'])}",
-            f"{p['kept']:.4f}",
-            f"{p['tail_mass']:.4f}",
-            _pair(p["corrected"]),
-            _pair(p["dropped"]),
-            f"{p['blocks_kept']:.3f}",
-            _pair(p["blocks_corrected"]),
-        ]
-        for p in found["points"]
-    ]
+    rows = []
+    for p in found["points"]:
+        entries = [f"{p['kept']:.4f}", f"{p['tail_mass']:.4f}", _pair(p["corrected"]), _pair(p["dropped"])]
+        blocks = [f"{p['blocks_kept']:.3f}", _pair(p["blocks_corrected"])]
+        rows.append([f"2^{_exponent(p['tolerance'])}", *entries, *blocks])
     return "\n\n".join([title, note, table([*head, "blocks of 64 kept", "corrected"], rows)])
 
 
@@ -159,33 +154,38 @@ def _exponent(tolerance: float) -> int:
 
 
 def cpu_time(kept: float) -> float:
-    """Of a single pass by entries, over the three GEMMs: docs/tail-corrected.md has the model and its numbers."""
+    """Time of a single pass by entries, over the three GEMMs: docs/tail-corrected.md has the model and its numbers."""
     return (1 + 0.21 + 2 * 9 * kept + 2 / 256) / 3
 
 
 def gpu_gemms(kept: float) -> float:
-    """Of a forward and a backward by blocks; the exact single pass has 3, recomputing 4."""
+    """GEMMs of a forward and a backward by blocks; the exact single pass has 3, recomputing 4."""
     return 1 + 3 * kept
+
+
+#: Each rule, the exponent of a tolerance that shows its errors, and what a share kept costs, in which unit.
+RULES = (
+    ("entries", -12, cpu_time, "of three GEMMs"),
+    ("blocks of 128", -10, gpu_gemms, "GEMMs"),
+    ("blocks of 64", -10, gpu_gemms, "GEMMs"),
+)
+
+
+def _order(found: Json, tolerance: float, cost: Callable[[float], float]) -> list[str]:
+    kept = found["kept_at_equal_error"]
+    errors = _pair(next(p["errors"] for p in found["points"] if p["tolerance"] == tolerance))
+    return [errors, "", ""] if kept is None else [errors, f"{kept:.4f}", f"{cost(kept):.2f}"]
 
 
 def _orders(found: Json) -> str:
     title = f"## Orders of the vocabulary: {_name(found)}, {found['tokens']} tokens"
     note = "Equal error: that of single entries in the native order at 2^-12, d hidden {:.4f} and d weight {:.4f}."
-    tried, costs = (
-        {"entries": 2.0**-12, "blocks of 128": 2.0**-10, "blocks of 64": 2.0**-10},
-        [cpu_time, *[gpu_gemms] * 2],
-    )
-    head = ["order"]
-    for (rule, tolerance), unit in zip(tried.items(), ("of three GEMMs", "GEMMs", "GEMMs"), strict=True):
-        head += [f"{rule}, errors at 2^{_exponent(tolerance)}", "kept at equal error", unit]
-    rows = []
+    head, rows = ["order"], []
+    for rule, exponent, _, unit in RULES:
+        head += [f"{rule}, errors at 2^{exponent}", "kept at equal error", unit]
     for name, by_rule in found["orders"].items():
-        row = [name]
-        for (rule, tolerance), cost in zip(tried.items(), costs, strict=True):
-            kept = by_rule[rule]["kept_at_equal_error"]
-            row.append(_pair(next(p["errors"] for p in by_rule[rule]["points"] if p["tolerance"] == tolerance)))
-            row += ["", ""] if kept is None else [f"{kept:.4f}", f"{cost(kept):.2f}"]
-        rows.append(row)
+        cells = [_order(by_rule[rule], 2.0**exponent, cost) for rule, exponent, cost, _ in RULES]
+        rows.append([name, *itertools.chain(*cells)])
     return "\n\n".join([title, note.format(*found["equal_error"]), table(head, rows)])
 
 

@@ -54,7 +54,7 @@ class Batch:
         return int((self.labels[:, 1:] != IGNORED).sum())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on another device."""
+        """A copy of the batch on another device."""
 
         def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
             return tensor if tensor is None else tensor.to(device, non_blocking=True)
