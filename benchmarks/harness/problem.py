@@ -115,7 +115,10 @@ class Problem:
         return replace(self, tokens=2 * self.pairs * min(self.length, FEW // self.pairs))
 
     def tiny(self) -> Problem:
-        """A problem of this structure that takes milliseconds. A chunk holds 16 tokens: what did not fit one still does not."""
+        """A problem of this structure that takes milliseconds.
+
+        A chunk holds 16 tokens: what did not fit one still does not.
+        """
         if not self.pairs:
             tokens, pairs = 40, 0
         else:

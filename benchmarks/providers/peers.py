@@ -74,7 +74,7 @@ def cce_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def liger_fused(hidden: Tensor, weight: Tensor, inputs: Inputs, accum_dtype: torch.dtype | None = None) -> Tensor:
-    """Liger's fused cross-entropy; its default accumulates the head's gradient in the head's dtype, chunk after chunk."""
+    """Liger's fused cross-entropy, which by default sums the head's gradient in the head's dtype over chunks."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss(accum_dtype=accum_dtype)(weight, hidden, inputs.targets)
