@@ -1,14 +1,69 @@
-"""Plausible inputs of any loss of the registry, shared by the tests that run over all of them."""
+"""Losses, their inputs and their statistics, shared by the tests of several families."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from logitless import linear_loss, losses
-from logitless.losses import Loss
+from logitless.losses import DPO, FDivergenceSFT, Loss
+from logitless.losses.sft.reward_transforms import REWARD_TRANSFORMS
+from logitless.types import TokenStats
+
+ALPHAS = (-1.0, -0.3, 0.0, 0.05, 0.5, 1.0, 1.7, 2.0)
+SFT_LOSSES = [
+    *(FDivergenceSFT(divergence=name, beta=0.3) for name in REWARD_TRANSFORMS),
+    FDivergenceSFT(saturate=True, beta=0.3),
+    *(FDivergenceSFT(divergence="alpha", alpha=alpha, beta=0.3) for alpha in ALPHAS),
+]
+DPO_LOSSES = [
+    DPO(),
+    DPO(beta=0.5, label_smoothing=0.2),
+    DPO(loss_type="hinge"),
+    DPO(loss_type="ipo"),
+    *(DPO(divergence=name) for name in ("forward_kl", "js")),
+    *(DPO(divergence="alpha", alpha=alpha) for alpha in (0.0, 0.25, 0.5, 1.0, 1.5)),
+    DPO(divergence="forward_kl", loss_type="hinge"),
+    DPO(divergence="js", label_smoothing=0.1),
+]
+
+
+def ident(loss: Loss) -> str:
+    changed = [f for f in dataclasses.fields(loss) if getattr(loss, f.name) != f.default]
+    return "-".join([loss.name, *(f"{f.name}={getattr(loss, f.name)}" for f in changed)])
+
+
+def doubles(*values: float, grad: bool = False) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, requires_grad=grad)
+
+
+def weight_of(loss: Loss, logprob: Tensor, *inputs: Tensor) -> Tensor:
+    """w = -d loss / d logprob, token by token."""
+    logprob = logprob.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(TokenStats(logprob=logprob), *inputs).sum(), logprob)
+    return -gradient
+
+
+def random_stats(*shape: int, seed: int = 0, vocabulary: int = 7) -> tuple[TokenStats, Tensor, Tensor]:
+    """Statistics of random logits with their graph, the logits, the targets."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = (3 * torch.randn(*shape, vocabulary, generator=generator, dtype=torch.float64)).requires_grad_()
+    targets = torch.randint(vocabulary, shape, generator=generator)
+    lse = logits.logsumexp(-1)
+    picked = logits.gather(-1, targets[..., None])[..., 0]
+    return TokenStats(logprob=picked - lse, lse=lse, mean_logit=logits.mean(-1)), logits, targets
+
+
+def value_loss(**overrides: object) -> FDivergenceSFT:
+    return FDivergenceSFT(**{"divergence": "squared_hellinger", "beta": 0.3, "value": "lse", **overrides})
+
+
+def reference_like(stats: TokenStats, seed: int = 5) -> tuple[Tensor, Tensor]:
+    other, _, _ = random_stats(*stats.logprob.shape, seed=seed)
+    return other.logprob.detach(), other.lse.detach()
 
 
 def loss_inputs(

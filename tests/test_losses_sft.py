@@ -1,6 +1,6 @@
 """The SFT family as functions of vectors: formulas by hand in float64, w = -d loss / d logprob, limits, extremes.
 
-NLL and the token-level f-divergences are in test_losses.py.
+NLL, DFT and the token-level f-divergences have files of their own.
 """
 
 from __future__ import annotations

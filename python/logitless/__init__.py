@@ -1,9 +1,8 @@
 """Losses for language-model post-training, computed from hidden states and the output head, without logits."""
 
 from . import losses, nn
-from .aliases import linear_dft, linear_dpo, linear_f_divergence_sft
 from .backends.approximate.order import vocabulary_order
-from .functional import linear_cross_entropy
+from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft
 from .info import info
 from .integrations.transformers import patch, unpatch
 from .linear import linear_loss

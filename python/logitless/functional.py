@@ -1,4 +1,4 @@
-"""`linear_cross_entropy`, the drop-in for `torch.nn.functional.cross_entropy`."""
+"""The one-call losses as functions: `linear_cross_entropy`, the drop-in for torch's, and the aliases of `aliases`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from .aliases import linear_dft, linear_dpo, linear_f_divergence_sft
 from .class_weight import class_weighted_nll
 from .linear import linear_loss
 from .losses.sft.likelihood import NLL
@@ -89,4 +90,4 @@ def _shifted_weight(token_weight: Tensor | None, targets: Tensor) -> Tensor | No
     return torch.cat([token_weight[..., 1:], torch.zeros_like(token_weight[..., :1])], dim=-1)
 
 
-__all__ = ["linear_cross_entropy"]
+__all__ = ["linear_cross_entropy", "linear_dft", "linear_dpo", "linear_f_divergence_sft"]

@@ -7,6 +7,8 @@ baseline of the benchmarks. Ignored tokens are left out before the product, as i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,22 +37,31 @@ def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
 
 def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
     """`TokenStats` of logits `z [N, V]` and targets `[N]`."""
+    return TokenStats(**{name: _STATISTICS[name](z, targets) for name in outputs})
+
+
+def _logprob(z: Tensor, targets: Tensor) -> Tensor:
+    """`log p_t = -log(1 + sum_{j != t} e^(z_j - z_t))`: `z_t - lse` would round to 0 for a confident token."""
+    z_target = z.gather(-1, targets[:, None])
+    lowest = torch.finfo(z.dtype).min  # not -inf: were all the others masked, logsumexp's gradient would be NaN
+    others = z.scatter(-1, targets[:, None], lowest).clamp(min=lowest).logsumexp(-1, keepdim=True)
+    return -torch.logaddexp(others - z_target, torch.zeros_like(others))[:, 0]
+
+
+def _entropy(z: Tensor, targets: Tensor | None) -> Tensor:
     logp = z.log_softmax(-1)
-    p = logp.exp()
     finite = logp.masked_fill(logp.isneginf(), 0)  # 0 * -inf is 0 here, in value and gradient
-    stats: dict[str, Tensor] = {}
-    if targets is not None:
-        # log p_t = -log(1 + sum_{j != t} e^(z_j - z_t)): z_t - lse would round to 0 for a confident token
-        z_target = z.gather(-1, targets[:, None])
-        lowest = torch.finfo(z.dtype).min  # not -inf: were all the others masked, logsumexp's gradient would be NaN
-        others = z.scatter(-1, targets[:, None], lowest).clamp(min=lowest).logsumexp(-1, keepdim=True)
-        stats["logprob"] = -torch.logaddexp(others - z_target, torch.zeros_like(others))[:, 0]
-        stats["correct"] = (z_target >= z.amax(-1, keepdim=True))[:, 0].to(z.dtype)
-    stats["lse"] = z.logsumexp(-1)
-    stats["entropy"] = -(p * finite).sum(-1)
-    stats["mean_logit"] = z.mean(-1)
-    stats["log_sum_sq"] = (2 * logp).logsumexp(-1).detach()
-    return TokenStats(**{name: stats[name] for name in outputs})
+    return -(logp.exp() * finite).sum(-1)
+
+
+_STATISTICS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "logprob": _logprob,
+    "lse": lambda z, targets: z.logsumexp(-1),
+    "entropy": _entropy,
+    "mean_logit": lambda z, targets: z.mean(-1),
+    "correct": lambda z, targets: (z.gather(-1, targets[:, None])[:, 0] >= z.amax(-1)).to(z.dtype),
+    "log_sum_sq": lambda z, targets: (2 * z.detach().log_softmax(-1)).logsumexp(-1),
+}
 
 
 def linear_logprobs(
