@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_tail import APPROXIMATE, gradients, peaked_problem, relative
+from tail_cases import APPROXIMATE, gradients, peaked_problem, relative
 from torch import Tensor
 
 from logitless import linear_logprobs, linear_loss, linear_token_loss, tail_report

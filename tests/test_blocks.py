@@ -11,7 +11,7 @@ import pytest
 import torch
 from block_properties import PROPERTIES, Backend
 from hypothesis import given, settings
-from test_tail import cases, peaked_problem
+from tail_cases import peaked_problem, tail_calls
 from torch import Tensor
 
 from logitless import backends, linear_logprobs, reference
@@ -96,7 +96,7 @@ DOUBLE = Backend("dense", torch.float64)
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold(case: dict[str, Any]) -> None:
     properties.check_bounds(DOUBLE, case)
 

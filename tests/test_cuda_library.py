@@ -3,7 +3,6 @@ it for every architecture."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
@@ -16,32 +15,17 @@ from typing import cast
 
 import pytest
 import torch
-from cuda_build import ROOT, cutlass_headers, gpu_library, host_library, needs_compiler, needs_nvcc, run
+from cuda_build import ROOT, ctype, cutlass_headers, gpu_library, host_library, needs_compiler, needs_nvcc, run
 
 from logitless.backends import cuda
 from logitless.kernels.cuda import library as cuda_library
 from logitless.kernels.cuda.library import DTYPE_CODES, NOT_BUILT, SIGNATURES, Library
 
 HEADER = ROOT / "kernels" / "cuda" / "logitless.h"
-NUMBERS = {
-    "void": None,
-    "int32_t": ctypes.c_int32,
-    "int64_t": ctypes.c_int64,
-    "float": ctypes.c_float,
-    "double": ctypes.c_double,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The header
-
-
-def ctype(declaration: str) -> type | None:
-    """`const void *` -> c_void_p, of a declaration without the name."""
-    plain = declaration.replace("const", "").strip()
-    if plain.endswith("*"):
-        return ctypes.c_char_p if plain[:-1].strip() == "char" else ctypes.c_void_p
-    return NUMBERS[plain]
 
 
 def declared() -> dict[str, tuple[type | None, ...]]:

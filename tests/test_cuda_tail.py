@@ -13,7 +13,7 @@ import torch
 from block_properties import PROPERTIES, Backend
 from cuda_build import library_here, needs_compiler
 from hypothesis import given, settings
-from test_tail import cases, peaked_problem
+from tail_cases import peaked_problem, tail_calls
 
 from logitless import backends, linear_logprobs, tail_report
 from logitless.backends import cuda
@@ -50,7 +50,7 @@ def library() -> Iterator[None]:
 
 
 @settings(max_examples=2, deadline=None)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold(case: dict[str, Any]) -> None:
     with poison_empty():
         properties.check_bounds(HALF, case)
@@ -58,7 +58,7 @@ def test_the_bounds_hold(case: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold_on_many(case: dict[str, Any]) -> None:
     properties.check_bounds(HALF, case)
 

@@ -17,14 +17,11 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_build import ROOT, build, needs_compiler, run
+from cuda_build import ROOT, build, ctype, needs_compiler, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import loss_inputs
-from test_cuda_library import ctype
-from test_every_loss import B, Batch, T
-from test_every_loss import run as run_loss
-from test_tail import cases, check_compiled, exact_of, gradients, peaked_problem, relative
+from loss_cases import B, LossBatch, T, loss_inputs, run_loss
+from tail_cases import check_compiled, exact_of, gradients, peaked_problem, relative, tail_calls
 from torch import Tensor
 
 from logitless import linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
@@ -247,7 +244,7 @@ def test_masked_vocabulary_and_a_masked_target() -> None:
 
 
 @settings(max_examples=60)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold_and_rows_keep_their_sum(case: dict[str, Any]) -> None:
     """To the screen's error, a factor of exp(2 delta) on every probability; where a chunk is flat, all is exact."""
     case = {name: x.float() if name in FLOATING and x is not None else x for name, x in case.items()}
@@ -481,13 +478,13 @@ def test_under_the_address_and_undefined_behaviour_sanitizers() -> None:
 # Every loss
 
 
-def peaked_batch(loss: Loss) -> Batch:
+def peaked_batch(loss: Loss) -> LossBatch:
     """Rows of sequences with likely targets, whose products are taken in two parts."""
     made = peaked_problem(dtype=torch.float32, count=B * T)
     targets = made["targets"].view(B, T)
     targets[torch.arange(T) >= torch.tensor([5, 3, 4, 1, 5, 2])[:, None]] = -100
     inputs = loss_inputs(loss, B, T, 16, torch.Generator().manual_seed(3), dtype=torch.float32)
-    return Batch(made["hidden"].view(B, T, -1), made["weight"], targets, inputs)
+    return LossBatch(made["hidden"].view(B, T, -1), made["weight"], targets, inputs)
 
 
 @pytest.mark.parametrize("backward", ["tail_corrected", "screened"])

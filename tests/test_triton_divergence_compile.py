@@ -1,9 +1,9 @@
-"""The divergences' Triton kernel, compiled without a GPU for the six architectures of `test_triton_compile.py`."""
+"""The divergences' Triton kernel, compiled without a GPU for the six architectures of `triton_code.py`."""
 
 from __future__ import annotations
 
 import pytest
-from test_triton_compile import ARCHITECTURES, ASTSource, resources, triton
+from triton_code import ARCHITECTURES, ASTSource, resources, triton
 
 from logitless.kernels.triton import configs
 from logitless.kernels.triton.divergence import divergence_kernel

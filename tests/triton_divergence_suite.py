@@ -11,20 +11,20 @@ import torch
 import triton
 import triton.language as tl
 from cases import DTYPES
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_linear_divergence import (
+from divergence_cases import (
     BOUNDED,
     KINDS,
     SIDES,
     assert_right,
     call,
-    cases,
     check_entries_that_one_side_lacks,
     check_logits_of_ten_thousand,
+    divergence_calls,
     make,
     measure,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from logitless.kernels.triton import divergence, tile
 from logitless.types import DivergenceOptions, LogitTransform
@@ -46,14 +46,14 @@ def check(case, backward) -> None:
 
 
 @settings(max_examples=10)
-@given(cases(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
+@given(divergence_calls(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
 def test_any_case_is_right_within_the_budget(case, backward):
     check(case, backward)
 
 
 @pytest.mark.slow
 @settings(max_examples=150)
-@given(cases(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
+@given(divergence_calls(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
 def test_many_cases_are_right_within_the_budget(case, backward):
     check(case, backward)
 

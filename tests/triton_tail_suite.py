@@ -19,8 +19,8 @@ import torch
 from block_properties import PROPERTIES, Backend
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from test_cuda_sparse import Problem, Routed, assert_within, draw, spread_over_columns
-from test_tail import cases
+from pair_lists import PairProblem, RoutedPairs, assert_within, draw, spread_over_columns
+from tail_cases import tail_calls
 from torch import Tensor
 
 from logitless.backends import triton as backend
@@ -56,10 +56,10 @@ def larger_tiles() -> Iterator[None]:
 # The kernels
 
 
-def route(problem: Problem, magnitude: Tensor, threshold: float) -> Routed:
+def route(problem: PairProblem, magnitude: Tensor, threshold: float) -> RoutedPairs:
     block_lse, lse = problem.block_lse().float(), problem.logits.logsumexp(1).float()
     inputs = (block_lse, lse, magnitude, torch.tensor([threshold]))
-    return Routed(*(x.cpu() for x in sparse.route(*(x.to(DEVICE).contiguous() for x in inputs))))
+    return RoutedPairs(*(x.cpu() for x in sparse.route(*(x.to(DEVICE).contiguous() for x in inputs))))
 
 
 def moved(x: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ def moved(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
 
 
-def products(problem: Problem, routed: Routed, *, ordered: bool, blocks_at_once: int) -> tuple[Tensor, Tensor]:
+def products(problem: PairProblem, routed: RoutedPairs, *, ordered: bool, blocks_at_once: int) -> tuple[Tensor, Tensor]:
     """d_hidden and d_weight of the listed pairs."""
     hidden, weight, targets = (moved(x) for x in (problem.hidden, problem.weight, problem.targets))
     pairs = tuple(x.to(DEVICE) for x in routed[:2])
@@ -96,7 +96,7 @@ problems = st.builds(
 @settings(max_examples=20)
 @given(problem=problems, tolerance=st.sampled_from([0.0, 1e-3, 0.05, 2.0]))
 @example(problem=draw(150, 5000, 8), tolerance=1e-3)
-def test_routing(problem: Problem, tolerance: float) -> None:
+def test_routing(problem: PairProblem, tolerance: float) -> None:
     rows = len(problem.hidden)
     magnitude = problem.upstream[0].abs()
     magnitude[0] = 0
@@ -127,7 +127,7 @@ def test_more_pairs_than_an_int32_counts_are_refused() -> None:
         sparse.route(torch.zeros(1, 1).expand(2**20, 2**11), *[torch.zeros(1).expand(2**20)] * 2, torch.zeros(1))
 
 
-def check_products(problem: Problem, tolerance: float, *, ordered: bool, blocks_at_once: int) -> None:
+def check_products(problem: PairProblem, tolerance: float, *, ordered: bool, blocks_at_once: int) -> None:
     problem.upstream[2] = 0
     routed = route(problem, torch.ones(len(problem.hidden)), tolerance)
     kept = spread_over_columns(routed.kept(len(problem.hidden)), len(problem.weight))
@@ -151,7 +151,7 @@ def check_products(problem: Problem, tolerance: float, *, ordered: bool, blocks_
 )
 @example(problem=draw(150, 300, 67), tolerance=0.02, blocks_at_once=2, dtype=torch.bfloat16)
 def test_gradients_of_the_listed_pairs(
-    ordered: bool, problem: Problem, tolerance: float, blocks_at_once: int, dtype: torch.dtype
+    ordered: bool, problem: PairProblem, tolerance: float, blocks_at_once: int, dtype: torch.dtype
 ) -> None:
     problem = replace(problem, hidden=problem.hidden.to(dtype), weight=problem.weight.to(dtype))
     check_products(problem, tolerance, ordered=ordered, blocks_at_once=blocks_at_once)
@@ -186,14 +186,14 @@ def test_the_ordered_sum_has_the_same_bits_every_time() -> None:
 
 
 @settings(max_examples=2, phases=PHASES)
-@given(case=cases(), dtype=st.sampled_from(DTYPES))
+@given(case=tail_calls(), dtype=st.sampled_from(DTYPES))
 def test_the_bounds_hold(case: dict[str, Any], dtype: torch.dtype) -> None:
     properties.check_bounds(Backend("triton", dtype, DEVICE), case)
 
 
 @pytest.mark.slow
 @settings(max_examples=4, phases=PHASES)
-@given(case=cases(), dtype=st.sampled_from(DTYPES))
+@given(case=tail_calls(), dtype=st.sampled_from(DTYPES))
 def test_the_bounds_hold_on_many(case: dict[str, Any], dtype: torch.dtype) -> None:
     properties.check_bounds(Backend("triton", dtype, DEVICE), case)
 
