@@ -177,7 +177,7 @@ def _bytes(paths: Iterable[Path]) -> int:
 
 
 def fingerprint(places: Sequence[str]) -> str:
-    """Of the text of the files there. A link's files count where they are."""
+    """Fingerprint of the text of the files in these places. A link's files count where they are."""
     found = hashlib.sha256()
     for path in sorted(path for place in places for path in _files(ROOT / place)):
         found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())

@@ -193,7 +193,7 @@ class GpuReport(Report):
             self.worker.stop()
 
     def _library(self) -> None:
-        """The carried one where it runs here, else built here."""
+        """Takes the carried CUDA library if it runs here, else builds one."""
         nothing: Json = {"library": None, "missing": [], "notes": [], "failure": "a tiny run builds nothing"}
         self.results["build"] = self._carried() or (
             nothing if self.tiny else build.build(BUILD_SHARE * (self.end - time.monotonic()))
@@ -233,7 +233,7 @@ class GpuReport(Report):
         return None if self.has(name) else self.earlier(name)
 
     def tests(self, scratch: Path) -> Json:
-        """The suites of the CUDA library are left out where there is none: each would try to build it."""
+        """Runs the tests. Suites of the CUDA library are left out if there is none: each would try to build it."""
         seconds = min(self.tests_seconds, self.deadline - time.monotonic())
         device, select = ("cpu", TINY_TESTS) if self.tiny else ("cuda", "")
         there = self.tiny or self.results["build"]["library"] is not None

@@ -99,7 +99,7 @@ class TailReport(Report):
         return orders.measure(sample, sources, partial(print, f"{self.given.label} {text}", flush=True))
 
     def _times(self) -> None:
-        """Also of flat distributions, on the first text, unless methods are named."""
+        """Times on every text and, unless methods are named, of flat distributions on the first."""
         for text in self.texts:
             self._add("times", self.given.label, text, partial(self._time, text))
         if not self.given.methods:

@@ -27,7 +27,7 @@ LENGTH = 512  # tokens of a sequence
 
 
 def docstrings(*, held_out: bool) -> str:
-    """Of the standard library's modules, classes and functions, in one shuffled order."""
+    """Docstrings of the standard library's modules, classes and functions, in one shuffled order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "test", "tests", "idlelib"}
     found = []

@@ -31,7 +31,7 @@ class Exact:
         self.loss = float(-self.p[sample.targets, self.tokens].log().mean())
 
     def _products(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """With the head `[N, H]`, and with the hidden states `[V, H]`."""
+        """Products of `[V, N]` with the head, `[N, H]`, and with the hidden states, `[V, H]`."""
         return matrix.T @ self.sample.weight, matrix @ self.sample.hidden
 
     def _relative(self, d_hidden: Tensor, d_weight: Tensor) -> list[float]:
