@@ -138,8 +138,8 @@ def liger_pairs(loss: str, settings: dict[str, Any], hidden: Tensor, weight: Ten
     from liger_kernel import chunked_loss
 
     shape = inputs.problem.shape
-    made = getattr(chunked_loss, f"LigerFusedLinear{loss}Loss")(**settings)
-    return made(weight, hidden.view(*shape, -1), inputs.targets.view(shape))[0]
+    module = getattr(chunked_loss, f"LigerFusedLinear{loss}Loss")(**settings)
+    return module(weight, hidden.view(*shape, -1), inputs.targets.view(shape))[0]
 
 
 def liger_kto(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
