@@ -228,6 +228,24 @@ class DivergenceEngine(Protocol):
         ...
 
 
+class ExactPasses(Protocol):
+    """The exact passes of a backend, which its approximate strategies stand on and fall back to."""
+
+    rows: RowEngine
+
+    def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
+        """The longest group of tokens that a single pass keeps whole."""
+        ...
+
+    def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
+        """`TokenStats` of every token and, for a frozen head, `d logprob / d hidden`."""
+        ...
+
+    def backward(self, problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
+        """Gradients from `upstream`, the logits computed again."""
+        ...
+
+
 class Approximate(Protocol):
     """A strategy that approximates gradients: `backward="tail_corrected"` or `"screened"`."""
 

@@ -22,6 +22,7 @@ import torch
 from logitless.training.tokenize import IGNORED, Example
 
 Inputs = Mapping[str, torch.Tensor]  # per-token inputs of the loss, [T] each, aligned with an example's tokens
+Stored = list[tuple[Inputs, ...]]  # the inputs of every item and example, where they were computed before
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,18 @@ from typing import Any
 import torch
 
 from logitless.losses import Loss, PairLoss
-from logitless.training.collate import Batch, Piece, best_fit, packed, padded, padding_free
+from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
 from logitless.training.model import check_packing, uses_flash_attention
 from logitless.training.objective import reads_sequences
-from logitless.training.reference_model import Stored, column_inputs
 from logitless.training.tokenize import Example, RowTokenizer, TokenizedData
 
 
-def load_data(options: TrainOptions, tokenizer: object, loss: Loss) -> tuple[TokenizedData, TokenizedData | None]:
+def load_data(
+    options: TrainOptions, tokenizer: object, loss: Loss, columns: tuple[str, ...]
+) -> tuple[TokenizedData, TokenizedData | None]:
     """Training and evaluation data (None where there is none), tokenised.
 
     Raises:
@@ -30,7 +31,7 @@ def load_data(options: TrainOptions, tokenizer: object, loss: Loss) -> tuple[Tok
         options.truncation_mode,
         completion_only=options.completion_only_loss is not False,
         text_field=options.dataset_text_field,
-        columns=column_inputs(loss),
+        columns=columns,
     )
     read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)

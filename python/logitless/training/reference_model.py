@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -23,16 +23,14 @@ from torch import nn
 
 from logitless.losses import Loss
 from logitless.training import files
-from logitless.training.collate import Batch, Inputs, consecutive
+from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.loader import Loader
 from logitless.training.model import cache_folder, load_model, locate_once, patched
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
 from logitless.training.tokenize import Item
-
-if TYPE_CHECKING:
-    from logitless.training.loader import Loader
 
 #: A loss's input and the statistic of the reference that it is. The run's start is also the policy that a proximal
 #: loss stays near.
@@ -115,8 +113,6 @@ def load_reference(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Values that are computed once and kept
-
-Stored = list[tuple[Inputs, ...]]  # per item and example: the loss inputs, [T] each
 
 
 def cache_file(cache: Path, depends_on: dict[str, Any]) -> Path:

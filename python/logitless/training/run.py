@@ -32,7 +32,13 @@ from logitless.training.model import hide_progress_bars, load_tokenizer, load_tr
 from logitless.training.objective import Engine, computes_in_bf16, engine_of
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
-from logitless.training.reference_model import ReferenceModel, load_reference, needs_reference, stored_values
+from logitless.training.reference_model import (
+    ReferenceModel,
+    column_inputs,
+    load_reference,
+    needs_reference,
+    stored_values,
+)
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
 
@@ -89,7 +95,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     tokenizer = load_tokenizer(source, options)
-    data, eval_data = load_data(options, tokenizer, loss)
+    data, eval_data = load_data(options, tokenizer, loss, column_inputs(loss))
     identity = identity_of(options, data.fingerprint(), world)
     if resumed is not None:
         require_same(state["identity"], identity, resumed)

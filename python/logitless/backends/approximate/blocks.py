@@ -33,7 +33,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from ..exact.products import multiply, spans
 from ..interface import (
     Approximate,
     Coefficients,
+    ExactPasses,
     Forward,
     Gradients,
     Needs,
@@ -58,9 +59,6 @@ from .entries import Entries, around_a_loss
 from .order import permuted, restored
 from .report import reports
 from .select import MOST_LEFT, block_count, shares
-
-if TYPE_CHECKING:
-    from ..backend import Backend
 
 #: At this share of the pairs the listed products cost half of the exact ones, whose GEMMs gather nothing.
 MOST_PAIRS = 1 / 2
@@ -118,7 +116,7 @@ class BlockEngine(Protocol):
 class Blocks(Approximate):
     """`backward="tail_corrected"` by a backend's kernels for pairs; by `Entries` where these do not take a call."""
 
-    def __init__(self, engine: BlockEngine, backend: Backend) -> None:
+    def __init__(self, engine: BlockEngine, backend: ExactPasses) -> None:
         self.engine, self.backend, self.entries = engine, backend, Entries(backend)
 
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:

@@ -23,7 +23,7 @@ or more than a quarter of its gradient would be left.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from ..exact.products import spans
 from ..interface import (
     Approximate,
     Coefficients,
+    ExactPasses,
     Forward,
     Gradients,
     Needs,
@@ -64,9 +65,6 @@ from .select import (
     without,
 )
 
-if TYPE_CHECKING:
-    from ..backend import Backend
-
 #: Kept entries that wait for the head's gradient, which is one pass over the head for all of them.
 MOST_WAITING = 2**22
 
@@ -74,7 +72,7 @@ MOST_WAITING = 2**22
 class Entries(Approximate):
     """`backward="tail_corrected"`, entry by entry, on any backend's row engine."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: ExactPasses) -> None:
         self.backend = backend
 
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
@@ -173,7 +171,7 @@ def _keep_nothing(chunks: Chunks, count: int) -> Saved:
 
 
 def gradients_from(
-    backend: Backend,
+    backend: ExactPasses,
     problem: Problem,
     stats: TokenStats,
     kept: Kept,

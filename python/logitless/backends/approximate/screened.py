@@ -40,6 +40,7 @@ from ..exact.products import spans
 from ..interface import (
     Approximate,
     Coefficients,
+    ExactPasses,
     Forward,
     Gradients,
     Needs,
@@ -54,7 +55,6 @@ from .select import MOST_KEPT, MOST_LEFT, SHARE, TAIL_BLOCK, block_count
 
 if TYPE_CHECKING:
     from ...kernels.cpu.library import Library, Screen
-    from ..backend import Backend
 
 STATISTICS = {"logprob", "lse"}
 
@@ -78,7 +78,7 @@ def supports(device: torch.device, dtype: torch.dtype) -> str | None:
 class Screened(Approximate):
     """`backward="screened"`: the kernel where it has something to offer, and `Entries` elsewhere."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: ExactPasses) -> None:
         self.backend, self.entries = backend, Entries(backend)
 
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
