@@ -1,8 +1,9 @@
-"""What a tail-corrected backward by blocks must do, for any backend that has one: `test_blocks.py` asks it of plain
-PyTorch, `test_cuda_tail.py` and Triton's tests of their kernels.
+"""The properties of a tail-corrected backward by blocks, for any backend that has one.
 
-With the identity for a head, `d hidden` is the gradient of the logits as the backward has it, g'; the head's and the
-bias's gradients then follow from it.
+`test_blocks.py` asks them of plain PyTorch; `test_cuda_tail.py` and Triton's tests ask them of their kernels.
+
+With the identity for a head, `d hidden` is the gradient of the logits as the backward has it, g'. The gradients of head
+and bias then follow from g'.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """While a CUDA graph is captured: no wait for the device, no token dropped, and the same results.
 
-A GPU's capture is pretended: the values are a CPU's, and what would wait is shown by fake tensors, which have no
-numbers to wait for.
+A GPU's capture is pretended. Values are computed on a CPU, and fake tensors, which have no numbers to wait for, show
+any operation that would wait.
 """
 
 from __future__ import annotations

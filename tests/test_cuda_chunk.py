@@ -1,5 +1,7 @@
-"""The chunk and merge kernels of kernels/cuda against float64 PyTorch: through the C interface, then as the backend
-"cuda" under the ops. On a GPU where there is one; elsewhere their own text on the CPU, compiled against host/shim.h."""
+"""The chunk and merge kernels of kernels/cuda against float64 PyTorch: through the C interface, and under the ops.
+
+They run on a GPU if there is one. Otherwise their own code runs on the CPU, compiled against host/shim.h.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""The fused forwards of kernels/cuda, up to the statistics, against float64. On a GPU where there is one; elsewhere the
-Ampere kernel's own text on the CPU, its tensor-core and copy instructions emulated (kernels/cuda/host/mma.h), and what
-of Hopper's can be checked there."""
+"""The fused forwards of kernels/cuda, up to the statistics, against float64.
+
+They run on a GPU if there is one. Otherwise the Ampere kernel's own code runs on the CPU, where its tensor-core and
+copy instructions are emulated (kernels/cuda/host/mma.h), and so do the parts of Hopper's kernel that can.
+"""
 
 from __future__ import annotations
 

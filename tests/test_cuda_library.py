@@ -1,5 +1,4 @@
-"""The CUDA library as Python meets it: its header, its exported names, a machine without a GPU, and what nvcc makes of
-it for every architecture."""
+"""The CUDA library in Python: its header, its exported names, a machine without a GPU, and nvcc's build of it."""
 
 from __future__ import annotations
 

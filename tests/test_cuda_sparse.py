@@ -1,5 +1,7 @@
-"""The sparse backward's kernels (kernels/cuda/route.cuh, sparse.cuh) against the same algorithm in plain PyTorch,
-float64: on a GPU where there is one; elsewhere their own text on the CPU."""
+"""The sparse backward's kernels (kernels/cuda/route.cuh, sparse.cuh) against the algorithm in float64 PyTorch.
+
+They run on a GPU if there is one. Otherwise their own code runs on the CPU.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The tail-corrected backward of the backend "cuda", by its kernels (route.cuh, sparse.cuh): on a GPU where there is
-one; elsewhere their own text on the CPU, compiled against host/shim.h."""
+"""The tail-corrected backward of the backend "cuda", by its kernels (route.cuh, sparse.cuh).
+
+They run on a GPU if there is one. Otherwise their own code runs on the CPU, compiled against host/shim.h.
+"""
 
 from __future__ import annotations
 

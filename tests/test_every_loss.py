@@ -1,4 +1,4 @@
-"""What holds for every loss of the registry: by name and object, against full logits, and however the batch is cut."""
+"""Properties of every loss of the registry: by name and object, against full logits, and however the batch is cut."""
 
 from __future__ import annotations
 

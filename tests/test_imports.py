@@ -1,4 +1,4 @@
-"""What importing the package costs, brings in, and points at."""
+"""Imports of the package: their cost, the modules that they load, and the layers that they keep to."""
 
 from __future__ import annotations
 

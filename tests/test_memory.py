@@ -1,4 +1,4 @@
-"""What is allocated, seen by the allocator itself: never anything near N x V elements.
+"""Allocations as the allocator itself sees them: never anything near N x V elements.
 
 Sizes are such that a chunk is a small part of the whole: N x V is 2^21 elements, a chunk's budget 2^18 bytes. The
 reference, which does allocate N x V, is watched in the same way, so that these tests can fail.

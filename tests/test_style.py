@@ -74,6 +74,12 @@ def test_every_module_says_what_it_is(folder: str) -> None:
     assert [str(path.relative_to(ROOT)) for path in silent if path.stat().st_size] == []
 
 
+def test_every_kernel_s_file_says_what_it_is() -> None:
+    paths = [path for path in (ROOT / "kernels").rglob("*") if path.suffix in (".c", ".cpp", ".cu", ".cuh", ".h")]
+    silent = [path for path in paths if not path.read_text().startswith(("// ", "/* "))]
+    assert len(paths) > 20 and [str(path.relative_to(ROOT)) for path in silent] == []
+
+
 def test_a_name_stands_in_one_module() -> None:
     modules: dict[str, set[Path]] = defaultdict(set)
     for path in sources("python/logitless", "kernels"):

@@ -1,5 +1,7 @@
-"""Sweeps over chunks: what must not depend on a chunk's layout, nor on the parts of the vocabulary that are converted,
-or that row operations take, at a time. A CPU's own layout and sizes are what every other test runs on."""
+"""Sweeps over chunks: results do not depend on a chunk's layout, nor on how much is converted or measured at a time.
+
+Every other test runs on a CPU's own layout and sizes.
+"""
 
 from __future__ import annotations
 

@@ -89,8 +89,8 @@ def check_request(request: Request) -> None:
             "token_outputs": bool(names),
             "skip_logits=True": bool(request.skip_logits) and not request.hidden_only,
         }
-        for name, given in needing.items():
-            if given:
+        for name, present in needing.items():
+            if present:
                 raise ValueError(f"{name}: needs labels or shift_labels, got neither")
 
 
@@ -146,14 +146,14 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 def _targets(request: Request, hidden: Tensor) -> Tensor:
     """The targets of the positions of `hidden`, on its device."""
     name = "labels" if request.shift_labels is None else "shift_labels"
-    given = request.labels if request.shift_labels is None else request.shift_labels
-    if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
-        got = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+    labels = request.labels if request.shift_labels is None else request.shift_labels
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name}: expected a tensor of integer token ids, got {got}")
-    if given.shape != hidden.shape[:-1]:
+    if labels.shape != hidden.shape[:-1]:
         expected = list(hidden.shape[:-1])
-        raise ValueError(f"{name}: expected shape {expected} like the hidden states, got {list(given.shape)}")
-    targets = given.to(hidden.device).long()
+        raise ValueError(f"{name}: expected shape {expected} like the hidden states, got {list(labels.shape)}")
+    targets = labels.to(hidden.device).long()
     if name == "labels":
         targets = F.pad(targets, (0, 1), value=request.ignore_index)[..., 1:]
     if request.cu_seqlens is not None:
@@ -232,13 +232,13 @@ class _HeadCall:
 
     def _loss_of_stats(self, results: dict[str, Tensor]) -> Tensor:
         """The loss of tokens whose statistics have been computed already."""
-        given = self._inputs()
-        settings = {name: given.pop(name, None) for name in ("token_weight", "max_length")}
-        settings["reduction"] = given.pop("reduction", self.loss.reduction)
+        inputs = self._inputs()
+        settings = {name: inputs.pop(name, None) for name in ("token_weight", "max_length")}
+        settings["reduction"] = inputs.pop("reduction", self.loss.reduction)
         reduce.check(settings["reduction"], self.request.num_items_in_batch, settings["max_length"])
         tokens = token_layout(self.targets != self.request.ignore_index, self.request.cu_seqlens)
         stats, items = _stats(results, self.loss.outputs), self.request.num_items_in_batch
-        known = loss_inputs(self.loss, given, tokens, self.targets.device)
+        known = loss_inputs(self.loss, inputs, tokens, self.targets.device)
         out: Tensor = self.loss.evaluate(stats, tokens, known, normalizer=items, **settings)
         return out
 
@@ -259,8 +259,8 @@ class _HeadCall:
 
     def _inputs(self) -> dict[str, Any]:
         """The loss's inputs on the targets' device, and the call's settings (such as a reduction) unchanged."""
-        given, expected = self.request.loss_inputs or {}, self.targets.shape
-        for name, value in given.items():
+        inputs, expected = self.request.loss_inputs or {}, self.targets.shape
+        for name, value in inputs.items():
             if name in CALL_SETTINGS:
                 continue
             per_sequence = (
@@ -271,7 +271,7 @@ class _HeadCall:
             if not isinstance(value, Tensor) or not (per_sequence or value.shape[: len(expected)] == expected):
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loss_inputs[{name!r}]: expected a tensor {list(expected)} like labels, got {got}")
-        return {k: v.to(self.targets.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+        return {k: v.to(self.targets.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
     def unpack(self, results: dict[str, Tensor], output: LinearCausalLMOutput) -> None:
         """Puts the results of the head's call into the fields of the output."""
