@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import training_fixtures
 from benchmarks import __main__ as command
 from benchmarks.harness import measure, memory, report, tables, targets, work
 from benchmarks.harness.environment import RESULTS, ROOT
@@ -313,6 +314,19 @@ def test_the_tail_command_runs_tiny_saves_and_draws(tmp_path: Path) -> None:
 
 def test_committed_tail_tables_are_those_of_the_committed_measurements() -> None:
     assert (RESULTS / "tail.md").read_text() == plots.markdown(report.load(RESULTS / "tail.json"))
+
+
+@pytest.mark.slow
+def test_the_tail_command_measures_a_model_and_fine_tunes_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = training_fixtures.make_model(tmp_path / "model")
+    where = ["--model", model, "--work", str(tmp_path), "--output", str(tmp_path), "--texts", "docstrings"]
+    command.main(["tail", "--only", "curves", "finetune", *where, "--tokens", "64", "--steps", "3", "--seeds", "0"])
+    results = report.load(tmp_path / "tail.json")
+    assert (tmp_path / "finetuned" / "config.json").exists()
+    exactly, approximately = (run["losses"] for run in plots.of_kind(results, "finetune"))
+    assert len(exactly) == 3 and exactly == pytest.approx(approximately, rel=1e-3)
+    assert plots.of_kind(results, "curves")[0]["loss"] == pytest.approx(exactly[0], rel=0.1)
 
 
 @pytest.mark.slow
