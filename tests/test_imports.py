@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
 import os
 import subprocess
@@ -91,6 +92,23 @@ def test_imports_point_downwards(path: Path) -> None:
     for other in imported_units(path) & set(level):
         assert level[other] <= level[unit(path)], f"{unit(path)} may not import {other}, which stands above it"
         assert (unit(path), other) not in APART, f"{unit(path)} and {other} must not know one another"
+
+
+def test_no_files_import_one_another() -> None:
+    """Directly or through others; packages' `__init__` files, which hand names on, are left out."""
+    files = {path.relative_to(PACKAGE.parent).with_suffix("").parts: path for path in modules()}
+    files = {name: path for name, path in files.items() if name[-1] != "__init__"}
+    graph: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for name, path in files.items():
+        imported: set[tuple[str, ...]] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = tuple(filter(None, (node.module or "").split(".")))
+                source = (*name[: len(name) - node.level], *module) if node.level else module
+                imported |= {source, *((*source, alias.name) for alias in node.names)}
+        graph[name] = (imported & set(files)) - {name}
+    assert sum(map(len, graph.values())) > len(files)
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 #: The rooms of `backends`, from the bottom up. The backends share one floor and do not know one another.

@@ -26,21 +26,21 @@ def build(seconds: float, headers: Path | None = None) -> Json:
     start = time.monotonic()
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     missing = [name for name, path in (("cmake", shutil.which("cmake")), ("nvcc", nvcc)) if path is None]
-    found: Json = {"library": None, "missing": missing, "notes": [], "failure": None}
+    result: Json = {"library": None, "missing": missing, "notes": [], "failure": None}
     if missing:
-        found["failure"] = f"not built: no {' and no '.join(missing)} in PATH"
-        return found
+        result["failure"] = f"not built: no {' and no '.join(missing)} in PATH"
+        return result
     jobs = str(os.cpu_count() or 1)
     configure = ["cmake", "-S", str(ROOT), "-B", str(FOLDER), *_options(str(nvcc), headers or _installed_headers())]
     compile_ = ["cmake", "--build", str(FOLDER), "--target", "logitless_cuda", "--parallel", jobs]
     for command in (configure, compile_):
         code, output = run(command, start + seconds - time.monotonic())
-        found["notes"] += [line.strip() for line in output.splitlines() if "logitless: " in line]
+        result["notes"] += [line.strip() for line in output.splitlines() if "logitless: " in line]
         if code:
-            found["failure"] = f"{' '.join(command[:2])} ended with {code}: {output[-2000:]}"
-            return found
+            result["failure"] = f"{' '.join(command[:2])} ended with {code}: {output[-2000:]}"
+            return result
     os.environ[VARIABLE] = str(FOLDER / NAME)
-    return {**found, "library": NAME, "seconds": time.monotonic() - start}
+    return {**result, "library": NAME, "seconds": time.monotonic() - start}
 
 
 def _installed_headers() -> Path | None:

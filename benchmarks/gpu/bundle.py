@@ -102,23 +102,23 @@ def _library(folder: Path, old: Json | None) -> Json:
     with tempfile.TemporaryDirectory() as scratch:
         headers = Path(scratch) / "cutlass_library" / "source" / "include"
         _install((release.group(),), Path(scratch), PYTHON)
-        found = build.build(BUILD_SECONDS, headers)
-    if found["failure"]:
-        raise MissingPiece(f"the CUDA library: {found['failure']} (--without library leaves it out)")
+        result = build.build(BUILD_SECONDS, headers)
+    if result["failure"]:
+        raise MissingPiece(f"the CUDA library: {result['failure']} (--without library leaves it out)")
     (folder / LIBRARY).write_bytes(lzma.compress((build.FOLDER / build.NAME).read_bytes(), preset=9))
-    return {"sources": sources, "notes": found["notes"]}
+    return {"sources": sources, "notes": result["notes"]}
 
 
 def _piece(folder: Path, name: str, wheels: Sequence[str], python: str, old: Json | None) -> Json:
     """Wheels, unpacked and packed again as one archive, which is far smaller."""
-    made: Json = {"wheels": list(wheels), "python": python}
+    piece: Json = {"wheels": list(wheels), "python": python}
     archive = folder / f"{name}.tar.xz"
-    if made != old or not archive.exists():
+    if piece != old or not archive.exists():
         print(f"{name}: {len(wheels)} wheels", file=sys.stderr)
         with tempfile.TemporaryDirectory() as scratch:
             _install(wheels, Path(scratch), python)
             pack(Path(scratch), archive)
-    return made
+    return piece
 
 
 def _install(wheels: Sequence[str], folder: Path, python: str) -> None:
@@ -177,11 +177,11 @@ def _bytes(paths: Iterable[Path]) -> int:
 
 
 def fingerprint(places: Sequence[str]) -> str:
-    """A hash of the text of the files in these places. A link's files count where they are."""
-    found = hashlib.sha256()
+    """Fingerprint of the text of the files in these places. A link's files count where they are."""
+    result = hashlib.sha256()
     for path in sorted(path for place in places for path in _files(ROOT / place)):
-        found.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+        result.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return result.hexdigest()[:16]
 
 
 def _files(place: Path) -> list[Path]:

@@ -47,7 +47,7 @@ def run_tests(
 ) -> Json:
     """The suites on the device, ready for JSON; `complete` if all were run. JUnit's report stays in the folder.
 
-    `before`: what an incomplete run found, which this one goes on with and adds to.
+    `before`: what an incomplete run result, which this one goes on with and adds to.
     """
     before = before or {}
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,16 +57,16 @@ def run_tests(
     # Without the last, PyTorch refuses cuBLAS in deterministic mode.
     variables = {"LOGITLESS_TEST_DEVICE": device, VARIABLE: str(folder), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     status, output = run([*_command(device, folder), *suites, *(["-k", select] if select else [])], seconds, variables)
-    found: Json = {"device": device, "status": status, "complete": status in (0, 1, _NONE_LEFT)}
+    result: Json = {"device": device, "status": status, "complete": status in (0, 1, _NONE_LEFT)}
     outcomes = _outcomes(folder / OUTCOMES)
     counted = {**_counts(outcomes), "seconds": time.monotonic() - start}
-    found |= {name: counted[name] + before.get(name, 0) for name in COUNTS}
-    found["failed"] = (before.get("failed", []) + [_failure(x) for x in outcomes if x["outcome"] == "failed"])[:SHOWN]
-    if not found["complete"]:
-        found["finished"] = [*before.get("finished", []), *dict.fromkeys(x["id"] for x in outcomes)]
-    if not found["complete"] and not outcomes:
-        found["failure"] = f"no test was finished: {output[-2000:]}"
-    return found
+    result |= {name: counted[name] + before.get(name, 0) for name in COUNTS}
+    result["failed"] = (before.get("failed", []) + [_failure(x) for x in outcomes if x["outcome"] == "failed"])[:SHOWN]
+    if not result["complete"]:
+        result["finished"] = [*before.get("finished", []), *dict.fromkeys(x["id"] for x in outcomes)]
+    if not result["complete"] and not outcomes:
+        result["failure"] = f"no test was finished: {output[-2000:]}"
+    return result
 
 
 #: Pytest's status where every test was left out.
@@ -102,11 +102,11 @@ def _failure(outcome: Json) -> str:
     return "\n".join([f"{outcome['id']}:", *outcome["text"].strip().splitlines()[-LINES:]])[:2000]
 
 
-def text(found: Json) -> str:
+def text(result: Json) -> str:
     """Counts and failures as Markdown."""
-    counts = ", ".join(f"{found[name]} {name}" for name in ("tests", "failures", "errors", "skipped"))
-    suites = "" if found["left_out"] is None else f" {found['left_out']}."
-    return "\n".join([f"{counts} in {found['seconds']:.0f} s.{suites}", *(_quoted(x) for x in found["failed"])])
+    counts = ", ".join(f"{result[name]} {name}" for name in ("tests", "failures", "errors", "skipped"))
+    suites = "" if result["left_out"] is None else f" {result['left_out']}."
+    return "\n".join([f"{counts} in {result['seconds']:.0f} s.{suites}", *(_quoted(x) for x in result["failed"])])
 
 
 def _quoted(failure: str) -> str:

@@ -107,9 +107,9 @@ def measure_kernel(kernel: Kernel, row: Row, machine: Machine) -> None:
         timed()
 
 
-def _timed(found: list[float], ready: Callable[[], Callable[[], object]], machine: Machine) -> None:
+def _timed(result: list[float], ready: Callable[[], Callable[[], object]], machine: Machine) -> None:
     """Appends the time of what `ready` prepares."""
-    found.append(seconds(ready(), machine))
+    result.append(seconds(ready(), machine))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -182,12 +182,12 @@ class _Exact:
 
     def __call__(self, run: Callable[[], TokenStats]) -> dict[str, tuple[float, float]]:
         stats, again = run(), run()
-        found = {name: (getattr(stats, name), getattr(again, name)) for name in ("logprob", "lse")}
+        result = {name: (getattr(stats, name), getattr(again, name)) for name in ("logprob", "lse")}
         errors = {
             name: (_largest(x[self._rows].double() - getattr(self._expected, name)), self.most)
-            for name, (x, _) in found.items()
+            for name, (x, _) in result.items()
         }
-        unlike = sum(int((x != y).sum()) for x, y in found.values())
+        unlike = sum(int((x != y).sum()) for x, y in result.values())
         return {**errors, "other bits": (float(unlike), 0.0)}
 
 
@@ -260,9 +260,9 @@ class _Rows:
     def _check_measure(self, measure: Callable[[Tensor], TokenStats]) -> dict[str, tuple[float, float]]:
         """A logsumexp of float32 logits: roundings of the logits' own size, and of V sums; 2^-18 of the largest."""
         rows = _ends(len(self.raw), self.raw.device)
-        expected, found = _statistics(self.raw[rows].double(), self.targets[rows]), measure(*self._fill())
+        expected, result = _statistics(self.raw[rows].double(), self.targets[rows]), measure(*self._fill())
         most = 2**-18 * max(1.0, _largest(self.raw[rows]))
-        pairs = ((name, getattr(found, name)[rows].double(), getattr(expected, name)) for name in ("logprob", "lse"))
+        pairs = ((name, getattr(result, name)[rows].double(), getattr(expected, name)) for name in ("logprob", "lse"))
         return {name: (_largest(x - exact), most) for name, x, exact in pairs}
 
     def _check_gradient(self) -> dict[str, tuple[float, float]]:

@@ -35,19 +35,19 @@ KERNELS = (sys.executable, "-m", "benchmarks.gpu.once")
 
 def worst(parts: Json, count: int = PROFILED) -> list[tuple[str, str, float]]:
     """Part, name and ratio of our own kernels whose time is largest against their floor's."""
-    found = []
+    result = []
     for part in CHOSEN_FROM:
         for row in parts.get(part, {}).get("rows", []):
             ratio = against_floor(row)
             if ratio is not None and row["provider"].startswith(OWN) and row["provider"] != BY_CHUNKS:
-                found.append((part, row["provider"], ratio))
-    return sorted(found, key=lambda x: -x[2])[:count]
+                result.append((part, row["provider"], ratio))
+    return sorted(result, key=lambda x: -x[2])[:count]
 
 
 def profile(parts: Json, folder: Path, end: float, before: Json | None = None) -> Json:
     """Writes `profile-1.ncu-rep` and on, and their text to `profiles.txt`; `complete` if each was tried.
 
-    `before`: what an incomplete part found, which this one goes on with.
+    `before`: what an incomplete part result, which this one goes on with.
     """
     ncu, chosen = shutil.which("ncu"), worst(parts)
     if ncu is None:
@@ -87,17 +87,17 @@ def sanitize(folder: Path, end: float, before: Json | None = None) -> Json:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"tools": [], "complete": True, "failure": "compute-sanitizer is not in PATH"}
-    found, texts = list(before["tools"]) if before else [], []
-    for tool in TOOLS[len(found) :]:
+    result, texts = list(before["tools"]) if before else [], []
+    for tool in TOOLS[len(result) :]:
         seconds = min(SANITIZER_SECONDS, end - time.monotonic())
         if seconds < SANITIZER_SECONDS / 2:
             break
         command = [sanitizer, "--tool", tool, "--target-processes", "all", "--print-limit", "5", *KERNELS, "--small"]
         status, output = run(command, seconds)
-        found.append({"tool": tool, "status": status, "summary": _reason(output)})
+        result.append({"tool": tool, "status": status, "summary": _reason(output)})
         texts.append(f"{tool} ended with {status}\n\n{output[-200_000:]}")
         (folder / "sanitizer.txt").write_text("\n\n".join(texts))
-    return {"tools": found, "complete": len(found) == len(TOOLS), "failure": None}
+    return {"tools": result, "complete": len(result) == len(TOOLS), "failure": None}
 
 
 def _reason(output: str) -> str:
@@ -107,15 +107,15 @@ def _reason(output: str) -> str:
     return next(reversed(telling or lines), "no output")[:300]
 
 
-def profiles_text(found: Json) -> str:
+def profiles_text(result: Json) -> str:
     """What ncu told of each kernel, as Markdown."""
     lines = []
-    for kernel in found["kernels"]:
+    for kernel in result["kernels"]:
         told = kernel["failure"] or "; ".join(" ".join(line.split()) for line in kernel["summary"])
         lines.append(f"- {kernel['kernel']}, {kernel['ratio']:.2f} of its floor: {told}")
     return "\n".join(lines)
 
 
-def sanitizer_text(found: Json) -> str:
+def sanitizer_text(result: Json) -> str:
     """How each of the sanitizer's tools ended, as Markdown."""
-    return "\n".join(f"- {x['tool']} ended with {x['status']}: {x['summary']}" for x in found["tools"])
+    return "\n".join(f"- {x['tool']} ended with {x['status']}: {x['summary']}" for x in result["tools"])

@@ -48,15 +48,15 @@ def describe(*, gpu: bool = False, tiny: bool = False, commit: str | None = None
 
 
 def _gpu() -> Json:
-    found = torch.cuda.get_device_properties(0)
+    result = torch.cuda.get_device_properties(0)
     return {
-        "device": found.name,
+        "device": result.name,
         "driver": _driver(),
         "cuda": torch.version.cuda or torch.version.hip,
-        "capability": f"{found.major}.{found.minor}",
-        "memory_bytes": found.total_memory,
-        "multiprocessors": found.multi_processor_count,
-        "l2_bytes": found.L2_cache_size,
+        "capability": f"{result.major}.{result.minor}",
+        "memory_bytes": result.total_memory,
+        "multiprocessors": result.multi_processor_count,
+        "l2_bytes": result.L2_cache_size,
     }
 
 
@@ -78,13 +78,13 @@ def _version(package: str) -> str | None:
 def _cut_cross_entropy() -> str | None:
     """Origin of the installed Cut Cross-Entropy: PyPI's is another program than its repository's."""
     try:
-        found = importlib.metadata.distribution("cut-cross-entropy")
+        result = importlib.metadata.distribution("cut-cross-entropy")
     except importlib.metadata.PackageNotFoundError:
         return None
-    origin = json.loads(found.read_text("direct_url.json") or "{}")
+    origin = json.loads(result.read_text("direct_url.json") or "{}")
     commit = origin.get("vcs_info", {}).get("commit_id")
     place = f"{origin['url'].split('@')[-1]} {commit or ''}".strip() if "url" in origin else "a package index"
-    return f"{found.version}, from {place}"
+    return f"{result.version}, from {place}"
 
 
 def _cpu() -> str:

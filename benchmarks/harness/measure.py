@@ -31,7 +31,7 @@ NO_TIME = "no time was left for its first call"
 
 
 def silent(doing: str, so_far: Json) -> None:
-    """For whoever wants no messages."""
+    """Drops the message: nobody waits for it."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class _Check:
         self.references = {name: self._reference(name) for name in names}
 
     def _reference(self, name: str) -> Outcome | None:
-        """None where float64 copies of the head do not fit."""
+        """Outcome in float64; None if float64 copies of the head do not fit."""
         with suppress(torch.OutOfMemoryError):
             return differentiate(DEFINITIONS[name], self.few.to(torch.float64))
         return None

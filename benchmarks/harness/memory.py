@@ -33,12 +33,12 @@ def in_process(part: Part, provider: Provider) -> Memory:
     """
     worker = Worker(patience=TIMEOUT_SECONDS, variables=VARIABLES)
     try:
-        _, found, reason = worker.call(of_step, part, provider, end=time.monotonic() + TIMEOUT_SECONDS)
+        _, result, reason = worker.call(of_step, part, provider, end=time.monotonic() + TIMEOUT_SECONDS)
     finally:
         worker.stop()
     if reason is not None:
         raise RuntimeError(reason)
-    return found
+    return result
 
 
 def of_step(part: Part, provider: Provider, tell: Tell = silent) -> Memory:

@@ -39,7 +39,7 @@ class Inputs(NamedTuple):
         )
 
     def first(self, problem: Problem) -> Inputs:
-        """Inputs with this head and the first tokens, as many as `problem` has."""
+        """Inputs of a shorter problem: this head, and the first tokens, as many as `problem` has."""
         hidden, targets, ref_logprob = (x[: problem.tokens] for x in (self.hidden, self.targets, self.ref_logprob))
         return Inputs(hidden, self.weight, targets, ref_logprob, problem)
 
@@ -106,7 +106,7 @@ class Problem:
         return Inputs(hidden, weight, targets, ref_logprob, self)
 
     def brief(self) -> Problem:
-        """A problem with this head and few tokens.
+        """Problem of few tokens under this head.
 
         As many pairs, for a peer compiles anew for another number, and pairs still longer than a chunk if these are.
         """
@@ -115,10 +115,7 @@ class Problem:
         return replace(self, tokens=2 * self.pairs * min(self.length, FEW // self.pairs))
 
     def tiny(self) -> Problem:
-        """A problem of this structure that takes milliseconds.
-
-        A chunk holds 16 tokens: what did not fit one still does not.
-        """
+        """Problem of this structure in milliseconds. A chunk holds 16 tokens: what did not fit one still does not."""
         if not self.pairs:
             tokens, pairs = 40, 0
         else:

@@ -31,8 +31,8 @@ class Suite:
     def markdown(self, results: Json) -> str:
         """The whole report; parts that were not measured are left out."""
         parts = results["parts"]
-        found = [part for part in self.parts if part.name in parts]
-        sections = [section(part, parts[part.name]) for part in found]
+        result = [part for part in self.parts if part.name in parts]
+        sections = [section(part, parts[part.name]) for part in result]
         return markdown(heading(self.title, parts), [self.how_to_read, "## Targets", self.targets(parts), *sections])
 
     def targets(self, parts: Json) -> str:
@@ -110,8 +110,8 @@ class Report:
         self.folder, self.path = folder, folder and folder / f"{name}.json"
         self.results: Json = {"parts": {}}
         files = (path for path in (self.path, earlier) if path is not None and path.exists())
-        if found := next(files, None):
-            self.results |= load(found)
+        if result := next(files, None):
+            self.results |= load(result)
 
     @property
     def deadline(self) -> float:
@@ -122,17 +122,17 @@ class Report:
 
     def has(self, name: str) -> bool:
         """Whether the part is complete, from this device and this commit."""
-        found = self.earlier(name)
-        return found is not None and found.get("complete", True)
+        result = self.earlier(name)
+        return result is not None and result.get("complete", True)
 
     def earlier(self, name: str) -> Json | None:
         """The part as far as it came, from this device and this commit."""
-        found = self.results["parts"].get(name)
-        if found is None:
+        result = self.results["parts"].get(name)
+        if result is None:
             return None
-        before = found["environment"]
+        before = result["environment"]
         device = before.get("device", before["cpu"])
-        return found if (device, before["commit"]) == (self.about["device"], self.about["commit"]) else None
+        return result if (device, before["commit"]) == (self.about["device"], self.about["commit"]) else None
 
     def measure(self, names: Sequence[str], needs: Callable[[str], float] = lambda name: 0.0) -> None:
         """The parts in order. What there is no time for is named on standard error, and a smaller part is begun."""
@@ -149,10 +149,10 @@ class Report:
     def measure_part(self, name: str) -> Json:
         raise NotImplementedError
 
-    def keep(self, name: str, found: Json) -> None:
-        self.results["parts"][name] = found
+    def keep(self, name: str, result: Json) -> None:
+        self.results["parts"][name] = result
         self.save()
-        print(self.text(name, found), flush=True)
+        print(self.text(name, result), flush=True)
 
     def save(self) -> None:
         if self.path is not None:
@@ -175,10 +175,10 @@ class ProcessorReport(Report):
         """Times and errors of all; memory of logitless and the materialised loss, which targets are about."""
         part = self.parts[name]
         self.about = describe(tiny=self.tiny)
-        found = part.measure(this_machine(gpu=False), self.deadline, {}, silent)
-        for row in _without_memory(part, found, ("logitless", "materialised")):
+        result = part.measure(this_machine(gpu=False), self.deadline, {}, silent)
+        for row in _without_memory(part, result, ("logitless", "materialised")):
             row["memory"] = memory.in_process(part, part.provider(row["provider"]))
-        return found
+        return result
 
     def measure_peers_memory(self) -> None:
         """Memory of the peers in every part from here and now: last of all, because no target is about it."""
@@ -196,13 +196,13 @@ class ProcessorReport(Report):
             print(f"{part.name}, {row['provider']}: memory not measured: {reason}", file=sys.stderr)
         self.save()
 
-    def _text(self, name: str, found: Json) -> str:
-        return section(self.parts[name], found)
+    def _text(self, name: str, result: Json) -> str:
+        return section(self.parts[name], result)
 
 
-def _without_memory(part: Part, found: Json, roles: Sequence[str]) -> list[Json]:
+def _without_memory(part: Part, result: Json, roles: Sequence[str]) -> list[Json]:
     """The rows of these roles that ran, and whose memory is to be measured still."""
-    return [x for x in found["rows"] if part.memory and x["role"] in roles and not x["failure"] and not x["memory"]]
+    return [x for x in result["rows"] if part.memory and x["role"] in roles and not x["failure"] and not x["memory"]]
 
 
 def options(name: str, doc: str | None, parts: Sequence[str], minutes: float | None) -> argparse.ArgumentParser:
@@ -239,9 +239,9 @@ def on_processor(suite: Suite, doc: str | None, arguments: Sequence[str] | None,
     if given.tables is not None:
         return tables_again(given.tables, suite.markdown)
     end += 60 * given.minutes
-    made = ProcessorReport(suite, output(given), end=end, tiny=given.tiny, rounds=given.rounds)
-    made.measure(given.only or [name for name in made.parts if not made.has(name)])
-    made.measure_peers_memory()
-    made.save()
-    print(suite.targets(made.results["parts"]))
+    report = ProcessorReport(suite, output(given), end=end, tiny=given.tiny, rounds=given.rounds)
+    report.measure(given.only or [name for name in report.parts if not report.has(name)])
+    report.measure_peers_memory()
+    report.save()
+    print(suite.targets(report.results["parts"]))
     return None

@@ -40,8 +40,8 @@ def _seconds(line: Line) -> str:
 
 def _milliseconds(what: str) -> Callable[[Line], str]:
     def text(line: Line) -> str:
-        found = median(line.row.get(what, ()))
-        return number(None if found is None else 1e3 * found, ".3f")
+        result = median(line.row.get(what, ()))
+        return number(None if result is None else 1e3 * result, ".3f")
 
     return text
 
@@ -52,8 +52,8 @@ def _against(role: str, what: str = "seconds") -> Callable[[Line], str]:
 
 def _spread(line: Line) -> str:
     """The smallest and the largest ratio of a round."""
-    found = ratios(line.row, line.basis)
-    return f"{min(found):.2f}-{max(found):.2f}" if found else ""
+    result = ratios(line.row, line.basis)
+    return f"{min(result):.2f}-{max(result):.2f}" if result else ""
 
 
 def _entry(of: str, name: str, form: str, unit: float = 1) -> Callable[[Line], str]:

@@ -90,14 +90,14 @@ def slowest(base: str, rows: dict[str, Json]) -> tuple[str, float] | None:
     """The provider of logitless with the largest ratio to `base`."""
     other = rows.get(base)
     ours = [row for row in rows.values() if row["role"] == "logitless" and row is not other and ratios(row, other)]
-    found = [(row["provider"], statistics.median(ratios(row, other))) for row in ours]
-    return max(found, key=lambda x: x[1], default=None)
+    result = [(row["provider"], statistics.median(ratios(row, other))) for row in ours]
+    return max(result, key=lambda x: x[1], default=None)
 
 
 def ratio(row: Json | None, other: Json | None, what: str = "seconds") -> float | None:
     """Median over the rounds that both ran in of the ratio of their times."""
-    found = ratios(row, other, what)
-    return statistics.median(found) if found else None
+    result = ratios(row, other, what)
+    return statistics.median(result) if result else None
 
 
 def ratios(row: Json | None, other: Json | None, what: str = "seconds") -> list[float]:
@@ -125,5 +125,5 @@ def divided(value: float | None, unit: float | None) -> float | None:
 
 
 def median(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return statistics.median(found) if found else None
+    result = list(values)
+    return statistics.median(result) if result else None

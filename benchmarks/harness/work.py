@@ -32,7 +32,7 @@ NO_WORK = frozenset(
 
 
 class Work(NamedTuple):
-    """The work of one step."""
+    """Counts of one step."""
 
     products: float  # in units of 2 N H V flops
     passes: float  # of operations other than products over all N V entries

@@ -54,18 +54,18 @@ class Worker:
 
     def measure(self, part: Part, deadline: float, end: float, *, gpu: bool) -> Json:
         """The part, complete or as far as it came: no round begins after `deadline`, and at `end` all is over."""
-        found: Json = {"rows": [], "complete": False}
+        result: Json = {"rows": [], "complete": False}
         for _ in range(RESTARTS + 1):
-            doing, found, reason = self.call(_measure, part, deadline, dict(self.fatal), gpu, end=end)
-            found = found or {"rows": [], "complete": False}
+            doing, result, reason = self.call(_measure, part, deadline, dict(self.fatal), gpu, end=end)
+            result = result or {"rows": [], "complete": False}
             if reason is None or time.monotonic() >= end:
                 break
-            if doing not in [row["provider"] for row in found["rows"]]:
-                return {**found, "failure": reason}
+            if doing not in [row["provider"] for row in result["rows"]]:
+                return {**result, "failure": reason}
             self.fatal[doing] = f"{reason}, in {part.name}"
-            for row in found["rows"]:
+            for row in result["rows"]:
                 row["failure"] = row["failure"] or self.fatal.get(row["provider"])
-        return found
+        return result
 
     def call(self, function: Callable[..., Json], *arguments: Any, end: float) -> _Result:
         """Calls `function(*arguments, tell)` in the child.
@@ -76,22 +76,22 @@ class Worker:
         if self._process is None:
             self._start()
         doing, done = "the start", False
-        found: Json = {}
+        result: Json = {}
         try:
             self._connection.send((function, arguments))
             while not done:
                 patience = self.patience * (OF_PEERS if doing in self.peers else 1)
                 if not self._connection.poll(max(0.0, min(patience, end - time.monotonic()))):
                     self.stop()
-                    return doing, found, f"no answer for {patience:.0f} s"
+                    return doing, result, f"no answer for {patience:.0f} s"
                 message = self._connection.recv()
                 if isinstance(message, str):
                     self.stop()
-                    return doing, found, message
-                doing, found, done = message
+                    return doing, result, message
+                doing, result, done = message
         except (EOFError, OSError):
-            return doing, found, f"its process ended with status {self.stop()}"
-        return doing, found, None
+            return doing, result, f"its process ended with status {self.stop()}"
+        return doing, result, None
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -130,8 +130,8 @@ def _serve(connection: Connection, plain: bool) -> None:
         torch.set_num_threads(1)
         torch._dynamo.config.disable = True
 
-    def tell(doing: str, found: Json) -> None:
-        connection.send((doing, found, False))
+    def tell(doing: str, result: Json) -> None:
+        connection.send((doing, result, False))
 
     while True:
         try:
@@ -139,11 +139,11 @@ def _serve(connection: Connection, plain: bool) -> None:
         except EOFError:
             return
         try:
-            found = function(*arguments, tell)
+            result = function(*arguments, tell)
         except Exception as reason:  # the device is lost, or the part's own tensors do not fit
             connection.send(str(reason) if isinstance(reason, DeviceLost) else explain(reason))
             return
-        connection.send(("the end", found, True))
+        connection.send(("the end", result, True))
 
 
 def _measure(part: Part, deadline: float, skip: dict[str, str], gpu: bool, tell: Tell) -> Json:

@@ -32,7 +32,7 @@ class _Products(torch.autograd.Function):
 
 
 class _ChunkedProducts(torch.autograd.Function):
-    """The three products, in a single pass as the chunked backend arranges them."""
+    """Three products in a single pass, arranged as the chunked backend does it."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, tokens: int) -> Tensor:

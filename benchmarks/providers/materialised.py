@@ -91,8 +91,8 @@ def constants(loss: RegisteredLoss, problem: Problem) -> dict[str, Tensor]:
     """
     draw = torch.Generator().manual_seed(0)
     names = (*loss.inputs, *(x for x in loss.optional_inputs if x == "old_logprob"))
-    found = {name: _per_token(name, problem, draw) for name in names}
-    return found | {name: _per_sequence(name, problem) for name in loss.sequence_inputs}
+    result = {name: _per_token(name, problem, draw) for name in names}
+    return result | {name: _per_sequence(name, problem) for name in loss.sequence_inputs}
 
 
 def _per_token(name: str, problem: Problem, draw: torch.Generator) -> Tensor:

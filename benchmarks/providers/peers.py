@@ -74,7 +74,7 @@ def cce_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def liger_fused(hidden: Tensor, weight: Tensor, inputs: Inputs, accum_dtype: torch.dtype | None = None) -> Tensor:
-    """Liger's fused cross-entropy, which by default sums the head's gradient in the head's dtype over chunks."""
+    """Liger's default accumulates the head's gradient in the head's dtype, chunk after chunk."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss(accum_dtype=accum_dtype)(weight, hidden, inputs.targets)
@@ -118,7 +118,7 @@ def trl_of_logits(name: str, hidden: Tensor, weight: Tensor, inputs: Inputs) -> 
 
 
 def trl_js(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """The op of its distillation trainer."""
+    """TRL's op for its distillation trainer."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     reference = ref_hidden(inputs), weight.detach(), None
@@ -127,19 +127,19 @@ def trl_js(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def liger_dft(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """DFT on Liger's per-token primitive, weighted."""
+    """Liger's per-token primitive, weighted."""
     module = import_without_parents("liger_kernel.ops.fused_linear_scaled_cross_entropy")
     nll = module.LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, inputs.targets)
     return (torch.exp(-nll.detach()) * nll).mean()
 
 
 def liger_pairs(loss: str, settings: dict[str, Any], hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """Liger's reference-free pair losses, by the name of their class and with the paper's settings; compiled."""
+    """Liger's reference-free pair losses, by the name of their class, with the paper's settings; compiled."""
     from liger_kernel import chunked_loss
 
     shape = inputs.problem.shape
-    made = getattr(chunked_loss, f"LigerFusedLinear{loss}Loss")(**settings)
-    return made(weight, hidden.view(*shape, -1), inputs.targets.view(shape))[0]
+    module = getattr(chunked_loss, f"LigerFusedLinear{loss}Loss")(**settings)
+    return module(weight, hidden.view(*shape, -1), inputs.targets.view(shape))[0]
 
 
 def liger_kto(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
@@ -153,7 +153,7 @@ def liger_kto(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def liger_grpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """With the log-probabilities of an older policy, and no reference."""
+    """Liger's GRPO with the log-probabilities of an older policy, and no reference."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
     shape, given = inputs.problem.shape, constants(LOSSES["grpo"], inputs.problem)
@@ -169,7 +169,7 @@ def liger_grpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
 
 
 def liger_js(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    """Without the cross-entropy that it mixes in by default."""
+    """Liger's JS divergence without the cross-entropy that it mixes in by default."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5)

@@ -41,7 +41,7 @@ def _part(name: str, problem: Problem, providers: Sequence[Provider], *targets: 
 
 
 def against(provider: Provider, *others: Provider) -> tuple[Target, ...]:
-    """Targets that none of the other providers is faster."""
+    """Targets: none of these is faster."""
     return tuple(Target(provider.name, "seconds", other.name, 1.0) for other in others)
 
 

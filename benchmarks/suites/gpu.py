@@ -138,18 +138,20 @@ def tables(results: Json) -> str:
     return markdown(heading("Measured on a GPU", parts), [*head, *sections])
 
 
-def part_section(name: str, found: Json) -> str:
+def part_section(name: str, result: Json) -> str:
     """One part: when and where it was measured, and its results."""
     texts = {TESTS: device_tests.text, PROFILES: tools.profiles_text, SANITIZER: tools.sanitizer_text}
     if name in texts:
-        return "\n\n".join([f"## {HEADINGS[name]}", about(found), texts[name](found)])
-    return section(MEASURED[name], found)
+        return "\n\n".join([f"## {HEADINGS[name]}", about(result), texts[name](result)])
+    return section(MEASURED[name], result)
 
 
-def _build_text(found: Json) -> str:
+def _build_text(result: Json) -> str:
     """What the last run built, and what its parts left out."""
-    what = found["library"] or found["failure"].splitlines()[0]
-    return " ".join([f"CUDA library: {what}.", *(note.removeprefix("-- logitless: ") + "." for note in found["notes"])])
+    what = result["library"] or result["failure"].splitlines()[0]
+    return " ".join(
+        [f"CUDA library: {what}.", *(note.removeprefix("-- logitless: ") + "." for note in result["notes"])]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,7 +195,7 @@ class GpuReport(Report):
             self.worker.stop()
 
     def _library(self) -> None:
-        """The carried one where it runs here, else built here."""
+        """Takes the carried CUDA library if it runs here, else builds one."""
         nothing: Json = {"library": None, "missing": [], "notes": [], "failure": "a tiny run builds nothing"}
         self.results["build"] = self._carried() or (
             nothing if self.tiny else build.build(BUILD_SHARE * (self.end - time.monotonic()))
@@ -233,16 +235,16 @@ class GpuReport(Report):
         return None if self.has(name) else self.earlier(name)
 
     def tests(self, scratch: Path) -> Json:
-        """The suites of the CUDA library are left out where there is none: each would try to build it."""
+        """Runs the tests. Suites of the CUDA library are left out if there is none: each would try to build it."""
         seconds = min(self.tests_seconds, self.deadline - time.monotonic())
         device, select = ("cpu", TINY_TESTS) if self.tiny else ("cuda", "")
         there = self.tiny or self.results["build"]["library"] is not None
         suites = [suite for suite in device_tests.SUITES if there or suite not in device_tests.CUDA_SUITES]
         before = self._unfinished(TESTS)
-        found = device_tests.run_tests(device, seconds, scratch, suites=suites, select=select, before=before)
+        result = device_tests.run_tests(device, seconds, scratch, suites=suites, select=select, before=before)
         if self.folder is not None and (scratch / "tests.xml").exists():
             shutil.copyfile(scratch / "tests.xml", self.folder / "tests.xml")
-        return {**found, "left_out": None if there else "The CUDA library's own suites were left out"}
+        return {**result, "left_out": None if there else "The CUDA library's own suites were left out"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,7 +264,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         carried = given.bundle and bundle.unpack(given.bundle)
     except bundle.MissingPiece as reason:
         sys.exit(f"gpu: {reason}")
-    made = GpuReport(
+    report = GpuReport(
         output(given),
         describe(gpu=not given.tiny, tiny=given.tiny, commit=given.commit or (carried and carried.commit)),
         end=start + 60 * given.minutes,
@@ -271,6 +273,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         earlier=given.resume or (given.bundle and given.bundle / "gpu.json"),
         carried=carried,
     )
-    made.run(given.only or [name for name in (TINY_PARTS if given.tiny else PARTS) if not made.has(name)])
-    print(targets_table([(part.name, part.targets) for part in MEASURED.values()], made.results["parts"]))
+    report.run(given.only or [name for name in (TINY_PARTS if given.tiny else PARTS) if not report.has(name)])
+    print(targets_table([(part.name, part.targets) for part in MEASURED.values()], report.results["parts"]))
     return None

@@ -43,8 +43,8 @@ def _on_top(name: str, base: Provider, *providers: Provider) -> Part:
 def _with_peers(name: str, *others: Provider, losses: Sequence[Provider]) -> Part:
     """Losses and the other libraries' of the same name, none of which is to be faster."""
     pairs = [(loss, peers.OF_REGISTRY.get(loss.name, ())) for loss in losses]
-    same = tuple(peer for _, found in pairs for peer in found)
-    targets = tuple(target for loss, found in pairs for target in against(loss, *found))
+    same = tuple(peer for _, result in pairs for peer in result)
+    targets = tuple(target for loss, result in pairs for target in against(loss, *result))
     return Part(name, REAL, (*others, *losses, *same), targets, METHOD, cpu.COLUMNS)
 
 

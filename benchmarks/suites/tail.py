@@ -99,7 +99,7 @@ class TailReport(Report):
         return orders.measure(sample, sources, partial(print, f"{self.given.label} {text}", flush=True))
 
     def _times(self) -> None:
-        """Measures times; of flat distributions too, on the first text, unless methods are named."""
+        """Times on every text and, unless methods are named, of flat distributions on the first."""
         for text in self.texts:
             self._add("times", self.given.label, text, partial(self._time, text))
         if not self.given.methods:
@@ -111,8 +111,8 @@ class TailReport(Report):
         order = logitless.vocabulary_order(sample.weight, self._other(text).hidden)
         names = ("tail-corrected 2^-12", "screened 2^-12") if flat else self.given.methods
         every = times.chosen(times.providers(order), names)
-        found = times.times(every, times.flat(sample) if flat else sample, self.given.rounds)
-        return {"tokens": len(sample.targets), "methods": found}
+        result = times.times(every, times.flat(sample) if flat else sample, self.given.rounds)
+        return {"tokens": len(sample.targets), "methods": result}
 
     def _finetunes(self) -> None:
         settings = Settings(*(getattr(self.given, name) for name in Settings._fields))
@@ -147,10 +147,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.tables is not None:
         tables_again(given.tables, plots.markdown)
         return plots.draw(given.tables)
-    made = TailReport(given, start + 60 * given.minutes)
-    made.measure([name for name in made.units if given.only or not made.has(name)])
-    if made.path is None or not made.path.exists():
+    report = TailReport(given, start + 60 * given.minutes)
+    report.measure([name for name in report.units if given.only or not report.has(name)])
+    if report.path is None or not report.path.exists():
         return None
     if importlib.util.find_spec("matplotlib") is None:
         return print("no PNG: matplotlib is not installed", file=sys.stderr)
-    return plots.draw(made.path)
+    return plots.draw(report.path)

@@ -30,15 +30,15 @@ def docstrings(*, held_out: bool) -> str:
     """Docstrings of the standard library's modules, classes and functions, in one shuffled order."""
     library = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "test", "tests", "idlelib"}
-    found = []
+    result = []
     for path in sorted(library.rglob("*.py")):
         if left_out & set(path.relative_to(library).parts):
             continue
         tree = ast.parse(path.read_text(encoding="utf-8", errors="replace"))
         nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
-        found += [text for text in map(ast.get_docstring, nodes) if text]
-    random.Random(0).shuffle(found)
-    return "\n\n".join(text for i, text in enumerate(found) if (i % 8 == 0) == held_out)
+        result += [text for text in map(ast.get_docstring, nodes) if text]
+    random.Random(0).shuffle(result)
+    return "\n\n".join(text for i, text in enumerate(result) if (i % 8 == 0) == held_out)
 
 
 def reference() -> str:

@@ -31,7 +31,7 @@ class Exact:
         self.loss = float(-self.p[sample.targets, self.tokens].log().mean())
 
     def _products(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """With the head `[N, H]`, and with the hidden states `[V, H]`."""
+        """Products of `[V, N]` with the head, `[N, H]`, and with the hidden states, `[V, H]`."""
         return matrix.T @ self.sample.weight, matrix @ self.sample.hidden
 
     def _relative(self, d_hidden: Tensor, d_weight: Tensor) -> list[float]:
@@ -43,8 +43,8 @@ class Exact:
         matrix = self.p.clone()
         matrix[self.sample.targets, self.tokens] -= 1
         matrix, hidden, weight = (x.bfloat16().float() for x in (matrix, self.sample.hidden, self.sample.weight))
-        found = (x.bfloat16().float() for x in (matrix.T @ weight, matrix @ hidden))
-        return self._relative(*(x - y for x, y in zip(found, self.exact, strict=True)))
+        result = (x.bfloat16().float() for x in (matrix.T @ weight, matrix @ hidden))
+        return self._relative(*(x - y for x, y in zip(result, self.exact, strict=True)))
 
     def split(self, tolerance: float) -> tuple[Tensor, Tensor]:
         """Mask of the single entries that are kept, and the probabilities of the others."""
@@ -60,7 +60,7 @@ class Exact:
         """Single entries are kept, the same ones in every order; the blocks of what is left differ."""
         keep, rest = self.split(tolerance)
         dropped = self._products(rest)
-        found = {}
+        result = {}
         for name, order in orders.items():
             starts = torch.arange(0, len(order), block)
             sums = F.embedding_bag(order, rest, starts, mode="sum")
@@ -68,14 +68,14 @@ class Exact:
             size = starts.diff(append=torch.tensor([len(order)]))
             share = (sums @ self.sample.hidden / size[:, None]).repeat_interleave(size, 0)
             errors = dropped[0] - sums.T @ means, dropped[1].index_select(0, order).sub_(share)
-            found[name] = {"kept": float(keep.float().mean()), "errors": self._relative(*errors)}
-        return found
+            result[name] = {"kept": float(keep.float().mean()), "errors": self._relative(*errors)}
+        return result
 
     def blocks(self, order: Tensor, tolerances: tuple[float, ...], block: int) -> list[Json]:
         """Whole blocks of an order are kept by their mass, and the target's."""
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
         weight, p = (_in_blocks(x.index_select(0, order), block) for x in (self.sample.weight, self.p))
-        mass, means, found = p.sum(1), weight.mean(1), []
+        mass, means, result = p.sum(1), weight.mean(1), []
         for tolerance in tolerances:
             keep = mass >= tolerance
             keep[places[self.sample.targets] // block, self.tokens] = True
@@ -89,8 +89,8 @@ class Exact:
                 d_hidden.index_add_(0, tokens, near.T @ weight[b], alpha=-1)
                 d_weight[b].addmm_(near, self.sample.hidden[tokens], alpha=-1)
             errors = self._relative(d_hidden, d_weight.flatten(0, 1)[: len(order)])
-            found.append({"tolerance": tolerance, "kept": float(keep.float().mean()), "errors": errors})
-        return found
+            result.append({"tolerance": tolerance, "kept": float(keep.float().mean()), "errors": errors})
+        return result
 
 
 def _in_blocks(rows: Tensor, block: int) -> Tensor:

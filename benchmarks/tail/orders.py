@@ -75,21 +75,21 @@ def from_data(name: str, source: Source) -> Iterator[tuple[str, Tensor]]:
 
 def orders(sample: Inputs, sources: dict[str, Source]) -> dict[str, Tensor]:
     """Every order, by name."""
-    found = {"native": torch.arange(len(sample.weight))} | dict(from_head(sample.weight))
+    result = {"native": torch.arange(len(sample.weight))} | dict(from_head(sample.weight))
     for name, source in {"these tokens": Source(sample.weight, sample.hidden), **sources}.items():
-        found |= from_data(name, source)
-    return found
+        result |= from_data(name, source)
+    return result
 
 
 def measure(sample: Inputs, sources: dict[str, Source], report: Callable[[str], None]) -> Json:
     """Every order by every rule; `kept_at_equal_error` is None where no tolerance tried comes that close."""
-    exact, found = Exact(sample), orders(sample, sources)
-    rows: dict[str, dict[str, Json]] = {name: {rule: {"points": []} for rule in RULES} for name in found}
+    exact, result = Exact(sample), orders(sample, sources)
+    rows: dict[str, dict[str, Json]] = {name: {rule: {"points": []} for rule in RULES} for name in result}
     for tolerance in TOLERANCES:
-        for name, point in exact.entries(found, tolerance, RULES["entries"]).items():
+        for name, point in exact.entries(result, tolerance, RULES["entries"]).items():
             rows[name]["entries"]["points"].append({"tolerance": tolerance, **point})
     target = next(p["errors"] for p in rows["native"]["entries"]["points"] if p["tolerance"] == TAIL_TOLERANCE)
-    for name, order in found.items():
+    for name, order in result.items():
         for rule, block in RULES.items():
             if rule != "entries":
                 rows[name][rule]["points"] = exact.blocks(order, TOLERANCES, block)
@@ -100,8 +100,8 @@ def measure(sample: Inputs, sources: dict[str, Source], report: Callable[[str], 
 
 def kept_at(target: list[float], points: list[Json]) -> float | None:
     """The share kept at which neither error exceeds its target, between two tolerances by powers."""
-    found = [_interpolated(math.log(t), [(p["errors"][k], p["kept"]) for p in points]) for k, t in enumerate(target)]
-    return None if None in found else max(x for x in found if x is not None)
+    result = [_interpolated(math.log(t), [(p["errors"][k], p["kept"]) for p in points]) for k, t in enumerate(target)]
+    return None if None in result else max(x for x in result if x is not None)
 
 
 def _interpolated(log_error: float, points: list[tuple[float, float]]) -> float | None:

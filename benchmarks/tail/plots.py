@@ -44,17 +44,20 @@ def of_kind(results: Json, kind: str) -> list[Json]:
     return [part for part in results["parts"].values() if part["kind"] == kind]
 
 
-def _name(found: Json) -> str:
-    return f"{found['text']}, {found['label']}"
+def _name(result: Json) -> str:
+    return f"{result['text']}, {result['label']}"
 
 
 def kept_against_tolerance(axis: Any, curves: list[Json]) -> None:
-    for found, colour in zip(curves, COLOURS, strict=False):
-        x = [point["tolerance"] for point in found["points"]]
+    for result, colour in zip(curves, COLOURS, strict=False):
+        x = [point["tolerance"] for point in result["points"]]
         axis.plot(
-            x, [point["kept"] for point in found["points"]], color=colour, label=f"{_name(found)} ({found['loss']:.2f})"
+            x,
+            [point["kept"] for point in result["points"]],
+            color=colour,
+            label=f"{_name(result)} ({result['loss']:.2f})",
         )
-        axis.plot(x, [point["blocks_kept"] for point in found["points"]], color=colour, linestyle=":")
+        axis.plot(x, [point["blocks_kept"] for point in result["points"]], color=colour, linestyle=":")
     axis.set(xscale="log", yscale="log", xlabel="tolerance", ylabel="share of the logits kept")
     axis.set_title("what is kept: entries (solid), blocks of 64 (dotted)")
     axis.legend(fontsize=7, title="text, model (loss)")
@@ -62,18 +65,18 @@ def kept_against_tolerance(axis: Any, curves: list[Json]) -> None:
 
 def error_against_kept(axis: Any, curves: list[Json]) -> None:
     rules = (("kept", "corrected", "-"), ("kept", "dropped", "--"), ("blocks_kept", "blocks_corrected", ":"))
-    for found, colour in zip(curves, COLOURS, strict=False):
+    for result, colour in zip(curves, COLOURS, strict=False):
         for kept, errors, style in rules:
-            points = [(point[kept], point[errors][0]) for point in found["points"]]
-            axis.plot(*zip(*points, strict=True), style, color=colour, label=_name(found) if style == "-" else None)
-        axis.axhline(found["bfloat16"][0], color=colour, linewidth=0.5)
+            points = [(point[kept], point[errors][0]) for point in result["points"]]
+            axis.plot(*zip(*points, strict=True), style, color=colour, label=_name(result) if style == "-" else None)
+        axis.axhline(result["bfloat16"][0], color=colour, linewidth=0.5)
     axis.set(xscale="log", yscale="log", xlabel="share of the logits kept", ylabel="relative error of d hidden")
     axis.set_title("error: corrected; dropped (dashed), blocks (dotted), bf16 (thin)", fontsize=10)
 
 
 def time_against_exact(axis: Any, times: list[Json]) -> None:
-    rows = [(f"{found['text']}: {name}", row, found) for found in times for name, row in found["methods"].items()]
-    ratios = [min(row["seconds"]) / min(found["methods"]["three GEMMs"]["seconds"]) for _, row, found in rows]
+    rows = [(f"{result['text']}: {name}", row, result) for result in times for name, row in result["methods"].items()]
+    ratios = [min(row["seconds"]) / min(result["methods"]["three GEMMs"]["seconds"]) for _, row, result in rows]
     axis.barh(range(len(rows)), ratios)
     axis.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=6)
     axis.invert_yaxis()
@@ -83,14 +86,14 @@ def time_against_exact(axis: Any, times: list[Json]) -> None:
 
 def error_by_order(axis: Any, orders: list[Json], rule: str) -> None:
     """The larger of the two errors, of the first text measured."""
-    for found in orders[:1]:
-        for (name, rows), colour in zip(_drawn(found["orders"]), COLOURS, strict=False):
+    for result in orders[:1]:
+        for (name, rows), colour in zip(_drawn(result["orders"]), COLOURS, strict=False):
             points = [(point["kept"], max(point["errors"])) for point in rows[rule]["points"]]
             axis.plot(*zip(*points, strict=True), color=colour, label=name)
-        axis.axhline(max(found["equal_error"]), color="black", linewidth=0.5)
+        axis.axhline(max(result["equal_error"]), color="black", linewidth=0.5)
         axis.set(xscale="log", yscale="log", xlabel="share of the logits kept", ylabel="the larger relative error")
         axis.xaxis.set_minor_formatter("")
-        axis.set_title(f"orders of the vocabulary, {rule}: {_name(found)}", fontsize=10)
+        axis.set_title(f"orders of the vocabulary, {rule}: {_name(result)}", fontsize=10)
         axis.legend(fontsize=7)
 
 
@@ -103,16 +106,16 @@ def _drawn(orders: Json) -> list[tuple[str, Json]]:
 
 
 def losses(axis: Any, runs: list[Json], width: int = 10) -> None:
-    for found, colour in zip(runs, COLOURS, strict=False):
-        values = found["losses"]
+    for result, colour in zip(runs, COLOURS, strict=False):
+        values = result["losses"]
         smooth = [sum(values[max(0, i - width + 1) : i + 1]) / min(i + 1, width) for i in range(len(values))]
-        axis.plot(smooth, color=colour, linewidth=1, label=_run(found))
+        axis.plot(smooth, color=colour, linewidth=1, label=_run(result))
     axis.set(xlabel="step", ylabel=f"loss, mean of the last {width}")
     axis.legend(fontsize=7)
 
 
-def _run(found: Json) -> str:
-    return f"{found['label']}, {found['text']}"
+def _run(result: Json) -> str:
+    return f"{result['label']}, {result['text']}"
 
 
 def markdown(results: Json) -> str:
@@ -121,28 +124,28 @@ def markdown(results: Json) -> str:
         "# The tail-corrected backward, measured\n\nWritten by `python -m benchmarks tail`; its JSON has every sample."
     )
     kinds = ("curves", "orders", "times", "flat")
-    sections = [section(found) for kind in kinds for found in of_kind(results, kind)]
+    sections = [section(result) for kind in kinds for result in of_kind(results, kind)]
     runs = of_kind(results, "finetune")
     return "\n\n".join([head, *sections, *([_finetune(runs)] if runs else [])]) + "\n"
 
 
-def section(found: Json) -> str:
+def section(result: Json) -> str:
     """One part's heading and table."""
     texts = {"curves": _curve, "orders": _orders, "times": _times, "flat": _times}
-    kind = found["kind"]
-    return _finetune([found]) if kind == "finetune" else texts[kind](found)
+    kind = result["kind"]
+    return _finetune([result]) if kind == "finetune" else texts[kind](result)
 
 
 def _pair(errors: list[float]) -> str:
     return ", ".join(f"{x:.4f}" for x in errors)
 
 
-def _curve(found: Json) -> str:
-    title = f"## {_name(found)}: loss {found['loss']:.2f}, {found['tokens']} tokens"
-    note = "Exact in bfloat16: d hidden {:.4f}, d weight {:.4f}.".format(*found["bfloat16"])
+def _curve(result: Json) -> str:
+    title = f"## {_name(result)}: loss {result['loss']:.2f}, {result['tokens']} tokens"
+    note = "Exact in bfloat16: d hidden {:.4f}, d weight {:.4f}.".format(*result["bfloat16"])
     head = ["tolerance", "entries kept", "tail mass", "corrected: d hidden, d weight", "dropped"]
     rows = []
-    for p in found["points"]:
+    for p in result["points"]:
         entries = [f"{p['kept']:.4f}", f"{p['tail_mass']:.4f}", _pair(p["corrected"]), _pair(p["dropped"])]
         blocks = [f"{p['blocks_kept']:.3f}", _pair(p["blocks_corrected"])]
         rows.append([f"2^{_exponent(p['tolerance'])}", *entries, *blocks])
@@ -171,27 +174,27 @@ RULES = (
 )
 
 
-def _order(found: Json, tolerance: float, cost: Callable[[float], float]) -> list[str]:
-    kept = found["kept_at_equal_error"]
-    errors = _pair(next(p["errors"] for p in found["points"] if p["tolerance"] == tolerance))
+def _order(result: Json, tolerance: float, cost: Callable[[float], float]) -> list[str]:
+    kept = result["kept_at_equal_error"]
+    errors = _pair(next(p["errors"] for p in result["points"] if p["tolerance"] == tolerance))
     return [errors, "", ""] if kept is None else [errors, f"{kept:.4f}", f"{cost(kept):.2f}"]
 
 
-def _orders(found: Json) -> str:
-    title = f"## Orders of the vocabulary: {_name(found)}, {found['tokens']} tokens"
+def _orders(result: Json) -> str:
+    title = f"## Orders of the vocabulary: {_name(result)}, {result['tokens']} tokens"
     note = "Equal error: that of single entries in the native order at 2^-12, d hidden {:.4f} and d weight {:.4f}."
     head, rows = ["order"], []
     for rule, exponent, _, unit in RULES:
         head += [f"{rule}, errors at 2^{exponent}", "kept at equal error", unit]
-    for name, by_rule in found["orders"].items():
+    for name, by_rule in result["orders"].items():
         cells = [_order(by_rule[rule], 2.0**exponent, cost) for rule, exponent, cost, _ in RULES]
         rows.append([name, *itertools.chain(*cells)])
-    return "\n\n".join([title, note.format(*found["equal_error"]), table(head, rows)])
+    return "\n\n".join([title, note.format(*result["equal_error"]), table(head, rows)])
 
 
-def _times(found: Json) -> str:
-    title = f"## {found['kind']}: {_name(found)}, N {found['tokens']}"
-    methods = found["methods"]
+def _times(result: Json) -> str:
+    title = f"## {result['kind']}: {_name(result)}, N {result['tokens']}"
+    methods = result["methods"]
     base, cpu = min(methods["three GEMMs"]["seconds"]), methods["three GEMMs"]["cpu_seconds"]
     rows = [
         [
@@ -205,7 +208,7 @@ def _times(found: Json) -> str:
         ]
         for name, row in methods.items()
     ]
-    about = found["environment"]
+    about = result["environment"]
     machine = f"{about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}"
     note = f"{machine}; load {about['load']} at the start."
     head = ["method", "s, best", "/ three GEMMs", "CPU time / theirs", "loss off by", "d hidden, d weight", "kept"]
@@ -215,8 +218,8 @@ def _times(found: Json) -> str:
 def _finetune(runs: list[Json]) -> str:
     head = ["run", "steps", "loss of the first 20", "of the last 20"]
     rows = []
-    for found in runs:
-        x = found["losses"]
+    for result in runs:
+        x = result["losses"]
         first, last = (f"{sum(some) / len(some):.4f}" for some in (x[:20], x[-20:]))
-        rows.append([_run(found), str(len(x)), first, last])
+        rows.append([_run(result), str(len(x)), first, last])
     return "\n\n".join(["## Fine-tuning", table(head, rows)])

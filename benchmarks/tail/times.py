@@ -25,7 +25,7 @@ BFLOAT16 = torch.bfloat16
 
 def providers(order: Tensor) -> tuple[Provider, ...]:
     """What is timed; "ordered" has the vocabulary in `order`."""
-    found = [
+    result = [
         Provider(FLOOR, "floor", floors.chunked_products, ""),
         materialised.NLL,
         _ours(EXACT),
@@ -36,14 +36,14 @@ def providers(order: Tensor) -> tuple[Provider, ...]:
     ]
     for strategy, tolerances in (("tail-corrected", (10, 12, 13)), ("screened", (9, 10, 12, 13))):
         by = partial(_options, strategy)
-        found += [_ours(f"{strategy} 2^-{k}", **by(k)) for k in tolerances]
-        found += [
+        result += [_ours(f"{strategy} 2^-{k}", **by(k)) for k in tolerances]
+        result += [
             _ours(f"{strategy} 2^-10, ordered", **by(10), vocabulary_order=order),
             _ours(f"log-probs, {strategy} 2^-12", own.logprobs, **by(12)),
             _ours(f"frozen head, {strategy} 2^-12", frozen=True, **by(12)),
             _ours(f"bfloat16, {strategy} 2^-12", dtype=BFLOAT16, **by(12)),
         ]
-    return tuple(found)
+    return tuple(result)
 
 
 def _options(strategy: str, k: int) -> Json:
@@ -83,15 +83,15 @@ def _once(provider: Provider, inputs: Inputs, exact: Outcome) -> Json:
     """CPU time of the whole process, which a busy machine does not change much, errors, and the report."""
     start = time.process_time()
     outcome = provider.step(inputs)
-    found: Json = {"cpu_seconds": time.process_time() - start}
+    result: Json = {"cpu_seconds": time.process_time() - start}
     if provider.role != "floor":
-        found["errors"] = _errors(outcome, exact)
+        result["errors"] = _errors(outcome, exact)
     if "2^-" in provider.name:
         with logitless.tail_report() as report:
             provider.step(inputs)
-        found["kept"] = report.kept / max(1, report.entries)
-        found |= {"tail_mass": float(report.tail_mass.mean()), "exact_tokens": report.exact_tokens}
-    return found
+        result["kept"] = report.kept / max(1, report.entries)
+        result |= {"tail_mass": float(report.tail_mass.mean()), "exact_tokens": report.exact_tokens}
+    return result
 
 
 def _errors(outcome: Outcome, exact: Outcome) -> list[float]:

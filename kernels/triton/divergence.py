@@ -12,7 +12,7 @@ do: 20 ps against 7 ps at 800 Tflop/s and 3.3 TB/s. Both figures are assumed, ne
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import triton
 import triton.language as tl
@@ -116,6 +116,10 @@ def form(options: DivergenceOptions) -> Form:
             return _power(1 - options.mixture)
         case "skew_forward_kl" | "skew_reverse_kl" if options.skew != 0:
             return Form("skew_forward_kl", options.kind == "skew_reverse_kl", options.skew)
+        case "forward_kl" | "skew_forward_kl":
+            return _power(1.0)
+        case "reverse_kl" | "skew_reverse_kl":
+            return _power(0.0)
         case "total_variation" | "cross_entropy":
             return Form(options.kind, False)
         case "squared_hellinger":
@@ -126,7 +130,7 @@ def form(options: DivergenceOptions) -> Form:
             return _power(2.0, 2.0)
         case "alpha":
             return _power(options.alpha)
-    return _power(float("forward" in options.kind))
+    assert_never(options.kind)
 
 
 def _power(a: float, scale: float = 1.0) -> Form:

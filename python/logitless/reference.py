@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -158,5 +158,6 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
             return total((2 * log_p - log_q).exp()) - 1
         case "alpha":
             return alpha_divergence(options.alpha)
-        case _:  # cross_entropy
+        case "cross_entropy":
             return -total(log_p.exp() * torch.where(log_p.isneginf(), 0, log_q))
+    assert_never(options.kind)
