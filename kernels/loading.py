@@ -11,8 +11,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+#: Types of a library's functions by name: of the result, then of the arguments.
 Signatures = Mapping[str, tuple[type | None, ...]]
-"""By the name of a function: the type of its result, then those of its arguments."""
 
 
 def find(variable: str, beside: Path) -> Path | None:

@@ -363,7 +363,7 @@ def the_op_is_well_formed(backend: Backend) -> None:
 
 
 def backward_twice(backend: Backend) -> None:
-    """What the forward left is not used up."""
+    """A second backward gives the first one's gradients: the first does not use up what the forward saved."""
     problem = {name: backend.cast(x) for name, x in peaked_problem().items()}
     hidden = leaf(problem["hidden"])
     total = linear_logprobs(hidden, problem["weight"], problem["targets"], **backend.options()).logprob.sum()

@@ -89,7 +89,7 @@ def relative(found: Tensor, exact: Tensor) -> float:
 
 
 def check_compiled(options: dict[str, Any]) -> None:
-    """Without a graph break, and with the eager call's gradients."""
+    """Asserts that a call compiles without a graph break, and has the eager call's gradients."""
     problem = peaked_problem(dtype=torch.float32)
 
     def total(hidden: Tensor, weight: Tensor) -> Tensor:

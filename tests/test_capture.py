@@ -132,7 +132,7 @@ def test_every_token_ignored(captured):
 
 
 def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None) -> dict[str, Any]:
-    """What stands behind the ops, on fake tensors."""
+    """The calls behind the registered ops, on fake tensors."""
     head, no_cap = (LogitTransform().packed(), -100), LogitTransform().packed()
     with fake:
         hidden = torch.empty(6, 8, dtype=torch.bfloat16)

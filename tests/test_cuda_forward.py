@@ -154,7 +154,7 @@ def logits(x: Operands, transform: LogitTransform) -> Tensor:
 
 
 def logit_error(x: Operands, transform: LogitTransform) -> float:
-    """What float32 sums of H exact products may be off by, and the roundings after them."""
+    """The largest error of float32 sums of H exact products and of the roundings after them."""
     absolute = (x.hidden.double().abs() @ x.weight.double().abs().T).max().item()
     if x.bias is not None:
         absolute += x.bias.masked_fill(x.bias.isinf(), 0).abs().max().item()

@@ -28,7 +28,7 @@ HEADER = ROOT / "kernels" / "cuda" / "logitless.h"
 
 
 def declared() -> dict[str, tuple[type | None, ...]]:
-    """What the header declares: a function's result, then its arguments."""
+    """The header's declarations by name: the type of the result, then those of the arguments."""
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
     text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
     found = {}

@@ -132,7 +132,7 @@ def test_the_order_of_sums_follows_pytorch(deterministic: bool, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_no_matrix_of_tokens_by_vocabulary() -> None:
-    """What is kept between the passes is a 128th of the logits; a group's gradient keeps to the budget."""
+    """Between the passes a 128th of the logits is kept, and a group's gradient keeps to the budget."""
     tokens, vocabulary, size = 200, 3000, 16
     made = peaked_problem(count=tokens)
     draw = torch.Generator().manual_seed(0)

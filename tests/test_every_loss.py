@@ -30,7 +30,7 @@ def total(parts: list[Any]) -> list[Tensor]:
 
 
 def count_of(loss: Loss, targets: Tensor) -> float:
-    """What the loss's own reduction divides by, of the whole batch."""
+    """The divisor of the loss's own reduction, for the whole batch."""
     if isinstance(loss, WHOLE):
         return loss.count_groups(len(targets))
     counted = targets != -100
@@ -99,7 +99,7 @@ def test_against_the_loss_of_full_logits(name):
     ids=str,
 )
 def test_a_distribution_loss_is_affine_in_its_divergence(loss):
-    """What lets the divergence and the rest have a sweep each; their sum is that of the tokens' values."""
+    """So the divergence and the rest can have a sweep each, and the sums of both add up to the loss."""
     stats, divergence = TokenStats(logprob=torch.tensor([-0.3, -4.0]).double()), torch.tensor([0.2, 30.0]).double()
     expected = loss(stats, torch.zeros_like(divergence)) + loss.divergence_weight * divergence
     torch.testing.assert_close(loss(stats, divergence), expected)

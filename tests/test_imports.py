@@ -47,7 +47,7 @@ APART = {
 
 
 def fresh(code: str) -> str:
-    """What `code` prints in a new process."""
+    """The output of `code` in a new process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -176,7 +176,7 @@ def test_import_brings_in_torch_alone() -> None:
 
 
 def test_import_works_without_the_extras() -> None:
-    """Where an import of any of them would fail."""
+    """The import works in a process in which importing any extra would fail."""
     fresh(
         "import sys\n"
         "for name in ('transformers', 'triton', 'numpy', 'typer', 'rich', 'yaml', 'peft', 'datasets', 'accelerate'):\n"

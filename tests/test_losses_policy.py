@@ -113,7 +113,7 @@ def reduced(reduction: str, per_token: Tensor, mask: Tensor) -> Tensor:
 
 
 class OneProcess:
-    """What TRL asks of an accelerator, for a single process."""
+    """A substitute for TRL's accelerator, for a single process."""
 
     num_processes = 1
 
@@ -531,7 +531,7 @@ def test_extreme_log_probabilities_stay_finite(loss: PolicyLoss, extra: dict[str
 
 
 def test_a_ratio_beyond_float32_keeps_its_gradient() -> None:
-    """Where A < 0 and the policy has made a token likelier by e^50, the push back is not clamped away."""
+    """If A < 0 and the policy has made a token likelier by e^50, the push back is not clamped away."""
     logprob = torch.tensor([-1.0], requires_grad=True)
     constants = {"advantages": torch.tensor([-1.0]), "old_logprob": torch.tensor([-51.0])}
     value = PPO()(TokenStats(logprob=logprob), **constants)

@@ -175,7 +175,7 @@ def test_ignored_tokens_cost_nothing():
 
 
 def test_the_watch_sees_inside_registered_ops():
-    """What a `TorchDispatchMode` does not."""
+    """The watch sees an allocation that a `TorchDispatchMode` cannot see."""
 
     @torch.library.custom_op("logitless_tests::allocates", mutates_args=())
     def allocates(x: torch.Tensor) -> torch.Tensor:

@@ -125,7 +125,7 @@ def test_installed_wheel_imports_and_finds_its_kernels(checkout: Path, tmp_path:
 
 
 def test_a_link_that_became_a_text_file_stops_the_build_with_a_sentence(checkout: Path, tmp_path: Path) -> None:
-    """What git makes of a link where core.symlinks is false."""
+    """Git writes a link as such a file if core.symlinks is false."""
     link = checkout / "python" / "logitless" / "kernels"
     link.unlink()
     link.write_text("../../kernels")

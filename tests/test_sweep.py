@@ -129,7 +129,7 @@ def test_a_head_is_converted_by_parts(monkeypatch, vocabulary, dtype):
 
 
 def test_a_copy_of_the_head_serves_the_products():
-    """Where one was asked for; it is made once."""
+    """A copy is made if one is asked for, and only once."""
     p = make_problem((3,), 4, 8, dtype=torch.float16, trainable=())
     operands = chunks.Operands(Problem(p.hidden, Head(p.weight), p.targets))
     assert operands.head_at_hand(torch.float32) is p.weight

@@ -42,7 +42,7 @@ def test_the_bounds_hold_and_rows_keep_their_sum(case: dict[str, Any]) -> None:
 @settings(max_examples=60, deadline=None)
 @given(tail_calls(), st.sampled_from([None, 3.0, 30.0]), st.sampled_from([0.0, 1.0]))
 def test_the_bounds_hold_in_the_single_pass(case: dict[str, Any], softcap: float | None, entropy: float) -> None:
-    """With a softcap and entropies too: there the matrix itself is at hand."""
+    """The bounds hold with a softcap and entropies too, because a single pass has the matrix itself."""
     coefficient = case.pop("coefficient")
     hidden, weight, targets = (case.pop(name) for name in ("hidden", "weight", "targets"))
     tail_options = {name: case.pop(name) for name in ("tail_tolerance", "vocabulary_order")}
@@ -108,7 +108,7 @@ def test_a_tolerance_of_0_is_exact() -> None:
 
 
 def test_a_tiny_tolerance_agrees_in_float64() -> None:
-    """What can be left below it is rounding, and the products in two parts must give the rest."""
+    """Only rounding can be left below such a tolerance, so the products in two parts must give the rest."""
     problem = peaked_problem()
     problem["hidden"] = 8 * problem["hidden"]
     with tail_report() as report:

@@ -306,7 +306,7 @@ def test_a_nan_in_one_token_stays_there():
 @pytest.mark.parametrize("block", [8, 32, 64])
 @pytest.mark.parametrize("kernel", ["fused", "chunk"])
 def test_logsumexp_of_every_block(block, kernel):
-    """Without the target's entry, the only one that counts of its block of 8; a block of 64 is two tiles wide."""
+    """The target's entry is left out; in its block of 8 no other counts. A block of 64 is two tiles wide."""
     problem = several_tiles(masked=slice(8, 32), ignored=0.0)
     hidden, weight, bias, targets = (x.detach() for x in on_device(problem))
     bias[65:72], targets[3] = -math.inf, 64

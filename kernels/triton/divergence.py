@@ -1,8 +1,8 @@
 """Row operations of a divergence on chunks of raw products of both heads: values, and the gradients in place.
 
 A program owns some rows, of the model's products and of the reference's. It walks them two or three times: for both
-normalisers, for the sums of v, u and w, and to write the gradients. `backends/exact/divergence.py`
-derives the elementwise functions v, u and w. So no sum over the vocabulary is needed between programs.
+normalisers, for the sums of v, u and w, and to write the gradients. So no sum over the vocabulary is needed between
+programs. `backends/exact/divergence.py` derives the elementwise functions v, u and w.
 
 The GEMMs are cuBLAS's. Tiles of both heads in registers would save the chunk's way through memory, which for values is
 24 bytes an entry (two floats written, and read twice). But every kind needs the normalisers before its sums, so all

@@ -133,8 +133,11 @@ def with_bias(s, p_bias, o_v, V):
 
 @triton.jit
 def transform(s, slope, inner, outer):
-    """Eqs. 1 and 2: logits z and their derivative c = dz/ds. slope = scale / temperature, inner = scale / softcap,
-    outer = softcap / temperature; without a softcap inner is None, and c the number slope."""
+    """Eqs. 1 and 2: logits z and their derivative c = dz/ds.
+
+    slope = scale / temperature, inner = scale / softcap, outer = softcap / temperature. Without a softcap
+    inner is None, and c is the number slope.
+    """
     if inner is None:
         z = s * slope
         c = slope

@@ -95,8 +95,10 @@ def linear_divergence(
     mask: Tensor | None,
     options: DivergenceOptions,
 ) -> Tensor:
-    """`[N]` divergences of `hidden [N, H]` and `ref_hidden [N, H']` under their heads; see
-    `logitless.linear_divergence`. `mask [N]` bool: the tokens that count."""
+    """`[N]` divergences of the reference from the model, each under its head; see `logitless.linear_divergence`.
+
+    hidden and ref_hidden are `[N, H]` and `[N, H']`, and `mask [N]` has the tokens that count.
+    """
     kept = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero()[:, 0]
     log_q, log_p = (
         logits(x[kept], y.weight, y.bias, LogitTransform(y.logit_scale, y.softcap, y.temperature)).log_softmax(-1)
