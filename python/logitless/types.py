@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -62,7 +63,7 @@ class Head(NamedTuple):
     @property
     def transform(self) -> LogitTransform:
         """The last three fields as the function that they describe."""
-        return LogitTransform(self.logit_scale, self.softcap, self.temperature)
+        return _transform(self.logit_scale, self.softcap, self.temperature)
 
 
 @dataclass(frozen=True)
@@ -94,11 +95,11 @@ class LogitTransform:
         softcap = math.inf if self.softcap is None else float(self.softcap)
         return [float(self.logit_scale), softcap, float(self.temperature)]
 
-    @classmethod
-    def unpacked(cls, numbers: Sequence[float]) -> LogitTransform:
+    @staticmethod
+    def unpacked(numbers: Sequence[float]) -> LogitTransform:
         """The inverse of `packed`."""
         logit_scale, softcap, temperature = numbers
-        return cls(logit_scale, None if softcap == math.inf else softcap, temperature)
+        return _transform(logit_scale, None if softcap == math.inf else softcap, temperature)
 
     @property
     def slope(self) -> float:
@@ -125,6 +126,12 @@ class LogitTransform:
             return self.slope
         capped = (logits * (self.temperature / self.softcap)).clamp(-1, 1)  # tanh; -inf has slope 0
         return (1 - capped.square()) * self.slope
+
+
+@lru_cache(typed=True)
+def _transform(logit_scale: float, softcap: float | None, temperature: float) -> LogitTransform:
+    """A transform of these numbers, made and checked once: a sweep asks its head for one again and again."""
+    return LogitTransform(logit_scale, softcap, temperature)
 
 
 DivergenceKind = Literal[

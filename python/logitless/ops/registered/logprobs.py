@@ -155,9 +155,10 @@ def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[len(DIFFERENTIABLE) :])
     logprob, lse, entropy, _, _, _, unit, *saved = output
-    ctx.save_for_backward(x.hidden, x.weight, x.bias, x.targets, x.order, logprob, lse, entropy, unit, *saved)
-    ctx.transform, ctx.ignore_index, ctx.outputs = x.transform, x.ignore_index, ("logprob", "lse", *x.outputs.split())
     ctx.execution = Execution(x.backend, x.strategy, x.tolerance, x.chunk_bytes, x.chunk_dtype)
+    kept = saved if ctx.execution.approximates() else []
+    ctx.save_for_backward(x.hidden, x.weight, x.bias, x.targets, x.order, logprob, lse, entropy, unit, *kept)
+    ctx.transform, ctx.ignore_index, ctx.outputs = x.transform, x.ignore_index, ("logprob", "lse", *x.outputs.split())
 
 
 def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -173,9 +174,8 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
         return gradients(logprobs, hidden=_scale_unit(unit, *row, counts, upstream))
     needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
     stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
-    kept = saved if ctx.execution.approximates() else []
     head = (weight, bias, targets, order, ctx.transform, ctx.ignore_index)
-    d_hidden, d_weight, d_bias = logprobs_backward(upstream, stats, kept, needs, hidden, *head, *ctx.execution)
+    d_hidden, d_weight, d_bias = logprobs_backward(upstream, stats, saved, needs, hidden, *head, *ctx.execution)
     return gradients(
         logprobs,
         hidden=d_hidden if needs[0] else None,

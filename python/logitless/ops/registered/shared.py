@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -72,6 +73,7 @@ def gradients(op: CustomOpDef, **by_name: Any) -> tuple[Any, ...]:
     return tuple(by_name.get(name) for name in _names(op))
 
 
+@cache
 def _names(op: CustomOpDef) -> list[str]:
     return [argument.name for argument in op._opoverload._schema.arguments]
 
