@@ -94,9 +94,9 @@ def _positions(mask: Tensor) -> Tensor:
     if len(flat) % 8:
         return flat.nonzero()[:, 0]
     eights = flat.view(torch.int64)
-    found = eights.nonzero()[:, 0]
-    which, byte = eights.index_select(0, found).view(torch.bool).view(-1, 8).nonzero().unbind(1)
-    return found.index_select(0, which) * 8 + byte
+    set_eights = eights.nonzero()[:, 0]
+    which, byte = eights.index_select(0, set_eights).view(torch.bool).view(-1, 8).nonzero().unbind(1)
+    return set_eights.index_select(0, which) * 8 + byte
 
 
 def split_entries(matrix: Tensor, threshold: Tensor, where: TailBlocks, *, signed: bool) -> Split | None:
