@@ -267,7 +267,7 @@ def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
 def _gains_by_a_sweep(loss: WholeSequenceLoss, call: Call) -> bool:
     """Whether the head is trainable (a frozen one costs two GEMMs), and a group's value needs no other group."""
     options = call.options
-    if options.backend == "reference" or options.backward == "recompute" or not any(call.needs()[1:]):
+    if options.backend == "reference" or options.backward == "recompute" or not call.trains_head():
         return False
     alone = not loss.batch_wide and loss.outputs == ("logprob",)
     if not alone and options.backward == "single_pass":

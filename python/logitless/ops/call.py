@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..backends.interface import Needs
 from ..types import Head, Options
 from . import checks
 from .registered.shared import Execution
@@ -22,10 +23,16 @@ class Call(NamedTuple):
     targets: Tensor | None  # [N] int64
     options: Options
 
-    def needs(self) -> list[bool]:
-        """Whether hidden, weight and bias want a gradient here and now."""
+    def needs(self) -> Needs:
+        """Which of hidden, weight and bias want a gradient here and now."""
         tensors = (self.hidden, self.weight, self.options.bias)
-        return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+        hidden, weight, bias = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
+        return Needs(hidden, weight, bias)
+
+    def trains_head(self) -> bool:
+        """Whether the head wants a gradient here and now."""
+        needs = self.needs()
+        return needs.weight or needs.bias
 
     def approximates(self) -> bool:
         """Whether there is a gradient, and an approximate one was asked for."""
@@ -54,7 +61,7 @@ class Call(NamedTuple):
 
     def fits_one_chunk(self, outputs: tuple[str, ...]) -> bool:
         """Whether one product makes a bfloat16 head's gradient in a single pass, so that it may be rounded at once."""
-        halves = self.weight.dtype == torch.bfloat16 and self.needs()[1]
+        halves = self.weight.dtype == torch.bfloat16 and self.needs().weight
         if not halves or self.approximates() or "mean_logit" in outputs:
             return False
         return backends.BACKENDS[self.backend()].finishes_gradients and len(self.hidden) <= self.tokens_at_once()

@@ -206,7 +206,7 @@ def _strategy(pair: _Pair, reduction: str) -> str:
     sum     the sum and its gradients in one sweep
     """
     needs, backward = pair.needs(), pair.model.options.backward
-    trainable_head = needs[1] or needs[2] or needs[4] or needs[5]
+    trainable_head = pair.model.trains_head() or pair.ref.trains_head()
     checks.check_choice("backward", backward, ("auto", "recompute", "single_pass"))
     if backward == "single_pass" and reduction == "none" and trainable_head:
         raise ValueError(
@@ -229,8 +229,7 @@ def _values(pair: _Pair, options: DivergenceOptions, unit: bool) -> Tensor:
         return reference.linear_divergence(
             pair.model.hidden, heads[0], pair.ref.hidden, heads[1], mask=pair.mask, options=options
         )
-    needs = pair.needs()
-    units = [unit and needs[0], unit and needs[3]]
+    units = [unit and side.needs().hidden for side in (pair.model, pair.ref)]
     values, *_ = divergence(*pair.arguments(options), units, *pair.execution())
     return values
 

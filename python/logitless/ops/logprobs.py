@@ -109,7 +109,8 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         " ".join(outputs),
         *call.execution("single_pass" if _takes_unit_gradient(call, outputs) else "recompute"),
     )
-    return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, results, strict=False)))
+    stats = zip(OUTPUTS, results[: len(OUTPUTS)], strict=True)
+    return TokenStats(*(x if name in outputs else None for name, x in stats))
 
 
 def _reference(call: Call, outputs: tuple[str, ...]) -> TokenStats:

@@ -72,7 +72,7 @@ def linear_token_loss(
         normalizer = reduce.count_tokens(targets, call.options.ignore_index)
     by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
     if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
-        if reduction == "none" and call.options.backward == "single_pass" and any(call.needs()[1:]):
+        if reduction == "none" and call.options.backward == "single_pass" and call.trains_head():
             raise ValueError(
                 "backward: 'single_pass' cannot serve reduction='none' with a trainable head, whose upstream gradients "
                 "come after the pass; use backward='auto' or 'recompute'"
@@ -134,7 +134,7 @@ def _total(
         options.transform.packed(),
         options.ignore_index,
         " ".join(outputs),
-        call.needs(),
+        list(call.needs()),
         *call.execution("single_chunk" if call.fits_one_chunk(outputs) else "single_pass"),
     )
     return SweepResult(loss, logprob)

@@ -172,15 +172,16 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
         counts, transform = targets != ctx.ignore_index, LogitTransform.unpacked(ctx.transform)
         row = weight, torch.where(counts, targets, 0), transform.derivative_at(logprob + lse), transform.slope
         return gradients(logprobs, hidden=_scale_unit(unit, *row, counts, upstream))
-    needs = [*ctx.needs_input_grad[:2], bias is not None and ctx.needs_input_grad[2]]
+    wants = named(logprobs, ctx.needs_input_grad)
+    needs = [wants.hidden, wants.weight, bias is not None and wants.bias]
     stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
     head = (weight, bias, targets, order, ctx.transform, ctx.ignore_index)
     d_hidden, d_weight, d_bias = logprobs_backward(upstream, stats, saved, needs, hidden, *head, *ctx.execution)
     return gradients(
         logprobs,
-        hidden=d_hidden if needs[0] else None,
-        weight=d_weight if needs[1] else None,
-        bias=d_bias if needs[2] else None,
+        hidden=d_hidden if wants.hidden else None,
+        weight=d_weight if wants.weight else None,
+        bias=d_bias if wants.bias else None,
     )
 
 
