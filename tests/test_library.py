@@ -220,11 +220,13 @@ def test_compiled_shapes_may_change():
         )
 
 
-def test_compiled_float_options_may_change():
+@pytest.mark.parametrize("backward", ["auto", "tail_corrected"])
+def test_compiled_float_options_may_change(backward):
+    torch._dynamo.reset()
     p, _ = arguments()
 
     def call(options):
-        return logitless.linear_logprobs(p.hidden, p.weight, p.targets, **options).logprob
+        return logitless.linear_logprobs(p.hidden, p.weight, p.targets, backward=backward, **options).logprob
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for softcap, temperature in ((None, 1.0), (None, 0.5), (5.0, 0.7), (7.0, 0.7), (8.0, 0.6)):
