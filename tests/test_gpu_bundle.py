@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import lzma
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,14 @@ def test_the_report_takes_what_the_bundle_carries_and_goes_on_with_the_results_i
 def test_a_library_is_packed_as_it_is(without_network, tmp_path):
     bundle.prepare(tmp_path, without=tuple(WHEELS))
     assert lzma.decompress((tmp_path / LIBRARY).read_bytes()) == LIBRARY_BYTES
+
+
+def test_the_librarys_sources_are_all_of_its_sources() -> None:
+    """A header outside of them could change, and a library of older text would be taken for this tree's."""
+    sources = [path for place in bundle.SOURCES for path in bundle._files(bundle.ROOT / place)]
+    own = [path for path in sources if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    includes = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+    named = {Path(name).name for path in own for name in includes.findall(path.read_text(encoding="utf-8"))}
+    outside = named - {path.name for path in sources}
+    assert "rows.h" in named
+    assert not [name for name in outside if list((bundle.ROOT / "kernels").rglob(name))]

@@ -53,7 +53,7 @@ BUILD_SECONDS = 1800.0
 #: The folder's name matters: quack takes code for a library's only under a folder of this name.
 SITE = "site-packages"
 #: What the library is made of, and all that runs on that machine.
-SOURCES = ("kernels/cuda", "CMakeLists.txt", "setup.py", "benchmarks/build.py")
+SOURCES = ("kernels/cuda", "kernels/rows.h", "CMakeLists.txt", "setup.py", "benchmarks/gpu/build.py")
 TREE = ("python", "kernels", "benchmarks", "tests")
 
 
@@ -187,7 +187,10 @@ def fingerprint(places: Sequence[str]) -> str:
 def _files(place: Path) -> list[Path]:
     endings = (".py", ".cu", ".cuh", ".cpp", ".h", ".txt", ".cmake")
     within = [place] if place.is_file() else place.rglob("*")
-    return [path for path in within if path.suffix in endings and path.is_file() and "results" not in path.parts]
+    files = [path for path in within if path.suffix in endings and path.is_file() and "results" not in path.parts]
+    if not files:
+        raise FileNotFoundError(f"{place}: expected sources there, found none")
+    return files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
