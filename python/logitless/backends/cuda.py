@@ -8,10 +8,10 @@ row engine). On Hopper the fused GEMM makes a half-precision chunk's logits too,
 memory. In numbers of `2 N H V` flops: forward 1, backward 3, single pass 3 in all, frozen head 2 in all.
 
 Tail-corrected, bfloat16 without a softcap: by pairs of a token and a block of 128 columns (`approximate.blocks`),
-1 + 3 s in all with s the share of the pairs that matter, for per-token losses and `linear_logprobs` alike. The forward's merge,
-or the measuring kernel, leaves the logsumexp of every pair; one kernel lists those that are kept, three compute them.
-Anything else is tail-corrected entry by entry, in PyTorch's operations on this backend's row engine
-(`approximate.entries`).
+1 + 3 s in all with s the share of the pairs that matter, for per-token losses and `linear_logprobs` alike. The
+forward's merge, or the measuring kernel, leaves the logsumexp of every pair; one kernel lists those that are kept,
+three compute them. Anything else is tail-corrected entry by entry, in PyTorch's operations on this backend's row
+engine (`approximate.entries`).
 
 Memory: `8 N ceil(V / 128)` bytes of partial results, or 20 with five numbers, within the budget of a chunk, or one
 chunk of logits, which its gradient overwrites, and on Hopper its partial results, 2 to 4% of it; and float32
