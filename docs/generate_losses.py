@@ -17,7 +17,7 @@ from types import FunctionType, ModuleType
 
 from logitless import losses
 from logitless.losses import Loss, PairLoss, UnpairedLoss
-from logitless.losses.catalogue import load_families
+from logitless.losses.catalogue import load_modules
 
 PAGE = Path(__file__).with_name("losses.md")
 LABELS = ("Detached", "When to use", "Args", "Left open", "Source")
@@ -177,7 +177,7 @@ def families() -> list[str]:
 def functions() -> str:
     """The public functions beside the losses, module by module, by their first sentences."""
     lines = ["## Beside the losses", "", "All of these are names of `logitless.losses`."]
-    for module in load_families():
+    for module in load_modules():
         listed = [getattr(module, name) for name in getattr(module, "__all__", ())]
         found = [x for x in listed if isinstance(x, FunctionType)]
         if found and module.__name__ != losses.__name__:

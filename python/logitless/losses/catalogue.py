@@ -45,7 +45,7 @@ def register(cls: _LossType) -> _LossType:
 
 def names() -> list[str]:
     """The names of the registered losses, sorted."""
-    load_families()
+    load_modules()
     return sorted(_REGISTRY)
 
 
@@ -67,7 +67,7 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
         raise TypeError(f"loss must be a name or a logitless.losses.Loss, got {type(loss).__name__}")
     # A compiler must not read the registry before an import adds to it.
     if torch.compiler.is_compiling() or loss not in _REGISTRY:
-        load_families()
+        load_modules()
     if loss not in _REGISTRY:
         raise ValueError(f"no loss is named {loss!r}{near_words(loss, names())}; there are {', '.join(names())}")
     cls = _REGISTRY[loss]
@@ -76,9 +76,9 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
     return cls(**overrides)
 
 
-def load_families() -> tuple[ModuleType, ...]:
+def load_modules() -> tuple[ModuleType, ...]:
     """All modules of this package, imported now if they were not yet."""
-    from .families import MODULES
+    from .modules import MODULES
 
     return MODULES
 
@@ -86,7 +86,7 @@ def load_families() -> tuple[ModuleType, ...]:
 @cache
 def public_names() -> dict[str, Any]:
     """The names of `logitless.losses` that are found in its modules: the losses, and those of every `__all__`."""
-    modules = load_families()
+    modules = load_modules()
     losses = {cls.__name__: cls for cls in _REGISTRY.values() if cls.__module__.startswith(f"{__package__}.")}
     return losses | {name: getattr(module, name) for module in modules for name in getattr(module, "__all__", ())}
 
