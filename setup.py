@@ -13,6 +13,7 @@ in PATH or in /usr/local/cuda), and kernels/cpu where a C++ compiler for x86-64 
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -196,7 +197,15 @@ class Package(Distribution):
         return bool(wanted())
 
 
+def long_description() -> str:
+    """README for a package index, which has none of the files that relative links lead to: the links' text alone."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"!?\[([^\]]*)\]\((?!https?://)[^)]*\)", r"\1", readme)
+
+
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     packages=find_namespace_packages(
         "python", include=["logitless", "logitless.*"], exclude=["logitless.kernels.cuda.host"]
     ),

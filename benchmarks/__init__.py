@@ -1,4 +1,4 @@
-"""Named problems x providers: time, peak memory and gradient error of every way to the same loss. See README.md."""
+"""Time, memory and gradient error of every way to the same loss: four suites by one harness. See README.md."""
 
 import importlib.util
 import sys

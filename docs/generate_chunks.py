@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from logitless.backends import sweep
+from logitless.backends.exact import chunks
 from logitless.types import Options
 
 PAGE = Path(__file__).with_name("chunks.md")
@@ -43,23 +43,24 @@ MODELS = (
 
 
 def chunk_tokens(model: Model) -> int:
-    """Of bfloat16 tensors on an accelerator with a trainable head, by the library's own rule."""
+    """Tokens of a chunk of bfloat16 tensors on an accelerator with a trainable head, by the library's own rule."""
     hidden, weight = (torch.empty(n, model.hidden, dtype=torch.bfloat16, device="meta") for n in (1, model.vocabulary))
-    most = sweep.chunk_tokens(hidden, weight, Options(), trainable=True)
-    return sweep.equal_chunks(TOKENS, most, "meta")
+    most = chunks.chunk_tokens(hidden, weight, Options(), trainable=True)
+    return chunks.equal_chunks(TOKENS, most, "meta")
 
 
 def small_chunk_tokens(model: Model) -> int:
-    """What fits 256 MiB, in steps of 16."""
-    return sweep.DEFAULT_CHUNK_BYTES_ACCELERATOR // (4 * model.vocabulary) // 16 * 16
+    """Tokens that fit 256 MiB, in steps of 16."""
+    return chunks.DEFAULT_CHUNK_BYTES_ACCELERATOR // (4 * model.vocabulary) // 16 * 16
 
 
-#: Of a logit in row operations: measured by a read (4) and turned into a gradient (4 + 2); or measured by its product.
+#: Bytes a logit of the row operations: read for the statistics (4), then read and written for the gradient (4 + 2).
+#: If the product computes the statistics, the first read is gone.
 READ_TWICE, READ_ONCE = 10, 6
 
 
 def seconds(model: Model, chunk: int, row_bytes: int) -> float:
-    """Of one forward and backward of the loss: for each product the longer of its flops and its bytes."""
+    """Time of one forward and backward of the loss: for each product the longer of its flops and its bytes."""
     logits, head = chunk * model.vocabulary, model.hidden * model.vocabulary
     flops = 2 * -(-chunk // TILE) * TILE * head / FLOPS
     rows = row_bytes * logits / BYTES
@@ -71,14 +72,14 @@ def seconds(model: Model, chunk: int, row_bytes: int) -> float:
 
 
 def floor(model: Model) -> float:
-    """Of the three products alone."""
+    """Time of the three products alone."""
     return 3 * 2 * TOKENS * model.hidden * model.vocabulary / FLOPS
 
 
 def rows() -> Iterator[str]:
     yield (
-        "| model | H, V | tokens in 256 MiB | predicted | tokens | chunk, MiB | float32 sum, MiB | predicted "
-        "| the product measures |"
+        "| model | H, V | tokens in 256 MiB | predicted time | tokens by the rule | chunk, MiB | float32 sum, MiB "
+        "| predicted time | statistics by the product |"
     )
     yield "|---|---|---|---|---|---|---|---|---|"
     for model in MODELS:
@@ -93,7 +94,7 @@ def rows() -> Iterator[str]:
 
 
 def page() -> str:
-    """The page with its table made anew."""
+    """The page with a fresh table."""
     return TABLE.sub("\n".join(rows()) + "\n", PAGE.read_text())
 
 

@@ -1,6 +1,7 @@
-"""Writes docs/losses.md and README's table from the docstrings of the losses: `python docs/generate_losses.py`.
+"""Writes docs/losses.md from the docstrings of the losses: `python docs/generate_losses.py`.
 
-With `--check` it writes nothing and fails where one is stale. A test holds both to what this makes of the code.
+The families are the folders of `logitless.losses` (distillation is a file). Families and modules come in the order in
+which the docstrings above them name them. With `--check` nothing is written, and a stale page is an error.
 """
 
 from __future__ import annotations
@@ -12,25 +13,13 @@ import re
 import sys
 from importlib import import_module
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, ModuleType
 
 from logitless import losses
-from logitless.losses import Loss
+from logitless.losses import Loss, PairLoss, UnpairedLoss
+from logitless.losses.catalogue import load_modules
 
 PAGE = Path(__file__).with_name("losses.md")
-README = Path(__file__).parents[1] / "README.md"
-#: What README's table stands between.
-BEGIN, END = "<!-- losses: docs/generate_losses.py -->", "<!-- end of losses -->"
-
-#: The modules of `logitless.losses` in the order of the page.
-FAMILIES = {
-    "Supervised fine-tuning": ("sft", "weighted", "answers"),
-    "Preference": ("preference", "reference_free", "combined", "unpaired"),
-    "Policy": ("policy", "policy_sequence", "demonstrations"),
-    "Distillation": ("distillation",),
-}
-#: Modules of functions that make a loss's inputs, or read what it leaves behind.
-FUNCTIONS = ("advantages", "policy_weights", "implicit_reward", "unpaired")
 LABELS = ("Detached", "When to use", "Args", "Left open", "Source")
 
 INTRODUCTION = """\
@@ -42,27 +31,33 @@ Every loss here is called by its name, `linear_loss("dft", hidden, weight, targe
 parameters, `linear_loss(losses.DFT(power=0.5), ...)`. `logprob` is a token's log-probability, p its exponential, sg(.)
 the stop-gradient, w = -d loss / d logprob.
 
-The tables give level, inputs and GEMMs of the default parameters; a choice may change them, as its entry says.
+The tables give level, inputs and GEMMs of the default hyper-parameters; a choice may change them, as its entry says.
 
-| level | what a number of the loss depends on | GEMMs, trainable head / frozen head |
-|---|---|---|
-| token | the token's own statistics | 3 / 2 |
-| sequence | a whole sequence, or the batch | 4 / 2 |
-| pair, unpaired | two sequences, or one, by their sums | 3 / 2, or 4 / 2 (below) |
-| distribution | the whole distribution and the reference's | 3 + 1 / 2 + 1, or 6 + 1 / 4 + 1 (below) |
+| level | base class | a value of the loss depends on | GEMMs: trainable / frozen head |
+|---|---|---|---|
+| token | `TokenLoss` | the token's own statistics | 3 / 2 |
+| sequence | `SequenceLoss` | a whole sequence, or the batch | 4 / 2 |
+| pair, unpaired | `PairLoss`, `UnpairedLoss` | two sequences, or one, by their sums | 3 / 2, or 4 / 2 (below) |
+| distribution | `DistributionLoss` | two distributions, as a whole | 3 + 1 / 2 + 1, or 6 + 1 / 4 + 1 (below) |
 
-A GEMM is one product of 2 N H V flops. Pairs take 4 / 2 where one of them does not fit a chunk, where the loss reads
-more than log-probabilities, or looks at the whole batch at once. For distributions the reference's GEMMs come second;
-the greater number is for losses that read statistics beside the divergence. With `reduction="none"` a trainable head
-costs a sequence or distribution loss what recomputation costs: 4 for the statistics, 4 + 2 for the divergence.
+A GEMM is one product of 2 N H V flops.
 
-Inputs in brackets are optional. The reduction is the paper's; `linear_loss(..., reduction=)` takes another. *Unverified
-source* marks what was recalled, or taken from somebody's notes or code, and not read in the paper itself.
+- Pairs and single sequences take 4 / 2 if one of them does not fit a chunk, if the loss reads more than
+  log-probabilities, or if it looks at the whole batch at once.
+- For distributions the reference's GEMMs come second. The greater number is that of losses that read statistics beside
+  the divergence.
+- With `reduction="none"` a trainable head costs a distribution loss what recomputation costs: 4 + 2 for the divergence,
+  and 4 for the statistics.
+
+Inputs in brackets are optional. A call may give `ref_hidden=`, the reference's hidden states (and `ref_head=`, its
+head), in place of `ref_logprob` and `ref_lse`. The reduction is the paper's; `linear_loss(..., reduction=)` takes
+another. *Unverified source* marks formulas and numbers that were not read in the paper itself, but recalled or taken
+from notes or code.
 """
 
 
 def sections(docstring: str) -> dict[str, str]:
-    """A docstring's labelled paragraphs by label, and under "" what stands before them."""
+    """A docstring's labelled paragraphs by label, and under "" the text before the first label."""
     found: dict[str, list[str]] = {"": []}
     label = ""
     for paragraph in inspect.cleandoc(docstring).split("\n\n"):
@@ -99,40 +94,33 @@ def parameters(cls: type, text: str) -> str:
 
 def gemms(loss: Loss) -> str:
     """Products of 2 N H V flops with a trainable head and with a frozen one."""
-    if loss.level == "token":
-        return "3 / 2"
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         return "6 + 1 / 4 + 1" if loss.outputs else "3 + 1 / 2 + 1"
-    if loss.level == "sequence" or loss.batch_wide or loss.outputs != ("logprob",):
-        return "4 / 2"
-    return "3 / 2"
+    in_one_sweep = isinstance(loss, PairLoss | UnpairedLoss) and not loss.batch_wide and loss.outputs == ("logprob",)
+    return "3 / 2" if loss.token_wise or in_one_sweep else "4 / 2"
 
 
 def inputs(loss: Loss) -> str:
-    """What is to be given beside the targets."""
-    needed = ("ref_hidden",) if loss.level == "distribution" else ()
+    """The inputs that a loss needs, and in brackets those that it can do without."""
+    needed = ("ref_hidden",) if loss.compares_distributions else ()
     names = [f"`{name}`" for name in (*needed, *loss.inputs, *loss.sequence_inputs)]
     return ", ".join([*names, *(f"[`{name}`]" for name in loss.optional_inputs)])
 
 
-def source(text: str, most: int | None = None) -> str:
-    """The papers a `Source:` paragraph names (the first few), and whether it says that a source is unverified."""
+def source(text: str) -> str:
+    """The papers a `Source:` paragraph names, and whether it says that a source is unverified."""
     papers = [
         f"[{paper}](https://arxiv.org/abs/{paper})" for paper in dict.fromkeys(re.findall(r"\b\d{4}\.\d{5}\b", text))
     ]
-    if most is not None and len(papers) > most:
-        papers[most:] = ["..."]
     return ", ".join([*papers, *(["unverified source"] if "unverified source" in text.lower() else [])])
 
 
-def row(loss: Loss, *, short: bool = False) -> str:
+def row(loss: Loss) -> str:
     """A loss's line in a table."""
-    of = source(sections(type(loss).__doc__ or "").get("Source", ""), most=2 if short else None)
-    cells = [f"[`{loss.name}`]({'docs/losses.md' if short else ''}#{loss.name})"]
-    if not short:
-        cells += [f"`{type(loss).__name__}`", loss.level]
-    cells += [inputs(loss), gemms(loss)]
-    return f"| {' | '.join([*cells, *([] if short else [loss.reduction]), of])} |"
+    papers = source(sections(type(loss).__doc__ or "").get("Source", ""))
+    name = f"[`{loss.name}`](#{loss.name})"
+    cells = [name, f"`{type(loss).__name__}`", loss.level, inputs(loss), gemms(loss), loss.reduction, papers]
+    return f"| {' | '.join(cells)} |"
 
 
 def entry(name: str, cls: type) -> str:
@@ -158,68 +146,63 @@ def shared_bases(members: list[Loss]) -> list[type]:
     ]
 
 
-def family(title: str, modules: tuple[str, ...]) -> str:
-    """A family's table and its losses' sections, in the order in which they stand in the code."""
-    members = []
-    for module in modules:
-        found = [losses.get(name) for name in losses.names()]
-        here = [loss for loss in found if type(loss).__module__ == f"logitless.losses.{module}"]
-        members += sorted(here, key=lambda loss: inspect.getsourcelines(type(loss))[1])
+def place(name: str, docstring: str | None) -> tuple[int, str]:
+    """Where a docstring names a module; those that it does not name come last."""
+    found = (docstring or "").find(f"`{name}`")
+    return (found if found >= 0 else sys.maxsize, name)
+
+
+def module_of(loss: Loss) -> list[str]:
+    """The module of a loss, from its family on: `["sft", "likelihood"]`."""
+    return type(loss).__module__.removeprefix(f"{losses.__name__}.").split(".")
+
+
+def family(name: str) -> str:
+    """A family's introduction, its table and its losses' sections, in the order in which they stand in the code."""
+    documented = import_module(f"{losses.__name__}.{name}").__doc__
+    members = [loss for loss in map(losses.get, losses.names()) if module_of(loss)[0] == name]
+    members.sort(key=lambda loss: (place(module_of(loss)[-1], documented), inspect.getsourcelines(type(loss))[1]))
+    title, _, introduction = inspect.cleandoc(documented or "").partition(": ")
     table = ["| name | class | level | inputs | GEMMs | reduction | source |", "|---|---|---|---|---|---|---|"]
-    parts = [f"## {title}", "\n".join([*table, *map(row, members)])]
+    parts = [f"## {title}", introduction[0].upper() + introduction[1:], "\n".join([*table, *map(row, members)])]
     parts += [entry(base.__name__, base) for base in shared_bases(members)]
     return "\n\n".join([*parts, *(entry(loss.name, type(loss)) for loss in members)])
 
 
+def families() -> list[str]:
+    """The first names, within `logitless.losses`, of the modules that hold losses."""
+    return sorted({module_of(losses.get(name))[0] for name in losses.names()}, key=lambda x: place(x, losses.__doc__))
+
+
 def functions() -> str:
-    """The functions beside the losses, by their first sentences."""
-    lines = ["## Beside the losses"]
-    for name in FUNCTIONS:
-        module = import_module(f"logitless.losses.{name}")
-        lines += ["", f"`logitless.losses.{name}`: {(module.__doc__ or '').split(chr(10) * 2)[0]}", ""]
-        for function in vars(module).values():
-            public = isinstance(function, FunctionType) and not function.__name__.startswith("_")
-            if public and function.__module__ == module.__name__:
-                first = " ".join(inspect.cleandoc(function.__doc__ or "").split("\n\n")[0].split())
-                lines.append(f"- `{function.__name__}`: {first}")
+    """The public functions beside the losses, module by module, by their first sentences."""
+    lines = ["## Beside the losses", "", "All of these are names of `logitless.losses`."]
+    for module in load_modules():
+        listed = [getattr(module, name) for name in getattr(module, "__all__", ())]
+        found = [x for x in listed if isinstance(x, FunctionType)]
+        if found and module.__name__ != losses.__name__:
+            lines += ["", first_sentence(module), "", *(f"- `{x.__name__}`: {first_sentence(x)}" for x in found)]
     return "\n".join(lines)
+
+
+def first_sentence(documented: FunctionType | ModuleType) -> str:
+    """The first paragraph of a docstring."""
+    return " ".join(inspect.cleandoc(documented.__doc__ or "").split("\n\n")[0].split())
 
 
 def page() -> str:
     """docs/losses.md."""
-    placed = {f"logitless.losses.{module}" for modules in FAMILIES.values() for module in modules}
-    for name in losses.names():
-        if type(losses.get(name)).__module__ not in placed:
-            raise ValueError(f"{name}: {type(losses.get(name)).__module__} belongs to no family of this script")
-    return "\n\n".join([INTRODUCTION.rstrip(), *(family(*item) for item in FAMILIES.items()), functions()]) + "\n"
-
-
-def readme_table() -> str:
-    """The short table."""
-    lines = ["| name | needs | GEMMs, trainable / frozen head | source |", "|---|---|---|---|"]
-    for modules in FAMILIES.values():
-        for module in modules:
-            known = (losses.get(name) for name in losses.names())
-            lines += [row(loss, short=True) for loss in known if type(loss).__module__.endswith(f".{module}")]
-    return "\n".join(lines) + "\n"
-
-
-def readme() -> str:
-    """README.md with its table of losses as the code has it."""
-    before, rest = README.read_text(encoding="utf-8").split(BEGIN)
-    return f"{before}{BEGIN}\n{readme_table()}{END}{rest.split(END)[1]}"
+    return "\n\n".join([INTRODUCTION.rstrip(), *map(family, families()), functions()]) + "\n"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page is stale")
-    check = parser.parse_args().check
-    stale = [path for path, made in ((PAGE, page()), (README, readme())) if path.read_text(encoding="utf-8") != made]
-    if check and stale:
-        print(f"stale: {', '.join(map(str, stale))}; run python docs/generate_losses.py", file=sys.stderr)
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is stale")
+    if not parser.parse_args().check:
+        PAGE.write_text(page(), encoding="utf-8")
+    elif PAGE.read_text(encoding="utf-8") != page():
+        print(f"stale: {PAGE}; run python docs/generate_losses.py", file=sys.stderr)
         return 1
-    PAGE.write_text(page(), encoding="utf-8")
-    README.write_text(readme(), encoding="utf-8")
     return 0
 
 

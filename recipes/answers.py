@@ -13,7 +13,7 @@ BATCH_SIZE = 48
 
 
 def answers(model_folder: Path, prompts: Sequence[str], cache: Path) -> list[str]:
-    """The model's completions, one per prompt; the same weights and prompts are asked once only.
+    """The model's completions, one per prompt. Earlier completions of the same weights and prompts are read from disk.
 
     Args:
         model_folder: a Transformers model with a chat template in its tokenizer.

@@ -17,10 +17,10 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Run:
-    """What metrics.jsonl of a run with logging_steps=1 says."""
+    """Metrics of one run, from a metrics.jsonl that was written with logging_steps=1."""
 
     losses: list[float]  # of every step
-    step_seconds: float  # median; the first step, which also sets things up, can not move it much
+    step_seconds: float  # median, which the first step, slower by its set-up, hardly moves
     peak_memory: int  # bytes
     evaluations: list[Record]  # in the order in which they were made
 
@@ -52,7 +52,7 @@ class Comparison:
 
     @property
     def largest_difference(self) -> float:
-        """Of the two training curves, in nats."""
+        """Largest difference of the two training curves, in nats."""
         pairs = zip(self.ours.losses, self.materialised.losses, strict=True)
         return max(abs(ours - materialised) for ours, materialised in pairs)
 
@@ -92,7 +92,7 @@ def cost_table(comparisons: list[Comparison]) -> Table:
 
 
 def learning_table(rows: list[tuple[str, str, str]]) -> Table:
-    """(what, before, after) on held-out questions."""
+    """A table of (quantity, before, after) on held-out questions."""
     table = Table("on held-out questions", "before", "after", title="What was learnt")
     for row in rows:
         table.add_row(*row)

@@ -57,7 +57,7 @@ Train = Callable[[Path, Options], None]  # config file, options by name
 
 @dataclass(frozen=True)
 class Settings:
-    """What a call may choose."""
+    """Choices of the command line."""
 
     output: Path
     model: Path | None = None  # folder or .gguf file; None: SmolLM2
@@ -68,7 +68,7 @@ class Settings:
 
 @dataclass
 class FirstRun:
-    """The stages in order, what each took, and where their files are."""
+    """The stages in order, their durations, and the places of their files."""
 
     settings: Settings
     train: Train
@@ -84,7 +84,7 @@ class FirstRun:
         self.compared = make_questions(SEEDS["pairs"], steps * PAIRS_PER_STEP, held_out=self.held_out)
 
     def run(self) -> dict[str, Any]:
-        """Everything; returns what results.json holds."""
+        """Runs all stages and returns the contents of results.json."""
         with self._stage("model"):
             base = self._base_model()
         with self._stage("data"):
@@ -161,7 +161,7 @@ class FirstRun:
         return self.settings.output / name
 
     def _write(self, name: str, train: Iterable[Row], held_out: Iterable[Row]) -> dict[str, Path]:
-        """Both parts as files, short rows first: neighbours share evaluation's batches, which so hold less padding."""
+        """Writes both parts to files, short rows first, so that the batches of the evaluation hold less padding."""
         files = {part: self._folder("data") / f"{name}-{part}.jsonl" for part in ("train", "held_out")}
         for file, rows in zip(files.values(), (train, held_out), strict=True):
             write_jsonl(file, sorted(rows, key=lambda row: len(str(row))))
@@ -187,7 +187,7 @@ def learnt(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def versions() -> dict[str, str]:
-    """What ran."""
+    """Versions of the libraries and of Python, and the device."""
     import torch
     import transformers
 
@@ -199,7 +199,7 @@ def versions() -> dict[str, str]:
 
 
 def train_in_process_of_its_own(config: Path, options: Options) -> None:
-    """`logitless train --config ... --name value --switch ...`. Raises SystemExit where it fails."""
+    """Runs `logitless train --config ... --name value --switch ...`; raises SystemExit if it fails."""
     flags = [word for name, value in options.items() for word in (f"--{name}", value) if isinstance(word, str)]
     done = subprocess.run([sys.executable, "-m", "logitless", "train", "--config", str(config), *flags])
     if done.returncode:
@@ -214,7 +214,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
     add("--model", type=Path, help="model folder or .gguf file (default: SmolLM2-135M-Instruct)")
     add("--steps", type=int, default=Settings.steps, help="steps of each training (default: %(default)s)")
     add("--held-out", type=int, default=Settings.held_out, help="questions kept for evaluation (default: %(default)s)")
-    add("--setup-seconds", type=float, default=0.0, help="what making the environment took, for the report")
+    add("--setup-seconds", type=float, default=0.0, help="seconds that the environment took, for the report")
     return Settings(**vars(parser.parse_args(arguments)))
 
 

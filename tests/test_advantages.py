@@ -20,7 +20,7 @@ from logitless.losses import (
     rloo_advantages,
     whiten,
 )
-from logitless.losses.runs import Sequences
+from logitless.losses.sequences import Sequences
 
 rewards_and_groups = st.lists(st.tuples(st.sampled_from([0.0, 0.1, 0.7, 1.0]), st.integers(0, 3)), max_size=12)
 

@@ -1,31 +1,49 @@
-"""The benchmark suite on tiny problems: every provider runs and computes the loss that it is compared on."""
+"""The benchmark suites on tiny problems: every provider runs and computes the loss that it is compared on."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from benchmarks import cpu_report, measure, memory, parts, peers, report, work
-from benchmarks.parts import PARTS, Part, Target
-from benchmarks.problems import Inputs
-from benchmarks.providers import LOGPROBS, NLL, Outcome, Provider, chunked_gemms, gemms
+import training_fixtures
+from benchmarks import __main__ as command
+from benchmarks.harness import measure, memory, report, tables, targets, work
+from benchmarks.harness.environment import RESULTS, ROOT
+from benchmarks.harness.machine import Cpu
+from benchmarks.harness.measure import Method, Part, Row, silent
+from benchmarks.harness.problem import Inputs, Problem
+from benchmarks.harness.provider import Provider
+from benchmarks.harness.targets import LOGITS, SLOWEST, Target
+from benchmarks.providers import peers
+from benchmarks.providers.floors import CHUNKED_GEMMS, GEMMS
+from benchmarks.providers.materialised import NLL as MATERIALISED
+from benchmarks.providers.own import LOGPROBS, NLL, token_loss_nll
+from benchmarks.suites import cpu
+from benchmarks.suites import losses as losses_suite
+from benchmarks.tail import data, exact, plots, times
 
+import logitless
 from logitless import losses
 
+SUITES = (cpu.SUITE, losses_suite.SUITE)
+PARTS = {part.name: part.tiny() for suite in SUITES for part in suite.parts}
 COMPILED = {peers.CCE.name, peers.LIGER_DPO.name} | {liger.name for _, liger in peers.OF_REGISTRY.values()}
 CASES = [
     pytest.param(
-        part.tiny(),
+        part,
         provider,
         id=f"{part.name}-{provider.name}",
         marks=[pytest.mark.slow] if provider.name in COMPILED else [],
     )
-    for part in PARTS
+    for part in PARTS.values()
     for provider in part.providers
 ]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -33,21 +51,23 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 @pytest.mark.parametrize(("part", "provider"), CASES)
 def test_provider_computes_the_loss_it_is_compared_on(part: Part, provider: Provider) -> None:
-    inputs = part.problem.inputs()
-    [row] = measure.first_calls([provider], inputs)
-    if row.failure:
-        pytest.skip(row.failure)
-    measure.time_in_turns([provider], [row], inputs, rounds=1)
-    assert len(row.seconds) == 1
+    alone = replace(part, providers=(provider,), method=replace(part.method, rounds=1))
+    [row] = alone.measure(Cpu(), far(), {}, silent)["rows"]
+    if row["failure"]:
+        pytest.skip(row["failure"])
+    assert len(row["seconds"]) == 1
     if provider.role == "floor":
         return
-    assert row.error is not None
     expected = {"loss", "d_hidden"} if part.problem.frozen_head else {"loss", "d_hidden", "d_weight"}
-    assert row.error.keys() == expected
-    assert max(row.error.values()) < TOLERANCE[part.problem.dtype], row.error
+    assert row["error"].keys() == expected
+    assert max(row["error"].values()) < TOLERANCE[part.problem.dtype], row["error"]
 
 
-LOSS_PARTS = {name: parts.get(name).tiny() for name in parts.GROUPS["losses"]}
+def far() -> float:
+    return time.monotonic() + 600
+
+
+LOSS_PARTS = {part.name: PARTS[part.name] for part in losses_suite.PARTS}
 
 
 @pytest.fixture(scope="module")
@@ -86,111 +106,231 @@ def test_a_distribution_loss_costs_a_sweep_of_each_of_its_parts(counted: Any) ->
 
 
 def test_floors_of_one_problem_are_the_same_products() -> None:
-    inputs = parts.get("nll").tiny().problem.inputs()
-    whole, chunked = gemms(inputs), chunked_gemms(inputs)
+    inputs = PARTS["nll"].problem.inputs()
+    whole, chunked = GEMMS.step(inputs), CHUNKED_GEMMS.step(inputs)
     assert whole.d_weight is not None and chunked.d_weight is not None
     torch.testing.assert_close(whole.d_hidden, chunked.d_hidden)
     torch.testing.assert_close(whole.d_weight, chunked.d_weight)
 
 
 def test_tiny_long_pairs_do_not_fit_a_chunk() -> None:
-    problem = parts.get("dpo-long").tiny().problem
+    problem = PARTS["dpo-long"].problem
     assert problem.chunk_bytes is not None
     assert 2 * problem.length > problem.chunk_bytes // (4 * problem.vocabulary)
 
 
-def _failing(role: Any) -> Provider:
-    def step(inputs: object) -> Outcome:
-        raise RuntimeError("no such device\nand more")
+def _failing(hidden: object, weight: object, inputs: object) -> Any:
+    raise RuntimeError("no such device\nand more")
 
-    return Provider("broken", role, "nll", step)
+
+def _measured_alone(provider: Provider) -> dict[str, Any]:
+    return replace(PARTS["nll"], providers=(provider,)).measure(Cpu(), far(), {}, silent)["rows"][0]
 
 
 def test_a_peer_that_fails_is_a_line_and_our_own_failure_an_error() -> None:
-    inputs = parts.get("nll").tiny().problem.inputs()
-    [row] = measure.first_calls([_failing("peer")], inputs)
-    assert row.failure == "RuntimeError: no such device"
+    assert _measured_alone(Provider("broken", "peer", _failing))["failure"] == "RuntimeError: no such device"
     with pytest.raises(RuntimeError, match="no such device"):
-        measure.first_calls([_failing("logitless")], inputs)
+        _measured_alone(Provider("broken", "logitless", _failing))
 
 
-def test_a_slow_peer_is_timed_once_and_a_deadline_leaves_one_round() -> None:
-    part = parts.get("nll").tiny()
-    chosen = [part.provider("materialised"), part.provider("logitless"), Provider("slow", "peer", "nll", _slow)]
-    rows = [measure.Row(p.name, p.role) for p in chosen]
-    measure.time_in_turns(chosen, rows, part.problem.inputs(), rounds=3)
-    assert [len(row.seconds) for row in rows] == [3, 3, 1]
-    rows = [measure.Row(p.name, p.role) for p in chosen]
-    measure.time_in_turns(chosen, rows, part.problem.inputs(), rounds=3, deadline=0.0)
-    assert [len(row.seconds) for row in rows] == [1, 1, 1]
+@pytest.mark.parametrize(("seconds", "rounds"), [(100, [3, 3, 1]), (0, [1, 1, 1])])
+def test_a_slow_peer_is_timed_once_and_a_deadline_leaves_one_round(seconds: float, rounds: list[int]) -> None:
+    part = PARTS["nll"]
+    chosen = (part.provider("materialised"), part.provider("logitless"), Provider("slow", "peer", _slow))
+    part = replace(part, providers=chosen, method=Method(rounds=3, seconds=seconds, patience=1.5))
+    found = part.measure(Cpu(), far(), {}, silent)
+    assert [len(row["seconds"]) for row in found["rows"]] == rounds
 
 
-def _slow(inputs: object) -> Outcome:
+def _slow(hidden: torch.Tensor, weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     time.sleep(0.3)
-    return Outcome(None, None, None)
+    return hidden.sum() + weight.sum()
+
+
+def test_turns_alternate() -> None:
+    assert list(measure.in_turns("abc", 3)) == list("abccbaabc")
+    assert list(measure.in_turns("abc", 3, stop=0.0)) == list("abc")
 
 
 def test_memory_is_beyond_the_gradients() -> None:
-    def step(inputs: Inputs) -> Outcome:
+    def loss(hidden: torch.Tensor, weight: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        value = hidden.sum() + weight.sum()
         scratch = torch.empty(1 << 16)
         del scratch
-        return Outcome(None, torch.empty_like(inputs.hidden), torch.empty_like(inputs.weight))
+        return value
 
-    part = parts.get("nll").tiny()
-    found = memory.of_step(part, Provider("a quarter MiB", "peer", "nll", step))
-    assert found["allocated"] == 4 * (1 << 16) - part.problem.gradient_bytes
+    part = PARTS["nll"]
+    found = memory.of_step(part, Provider("a quarter MiB", "peer", loss))
+    few_floats = 64
+    assert 0 <= found["allocated"] + part.problem.gradient_bytes - 4 * (1 << 16) < 4 * few_floats
     assert part.problem.gradient_bytes == 4 * 24 * (40 + 96)
 
 
 @pytest.mark.slow
 def test_memory_in_a_process_of_its_own() -> None:
-    part = parts.get("nll")
-    found = memory.in_subprocess(part.tiny(), NLL, tiny=True)
+    part = PARTS["nll"]
+    found = memory.in_process(part, NLL)
     assert found["allocated"] is not None and found["allocated"] > 0
-    with pytest.raises(RuntimeError, match="StopIteration"):
-        memory.in_subprocess(part, _failing("peer"), tiny=True)
+    with pytest.raises(RuntimeError, match="no such device"):
+        memory.in_process(part, Provider("broken", "peer", _failing))
 
 
-def test_report_saves_and_keeps_the_parts_it_does_not_measure(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(memory, "in_subprocess", lambda part, provider, *, tiny: {"allocated": 2**20, "resident": None})
-    output = tmp_path / "cpu.json"
-    cpu_report.main(["--tiny", "--only", "dpo-long", "--rounds", "1", "--output", str(output)])
-    cpu_report.main(["--tiny", "--only", "bf16-many", "--rounds", "2", "--output", str(output)])
-    results = json.loads(output.read_text())
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
+def test_the_whole_command_runs_tiny(suite: report.Suite) -> None:
+    printed = run(suite.name, "--tiny").stdout
+    assert "| part " in printed and "Traceback" not in printed
+    for part in suite.parts:
+        assert f"## {part.name}" in printed
+        assert all(f"| {provider.name} " in printed for provider in part.providers)
+
+
+def test_the_command_measures_a_part_in_a_process_and_its_memory_in_others() -> None:
+    printed = run("cpu", "--tiny", "--only", "bf16-many", "--rounds", "1").stdout
+    [line] = [x for x in printed.splitlines() if x.startswith("| logitless ") and " x 1 |" in x]
+    assert all(cell.strip() for cell in line.split("|")[4:9]), line
+
+
+def test_the_command_of_the_losses_measures_every_distribution() -> None:
+    printed = run("losses", "--tiny", "--only", "losses-distribution", "--rounds", "1").stdout
+    lines = [line for line in printed.splitlines() if " x 1 |" in line]
+    part = PARTS["losses-distribution"]
+    ours = [provider.name for provider in part.providers if provider.role != "peer"]
+    assert [line.split("|")[1].strip() for line in lines][: len(ours)] == ours
+
+
+def test_the_command_names_what_it_expects() -> None:
+    with pytest.raises(SystemExit, match="expected one of cpu, gpu, losses, tail, bundle, got 'cpus'"):
+        command.main(["cpus"])
+
+
+def test_a_suite_saves_resumes_and_keeps_the_parts_it_does_not_measure(tmp_path: Path, monkeypatch, capsys) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setattr(memory, "in_process", lambda part, provider: {"allocated": 2**20, "resident": None})
+    where = ["--tiny", "--output", str(tmp_path)]
+    cpu.main([*where, "--only", "dpo-long", "--rounds", "1"])
+    cpu.main([*where, "--only", "bf16-many", "--rounds", "2"])
+    results = json.loads((tmp_path / "cpu.json").read_text())
     assert list(results["parts"]) == ["dpo-long", "bf16-many"]
-    assert output.with_suffix(".md").read_text() == report.markdown(results)
+    assert (tmp_path / "cpu.md").read_text() == cpu.SUITE.markdown(results)
     assert "materialised DPO" in capsys.readouterr().out
-    cpu_report.main(["--tiny", "--only", "dpo-long", "bf16-many", "--minutes", "0", "--rounds", "1"])
-    assert "go on with: --only bf16-many" in capsys.readouterr().err
+    cpu.main([*where, "--minutes", "0"])
+    assert "goes on with: nll frozen dpo bf16\n" in capsys.readouterr().err
+
+
+def test_tables_are_made_again_without_measuring(tmp_path: Path) -> None:
+    for suite in SUITES:
+        copy = tmp_path / f"{suite.name}.json"
+        copy.write_text((RESULTS / copy.name).read_text())
+        command.main([suite.name, "--tables", str(copy)])
+        assert copy.with_suffix(".md").read_text() == (RESULTS / copy.name).with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
+def test_committed_tables_are_those_of_the_committed_measurements(suite: report.Suite) -> None:
+    results = json.loads((RESULTS / f"{suite.name}.json").read_text())
+    assert (RESULTS / f"{suite.name}.md").read_text() == suite.markdown(results)
+    assert set(results["parts"]) == {part.name for part in suite.parts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Targets
 
 
 def _measured(**seconds: list[float]) -> dict[str, Any]:
-    rows = [
-        measure.Row(name, "peer", x, memory={"allocated": 100, "resident": 1}).as_json() for name, x in seconds.items()
-    ]
+    rows = [vars(Row(name, "peer", seconds=x, memory={"allocated": 100, "resident": 1})) for name, x in seconds.items()]
     return {"rows": rows, "logits_bytes": 1000}
 
 
 def test_targets_compare_within_rounds() -> None:
     measured = _measured(logitless=[1.0, 3.0, 10.0], other=[2.0, 4.0, 100.0])
-    assert report.reached(Target(NLL, "seconds", "other", 1.0), measured) == 0.5
-    assert report.reached(Target(NLL, "memory", "other", 1.0), measured) == 1.0
-    assert report.reached(Target(NLL, "memory", parts.LOGITS, 1.0), measured) == 0.1
-    assert report.reached(Target(NLL, "seconds", "absent", 1.0), measured) is None
+    for asked, expected in (
+        (("seconds", "other"), 0.5),
+        (("memory", "other"), 1.0),
+        (("memory", LOGITS), 0.1),
+        (("seconds", "absent"), None),
+    ):
+        assert targets.reached(Target(NLL.name, *asked, 1.0), measured) == (NLL.name, expected)
 
 
 def test_a_bound_is_about_the_slowest_of_our_losses() -> None:
     measured = _measured(nll=[1.0, 2.0, 4.0], dft=[1.1, 2.0, 4.4], focal=[1.0, 2.0, 4.0], peer=[9.0, 9.0, 9.0])
     for row in measured["rows"][:3]:
         row["role"] = "logitless"
-    bound = parts.Bound("nll", 1.05)
-    assert report.slowest(bound, measured) == ("dft", pytest.approx(1.1))
-    assert "1.00-1.10" in report.part_table(measured, bound)
-    assert report.slowest(parts.Bound("absent", 1.05), measured) is None
+    what, value, limit, verdict = Target(SLOWEST, "seconds", "nll", 1.05).line(measured)
+    assert (what, value, limit, verdict) == ("the slowest, dft: time / nll", "1.100", "<= 1.05", "missed")
+    assert "1.00-1.10" in tables.part_table(measured, losses_suite.COUNTED, "nll")
+    assert Target(SLOWEST, "seconds", "absent", 1.05).line(measured)[3] == "not measured"
 
 
-def test_committed_tables_are_those_of_the_committed_measurements() -> None:
-    if not cpu_report.RESULTS.exists():
-        pytest.skip("no results are committed")
-    table = cpu_report.RESULTS.with_suffix(".md").read_text()
-    assert table == report.markdown(json.loads(cpu_report.RESULTS.read_text()))
+# ---------------------------------------------------------------------------------------------------------------------
+# The tail
+
+
+def peaked() -> Inputs:
+    """A vocabulary of which single entries are kept at a tolerance of 2^-4, and most are not."""
+    return Problem(96, 24, 1000, data="peaked").inputs()
+
+
+def test_the_rule_of_the_curves_is_what_the_strategy_does() -> None:
+    inputs, tolerance = peaked(), 2.0**-4
+    found = exact.Exact(inputs).entries({"native": torch.arange(1000)}, tolerance, exact.TAIL_BLOCK)["native"]
+    step = Provider("", "logitless", partial(token_loss_nll, backward="tail_corrected", tail_tolerance=tolerance)).step
+    with logitless.tail_report() as seen:
+        outcome = step(inputs)
+    reference = MATERIALISED.step(inputs.to(torch.float64))
+    errors = [measure.relative(x, y) for x, y in zip(outcome[1:], reference[1:], strict=True)]
+    assert seen.kept / seen.entries == pytest.approx(found["kept"], abs=1e-6) and 0.01 < found["kept"] < 0.3
+    assert errors == pytest.approx(found["errors"], rel=1e-3) and min(errors) > 1e-3
+
+
+def test_a_curve_falls_with_the_tolerance() -> None:
+    points = exact.curves(peaked())["points"]
+    assert [p["kept"] for p in points] == sorted(p["kept"] for p in points)
+    assert all(p["corrected"][0] <= p["dropped"][0] for p in points)
+
+
+def test_the_tail_command_runs_tiny_saves_and_draws(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    command.main(["tail", "--tiny", "--rounds", "1", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "tail.json").read_text())
+    assert [part["kind"] for part in results["parts"].values()] == ["curves", "orders", "times", "flat"]
+    methods = plots.of_kind(results, "times")[0]["methods"]
+    assert set(methods) == {provider.name for provider in times.providers(torch.arange(700))}
+    assert max(methods["screened 2^-9"]["errors"]) < 0.1 and methods["tail-corrected 2^-12"]["kept"] > 0
+    assert (tmp_path / "tail.md").read_text() == plots.markdown(results) and (tmp_path / "tail.png").exists()
+
+
+def test_committed_tail_tables_are_those_of_the_committed_measurements() -> None:
+    assert (RESULTS / "tail.md").read_text() == plots.markdown(report.load(RESULTS / "tail.json"))
+
+
+@pytest.mark.slow
+def test_the_tail_command_measures_a_model_and_fine_tunes_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = training_fixtures.make_model(tmp_path / "model")
+    where = ["--model", model, "--work", str(tmp_path), "--output", str(tmp_path), "--texts", "docstrings"]
+    command.main(["tail", "--only", "curves", "finetune", *where, "--tokens", "64", "--steps", "3", "--seeds", "0"])
+    results = report.load(tmp_path / "tail.json")
+    assert (tmp_path / "finetuned" / "config.json").exists()
+    exactly, approximately = (run["losses"] for run in plots.of_kind(results, "finetune"))
+    assert len(exactly) == 3 and exactly == pytest.approx(approximately, rel=1e-3)
+    assert plots.of_kind(results, "curves")[0]["loss"] == pytest.approx(exactly[0], rel=0.1)
+
+
+@pytest.mark.slow
+def test_texts_are_the_same_on_every_run_and_what_is_held_out_is_not_trained_on() -> None:
+    held, trained = (data.docstrings(held_out=held_out) for held_out in (True, False))
+    assert held == data.docstrings(held_out=True) and 4 < len(trained) / len(held) < 12
+    assert data.TEXTS["tables"]().count("\n") > 1000

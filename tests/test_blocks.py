@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import block_properties as properties
@@ -13,37 +11,38 @@ import pytest
 import torch
 from block_properties import PROPERTIES, Backend
 from hypothesis import given, settings
-from test_tail import cases, peaked_problem
+from tail_cases import peaked_problem, tail_calls
 from torch import Tensor
 
 from logitless import backends, linear_logprobs, reference
-from logitless.backends import blocks, chunked, rows
-from logitless.backends.blocks import BLOCK, SLICE, Routed
-from logitless.backends.problem import Problem
-from logitless.types import LogitTransform, Options, TokenStats, statistics_dtype
+from logitless.backends.approximate import blocks
+from logitless.backends.approximate.blocks import BlockEngine, Routed
+from logitless.backends.exact.torch_rows import TorchRows
+from logitless.backends.interface import Problem
+from logitless.types import PAIR_BLOCK, PAIR_SPAN, Head, TokenStats, statistics_dtype
 
 
-class Dense:
+class Dense(BlockEngine):
     """`blocks.BlockEngine` in the words of its protocol. What it leaves undefined is NaN, or no token."""
 
-    def takes(self, hidden: Tensor, weight: Tensor, transform: LogitTransform) -> bool:
-        return transform.softcap is None
+    def takes(self, hidden: Tensor, head: Head) -> bool:
+        return head.softcap is None
 
     def measure(self, problem: Problem, outputs: tuple[str, ...]) -> tuple[TokenStats, Tensor]:
-        for matrix in (problem.hidden, problem.weight):
+        for matrix in (problem.hidden, problem.head.weight):
             assert blocks.has_aligned_rows(matrix) or matrix.shape[1] * matrix.itemsize % 16
         z = self._logits(problem)
         stats = reference.statistics(z, problem.targets, ("logprob", "lse", *outputs))
         others = z.scatter(1, problem.targets[:, None], -math.inf)
-        return stats, torch.stack([block.logsumexp(1) for block in others.split(BLOCK, 1)], 1)
+        return stats, torch.stack([block.logsumexp(1) for block in others.split(PAIR_BLOCK, 1)], 1)
 
     def route(self, block_lse: Tensor, lse: Tensor, magnitude: Tensor, threshold: Tensor) -> Routed:
         mass = (block_lse - lse[:, None]).exp()
         product = mass * magnitude[:, None]
         kept = ~(product < threshold) & (product != 0)
         count, width = kept.shape
-        slices = -(-count // SLICE)
-        cut = torch.nn.functional.pad(kept.T, (0, slices * SLICE - count)).view(width * slices, SLICE).sum(1)
+        spans = -(-count // PAIR_SPAN)
+        cut = torch.nn.functional.pad(kept.T, (0, spans * PAIR_SPAN - count)).view(width * spans, PAIR_SPAN).sum(1)
         tokens = torch.full((count * width,), -1, dtype=torch.int32)
         found = kept.T.nonzero()[:, 1]
         tokens[: len(found)] = found.int()
@@ -53,31 +52,31 @@ class Dense:
         self, problem: Problem, lse: Tensor, factor: Tensor, routed: Routed, first: int, count: int, out: Tensor
     ) -> None:
         p = (self._logits(problem) - lse[:, None]).exp().scatter(1, problem.targets[:, None], 0)
-        g = p * (factor * problem.transform.slope)[:, None]
+        g = p * (factor * problem.head.transform.slope)[:, None]
         pairs = self._pairs(len(factor), routed, first, count)
         assert len(out) >= len(factor) * count
         out.fill_(math.nan)
         for at, (token, block) in enumerate(pairs):
-            row = g[token, block * BLOCK : (block + 1) * BLOCK]
-            out[at] = torch.nn.functional.pad(row, (0, BLOCK - len(row)))
+            row = g[token, block * PAIR_BLOCK : (block + 1) * PAIR_BLOCK]
+            out[at] = torch.nn.functional.pad(row, (0, PAIR_BLOCK - len(row)))
 
     def add_weight(self, gradient: Tensor, hidden: Tensor, routed: Routed, first: int, count: int, out: Tensor) -> None:
         for at, (token, block) in enumerate(self._pairs(len(hidden), routed, first, count)):
-            part = out[block * BLOCK : (block + 1) * BLOCK]
+            part = out[block * PAIR_BLOCK : (block + 1) * PAIR_BLOCK]
             part += gradient[at, : len(part), None] * hidden[token]
 
     def add_hidden(self, gradient: Tensor, weight: Tensor, routed: Routed, first: int, count: int, out: Tensor) -> None:
         for at, (token, block) in enumerate(self._pairs(len(out), routed, first, count)):
-            part = weight[block * BLOCK : (block + 1) * BLOCK]
+            part = weight[block * PAIR_BLOCK : (block + 1) * PAIR_BLOCK]
             out[token] += gradient[at, : len(part)] @ part
 
     def _logits(self, problem: Problem) -> Tensor:
         dtype = statistics_dtype(problem.hidden.dtype)
-        z = problem.hidden.to(dtype) @ problem.weight.to(dtype).T
-        return (z if problem.bias is None else z + problem.bias.to(dtype)) * problem.transform.slope
+        z = problem.hidden.to(dtype) @ problem.head.weight.to(dtype).T
+        return (z if problem.head.bias is None else z + problem.head.bias.to(dtype)) * problem.head.transform.slope
 
     def _pairs(self, count: int, routed: Routed, first: int, number: int) -> list[tuple[int, int]]:
-        starts = routed.starts[:: -(-count // SLICE)].tolist()
+        starts = routed.starts[:: -(-count // PAIR_SPAN)].tolist()
         return [
             (token, block)
             for block in range(first, first + number)
@@ -85,28 +84,11 @@ class Dense:
         ]
 
 
-TAIL = blocks.Tail(Dense(), rows.ENGINE, chunked.backward)
-
-
-def tokens_at_once(hidden: Tensor, weight: Tensor, options: Options) -> int:
-    by_blocks = options.tail is not None and TAIL.takes(hidden, weight, options.transform)
-    return sys.maxsize if by_blocks else chunked.tokens_at_once(hidden, weight, options)
-
-
 @pytest.fixture(autouse=True, scope="module")
-def module() -> Iterator[None]:
-    """The backend "dense": the chunked one, tail-corrected by blocks."""
-    made = SimpleNamespace(
-        **{name: getattr(chunked, name) for name in ("supports", "forward", "backward", "single_pass", "ENGINE")},
-        tokens_at_once=tokens_at_once,
-        tail_forward=TAIL.forward,
-        tail_backward=TAIL.backward,
-        tail_single_pass=TAIL.single_pass,
-        tail_blocks=TAIL.blocks,
-    )
+def dense() -> Iterator[None]:
+    """The backend "dense": PyTorch's rows, tail-corrected by blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        for known in (backends.BACKENDS, backends.STRATEGIES):
-            patch.setitem(known, "dense", made)  # type: ignore[arg-type]
+        patch.setitem(backends.BACKENDS, "dense", backends.Backend(TorchRows(), blocks=Dense()))
         yield
 
 
@@ -114,7 +96,7 @@ DOUBLE = Backend("dense", torch.float64)
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold(case: dict[str, Any]) -> None:
     properties.check_bounds(DOUBLE, case)
 

@@ -1,7 +1,7 @@
 """While a CUDA graph is captured: no wait for the device, no token dropped, and the same results.
 
-A GPU's capture is pretended: the values are a CPU's, and what would wait is shown by fake tensors, which have no
-numbers to wait for.
+A GPU's capture is pretended. Values are computed on a CPU, and fake tensors, which have no numbers to wait for, show
+any operation that would wait.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless
 from logitless import linear_divergence, linear_logprobs, linear_token_loss
-from logitless.backends import chunked, cuda
-from logitless.ops import divergence, library, tokens
+from logitless.backends import BACKENDS, cuda
+from logitless.ops import functions, tokens
+from logitless.ops.registered.divergence import divergence, divergence_sum
+from logitless.ops.registered.logprobs import logprobs, logprobs_backward
+from logitless.ops.registered.shared import Execution
+from logitless.ops.registered.token_loss import token_loss
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised
 from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform
 
@@ -128,34 +132,37 @@ def test_every_token_ignored(captured):
 
 
 def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None) -> dict[str, Any]:
-    """What stands behind the ops, on fake tensors."""
-    head = (1.0, None, 1.0, -100)
+    """The calls behind the registered ops, on fake tensors."""
+    head, no_cap = (LogitTransform().packed(), -100), LogitTransform().packed()
     with fake:
         hidden = torch.empty(6, 8, dtype=torch.bfloat16)
         weight = torch.empty(9, 8, dtype=torch.bfloat16)
         targets = torch.empty(6, dtype=torch.long)
         mask = torch.empty(6, dtype=torch.bool)
         vectors = [torch.empty(6) for _ in range(3)]
-    handle = next(library._next_handle)
-    library._functions[handle] = lambda stats, x: x * stats.logprob
-    needs, rest = [True, True, False], (backend, chunk_bytes, None)
-    tensors = (hidden, weight, None, targets)
-    sides = (*tensors[:3], *tensors[:3], mask, "js", [0.5, 0.1, 0.5], False, [1.0, float("inf"), 1.0] * 2)
+    handle = functions.keep(_weighted_logprob)
+    needs = [True, True, False]
+    recompute = Execution(backend, "recompute", 0.0, chunk_bytes, None)
+    single = recompute._replace(strategy="single_pass")
+    tensors = (hidden, weight, None, targets, None)
+    sides = (*tensors[:3], *tensors[:3], mask, "js", [0.5, 0.1, 0.5], False, no_cap * 2)
     both = ("chunked" if backend == "cuda" else backend, chunk_bytes)
     return {
-        "logprobs": lambda: library.logprobs._init_fn(*tensors, *head, "logprob entropy", False, *rest),
-        "frozen head": lambda: library.logprobs._init_fn(*tensors, *head, "logprob", True, *rest),
-        "recompute": lambda: library.logprobs_backward._init_fn(
-            [vectors[0], None, None, None], *tensors, [*vectors[:2], None], *head, needs, *rest
+        "logprobs": lambda: logprobs._init_fn(*tensors, *head, "logprob entropy", *recompute),
+        "frozen head": lambda: logprobs._init_fn(*tensors, *head, "logprob", *single),
+        "recompute": lambda: logprobs_backward._init_fn(
+            [vectors[0], None, None, None], [*vectors[:2], None], [], needs, *tensors, *head, *recompute
         ),
-        "single pass": lambda: library.token_loss._init_fn(
-            *tensors, vectors[:1], None, handle, [], *head, "logprob", needs, *rest, None, None, False
+        "single pass": lambda: token_loss._init_fn(
+            *tensors, vectors[:1], None, handle, [], *head, "logprob", needs, *single
         ),
-        "divergence": lambda: divergence.divergence._init_fn(*sides, [True, False], *both),
-        "divergence with gradients": lambda: divergence.divergence_sum._init_fn(
-            vectors[0], *sides, [*needs, *needs], *both
-        ),
+        "divergence": lambda: divergence._init_fn(*sides, [True, False], *both),
+        "divergence with gradients": lambda: divergence_sum._init_fn(vectors[0], *sides, [*needs, *needs], *both),
     }
+
+
+def _weighted_logprob(stats, x):
+    return x * stats.logprob
 
 
 NAMES = list(op_bodies(FakeTensorMode(), "chunked"))
@@ -163,7 +170,7 @@ NAMES = list(op_bodies(FakeTensorMode(), "chunked"))
 
 @pytest.fixture
 def no_kernels(monkeypatch):
-    """Of the GPU backends all but the kernels themselves; their launches are listed."""
+    """The GPU backends without their kernels, whose launches are listed instead."""
     pytest.importorskip("triton")
     from logitless.kernels.triton import chunk
 
@@ -221,9 +228,9 @@ def test_a_refusal_comes_before_any_work(captured):
     p = make_problem((4, 3), 4, 9)
     with Calls() as calls, pytest.raises(RuntimeError, match="whole pairs or sequences"):
         groups = torch.zeros(12, dtype=torch.long)
-        library.token_loss._init_fn(
-            *(p.hidden.view(12, 4), p.weight, None, p.targets.view(12), [], groups, 0, [], 1.0, None, 1.0, -100),
-            *("logprob", [True, True, False], "chunked", None, None, None, None, False),
+        token_loss._init_fn(
+            *(p.hidden.view(12, 4), p.weight, None, p.targets.view(12), None, [], groups, 0, [], [1.0, 30.0, 1.0]),
+            *(-100, "logprob", [True, True, False], "chunked", "single_pass", 0.0, None, None),
         )
     assert set(calls.found) <= {"zeros", "view"}
 
@@ -249,15 +256,15 @@ class Calls(TorchDispatchMode):
 def test_an_eager_op_waits_once(device_assertion, recomputes, ignored):
     """Whether there are ignored tokens or not."""
     p = make_problem((8,), 4, 9, ignored=ignored, trainable=())
-    tensors, rest = (p.hidden, p.weight, None, p.targets, 1.0, None, 1.0, -100), ("chunked", 100, None)
+    problem = (p.hidden, p.weight, None, p.targets, None, LogitTransform().packed(), -100)
+    execution = Execution("chunked", "recompute", 0.0, 100, None)
     known = [torch.zeros(8), torch.zeros(8), None]
     with Calls() as calls:
         if recomputes:
-            library.logprobs_backward._init_fn(
-                [torch.ones(8), None, None, None], *tensors[:4], known, *tensors[4:], [True, True, False], *rest
-            )
+            upstream = [torch.ones(8), None, None, None]
+            logprobs_backward._init_fn(upstream, known, [], [True, True, False], *problem, *execution)
         else:
-            library.logprobs._init_fn(*tensors, "logprob entropy", False, *rest)
+            logprobs._init_fn(*problem, "logprob entropy", *execution)
     assert calls.waits() == 1
 
 
@@ -278,7 +285,7 @@ def test_a_loss_without_a_gradient_takes_the_forward(monkeypatch, name, backward
         return out.loss if name == "dpo" else out
 
     expected = value().detach()
-    monkeypatch.setattr(chunked, "single_pass", None)
+    monkeypatch.setattr(BACKENDS["chunked"], "single_pass", None)
     with torch.no_grad():
         torch.testing.assert_close(value(), expected, rtol=1e-6, atol=1e-6)
     with pytest.raises(TypeError):

@@ -20,6 +20,7 @@ from logitless.training import InputError, TrainOptions, train, trainer
 from logitless.training.checkpoint import STATE, checkpoints
 from logitless.training.files import clean, new_folder, write_json
 from logitless.training.metrics import read_metrics
+from logitless.training.run import Run
 
 TIMES = ("tokens_per_second", "peak_memory", "eval_runtime")
 
@@ -51,15 +52,15 @@ class Runs:
 
     def interrupted(self, name: str, monkeypatch: pytest.MonkeyPatch, after: int, **changes: Any) -> None:
         """A run that ends after so many steps."""
-        step = trainer.Trainer._step
+        take_step = trainer.take_step
 
-        def limited(self: trainer.Trainer, number: int) -> Any:
+        def limited(run: Run, number: int) -> Any:
             if number == after:
                 raise Killed
-            return step(self, number)
+            return take_step(run, number)
 
         with monkeypatch.context() as patched, pytest.raises(Killed):
-            patched.setattr(trainer.Trainer, "_step", limited)
+            patched.setattr(trainer, "take_step", limited)
             train(self.options(name, **changes))
 
     def assert_same(self, a: str, b: str) -> None:

@@ -1,5 +1,7 @@
-"""The chunk and merge kernels of kernels/cuda against float64 PyTorch: through the C interface, then as the backend
-"cuda" under the ops. On a GPU where there is one; elsewhere their own text on the CPU, compiled against host/shim.h."""
+"""The chunk and merge kernels of kernels/cuda against float64 PyTorch: through the C interface, and under the ops.
+
+They run on a GPU if there is one. Otherwise their own code runs on the CPU, compiled against host/shim.h.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,13 @@ from torch import Tensor
 
 from logitless import TokenStats, backends, linear_logprobs, linear_token_loss, reference
 from logitless.backends import cuda
-from logitless.backends.blocks import BLOCK
-from logitless.backends.sweep import RowHead
+from logitless.backends.approximate.blocks import PAIR_BLOCK
+from logitless.backends.exact import gradients, products
+from logitless.backends.interface import Upstream
 from logitless.kernels.cuda import library as cuda_library
-from logitless.kernels.cuda.library import DTYPES, Library
+from logitless.kernels.cuda.library import DTYPE_CODES, Library
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised, poison_empty
-from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform, statistics_dtype
+from logitless.types import DIFFERENTIABLE, OUTPUTS, Head, LogitTransform, statistics_dtype
 
 INF = math.inf
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -45,7 +48,7 @@ def backend(library: Library) -> Iterator[None]:
     """The backend "cuda" takes tensors on `DEVICE`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cuda_library.VARIABLE, str(library.path))
-        patch.setitem(backends.BACKENDS, "cuda", cuda)
+        patch.setitem(backends.BACKENDS, "cuda", cuda.CUDA)
         yield
 
 
@@ -301,7 +304,7 @@ def test_confident_token_keeps_its_digits(library):
 @pytest.mark.parametrize("column", [0, 77, 99, 2500])
 @pytest.mark.parametrize("masked", [False, True])
 def test_nan_reaches_every_result(library, column, masked):
-    """Also where everything else of its part is masked."""
+    """A NaN reaches them even if all other columns of its part are masked."""
     chunk = make_chunk(1, 3000 if column > 99 else 100)
     if masked:
         chunk.raw[:] = -INF
@@ -422,7 +425,7 @@ def test_the_rest_of_what_is_refused(library):
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPE_CODES)
 def test_no_rows(library, dtype):
     chunk = make_chunk(0, 40, dtype)
     found, _ = measure(library, chunk)
@@ -483,7 +486,7 @@ def test_frozen_head_keeps_one_vector_per_token(backend, case, outputs):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ragged_sizes(backend, dtype, softcap):
-    """Also the fused forward's: H is a multiple of 8 here."""
+    """Sizes that no tile divides. H is a multiple of 8, so the fused forward runs too."""
     problem = make_problem((70,), 40, 507, dtype=dtype, bias=True, ignored=0.2)
     check_op(Case(problem, LogitTransform(softcap=softcap), 20), DIFFERENTIABLE, "recompute")
 
@@ -537,12 +540,12 @@ def test_bfloat16_chunks(backend, dtype):
 
 def test_no_second_chunk_is_allocated(backend):
     """The gradient overwrites the logits."""
-    assert cuda.ENGINE.buffers(None) == 1
     raw, ones = draw(4, 64), torch.ones(4, device=DEVICE)
-    head = RowHead(None, LogitTransform())
-    tile = cuda.ENGINE.measure(raw, head, torch.zeros_like(ones, dtype=torch.int64), ("entropy",), None)
-    upstream = backends.problem.Upstream(logprob=ones, entropy=ones)
-    for_bfloat16 = cuda.ENGINE.gradient(tile, head, upstream, torch.bfloat16).matrix
+    head = Head(raw.new_empty(64, 0))
+    assert cuda.CUDA.rows.buffers(head, None) == 1
+    tile = cuda.CUDA.rows.measure(raw, head, torch.zeros_like(ones, dtype=torch.int64), ("entropy",), None)
+    upstream = Upstream(logprob=ones, entropy=ones)
+    for_bfloat16 = cuda.CUDA.rows.gradient(tile, head, upstream, torch.bfloat16).matrix
     assert for_bfloat16.data_ptr() == raw.data_ptr() and for_bfloat16.stride() == (128, 1)
 
 
@@ -554,7 +557,7 @@ def summed(stats: TokenStats) -> torch.Tensor:
 @pytest.mark.parametrize("backward", ["recompute", "single_pass"])
 def test_one_chunk_rounds_the_heads_gradient_once(monkeypatch, backend, backward, outputs):
     """bfloat16: the product that makes it writes it, targets and all; within the budget of materialised bfloat16."""
-    monkeypatch.setattr(backends.sweep, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(products, "has_bfloat16_units", lambda: True)
     problem = make_problem((40,), 16, 300, dtype=torch.bfloat16, bias=True, ignored=0.2)
     problem.targets[:20] = 7  # a sum in bfloat16 would lose most of them
 
@@ -567,14 +570,14 @@ def test_one_chunk_rounds_the_heads_gradient_once(monkeypatch, backend, backward
         return torch.where(p.targets != -100, summed(materialised(p, outputs=outputs)), 0).sum()
 
     made: list[torch.dtype] = []
-    finish = backends.sweep.Accumulators.finish
+    finish = gradients.Accumulators.finish
 
     def watched(self):
         found = finish(self)
         made.append(found.weight.dtype)
         return found
 
-    monkeypatch.setattr(backends.sweep.Accumulators, "finish", watched)
+    monkeypatch.setattr(gradients.Accumulators, "finish", watched)
     with poison_empty():
         assert_matches_float64(ours, theirs, problem)
     assert made == [torch.bfloat16]
@@ -593,7 +596,7 @@ def projects() -> bool:
     dtype=st.sampled_from(HALF_TYPES),
     bias=st.booleans(),
     transform=transforms,
-    block=st.sampled_from([0, BLOCK]),
+    block=st.sampled_from([0, PAIR_BLOCK]),
     outputs=outputs_subset,
     mean_known=st.booleans(),
     padding=st.sampled_from([0, 1, 4]),
@@ -605,18 +608,18 @@ def test_a_chunk_of_one_kernel(
     if not projects():
         pytest.skip("cuBLAS makes the chunks")
     hidden, weight = draw(rows, 16, seed=seed).to(dtype), draw(vocabulary, 16, seed=seed + 1).to(dtype)
-    head = RowHead(draw(vocabulary, seed=seed + 2) if bias else None, transform)
+    head = Head(weight, draw(vocabulary, seed=seed + 2) if bias else None, *transform.numbers)
     targets = torch.randint(vocabulary, (rows,), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     mean = draw(rows, seed=seed + 3) if mean_known and "mean_logit" in outputs else None
-    engine = cuda.RowKernels(block)
+    engine = cuda.CudaRows(block)
     with poison_empty():
         out = torch.empty(rows, vocabulary + padding, device=DEVICE)[:, :vocabulary]
-        tile = engine.project(hidden, weight, out, head, targets, outputs, mean)
+        tile = engine.project(hidden, out, head, targets, outputs, mean)
     assert tile is not None and tile.logits.data_ptr() == out.data_ptr()
-    products = hidden.double() @ weight.double().T
-    torch.testing.assert_close(out.double(), products, rtol=0, atol=1e-6 * products.abs().max().item() + 1e-6)
+    exact = hidden.double() @ weight.double().T
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-6 * exact.abs().max().item() + 1e-6)
     expected = engine.measure(out, head, targets, outputs, mean)
-    tolerance = 16 * torch.finfo(torch.float32).eps * (1 + products.abs().max().item() * abs(transform.slope) + 6)
+    tolerance = 16 * torch.finfo(torch.float32).eps * (1 + exact.abs().max().item() * abs(transform.slope) + 6)
     for name in OUTPUTS:
         found, wanted = getattr(tile.stats, name), getattr(expected.stats, name)
         assert (found is None) == (wanted is None)
@@ -632,7 +635,7 @@ def test_a_chunk_of_one_kernel(
 def test_a_single_pass_reads_no_chunk_to_measure_it(backend, monkeypatch, dtype):
     if not projects():
         pytest.skip("cuBLAS makes the chunks")
-    monkeypatch.setattr(cuda.RowKernels, "measure", None)
+    monkeypatch.setattr(cuda.CudaRows, "measure", None)
     problem = moved(make_problem((30,), 16, 100, dtype=dtype), DEVICE)
     options = {"backend": "cuda", "backward": "single_pass"}
     loss = linear_token_loss(problem.hidden, problem.weight, problem.targets, lambda stats: -stats.logprob, **options)

@@ -1,6 +1,8 @@
-"""The fused forwards of kernels/cuda, up to the statistics, against float64. On a GPU where there is one; elsewhere the
-Ampere kernel's own text on the CPU, its tensor-core and copy instructions emulated (kernels/cuda/host/mma.h), and what
-of Hopper's can be checked there."""
+"""The fused forwards of kernels/cuda, up to the statistics, against float64.
+
+They run on a GPU if there is one. Otherwise the Ampere kernel's own code runs on the CPU, where its tensor-core and
+copy instructions are emulated (kernels/cuda/host/mma.h), and so do the parts of Hopper's kernel that can.
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,7 @@ def draw(
 
 
 def forwards(library: Library, dtype: torch.dtype) -> list[Kernel]:
-    """Those that run here."""
+    """The fused forwards that can run on this machine."""
     hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
     names = library.configurations() if hopper else ()
     return [AMPERE, *(Kernel("forward_sm90", (k,)) for k in range(len(names)) if k == 0 or dtype == torch.bfloat16)]
@@ -111,7 +113,7 @@ def run(
     count: int = 5,
     padding: int | None = None,
 ) -> Result:
-    """With `count` moments; the raw products in a matrix that many columns wider, where `padding` is given."""
+    """Runs a forward and the merge, with `count` moments. With `padding`, raw products go to a matrix wider by that."""
     rows, vocabulary = len(x.hidden), len(x.weight)
     parts = -(-vocabulary // PART)
     moments, target_logit = torch.full((parts, count, rows), math.nan), torch.full((rows,), math.nan)
@@ -141,7 +143,7 @@ def merge(library: Library, moments: Tensor, target_logit: Tensor, vocabulary: i
 
 
 def logits(x: Operands, transform: LogitTransform) -> Tensor:
-    """Of the same halves, in float64."""
+    """Logits in float64 from the half-precision operands."""
     s = x.hidden.double() @ x.weight.double().T
     masked = None
     if x.bias is not None:
@@ -152,7 +154,7 @@ def logits(x: Operands, transform: LogitTransform) -> Tensor:
 
 
 def logit_error(x: Operands, transform: LogitTransform) -> float:
-    """What float32 sums of H exact products may be off by, and the roundings after them."""
+    """The largest error of float32 sums of H exact products and of the roundings after them."""
     absolute = (x.hidden.double().abs() @ x.weight.double().abs().T).max().item()
     if x.bias is not None:
         absolute += x.bias.masked_fill(x.bias.isinf(), 0).abs().max().item()

@@ -1,9 +1,7 @@
-"""The CUDA library as Python meets it: its header, its exported names, a machine without a GPU, and what nvcc makes of
-it for every architecture."""
+"""The CUDA library in Python: its header, its exported names, a machine without a GPU, and nvcc's build of it."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import re
@@ -16,36 +14,21 @@ from typing import cast
 
 import pytest
 import torch
-from cuda_build import ROOT, cutlass_headers, gpu_library, host_library, needs_compiler, needs_nvcc, run
+from cuda_build import ROOT, ctype, cutlass_headers, gpu_library, host_library, needs_compiler, needs_nvcc, run
 
 from logitless.backends import cuda
 from logitless.kernels.cuda import library as cuda_library
-from logitless.kernels.cuda.library import DTYPES, NOT_BUILT, SIGNATURES, Library
+from logitless.kernels.cuda.library import DTYPE_CODES, NOT_BUILT, SIGNATURES, Library
 
 HEADER = ROOT / "kernels" / "cuda" / "logitless.h"
-NUMBERS = {
-    "void": None,
-    "int32_t": ctypes.c_int32,
-    "int64_t": ctypes.c_int64,
-    "float": ctypes.c_float,
-    "double": ctypes.c_double,
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The header
 
 
-def ctype(declaration: str) -> type | None:
-    """`const void *` -> c_void_p, of a declaration without the name."""
-    plain = declaration.replace("const", "").strip()
-    if plain.endswith("*"):
-        return ctypes.c_char_p if plain[:-1].strip() == "char" else ctypes.c_void_p
-    return NUMBERS[plain]
-
-
 def declared() -> dict[str, tuple[type | None, ...]]:
-    """What the header declares: a function's result, then its arguments."""
+    """The header's declarations by name: the type of the result, then those of the arguments."""
     text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
     text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
     found = {}
@@ -64,7 +47,7 @@ def test_signatures_are_those_of_the_header():
 
 def test_codes_are_those_of_the_header():
     values = dict(re.findall(r"(LOGITLESS_\w+) = (-?\d+)", HEADER.read_text()))
-    for dtype, code in DTYPES.items():
+    for dtype, code in DTYPE_CODES.items():
         assert int(values[f"LOGITLESS_{str(dtype).removeprefix('torch.').upper()}"]) == code
     assert int(values["LOGITLESS_NOT_BUILT"]) == NOT_BUILT
 
@@ -120,27 +103,27 @@ def test_gpu_only_kernels_are_not_built_for_the_cpu(host):
 def test_without_the_library(monkeypatch, tmp_path):
     monkeypatch.delenv(cuda_library.VARIABLE, raising=False)
     monkeypatch.setattr(cuda_library, "__file__", str(tmp_path / "library.py"))
-    assert "its library is not built" in cuda.supports(torch.device("cpu"), torch.float32)
+    assert "its library is not built" in cuda.CUDA.supports(torch.device("cpu"), torch.float32)
 
 
 def test_a_library_that_cannot_be_loaded(monkeypatch, tmp_path):
     monkeypatch.setenv(cuda_library.VARIABLE, str(tmp_path / "absent.so"))
-    assert "cannot be loaded" in cuda.supports(torch.device("cpu"), torch.float32)
+    assert "cannot be loaded" in cuda.CUDA.supports(torch.device("cpu"), torch.float32)
 
 
 @needs_compiler
 def test_a_library_of_another_version(monkeypatch):
     monkeypatch.setenv(cuda_library.VARIABLE, str(host_library(target="logitless_rows")))
-    assert "cannot be loaded" in cuda.supports(torch.device("cpu"), torch.float32)
+    assert "cannot be loaded" in cuda.CUDA.supports(torch.device("cpu"), torch.float32)
 
 
 @needs_compiler
 def test_other_devices_and_dtypes(monkeypatch, host):
     monkeypatch.setenv(cuda_library.VARIABLE, str(host.path))
     weight = torch.zeros(3, 8)
-    assert cuda.supports(weight.device, weight.dtype) is None
-    assert "takes tensors on cpu, got meta" in cuda.supports(torch.device("meta"), weight.dtype)
-    assert "got torch.complex64" in cuda.supports(weight.device, torch.complex64)
+    assert cuda.CUDA.supports(weight.device, weight.dtype) is None
+    assert "takes tensors on cpu, got meta" in cuda.CUDA.supports(torch.device("meta"), weight.dtype)
+    assert "got torch.complex64" in cuda.CUDA.supports(weight.device, torch.complex64)
 
 
 @needs_compiler
@@ -221,7 +204,7 @@ def test_kernels_keep_to_their_registers(built):
 @pytest.mark.slow
 @needs_nvcc
 def test_configurations_of_the_forward(built):
-    """In the order of the C interface's numbers; kernels/README.md says what each costs."""
+    """In the order of the C interface's numbers; kernels/cuda/README.md says what each costs."""
     names = cuda_library.load(built).configurations()
     if cutlass_headers() is None:
         assert names == ()
@@ -230,7 +213,7 @@ def test_configurations_of_the_forward(built):
     with pytest.raises(RuntimeError, match="configuration that this build"):
         absent = (*(None,) * 2, torch.bfloat16, *(0,) * 5, *(None,) * 2, *(1.0,) * 3, *(None, 2, None, None, 0, 4))
         cuda_library.load(built).launch("forward_sm90", *absent, on=torch.device("cpu"))
-    table = (ROOT / "kernels" / "README.md").read_text()
+    table = (ROOT / "kernels" / "cuda" / "README.md").read_text()
     assert [name for name in names if f"| `{name}` |" not in table] == []
 
 
@@ -272,7 +255,7 @@ assert loaded.target == "cuda"
 code = loaded.device_code(torch.device("cpu"))  # of device 0; PyTorch's guard would stop the call on its own
 print(code, loaded.explain(code))
 x = torch.zeros(4, 8)
-print(cuda.supports(x.device, x.dtype))
+print(cuda.CUDA.supports(x.device, x.dtype))
 vector = torch.zeros(4)
 try:
     loaded.launch("merge", vector, vector, torch.float32, 1, 5, 4, 9, *(None,) * 6, None, 0, on=torch.device("cpu"))

@@ -1,22 +1,23 @@
-"""The sparse backward's kernels (kernels/cuda/route.cuh, sparse.cuh) against the same algorithm in plain PyTorch,
-float64: on a GPU where there is one; elsewhere their own text on the CPU."""
+"""The sparse backward's kernels (kernels/cuda/route.cuh, sparse.cuh) against the algorithm in float64 PyTorch.
+
+They run on a GPU if there is one. Otherwise their own code runs on the CPU.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import pytest
 import torch
 from cuda_build import library_of_cpu_tensors, needs_compiler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pair_lists import PairProblem, RoutedPairs, assert_within, draw, spread_over_columns
 from torch import Tensor
 
 from logitless.kernels.cuda.library import Library
+from logitless.types import PAIR_BLOCK, PAIR_SPAN
 
-BLOCK = SLICE = 128
 CPU = torch.device("cpu")
 #: An entry of the listed gradient is rounded to bfloat16 once; as much again for what goes into it.
 ROUNDING = 2 * 2.0**-9
@@ -29,88 +30,12 @@ def library() -> Library:
     return library_of_cpu_tensors()
 
 
-@dataclass
-class Problem:
-    """A head's operands and the upstream gradients of logprob, lse and entropy."""
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    targets: Tensor  # [N]
-    upstream: Tensor  # [3, N]
-    softcap: float = 0.0
-
-    @property
-    def blocks(self) -> int:
-        return -(-len(self.weight) // BLOCK)
-
-    @property
-    def raw(self) -> Tensor:
-        return self.hidden.double() @ self.weight.double().T
-
-    @property
-    def logits(self) -> Tensor:
-        return self.softcap * torch.tanh(self.raw / self.softcap) if self.softcap else self.raw
-
-    def block_lse(self) -> Tensor:
-        """[N, blocks], the target left out."""
-        others = self.logits.scatter(1, self.targets[:, None], -math.inf)
-        return torch.stack([block.logsumexp(1) for block in others.split(BLOCK, 1)], 1)
-
-    def entropy(self) -> Tensor:
-        logp = self.logits.log_softmax(1)
-        return -(logp.exp() * logp).sum(1)
-
-    def gradient(self) -> Tensor:
-        """dL/ds [N, V], by autograd, its target entries 0."""
-        s = self.raw.requires_grad_()
-        z = self.softcap * torch.tanh(s / self.softcap) if self.softcap else s
-        logp = z.log_softmax(1)
-        a, b, e = self.upstream.double()
-        logprob = logp.gather(1, self.targets[:, None])[:, 0]
-        total = (a * logprob + b * z.logsumexp(1) - e * (logp.exp() * logp).sum(1)).sum()
-        (found,) = torch.autograd.grad(total, s)
-        return found.scatter(1, self.targets[:, None], 0)
-
-
-def draw(
-    rows: int, vocabulary: int, depth: int, *, spread: float = 4.0, softcap: float = 0.0, seed: int = 0
-) -> Problem:
-    g = torch.Generator().manual_seed(seed)
-    return Problem(
-        torch.randn(rows, depth, generator=g).bfloat16(),
-        (torch.randn(vocabulary, depth, generator=g) * spread / depth**0.5).bfloat16(),
-        torch.randint(vocabulary, (rows,), generator=g),
-        torch.randn(3, rows, generator=g),
-        softcap,
-    )
-
-
-class Routed(NamedTuple):
-    starts: Tensor  # [blocks slices + 1]
-    tokens: Tensor  # [N blocks]
-    tail: Tensor  # [N, blocks]
-
-    def pairs(self, rows: int) -> Tensor:
-        """(block, token) of the list, in its order."""
-        slices = -(-rows // SLICE)
-        counts = self.starts[::slices].diff()
-        block = torch.arange(len(counts)).repeat_interleave(counts)
-        return torch.stack([block, self.tokens[: len(block)].long()], 1)
-
-    def kept(self, rows: int) -> Tensor:
-        """[N, blocks]"""
-        found = torch.zeros_like(self.tail, dtype=torch.bool)
-        block, token = self.pairs(rows).unbind(1)
-        found[token, block] = True
-        return found
-
-
-def route(library: Library, problem: Problem, magnitude: Tensor, threshold: float) -> Routed:
+def route(library: Library, problem: PairProblem, magnitude: Tensor, threshold: float) -> RoutedPairs:
     rows, blocks = len(problem.hidden), problem.blocks
-    slices = -(-rows // SLICE)
+    spans = -(-rows // PAIR_SPAN)
     block_lse, lse = problem.block_lse().float(), problem.logits.logsumexp(1).float()
-    made = Routed(
-        torch.full((blocks * slices + 1,), -1, dtype=torch.int32),
+    made = RoutedPairs(
+        torch.full((blocks * spans + 1,), -1, dtype=torch.int32),
         torch.full((rows * blocks,), -1, dtype=torch.int32),
         torch.full((rows, blocks), math.nan),
     )
@@ -119,9 +44,9 @@ def route(library: Library, problem: Problem, magnitude: Tensor, threshold: floa
     return made
 
 
-def listed_gradient(library: Library, problem: Problem, routed: Routed, first: int, count: int) -> Tensor:
+def listed_gradient(library: Library, problem: PairProblem, routed: RoutedPairs, first: int, count: int) -> Tensor:
     rows, depth = problem.hidden.shape
-    made = torch.full((rows * count, BLOCK), math.nan, dtype=torch.bfloat16)
+    made = torch.full((rows * count, PAIR_BLOCK), math.nan, dtype=torch.bfloat16)
     lse, entropy = problem.logits.logsumexp(1).float(), problem.entropy().float()
     library.launch(
         "sparse_gradient",
@@ -134,7 +59,7 @@ def listed_gradient(library: Library, problem: Problem, routed: Routed, first: i
 
 
 def products(
-    library: Library, problem: Problem, routed: Routed, *, ordered: bool, blocks_at_once: int
+    library: Library, problem: PairProblem, routed: RoutedPairs, *, ordered: bool, blocks_at_once: int
 ) -> tuple[Tensor, Tensor]:
     """d_hidden and d_weight of the listed pairs."""
     rows, depth = problem.hidden.shape
@@ -147,15 +72,6 @@ def products(
         library.launch("sparse_d_weight", gradient, problem.hidden, *sizes, *pairs, d_weight, depth, on=CPU)
         library.launch("sparse_d_hidden", gradient, problem.weight, *sizes, *pairs, ordered, d_hidden, depth, on=CPU)
     return d_hidden, d_weight
-
-
-def spread_over_columns(kept: Tensor, vocabulary: int) -> Tensor:
-    return kept.repeat_interleave(BLOCK, 1)[:, :vocabulary]
-
-
-def assert_within(found: Tensor, expected: Tensor, allowed: Tensor) -> None:
-    excess = ((found.double() - expected).abs() - allowed).max().item()
-    assert excess <= 0, excess
 
 
 problems = st.builds(
@@ -171,7 +87,7 @@ problems = st.builds(
 
 @settings(max_examples=40)
 @given(problem=problems, tolerance=st.sampled_from([0.0, 1e-3, 0.05, 2.0]))
-def test_routing(library: Library, problem: Problem, tolerance: float) -> None:
+def test_routing(library: Library, problem: PairProblem, tolerance: float) -> None:
     rows = len(problem.hidden)
     magnitude = problem.upstream[0].abs()
     magnitude[0] = 0
@@ -180,11 +96,11 @@ def test_routing(library: Library, problem: Problem, tolerance: float) -> None:
     assert torch.equal(pairs, pairs.unique(dim=0)), "by block, then by token, each once"
     assert (routed.tokens[len(pairs) :] == -1).all()
 
-    slices = -(-rows // SLICE)
+    spans = -(-rows // PAIR_SPAN)
     kept = routed.kept(rows)
-    counts = torch.stack([piece.sum(0) for piece in kept.split(SLICE)], 1).flatten()  # [blocks, slices]
+    counts = torch.stack([piece.sum(0) for piece in kept.split(PAIR_SPAN)], 1).flatten()  # [blocks, spans]
     assert torch.equal(routed.starts.diff(), counts.int()) and routed.starts[0] == 0
-    assert len(counts) == problem.blocks * slices
+    assert len(counts) == problem.blocks * spans
 
     mass = (problem.block_lse() - problem.logits.logsumexp(1, keepdim=True)).exp()
     product = mass * magnitude[:, None]
@@ -212,7 +128,7 @@ def test_nan_is_routed(library: Library) -> None:
 @example(problem=draw(150, 300, 136), tolerance=0.02, ordered=True, blocks_at_once=2)
 @example(problem=draw(1064, 130, 8), tolerance=0.0, ordered=False, blocks_at_once=2)  # 9 tiles for 8 thread blocks
 def test_gradients_of_the_listed_pairs(
-    library: Library, problem: Problem, tolerance: float, ordered: bool, blocks_at_once: int
+    library: Library, problem: PairProblem, tolerance: float, ordered: bool, blocks_at_once: int
 ) -> None:
     routed = route(library, problem, torch.ones(len(problem.hidden)), tolerance)
     kept = spread_over_columns(routed.kept(len(problem.hidden)), len(problem.weight))

@@ -1,5 +1,7 @@
-"""The tail-corrected backward of the backend "cuda", by its kernels (route.cuh, sparse.cuh): on a GPU where there is
-one; elsewhere their own text on the CPU, compiled against host/shim.h."""
+"""The tail-corrected backward of the backend "cuda", by its kernels (route.cuh, sparse.cuh).
+
+They run on a GPU if there is one. Otherwise their own code runs on the CPU, compiled against host/shim.h.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ import torch
 from block_properties import PROPERTIES, Backend
 from cuda_build import library_here, needs_compiler
 from hypothesis import given, settings
-from test_tail import cases, peaked_problem
+from tail_cases import peaked_problem, tail_calls
 
 from logitless import backends, linear_logprobs, tail_report
-from logitless.backends import blocks, cuda, tail
+from logitless.backends import cuda
 from logitless.kernels.cuda import library as cuda_library
 from logitless.testing import poison_empty, watch_allocations
-from logitless.types import LogitTransform, Options
+from logitless.types import Head, Options
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 HALF = Backend("cuda", torch.bfloat16, DEVICE)
@@ -45,13 +47,12 @@ def library() -> Iterator[None]:
     loaded = cuda_library.load(library_here())
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(cuda_library.VARIABLE, str(loaded.path))
-        for known in (backends.BACKENDS, backends.STRATEGIES):
-            patch.setitem(known, "cuda", cuda)
+        patch.setitem(backends.BACKENDS, "cuda", cuda.CUDA)
         yield
 
 
 @settings(max_examples=2, deadline=None)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold(case: dict[str, Any]) -> None:
     with poison_empty():
         properties.check_bounds(HALF, case)
@@ -59,7 +60,7 @@ def test_the_bounds_hold(case: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 @settings(max_examples=25, deadline=None)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold_on_many(case: dict[str, Any]) -> None:
     properties.check_bounds(HALF, case)
 
@@ -88,7 +89,7 @@ def test_preferences(frozen: bool) -> None:
 
 @pytest.mark.slow
 def test_without_a_fused_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on Blackwell: cuBLAS's chunks, measured with their blocks."""
+    """A GPU without a fused forward, such as Blackwell, measures cuBLAS's chunks with their blocks."""
     monkeypatch.setattr(cuda, "fused_kernel", lambda hidden, weight: None)
     with poison_empty():
         properties.the_report_is_exact(HALF)
@@ -97,20 +98,20 @@ def test_without_a_fused_forward(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_other_dtypes_go_entry_by_entry(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """No listed kernel has them; the correction and its report are the same."""
-    monkeypatch.setattr(cuda.BlockKernels, "route", lambda *_: pytest.fail("it went by blocks"))
+    monkeypatch.setattr(cuda.CudaBlocks, "route", lambda *_: pytest.fail("it went by blocks"))
     properties.check_close(Backend("cuda", dtype, DEVICE), peaked_problem(), tail_tolerance=2.0**-8)
 
 
 def test_what_goes_by_blocks() -> None:
     hidden, weight = torch.zeros(4, 16, dtype=torch.bfloat16), torch.zeros(300, 16, dtype=torch.bfloat16)
-    plain, bent = LogitTransform(), LogitTransform(softcap=30.0)
-    assert cuda.tail_blocks(hidden, weight, plain) == 3 == blocks.blocks(300)
-    assert cuda.tail_blocks(hidden, weight, bent) == 2 == tail.blocks(300)
-    assert not cuda.TAIL.takes(hidden[:, :12], weight[:, :12], plain), "rows of 24 bytes"
-    corrected = Options(backward="tail_corrected")
-    assert cuda.tokens_at_once(hidden, weight, corrected) == sys.maxsize
-    assert cuda.tokens_at_once(hidden, weight, Options(backward="tail_corrected", softcap=30.0)) < sys.maxsize
-    assert cuda.tokens_at_once(hidden, weight, Options()) < sys.maxsize
+    plain, bent = Head(weight), Head(weight, softcap=30.0)
+    corrected, options = cuda.CUDA.approximate("tail_corrected"), Options(backward="tail_corrected")
+    assert corrected.saved_width(hidden, plain) == 3 == -(-300 // 128)
+    assert corrected.saved_width(hidden, bent) == 2 == -(-300 // 256)
+    assert not cuda.CudaBlocks().takes(hidden[:, :12], Head(weight[:, :12])), "rows of 24 bytes"
+    assert corrected.tokens_at_once(hidden, plain, options) == sys.maxsize
+    assert corrected.tokens_at_once(hidden, bent, options) < sys.maxsize
+    assert cuda.CUDA.tokens_at_once(hidden, plain, Options()) < sys.maxsize
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -131,7 +132,7 @@ def test_the_order_of_sums_follows_pytorch(deterministic: bool, monkeypatch: pyt
 
 @pytest.mark.slow
 def test_no_matrix_of_tokens_by_vocabulary() -> None:
-    """What is kept between the passes is a 128th of the logits; a group's gradient keeps to the budget."""
+    """Between the passes a 128th of the logits is kept, and a group's gradient keeps to the budget."""
     tokens, vocabulary, size = 200, 3000, 16
     made = peaked_problem(count=tokens)
     draw = torch.Generator().manual_seed(0)

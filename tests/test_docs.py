@@ -30,7 +30,6 @@ PAGE: str = GENERATE.page()
 def test_the_committed_page_is_fresh() -> None:
     committed = (ROOT / "docs" / "losses.md").read_text(encoding="utf-8")
     assert committed == PAGE, "run python docs/generate_losses.py"
-    assert GENERATE.README.read_text(encoding="utf-8") == GENERATE.readme(), "run python docs/generate_losses.py"
 
 
 def test_the_table_of_chunks_is_fresh() -> None:
@@ -51,11 +50,9 @@ def test_every_docstring_says_what_the_page_needs(name: str) -> None:
 
 
 def test_every_loss_has_its_row_and_section() -> None:
-    table = GENERATE.readme_table()
     for name in losses.names():
         assert f"\n### {name}\n" in PAGE
         assert f"\n| [`{name}`](#{name}) | `{type(losses.get(name)).__name__}` |" in PAGE
-        assert f"\n| [`{name}`](docs/losses.md#{name}) |" in table
 
 
 PUBLISHED = """
@@ -102,6 +99,5 @@ def test_parts_of_a_docstring() -> None:
     assert listed == "- `one = 3`, `two = 'b'`: numbers\n  of a kind.\n\nAnd others."
     links = GENERATE.source(found["Source"])
     assert links.count("https://arxiv.org/abs/") == 2 and links.endswith("unverified source")
-    assert GENERATE.source(found["Source"], most=1).count("https") == 1
     with pytest.raises(ValueError, match="Source: stands twice"):
         GENERATE.sections("One.\n\nSource: a.\n\nSource: b.")

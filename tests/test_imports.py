@@ -1,11 +1,14 @@
-"""What importing the package costs, brings in, and points at."""
+"""Imports of the package: their cost, the modules that they load, and the layers that they keep to."""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 import json
+import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -20,7 +23,10 @@ LAYERS = (
     ("reference", "reduce"),
     ("losses", "backends"),
     ("ops", "info"),
+    ("arguments",),
     ("linear",),
+    ("class_weight", "module"),
+    ("aliases",),
     ("functional",),
     ("nn",),
     ("testing",),
@@ -41,7 +47,7 @@ APART = {
 
 
 def fresh(code: str) -> str:
-    """What `code` prints in a new process."""
+    """The output of `code` in a new process."""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -52,7 +58,7 @@ def modules() -> list[Path]:
 
 
 def unit(path: Path) -> str:
-    """The part of the package that a file belongs to: `losses` for losses/sft.py, `types` for types.py."""
+    """The part of the package that a file belongs to: `losses` for losses/loss.py, `types` for types.py."""
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
@@ -88,13 +94,71 @@ def test_imports_point_downwards(path: Path) -> None:
         assert (unit(path), other) not in APART, f"{unit(path)} and {other} must not know one another"
 
 
-def test_backends_do_not_know_one_another() -> None:
-    names = set(logitless.backends.BACKENDS)
-    for name in names:
-        tree = ast.parse((PACKAGE / "backends" / f"{name}.py").read_text())
-        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-        imported |= {a.name for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names}
-        assert not imported & (names - {name})
+def test_no_files_import_one_another() -> None:
+    """Directly or through others; packages' `__init__` files, which hand names on, are left out."""
+    files = {path.relative_to(PACKAGE.parent).with_suffix("").parts: path for path in modules()}
+    files = {name: path for name, path in files.items() if name[-1] != "__init__"}
+    graph: dict[tuple[str, ...], set[tuple[str, ...]]] = {}
+    for name, path in files.items():
+        imported: set[tuple[str, ...]] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                module = tuple(filter(None, (node.module or "").split(".")))
+                source = (*name[: len(name) - node.level], *module) if node.level else module
+                imported |= {source, *((*source, alias.name) for alias in node.names)}
+        graph[name] = (imported & set(files)) - {name}
+    assert sum(map(len, graph.values())) > len(files)
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+#: The rooms of `backends`, from the bottom up. The backends share one floor and do not know one another.
+ROOMS = (("interface",), ("exact",), ("approximate",), ("backend",), tuple(logitless.backends.BACKENDS), ("__init__",))
+
+
+def rooms_imported(path: Path) -> set[str]:
+    """The rooms of `backends` that a file there imports when it runs; imports for the type checker are left out."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level)
+    paths = ((*here[: len(here) - node.level], *(node.module or "").split(".")) for node in imports)
+    return {path[1] for path in paths if path[0] == "backends" and len(path) > 1}
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "backends").rglob("*.py")), ids=lambda path: path.stem)
+def test_rooms_of_the_backends_import_downwards(path: Path) -> None:
+    floor = {room: i for i, rooms in enumerate(ROOMS) for room in rooms}
+    room = path.relative_to(PACKAGE / "backends").with_suffix("").parts[0]
+    for other in rooms_imported(path) - {room}:
+        assert floor[other] < floor[room], f"{room} may not import {other}"
+
+
+def test_losses_are_found_in_an_archive(tmp_path: Path) -> None:
+    """No list names the modules of the losses, and an archive has no folders to look into."""
+    archive = tmp_path / "logitless.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for folder, _, names in os.walk(PACKAGE, followlinks=True):
+            for path in (Path(folder, name) for name in names if name.endswith(".py")):
+                file.write(path, path.relative_to(PACKAGE.parent))
+    code = (
+        f"import sys; sys.path.insert(0, {str(archive)!r})\n"
+        "import logitless\n"
+        "assert logitless.__file__.startswith(sys.path[0])\n"
+        "print(*logitless.losses.names())"
+    )
+    assert fresh(code).split() == logitless.losses.names()
+
+
+def test_a_loss_that_is_not_loaded_yet_compiles_by_its_name() -> None:
+    fresh(
+        "import torch, logitless\n"
+        "hidden, weight, targets = torch.randn(2, 3, 4), torch.randn(7, 4), torch.randint(7, (2, 3))\n"
+        "def loss(hidden): return logitless.linear_loss('gspo', hidden, weight, targets, advantages=torch.ones(2))\n"
+        "found = torch.compile(loss, backend='eager', fullgraph=True)(hidden)\n"
+        "torch.testing.assert_close(found, loss(hidden))"
+    )
 
 
 def test_import_brings_in_torch_alone() -> None:
@@ -112,7 +176,7 @@ def test_import_brings_in_torch_alone() -> None:
 
 
 def test_import_works_without_the_extras() -> None:
-    """Where an import of any of them would fail."""
+    """The import works in a process in which importing any extra would fail."""
     fresh(
         "import sys\n"
         "for name in ('transformers', 'triton', 'numpy', 'typer', 'rich', 'yaml', 'peft', 'datasets', 'accelerate'):\n"

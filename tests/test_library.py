@@ -7,11 +7,18 @@ import torch
 
 import logitless
 from logitless import losses
-from logitless.ops import library
+from logitless.ops import functions
+from logitless.ops.registered import logprobs as logprobs_op
+from logitless.ops.registered import token_loss as token_loss_op
+from logitless.ops.registered.shared import Execution
 from logitless.testing import TokenProblem, make_problem
-from logitless.types import DIFFERENTIABLE, OUTPUTS
+from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform
 
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+def execution(strategy: str = "recompute", chunk_bytes: int | None = 100) -> Execution:
+    return Execution("chunked", strategy, 0.0, chunk_bytes, None)
 
 
 def problem(trainable=("hidden", "weight", "bias"), **options) -> TokenProblem:
@@ -26,7 +33,8 @@ def problem(trainable=("hidden", "weight", "bias"), **options) -> TokenProblem:
 @pytest.mark.parametrize("trainable", [("hidden", "weight", "bias"), ("weight",), ()], ids=str)
 def test_opcheck_logprobs(trainable, softcap, outputs, dtype):
     hidden, weight, bias, targets = problem(trainable, dtype=dtype)
-    arguments = (hidden, weight, bias, targets, 1.5, softcap, 0.7, -100, outputs, False, "chunked", 100, None)
+    transform = LogitTransform(1.5, softcap, 0.7).packed()
+    arguments = (hidden, weight, bias, targets, None, transform, -100, outputs, *execution())
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
@@ -38,7 +46,8 @@ def test_opcheck_logprobs_of_a_frozen_head(transposed, bias, outputs, dtype):
     hidden, weight, bias, targets = problem(("hidden",), dtype=dtype, bias=bias)
     if transposed:
         hidden = hidden.detach().T.contiguous().T.requires_grad_()
-    arguments = (hidden, weight, bias, targets, 1.5, None, 0.7, -100, outputs, True, "chunked", 100, None)
+    transform = LogitTransform(1.5, None, 0.7).packed()
+    arguments = (hidden, weight, bias, targets, None, transform, -100, outputs, *execution("single_pass"))
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
@@ -47,12 +56,11 @@ def test_opcheck_logprobs_of_a_frozen_head(transposed, bias, outputs, dtype):
 def test_opcheck_logprobs_backward(needs, entropy):
     hidden, weight, bias, targets = (x.detach() for x in problem())
     outputs = "logprob lse entropy" if entropy else "logprob"
-    stats = library.logprobs(hidden, weight, bias, targets, 1.0, None, 1.0, -100, outputs, False, "chunked", None, None)
+    head = (hidden, weight, bias, targets, None, LogitTransform().packed(), -100)
+    stats = logprobs_op.logprobs(*head, outputs, *execution(chunk_bytes=None))
     known = [*stats[:2], stats[2] if entropy else None]
     upstream = [torch.randn(6), None, torch.randn(6) if entropy else None, None]
-    arguments = (
-        upstream, hidden, weight, bias, targets, known, 1.0, None, 1.0, -100, list(needs), "chunked", 100, None
-    )  # fmt: skip
+    arguments = (upstream, known, [], list(needs), *head, *execution())
     torch.library.opcheck(torch.ops.logitless.logprobs_backward.default, arguments, test_utils=TESTS)
 
 
@@ -62,13 +70,15 @@ def test_opcheck_logprobs_backward(needs, entropy):
 def test_opcheck_token_loss(monkeypatch, softcap, trainable, dtype):
     # The gradients among the op's outputs are private: the last backward scales them in place, as a compiled one may
     # not. opcheck compares every output afterwards.
-    monkeypatch.setattr(library, "_scaled", lambda gradient, factor, dtype: (gradient * factor).to(dtype))
+    monkeypatch.setattr(token_loss_op, "scaled", lambda gradient, factor, dtype: (gradient * factor).to(dtype))
     hidden, weight, bias, targets = problem(trainable, dtype=dtype)
     needs = [name in trainable for name in ("hidden", "weight", "bias")]
-    with library.function_handle(lambda stats, x: x * stats.logprob * stats.entropy) as handle:
+    transform = LogitTransform(1.5, softcap, 0.7).packed()
+    strategy = "single_chunk" if dtype == torch.bfloat16 else "single_pass"
+    with functions.handle_of(lambda stats, x: x * stats.logprob * stats.entropy) as handle:
         arguments = (
-            hidden, weight, bias, targets, [torch.rand(6)], None, handle, [], 1.5, softcap, 0.7, -100,
-            "logprob entropy", needs, "chunked", 200, None, None, None, dtype == torch.bfloat16,
+            hidden, weight, bias, targets, None, [torch.rand(6)], None, handle, [], transform, -100,
+            "logprob entropy", needs, *execution(strategy, 200),
         )  # fmt: skip
         torch.library.opcheck(torch.ops.logitless.token_loss.default, arguments, test_utils=TESTS)
 
@@ -210,11 +220,13 @@ def test_compiled_shapes_may_change():
         )
 
 
-def test_compiled_float_options_may_change():
+@pytest.mark.parametrize("backward", ["auto", "tail_corrected"])
+def test_compiled_float_options_may_change(backward):
+    torch._dynamo.reset()
     p, _ = arguments()
 
     def call(options):
-        return logitless.linear_logprobs(p.hidden, p.weight, p.targets, **options).logprob
+        return logitless.linear_logprobs(p.hidden, p.weight, p.targets, backward=backward, **options).logprob
 
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
     for softcap, temperature in ((None, 1.0), (None, 0.5), (5.0, 0.7), (7.0, 0.7), (8.0, 0.6)):

@@ -87,7 +87,7 @@ def test_gradients_are_those_asked_for(frozen):
 
 
 def test_a_vector_is_not_made_for_a_hidden_state_that_needs_none(monkeypatch):
-    """What the backend is asked for: no unit gradient, no sums, under no_grad or with everything frozen."""
+    """The backend is asked for no unit gradient and no sums under no_grad, or if everything is frozen."""
     asked = []
     forward = BACKENDS["chunked"].forward
     monkeypatch.setattr(BACKENDS["chunked"], "forward", lambda p, o, unit: asked.append(unit) or forward(p, o, unit))

@@ -271,7 +271,7 @@ def test_any_loss_against_float64(loss, case, reduction, backward):
 
     def expected(p):
         stats = materialised(p, case.transform, outputs=loss.outputs)
-        extra = {"mask": counts} if loss.level == "sequence" else {}
+        extra = {"mask": counts} if not loss.token_wise else {}
         per_token = torch.where(counts, loss(stats, *inputs.values(), **extra), 0)
         if reduction == "none":
             return per_token
@@ -570,7 +570,7 @@ def test_dpo_gradcheck():
         assert torch.autograd.gradcheck(function, (problem.hidden, problem.weight, problem.bias))
 
 
-@pytest.mark.parametrize("loss", ["dpo", *[x for x in TOKEN_LOSSES if x.level == "token"]], ids=str)
+@pytest.mark.parametrize("loss", ["dpo", *[x for x in TOKEN_LOSSES if x.token_wise]], ids=str)
 def test_the_reference_backend_runs_every_loss(loss):
     problem, ref = pairs_problem()
     inputs = {"ref_logprob": ref} if loss == "dpo" or loss.inputs else {}

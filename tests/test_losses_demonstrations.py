@@ -66,7 +66,7 @@ def inputs(seed: int = 0) -> dict[str, Tensor]:
 def call(loss: PolicyLoss, given: dict[str, Tensor], mask: Tensor = MASK, **where: Tensor) -> Tensor:
     stats = TokenStats(logprob=given["logprob"], entropy=given["entropy"])
     known = {name: given[name] for name in (*loss.inputs, *loss.optional_inputs) if name in given}
-    return loss(stats, **known, **({"mask": mask, **where} if loss.level == "sequence" else {}))
+    return loss(stats, **known, **({"mask": mask, **where} if not loss.token_wise else {}))
 
 
 def weights(loss: PolicyLoss, given: dict[str, Tensor]) -> Tensor:
@@ -143,7 +143,7 @@ def test_prefix_rft_keeps_the_prefix_tokens_of_highest_entropy() -> None:
         (PrefixRFT(keep=0.3), value, weight),
         (PrefixRFT(keep=1.0), value, weight),
     ):
-        counted = MASK & (kept if loss.keep < 1 else True) if loss.level == "sequence" else torch.ones_like(MASK)
+        counted = MASK & (kept if loss.keep < 1 else True) if not loss.token_wise else torch.ones_like(MASK)
         torch.testing.assert_close(call(loss, got).detach(), torch.where(counted, v, 0.0))
         torch.testing.assert_close(weights(loss, got), torch.where(counted, w, 0.0))
     ratio = (got["logprob"] - got["old_logprob"]).exp().detach()
@@ -162,7 +162,7 @@ def test_prefix_rft_is_batch_wide_and_top_entropy_adds_to_it() -> None:
 
 
 def test_prefix_rft_keeps_the_code_s_number_of_tokens() -> None:
-    """Its code zeroes `int(n * 0.8)` of the sorted tokens."""
+    """Prefix-RFT's code zeroes `int(n * 0.8)` of the sorted tokens."""
     for n in range(1, 40):
         entropy = torch.randperm(n, generator=torch.Generator().manual_seed(n)).double()
         assert n - int(top_entropy_mask(entropy, 0.2).sum()) == int(n * 0.8 + 1e-9)
@@ -194,7 +194,7 @@ def test_kl_and_entropy_bonus_leave_demonstrations_alone() -> None:
         assert (more[DEMONSTRATION] == 0).all()
         kappa = got["ref_logprob"] - got["logprob"]
         expected = 0.3 * (kappa.exp() - kappa - 1) - 0.1 * got["entropy"]
-        counted = MASK if loss.level == "sequence" else torch.ones_like(MASK)
+        counted = MASK if not loss.token_wise else torch.ones_like(MASK)
         ours = counted & ~DEMONSTRATION
         torch.testing.assert_close(more[ours], expected[ours])
 
@@ -236,7 +236,7 @@ def test_batches_without_demonstrations_or_of_them_alone(loss: PolicyLoss) -> No
     for share in (False, True):
         value = call(loss, got | {"demonstration": torch.full_like(DEMONSTRATION, share)})
         assert value.isfinite().all()
-    if loss.level == "sequence":
+    if not loss.token_wise:
         assert (call(loss, got, torch.zeros_like(MASK)) == 0).all()
 
 

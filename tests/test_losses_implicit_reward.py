@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from logitless import linear_logprobs
-from logitless.losses import FDivergenceSFT
-from logitless.losses.implicit_reward import centred_advantage, dense_rewards
+from logitless.losses import FDivergenceSFT, centred_advantage, dense_rewards
 from logitless.types import TokenStats
 
 F64 = torch.float64
@@ -88,7 +87,7 @@ def test_returns_telescope_in_every_text(seed: int, lengths: list[int], beta: fl
 
 
 def test_the_reward_is_that_of_f_divergence_sft_with_the_lse_as_value() -> None:
-    """Its x_t is this r_t: with beta 1 the linear phi's loss is minus the sum of rewards plus V_0."""
+    """FDivergenceSFT's x_t is r_t. With beta 1 the loss of the linear phi is minus the sum of rewards plus V_0."""
     stats, ref_stats = (text(3, 6, seed=i)[0] for i in (4, 5))
     loss = FDivergenceSFT(divergence="reverse_kl", beta=0.2, value="lse")
     found = dense_rewards(stats, ref_stats, beta=0.2)

@@ -40,7 +40,8 @@ from logitless.losses import (
     sampler_correction,
     top_entropy_mask,
 )
-from logitless.losses.policy_base import LEAST_LOGPROB, Samples, bounded_exp, k3
+from logitless.losses.formulas import bounded_exp, k3
+from logitless.losses.policy.policy_loss import LEAST_LOGPROB, Samples
 from logitless.types import TokenStats
 
 TOKEN_LOSSES = [Reinforce(), PPO(), PPO(delta=3.0), GRPO(), DrGRPO(), DAPO(), BNPO(), CISPO(), SAPO(), DPPO(), DRO()]
@@ -59,7 +60,7 @@ def ident(loss: PolicyLoss) -> str:
 EVERY = pytest.mark.parametrize("loss", LOSSES, ids=ident)
 
 
-class Batch(SimpleNamespace):
+class PolicyBatch(SimpleNamespace):
     """Random samples: rows of sequences, the first token of the last row and the tails masked."""
 
     def __init__(self, seed: int = 0, drift: float = 0.4, dtype: torch.dtype = torch.float64, empty: bool = False):
@@ -84,7 +85,7 @@ class Batch(SimpleNamespace):
     def inputs(self, loss: PolicyLoss, **changed: Any) -> dict[str, Any]:
         """All that the loss knows of this batch, those of `changed` replaced."""
         known = {k: v for k, v in vars(self).items() if k in (*loss.inputs, *loss.optional_inputs)}
-        return known | ({"mask": self.mask} if loss.level == "sequence" else {}) | changed
+        return known | ({"mask": self.mask} if not loss.token_wise else {}) | changed
 
     def call(self, loss: PolicyLoss, **changed: Any) -> Tensor:
         return loss(self.stats, **self.inputs(loss, **changed))
@@ -112,7 +113,7 @@ def reduced(reduction: str, per_token: Tensor, mask: Tensor) -> Tensor:
 
 
 class OneProcess:
-    """What TRL asks of an accelerator, for a single process."""
+    """A substitute for TRL's accelerator, for a single process."""
 
     num_processes = 1
 
@@ -126,7 +127,7 @@ class OneProcess:
         return x
 
 
-def trl_loss(batch: Batch, loss_type: str, inputs: dict[str, Tensor] | None = None, **settings: Any) -> Tensor:
+def trl_loss(batch: PolicyBatch, loss_type: str, inputs: dict[str, Tensor] | None = None, **settings: Any) -> Tensor:
     """The loss of TRL's trainer on this batch, in evaluation mode, where nothing is divided for accumulation."""
     grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
     cls = grpo_trainer.GRPOTrainer
@@ -188,7 +189,7 @@ def trl_loss(batch: Batch, loss_type: str, inputs: dict[str, Tensor] | None = No
     return loss
 
 
-def assert_same(ours: Tensor, theirs: Tensor, batch: Batch) -> None:
+def assert_same(ours: Tensor, theirs: Tensor, batch: PolicyBatch) -> None:
     """Values, and gradients wherever either reaches."""
     torch.testing.assert_close(ours, theirs)
     wanted = [batch.logprob, batch.entropy]
@@ -236,24 +237,24 @@ def named(value: object) -> str:
 @pytest.mark.parametrize("drift", [0.0, 0.05, 0.6])
 def test_losses_are_trl_s(loss: PolicyLoss, loss_type: str, options: dict[str, Any], drift: float) -> None:
     """Value and gradient, also where the ratio is 1 throughout and every comparison is a tie."""
-    batch = Batch(drift=drift)
+    batch = PolicyBatch(drift=drift)
     assert_same(batch.reduced(loss), trl_loss(batch, loss_type, **options), batch)
 
 
 def test_trl_s_gspo_with_an_empty_completion() -> None:
-    batch = Batch(empty=True)
+    batch = PolicyBatch(empty=True)
     assert_same(batch.reduced(GSPO(**WIDE)), trl_loss(batch, "grpo", **SEQUENCE), batch)
 
 
 def test_on_policy_samples_without_old_logprob_are_trl_s() -> None:
-    batch = Batch()
+    batch = PolicyBatch()
     theirs = trl_loss(batch, "grpo", {"old_per_token_logps": None})
     assert_same(batch.reduced(GRPO(), old_logprob=None), theirs, batch)
 
 
 def test_sampler_correction_is_trl_s_weight() -> None:
-    """As a policy weight: before the KL, in the normaliser nowhere."""
-    batch = Batch()
+    """The weight is a policy weight: it comes before the KL, and not into the normaliser."""
+    batch = PolicyBatch()
     weight = sampler_correction(batch.old_logprob, batch.sampling_logprob, mode="token_truncate", high=1.1)
     theirs = trl_loss(batch, "grpo", {"importance_sampling_ratio": weight}, use_vllm=True, **KL)
     assert_same(batch.reduced(GRPO(**KL), policy_weight=weight), theirs, batch)
@@ -261,14 +262,14 @@ def test_sampler_correction_is_trl_s_weight() -> None:
 
 def test_vespo_takes_the_sampler_s_logprobs_as_old_ones() -> None:
     """TRL folds the sampler's ratio into the weight; here the sampler's log-probs stand for the old ones."""
-    batch = Batch()
+    batch = PolicyBatch()
     ratio = torch.where(batch.mask, (batch.old_logprob - batch.sampling_logprob).exp(), 1.0)
     theirs = trl_loss(batch, "vespo", {"importance_sampling_ratio": ratio}, use_vllm=True)
     assert_same(batch.reduced(VESPO(), old_logprob=batch.sampling_logprob), theirs, batch)
 
 
 def test_metrics_are_trl_s() -> None:
-    batch = Batch(drift=0.6)
+    batch = PolicyBatch(drift=0.6)
     loss = BNPO(**KL)
     trl_loss(batch, "bnpo", **KL)
     got = loss.metrics(batch.stats, **batch.inputs(loss))
@@ -286,7 +287,7 @@ def test_metrics_are_trl_s() -> None:
 # Against Liger
 
 
-def liger_loss(batch: Batch, loss_type: str, **options: Any) -> Tensor:
+def liger_loss(batch: PolicyBatch, loss_type: str, **options: Any) -> Tensor:
     module = pytest.importorskip("liger_kernel.chunked_loss.grpo_loss")
     mask = batch.mask.to(batch.logprob.dtype)
     loss: Tensor = module.LigerFusedLinearGRPOFunction.ppo_loss_fn(
@@ -320,13 +321,13 @@ def liger_loss(batch: Batch, loss_type: str, **options: Any) -> Tensor:
     ids=named,
 )
 def test_losses_are_liger_s(loss: PolicyLoss, loss_type: str, options: dict[str, Any]) -> None:
-    batch = Batch(drift=0.5)
+    batch = PolicyBatch(drift=0.5)
     assert_same(batch.reduced(loss), liger_loss(batch, loss_type, **options), batch)
 
 
 def test_liger_s_luspo_with_a_kl_counts_padding() -> None:
-    """Its known defect: per-token terms are multiplied by |y| and averaged over all positions, padded ones included."""
-    batch = Batch(drift=0.5)
+    """A known defect of Liger: terms are multiplied by |y| and averaged over all positions, padded ones too."""
+    batch = PolicyBatch(drift=0.5)
     loss = LUSPO(**WIDE, **KL)
     theirs = liger_loss(batch, "luspo", **SEQUENCE, **KL)
     s = loss.metrics(batch.stats, **batch.inputs(loss)).ratio
@@ -394,7 +395,7 @@ def test_weights_of_single_tokens(logprob: float, old: float, advantage: float) 
 @pytest.mark.parametrize("loss", WHOLE, ids=ident)
 @pytest.mark.parametrize("extra", [{}, {**KL, "kl_importance": True, "entropy_coef": 0.1}], ids=["alone", "with"])
 def test_gradcheck(loss: PolicyLoss, extra: dict[str, Any]) -> None:
-    batch = Batch(drift=0.6)
+    batch = PolicyBatch(drift=0.6)
     loss = dataclasses.replace(loss, **extra)
 
     def value(logprob: Tensor, entropy: Tensor) -> Tensor:
@@ -406,7 +407,7 @@ def test_gradcheck(loss: PolicyLoss, extra: dict[str, Any]) -> None:
 
 @EVERY
 def test_constants_get_no_gradient(loss: PolicyLoss) -> None:
-    batch = Batch()
+    batch = PolicyBatch()
     loss = dataclasses.replace(loss, beta=0.1)
     names = [name for name in (*loss.inputs, *loss.optional_inputs) if name != "policy_weight"]
     leaves = {name: getattr(batch, name).clone().requires_grad_() for name in names}
@@ -449,7 +450,7 @@ def test_delta_is_the_dual_clip() -> None:
 @EVERY
 def test_on_policy_all_are_reinforce_with_a_baseline(loss: PolicyLoss) -> None:
     """One gradient, -A per token, up to how each paper averages; with and without old_logprob."""
-    batch = Batch(drift=0.0)
+    batch = PolicyBatch(drift=0.0)
     weights = reduced(loss.reduction, torch.ones_like(batch.logprob), batch.mask)
     counted = torch.autograd.functional.jacobian(lambda x: reduced(loss.reduction, x, batch.mask), batch.old_logprob)
     expected = -batch.advantages * counted
@@ -462,7 +463,7 @@ def test_on_policy_all_are_reinforce_with_a_baseline(loss: PolicyLoss) -> None:
 
 
 def test_gspo_of_single_tokens_is_grpo() -> None:
-    batch = Batch(drift=0.5)
+    batch = PolicyBatch(drift=0.5)
     single = torch.zeros_like(batch.mask)
     single[:, 2] = True
     batch.mask = single
@@ -472,7 +473,7 @@ def test_gspo_of_single_tokens_is_grpo() -> None:
 
 
 def test_gspo_token_is_gspo_where_advantages_are_equal() -> None:
-    batch = Batch(drift=0.5)
+    batch = PolicyBatch(drift=0.5)
     for eps in (0.05, 0.5):
         one, two = (cls(epsilon_low=eps, epsilon_high=eps) for cls in (GSPO, GSPOToken))
         torch.testing.assert_close(batch.reduced(one), batch.reduced(two))
@@ -480,7 +481,7 @@ def test_gspo_token_is_gspo_where_advantages_are_equal() -> None:
 
 
 def test_cispo_without_a_cap_is_reinforce_with_the_ratio() -> None:
-    batch = Batch(drift=1.0)
+    batch = PolicyBatch(drift=1.0)
     ratio = (batch.logprob - batch.old_logprob).exp().detach()
     one, two = batch.call(CISPO(ratio_cap=None)), batch.call(Reinforce(), policy_weight=ratio)
     torch.testing.assert_close(one, two)
@@ -490,7 +491,7 @@ def test_cispo_without_a_cap_is_reinforce_with_the_ratio() -> None:
 @given(st.integers(0, 2**16))
 @settings(max_examples=20)
 def test_names_of_the_clip_share_its_formula(seed: int) -> None:
-    batch = Batch(seed=seed)
+    batch = PolicyBatch(seed=seed)
     expected = batch.call(PPO(epsilon_high=0.28))
     for cls in (GRPO, DrGRPO, DAPO, BNPO):
         assert torch.equal(batch.call(cls(epsilon_high=0.28)), expected)
@@ -530,7 +531,7 @@ def test_extreme_log_probabilities_stay_finite(loss: PolicyLoss, extra: dict[str
 
 
 def test_a_ratio_beyond_float32_keeps_its_gradient() -> None:
-    """Where A < 0 and the policy has made a token likelier by e^50, the push back is not clamped away."""
+    """If A < 0 and the policy has made a token likelier by e^50, the push back is not clamped away."""
     logprob = torch.tensor([-1.0], requires_grad=True)
     constants = {"advantages": torch.tensor([-1.0]), "old_logprob": torch.tensor([-51.0])}
     value = PPO()(TokenStats(logprob=logprob), **constants)
@@ -554,7 +555,7 @@ def test_bounded_exp_follows_exp_and_then_its_tangent() -> None:
 def test_empty_sequences_and_masked_garbage(loss: PolicyLoss) -> None:
     """An empty sequence adds nothing; NaN and inf behind the mask reach neither value nor gradient."""
     loss = dataclasses.replace(loss, beta=0.1, entropy_coef=0.1)
-    batch = Batch(empty=True)
+    batch = PolicyBatch(empty=True)
     expected, gradient = batch.call(loss), batch.gradient(loss)
     for name in ("advantages", "old_logprob", "ref_logprob"):
         setattr(batch, name, torch.where(batch.mask, getattr(batch, name), torch.tensor([math.nan, math.inf] * 3)))
@@ -567,7 +568,7 @@ def test_empty_sequences_and_masked_garbage(loss: PolicyLoss) -> None:
 
 @pytest.mark.parametrize("loss", [*SEQUENCE_LOSSES, DAPO(top_entropy=0.3), DAPO(off_policy_threshold=0.1)], ids=ident)
 def test_padded_and_packed_agree(loss: PolicyLoss) -> None:
-    batch = Batch(drift=0.5)
+    batch = PolicyBatch(drift=0.5)
     loss = dataclasses.replace(loss, beta=0.1)
     keep = torch.ones_like(batch.mask)
     keep[1, 5] = keep[2, 2:] = False  # padding that a packed batch leaves out; other masked tokens stay
@@ -610,7 +611,7 @@ def test_kl_estimators_are_named() -> None:
 
 def test_kl_with_the_ratio_in_the_graph_has_the_k2_gradient() -> None:
     """d (r k3) = r (logprob - ref_logprob)."""
-    batch = Batch()
+    batch = PolicyBatch()
     ratio = (batch.logprob - batch.old_logprob).exp()
     total = kl_estimate(batch.logprob, batch.ref_logprob, ratio=ratio).sum()
     expected = ratio.detach() * (batch.logprob - batch.ref_logprob).detach()
@@ -696,7 +697,7 @@ def test_top_entropy_mask_is_the_quantile_s(values: list[float], share: float, s
 
 
 def test_masks_silence_the_own_term_and_leave_kl_and_normaliser_alone() -> None:
-    batch = Batch(drift=0.5)
+    batch = PolicyBatch(drift=0.5)
     kl = batch.call(GRPO(**KL)) - batch.call(GRPO())
     keep = top_entropy_mask(batch.entropy, 0.3, batch.mask)
     assert 0 < keep.sum() < batch.mask.sum()

@@ -37,8 +37,8 @@ from logitless.losses import (
     bco_reward_shift,
     kto_reference_point,
 )
-from logitless.losses.batch import evaluate, layout
-from logitless.losses.preference import LOSS_TYPES
+from logitless.losses.layout import token_layout
+from logitless.losses.preference.dpo import LOSS_TYPES
 from logitless.types import TokenStats
 
 DPO_TYPES = [DPO(loss_type=kind, label_smoothing=0.1 if kind == "exo_pair" else 0.0) for kind in LOSS_TYPES]
@@ -371,7 +371,7 @@ def test_nca_settles_at_two_thirds() -> None:
 
 
 def test_discopop_is_not_monotone() -> None:
-    """Its local minimum and maximum at tau = 0.05."""
+    """At tau = 0.05 the loss has a local minimum and a local maximum."""
     loss = DPO(loss_type="discopop")
     for place, below, above in ((-0.119, -1, 1), (0.072, 1, -1)):
         assert margin_gradient(loss, place - 1e-3) * below > 0 and margin_gradient(loss, place + 1e-3) * above > 0
@@ -490,7 +490,7 @@ def test_weighted_sum_averages_the_reference_too() -> None:
 
 
 def test_weighted_sum_of_plain_values() -> None:
-    """As a YAML file gives them; equal, hashable and replaceable like any loss."""
+    """Plain values, as from a YAML file, make a loss that is equal, hashable and replaceable like any."""
     plain = losses.get(
         "weighted_sum",
         terms=["simpo", {"name": "dpo", "loss_type": "hinge", "beta": 0.3}, {"name": "chosen_nll"}],
@@ -528,7 +528,7 @@ def test_finite_for_finite_input(loss: Loss, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("loss", PAIRS, ids=ident)
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_an_impossible_completion_has_a_finite_gradient(loss: Loss, side: str) -> None:
-    """And never a NaN: losses that are quadratic in it have an infinite one, as they must."""
+    """No gradient is NaN. Losses that are quadratic in the log-prob have an infinite one, as they must."""
     chosen = torch.tensor([-math.inf if side == "chosen" else -2.0], requires_grad=True)
     rejected = torch.tensor([-math.inf if side == "rejected" else -2.0], requires_grad=True)
     result = call(loss, chosen, rejected, torch.tensor([-2.5]), torch.tensor([-2.5]))
@@ -741,7 +741,7 @@ def test_a_dropped_tail_is_not_read() -> None:
     logprob = torch.tensor([[-1.0, -2.0, -math.inf], [-3.0, -1.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True, True], [True, True, False]])
     inputs = dict(ref_logprob=torch.tensor([[-1.5, -1.0, -4.0], [-2.0, -2.0, 0.0]]))
-    found = evaluate(DPO(tail_weight=0.0), TokenStats(logprob=logprob), layout(mask, None), inputs)
+    found = DPO(tail_weight=0.0).evaluate(TokenStats(logprob=logprob), token_layout(mask, None), inputs)
     torch.testing.assert_close(found.loss, torch.tensor(-math.log(sg(-0.05))))
     (gradient,) = torch.autograd.grad(found.loss, logprob)
     assert gradient.isfinite().all() and gradient[0, 2] == 0 and (gradient[0, :2] < 0).all()

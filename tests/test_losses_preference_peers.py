@@ -81,7 +81,7 @@ class FakeModel:
 
 
 def trainer(**settings: Any) -> SimpleNamespace:
-    """What the loss methods of TRL's trainers read of themselves, with TRL's defaults."""
+    """The attributes that the loss methods of TRL's trainers read, with TRL's defaults."""
     defaults: dict[str, Any] = dict(
         accelerator=FakeAccelerator(),
         model=SimpleNamespace(training=True),

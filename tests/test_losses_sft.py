@@ -1,6 +1,6 @@
 """The SFT family as functions of vectors: formulas by hand in float64, w = -d loss / d logprob, limits, extremes.
 
-NLL and the token-level f-divergences are in test_losses.py.
+NLL, DFT and the token-level f-divergences have files of their own.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from logitless.losses import (
     ProFiT,
     Unlikelihood,
 )
-from logitless.losses.divergences import DIVERGENCES
-from logitless.losses.weighted import idft_mix
+from logitless.losses.sft.reward_transforms import REWARD_TRANSFORMS
+from logitless.losses.sft.schedules import idft_mix
 from logitless.types import DivergenceOptions, TokenStats
 
 F64 = torch.float64
@@ -74,7 +74,7 @@ INPUTS = {
 def call(loss: Loss, logprob: Tensor = LOGPROB, stats: TokenStats = STATS, **others: Tensor | None) -> Tensor:
     """The loss on other log-probs, with the constants above."""
     known = {name: INPUTS[name] for name in loss.inputs} | others
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         known.setdefault("divergence", torch.zeros_like(logprob))
     return loss(stats._replace(logprob=logprob), **known)
 
@@ -144,7 +144,7 @@ WEIGHTS: list[tuple[Loss, Tensor | float]] = [
     (IWSFT(per="token", low=0.0, high=100.0), RHO.exp()),
     *(
         (FDivergenceSFT(divergence=name, beta=0.07, per="sequence"), row.weight(0.07 * RHO.sum()))
-        for name, row in DIVERGENCES.items()
+        for name, row in REWARD_TRANSFORMS.items()
     ),
     (DiscriminativeSFT(), 1.0),
     (DiscriminativeSFT(ref_free=True), 1 / 7),
@@ -243,7 +243,7 @@ def test_values_by_hand() -> None:
 def test_one_step_value_is_its_formula() -> None:
     """`-phi(beta (rho + dl)) / beta + dl`; for total variation NLL plus a constant."""
     drift = STATS.lse - INPUTS["ref_lse"]
-    for name, row in DIVERGENCES.items():
+    for name, row in REWARD_TRANSFORMS.items():
         loss = FDivergenceSFT(value="one_step", divergence=name, beta=0.2)
         assert (loss.level, loss.inputs, loss.outputs) == ("token", ("ref_logprob", "ref_lse"), ("logprob", "lse"))
         torch.testing.assert_close(call(loss), -row.value(0.2 * (RHO + drift)) / 0.2 + drift)
@@ -254,7 +254,7 @@ def test_one_step_value_is_its_formula() -> None:
     assert lse.grad is not None and lse.grad.abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("divergence", [*DIVERGENCES, "alpha"])
+@pytest.mark.parametrize("divergence", [*REWARD_TRANSFORMS, "alpha"])
 def test_f_divergence_of_an_answer_is_its_formula(divergence: str) -> None:
     loss = FDivergenceSFT(divergence=divergence, beta=0.05, per="sequence")
     assert (loss.level, loss.reduction, loss.inputs) == ("sequence", "sequence_mean", ("ref_logprob",))
@@ -285,7 +285,7 @@ def test_probability_losses_at_any_token(logprob: float, exponent: float, gamma:
 
 
 def test_dft_is_trl_s() -> None:
-    """Of random and extreme log-probs, with a mask; TRL's own product is NaN at -inf, where ours is 0."""
+    """Equal at random and extreme log-probs, with a mask. At -inf TRL's own product is NaN, and ours is 0."""
     trainer = pytest.importorskip("trl.trainer.sft_trainer").SFTTrainer
     logprob = torch.cat([-20 * torch.rand(40, dtype=F64), doubles(0.0, -1e-9, -90.0, -1e4)]).reshape(4, 11)
     mask = torch.rand(4, 11, generator=torch.Generator().manual_seed(1)) < 0.7
@@ -381,7 +381,7 @@ def test_cayley_reads_the_counted_tokens_alone() -> None:
 
 
 def test_gem_s_gradient_is_the_tempered_distribution_less_the_target() -> None:
-    """And that of the paper's own form, `-logprob + sum_v sg(q_v) log p_v`; through `linear_loss` on a head."""
+    """Through `linear_loss` on a head. The paper's form `-logprob + sum_v sg(q_v) log p_v` has this gradient too."""
     hidden = torch.randn(6, 4, dtype=F64, requires_grad=True)
     weight = torch.randn(9, 4, dtype=F64, requires_grad=True)
     targets = torch.tensor([0, 3, 8, -100, 2, 2])
@@ -692,7 +692,7 @@ def test_an_impossible_target(loss: Loss, value: float, weight: float) -> None:
     logprob.requires_grad_()
     stats = TokenStats(logprob, doubles(0, 0), doubles(9, 9), None, None, doubles(-0.8, -0.8))
     inputs = {name: doubles(-1, -1) for name in loss.inputs}
-    if loss.level == "distribution":
+    if loss.compares_distributions:
         inputs["divergence"] = doubles(0, 0)
     found = loss(stats, **inputs)
     (gradient,) = torch.autograd.grad(found.sum(), logprob)
@@ -803,7 +803,15 @@ def test_losses_trace_without_a_graph_break(loss: Loss) -> None:
         stats = TokenStats(logprob=logprob, **dict(zip(names, others[: len(names)], strict=True)))
         inputs = dict(zip(loss.inputs, others[len(names) :], strict=True))
         sequence = torch.zeros_like(mask, dtype=torch.int64)
-        return loss(stats, **inputs, **({"mask": mask, "sequence": sequence} if loss.level == "sequence" else {}))
+        return loss(
+            stats,
+            **inputs,
+            **(
+                {"mask": mask, "sequence": sequence}
+                if isinstance(loss, losses.SequenceLoss) and not loss.token_wise
+                else {}
+            ),
+        )
 
     others = [getattr(STATS, name) for name in names] + [INPUTS[name] for name in loss.inputs]
     torch._dynamo.reset()

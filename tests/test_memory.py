@@ -1,4 +1,4 @@
-"""What is allocated, seen by the allocator itself: never anything near N x V elements.
+"""Allocations as the allocator itself sees them: never anything near N x V elements.
 
 Sizes are such that a chunk is a small part of the whole: N x V is 2^21 elements, a chunk's budget 2^18 bytes. The
 reference, which does allocate N x V, is watched in the same way, so that these tests can fail.
@@ -27,7 +27,7 @@ def problem(trainable=("hidden", "weight", "bias"), shape=(N,), **options) -> To
 
 
 def pairs(p: TokenProblem, rows: int) -> dict:
-    """The same tokens as `rows` sequences."""
+    """The tokens of a problem as `rows` sequences."""
     hidden = p.hidden.detach().reshape(rows, -1, H).requires_grad_(p.hidden.requires_grad)
     return dict(hidden=hidden, weight=p.weight, targets=p.targets.reshape(rows, -1), bias=p.bias)
 
@@ -175,7 +175,7 @@ def test_ignored_tokens_cost_nothing():
 
 
 def test_the_watch_sees_inside_registered_ops():
-    """What a `TorchDispatchMode` does not."""
+    """The watch sees an allocation that a `TorchDispatchMode` cannot see."""
 
     @torch.library.custom_op("logitless_tests::allocates", mutates_args=())
     def allocates(x: torch.Tensor) -> torch.Tensor:

@@ -48,17 +48,17 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def package_files(folder: Path) -> set[str]:
-    """What an installed package must hold: every module, the type marker, the kernels' device code and document, but
-    not what runs that code on a CPU."""
+    """The files of an installed package: modules, the type marker, the kernels' device code and documents, but not the
+    code that runs the CUDA kernels on a CPU."""
     package = folder / "python" / "logitless"
     kernels = (package / "kernels").resolve()  # which rglob does not enter by a link
-    files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed", "kernels/README.md"}
-    files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*.py")}
-    for folder in ("cpu", "cuda"):
-        here = kernels / folder
-        files |= {f"kernels/{folder}/{p.name}" for p in here.iterdir() if p.suffix in (".cu", ".cuh", ".h")}
-    assert {"kernels/cuda/rows.cuh", "kernels/cuda/logitless.h", "kernels/cuda/library.py"} <= files
-    assert {"kernels/cpu/screen.h", "kernels/cpu/library.py"} <= files
+    files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed"}
+    files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*") if p.suffix in (".py", ".md")}
+    for here in (kernels, kernels / "cpu", kernels / "cuda"):
+        device = (p for p in here.iterdir() if p.suffix in (".cu", ".cuh", ".h"))
+        files |= {f"kernels/{p.relative_to(kernels)}" for p in device}
+    assert {"kernels/rows.h", "kernels/cuda/logitless.h", "kernels/cuda/library.py"} <= files
+    assert {"kernels/cpu/screen.h", "kernels/cpu/library.py", "kernels/MATH.md", "kernels/cuda/README.md"} <= files
     return {f"logitless/{name}" for name in files}
 
 
@@ -66,7 +66,7 @@ def check_wheel(wheel: Path, expected: set[str]) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         assert names == expected
-        assert b"struct Moments" in archive.read("logitless/kernels/cuda/rows.cuh")
+        assert b"struct Moments" in archive.read("logitless/kernels/rows.h")
         (info,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
         metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
         assert "logitless = logitless.__main__:main" in archive.read(f"{info}/entry_points.txt").decode()
@@ -75,6 +75,9 @@ def check_wheel(wheel: Path, expected: set[str]) -> None:
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert needed == ["torch>=2.9"]
     assert metadata["License-Expression"] == "Apache-2.0"
+    description = metadata.get_payload()
+    assert description.startswith("# logitless\n") and "docs/losses.md has all" in description
+    assert "](" not in description.replace("](https://", "")
 
 
 def test_wheel_from_checkout(checkout: Path, tmp_path: Path) -> None:
@@ -112,7 +115,7 @@ def test_installed_wheel_imports_and_finds_its_kernels(checkout: Path, tmp_path:
     code = (
         "import importlib.resources as r, logitless\n"
         "print(logitless.__file__)\n"
-        "print((r.files('logitless') / 'kernels' / 'cuda' / 'rows.cuh').is_file())"
+        "print((r.files('logitless') / 'kernels' / 'rows.h').is_file())"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}
     command = [sys.executable, "-c", code]
@@ -122,7 +125,7 @@ def test_installed_wheel_imports_and_finds_its_kernels(checkout: Path, tmp_path:
 
 
 def test_a_link_that_became_a_text_file_stops_the_build_with_a_sentence(checkout: Path, tmp_path: Path) -> None:
-    """What git makes of a link where core.symlinks is false."""
+    """Git writes a link as such a file if core.symlinks is false."""
     link = checkout / "python" / "logitless" / "kernels"
     link.unlink()
     link.write_text("../../kernels")
@@ -228,7 +231,7 @@ def test_a_library_that_does_not_build_is_an_error_with_two_ways_out(
 
 @needs_compiler
 def test_wheel_carries_the_cpu_library_where_a_compiler_is(checkout: Path, tmp_path: Path) -> None:
-    """And that finds it."""
+    """The installed package finds the library."""
     done = call_hook(checkout, "build_wheel", tmp_path, LOGITLESS_CPU="require")
     assert done.returncode == 0, done.stdout + done.stderr
     wheel = tmp_path / done.stdout.split()[-1]

@@ -301,7 +301,7 @@ def test_logits_beside_the_loss_are_the_models_own(name: str) -> None:
 def test_a_family_without_its_entry_in_the_table_is_refused_by_the_self_check(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an unknown family with a scale, a cap, a cut vocabulary or a z-loss meets. Its logits are small here."""
+    """An unknown family with a scale, a cap, a cut vocabulary or a z-loss is refused, though its logits are small."""
     model = make(name)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(1e-3)

@@ -1,7 +1,7 @@
 """Behaviours that one or the other library of this kind got wrong, one test or more for each.
 
-Not here, as what they concern does not exist yet: vocabulary-parallel gradients, heads sharded by ZeRO-3 or FSDP.
-A head behind LoRA is the patch's business, and tested there.
+Two mistakes are left out, because the package has no such feature: gradients of a vocabulary-parallel head, and heads
+sharded by ZeRO-3. Heads behind LoRA or sharded by FSDP are tested with the patch (`test_patch.py`).
 """
 
 from __future__ import annotations

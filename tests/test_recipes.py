@@ -36,7 +36,7 @@ def recipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def last_step(question: Any) -> str:
-    """What the last line before the answer arrives at."""
+    """The result of the last line before the answer."""
     line = question.solution.splitlines()[-2]
     return {
         "chain_sum": lambda: line.split(" = ")[1],

@@ -1,4 +1,4 @@
-"""kernels/cuda/rows.cuh, the row mathematics of GPU kernels, compiled for the host and held against float64 PyTorch."""
+"""kernels/rows.h, the row mathematics of GPU kernels, compiled for the host and held against float64 PyTorch."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(
 def expected(
     raw: Tensor, targets: Tensor, transform: LogitTransform, upstream: Tensor
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """The same by the reference and autograd, in float64. The identity is the head: its logits are the raw products."""
+    """Statistics and gradient by the reference and autograd in float64. The head is the identity: z is raw."""
     raw = raw.double().requires_grad_()
     masked = raw.isneginf()
     z = raw.masked_fill(masked, 0) * transform.logit_scale
@@ -236,13 +236,13 @@ def test_nvcc_takes_the_same_text(tmp_path: Path, architecture: str) -> None:
     source = tmp_path / "rows.cu"
     source.write_text(KERNEL)
     command = ["nvcc", "-std=c++17", f"-arch={architecture}", "-Werror", "all-warnings", "-cubin"]
-    command += ["-I", str(ROOT / "kernels" / "cuda"), "-o", str(tmp_path / "rows.cubin"), str(source)]
+    command += ["-I", str(ROOT / "kernels"), "-o", str(tmp_path / "rows.cubin"), str(source)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 KERNEL = """
-#include "rows.cuh"
+#include "rows.h"
 using namespace logitless;
 template <typename T>
 __global__ void row(const T* raw, T* out, std::int64_t vocabulary, Transform<T> options, Upstream<T> g) {

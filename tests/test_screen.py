@@ -1,4 +1,4 @@
-"""The screened forward (kernels/cpu, backends/screen.py): its integers' error, its bound, and what it leaves to others.
+"""The screened forward (kernels/cpu): its integers' error, its bound, and what it leaves to others.
 
 With the identity for a head, hidden states are logits and `d hidden` is the gradient of the logits itself.
 """
@@ -17,18 +17,16 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_build import ROOT, build, needs_compiler, run
+from cuda_build import ROOT, build, ctype, needs_compiler, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from loss_cases import loss_inputs
-from test_cuda_library import ctype
-from test_every_loss import B, Batch, T
-from test_every_loss import run as run_loss
-from test_tail import cases, check_compiled, exact_of, gradients, peaked_problem, relative
+from loss_cases import B, LossBatch, T, loss_inputs, run_loss
+from tail_cases import check_compiled, exact_of, gradients, peaked_problem, relative, tail_calls
 from torch import Tensor
 
 from logitless import linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
-from logitless.backends import STRATEGIES, chunked, screen
+from logitless.backends import BACKENDS
+from logitless.backends.approximate.screened import Screened
 from logitless.kernels.cpu import library as cpu_library
 from logitless.losses import DPO, Loss
 from logitless.testing import make_problem
@@ -80,7 +78,7 @@ def test_signatures_are_those_of_the_header() -> None:
     assert found == cpu_library.SIGNATURES
     codes = dict(re.findall(r"LOGITLESS_SCREEN_(\w+) = (\d+)", text))
     assert {name: int(code) for name, code in codes.items()} == {
-        str(dtype).removeprefix("torch.").upper(): code for dtype, code in cpu_library.DTYPES.items()
+        str(dtype).removeprefix("torch.").upper(): code for dtype, code in cpu_library.DTYPE_CODES.items()
     }
 
 
@@ -246,7 +244,7 @@ def test_masked_vocabulary_and_a_masked_target() -> None:
 
 
 @settings(max_examples=60)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold_and_rows_keep_their_sum(case: dict[str, Any]) -> None:
     """To the screen's error, a factor of exp(2 delta) on every probability; where a chunk is flat, all is exact."""
     case = {name: x.float() if name in FLOATING and x is not None else x for name, x in case.items()}
@@ -441,7 +439,7 @@ def test_a_library_that_is_missing_or_of_no_use_is_an_error(monkeypatch: pytest.
 
 
 def test_the_strategy_is_not_a_backend() -> None:
-    assert STRATEGIES["screened"] is screen and screen.chunked is chunked
+    assert isinstance(BACKENDS["chunked"].approximate("screened"), Screened)
     with pytest.raises(ValueError, match="backend: expected one of"):
         linear_logprobs(torch.randn(2, 3), torch.randn(5, 3), torch.zeros(2).long(), backend="screened")
 
@@ -480,17 +478,17 @@ def test_under_the_address_and_undefined_behaviour_sanitizers() -> None:
 # Every loss
 
 
-def peaked_batch(loss: Loss) -> Batch:
+def peaked_batch(loss: Loss) -> LossBatch:
     """Rows of sequences with likely targets, whose products are taken in two parts."""
     made = peaked_problem(dtype=torch.float32, count=B * T)
     targets = made["targets"].view(B, T)
     targets[torch.arange(T) >= torch.tensor([5, 3, 4, 1, 5, 2])[:, None]] = -100
     inputs = loss_inputs(loss, B, T, 16, torch.Generator().manual_seed(3), dtype=torch.float32)
-    return Batch(made["hidden"].view(B, T, -1), made["weight"], targets, inputs)
+    return LossBatch(made["hidden"].view(B, T, -1), made["weight"], targets, inputs)
 
 
 @pytest.mark.parametrize("backward", ["tail_corrected", "screened"])
-@pytest.mark.parametrize("name", [name for name in losses.names() if losses.get(name).level != "distribution"])
+@pytest.mark.parametrize("name", [name for name in losses.names() if not losses.get(name).compares_distributions])
 def test_every_loss_takes_it(name: str, backward: str) -> None:
     batch = peaked_batch(losses.get(name))
     exact = run_loss(name, batch)

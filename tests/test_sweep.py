@@ -1,5 +1,7 @@
-"""Sweeps over chunks: what must not depend on a chunk's layout, nor on the parts of the vocabulary that are converted,
-or that row operations take, at a time. A CPU's own layout and sizes are what every other test runs on."""
+"""Sweeps over chunks: results do not depend on a chunk's layout, nor on how much is converted or measured at a time.
+
+Every other test runs on a CPU's own layout and sizes.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from logitless import linear_divergence, linear_logprobs, linear_token_loss
-from logitless.backends import divergence, rows, sweep
-from logitless.backends.problem import Problem, Upstream
+from logitless.backends.exact import chunks, divergence, products, torch_rows
+from logitless.backends.exact.torch_rows import TorchRows
+from logitless.backends.interface import Problem, Upstream
 from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised, watch_allocations
-from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform, Options
+from logitless.types import DIFFERENTIABLE, OUTPUTS, Head, LogitTransform, Options
 
 patched = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -23,15 +26,15 @@ patched = settings(max_examples=100, suppress_health_check=[HealthCheck.function
 @pytest.fixture
 def small_parts(monkeypatch):
     """A few entries of the vocabulary at a time."""
-    monkeypatch.setattr(sweep, "CONVERTED_ENTRIES", {"cpu": 3})
-    monkeypatch.setattr(rows, "PIECE_BYTES", {"cpu": 64})
+    monkeypatch.setattr(products, "CONVERTED_ENTRIES", {"cpu": 3})
+    monkeypatch.setattr(torch_rows, "PIECE_BYTES", {"cpu": 64})
 
 
 @pytest.fixture
 def gpu_layout(monkeypatch):
     """Chunks as on a GPU, in a CPU's memory."""
-    row_stride, lay_out = sweep.row_stride, sweep.lay_out
-    for module in (sweep, divergence):
+    row_stride, lay_out = chunks.row_stride, chunks.lay_out
+    for module in (chunks, divergence):
         monkeypatch.setattr(module, "row_stride", lambda *sizes: row_stride(*sizes[:-1], "cuda"))
         monkeypatch.setattr(module, "lay_out", lambda *chunk: lay_out(*chunk[:-1], "cuda"))
 
@@ -102,46 +105,46 @@ def test_a_divergence(request, place, dtype):
     dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
 )
 def test_rows_on_a_gpu_begin_at_16_bytes(vocabulary, count, dtype):
-    stride = sweep.row_stride(vocabulary, dtype, "cuda")
-    out = sweep.lay_out(torch.empty(5 * stride, dtype=dtype), count, vocabulary, "cuda")
+    stride = chunks.row_stride(vocabulary, dtype, "cuda")
+    out = chunks.lay_out(torch.empty(5 * stride, dtype=dtype), count, vocabulary, "cuda")
     assert out.shape == (count, vocabulary) and out.stride() == (stride, 1)
     assert stride * dtype.itemsize % 16 == 0 and 0 <= stride - vocabulary < 16 // dtype.itemsize
 
 
 @given(vocabulary=st.integers(1, 40), count=st.integers(1, 5))
 def test_a_cpus_chunk_is_vocabulary_major_and_dense(vocabulary, count):
-    stride = sweep.row_stride(vocabulary, torch.float32, "cpu")
-    out = sweep.lay_out(torch.empty(5 * stride), count, vocabulary, "cpu")
+    stride = chunks.row_stride(vocabulary, torch.float32, "cpu")
+    out = chunks.lay_out(torch.empty(5 * stride), count, vocabulary, "cpu")
     assert stride == vocabulary and out.shape == (count, vocabulary) and out.T.is_contiguous()
 
 
 @pytest.mark.parametrize("vocabulary", [4, 13, 16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_head_is_converted_by_parts(monkeypatch, vocabulary, dtype):
-    monkeypatch.setattr(sweep, "CONVERTED_ENTRIES", {"cpu": 4})
+    monkeypatch.setattr(products, "CONVERTED_ENTRIES", {"cpu": 4})
     weight = torch.randn(vocabulary, 3).to(dtype)
-    parts = [(columns, part.clone()) for columns, part in sweep.parts_in(torch.float32, weight)]
+    parts = [(columns, part.clone()) for columns, part in products.parts_in(torch.float32, weight)]
     assert [columns.start for columns, _ in parts] == ([0] if dtype == torch.float32 else [*range(0, vocabulary, 4)])
     torch.testing.assert_close(torch.cat([part for _, part in parts]), weight.float(), rtol=0, atol=0)
 
 
 def test_a_copy_of_the_head_serves_the_products():
-    """Where one was asked for; it is made once."""
+    """A copy is made if one is asked for, and only once."""
     p = make_problem((3,), 4, 8, dtype=torch.float16, trainable=())
-    chunks = sweep.Chunks(rows.ENGINE, Problem(p.hidden, p.weight, None, p.targets, LogitTransform()), ())
-    assert chunks.head_at_hand(torch.float32) is p.weight
-    assert chunks.weight.dtype == torch.float32
-    assert chunks.head_at_hand(torch.float32) is chunks.weight is not p.weight
+    operands = chunks.Operands(Problem(p.hidden, Head(p.weight), p.targets))
+    assert operands.head_at_hand(torch.float32) is p.weight
+    assert operands.weight.dtype == torch.float32
+    assert operands.head_at_hand(torch.float32) is operands.weight is not p.weight
 
 
 def test_rows_need_no_second_chunk_for_the_entropy(monkeypatch):
-    """Its value and its gradient: temporaries are a part of the vocabulary."""
+    """Neither its value nor its gradient does, because temporaries are a part of the vocabulary."""
     z, targets = torch.randn(4096, 64).T, torch.arange(64)
-    head = sweep.RowHead(None, LogitTransform())
-    monkeypatch.setattr(rows, "PIECE_BYTES", {"cpu": 2**16})
+    head = Head(torch.empty(0, 0))
+    monkeypatch.setattr(torch_rows, "PIECE_BYTES", {"cpu": 2**16})
     with watch_allocations() as seen:
-        tile = rows.ENGINE.measure(z, head, targets, OUTPUTS, None)
-        rows.ENGINE.gradient(tile, head, Upstream(entropy=torch.ones(64)), torch.float32)
+        tile = TorchRows().measure(z, head, targets, OUTPUTS, None)
+        TorchRows().gradient(tile, head, Upstream(entropy=torch.ones(64)), torch.float32)
     assert seen.peak <= 2.5 * 2**16 < z.numel() * z.itemsize / 4
 
 
@@ -152,7 +155,7 @@ def test_rows_need_no_second_chunk_for_the_entropy(monkeypatch):
 def tokens_of(hidden_size: int, vocabulary: int, trainable: bool, **options) -> int:
     """On an accelerator ("meta" is none of the devices with a rule of its own), bfloat16."""
     hidden, weight = (torch.empty(n, hidden_size, dtype=torch.bfloat16, device="meta") for n in (1, vocabulary))
-    return sweep.chunk_tokens(hidden, weight, Options(**options), trainable=trainable)
+    return chunks.chunk_tokens(hidden, weight, Options(**options), trainable=trainable)
 
 
 @pytest.mark.parametrize(
@@ -176,9 +179,9 @@ def test_chunk_bytes_rules():
 @given(count=st.integers(0, 20_000), most=st.integers(1, 5000), device=st.sampled_from(["cpu", "cuda"]))
 def test_chunks_are_equal(count, most, device):
     """The fewest chunks there can be, all but the last of one size, which is whole steps unless nothing else fits."""
-    size = sweep.equal_chunks(count, most, device)
+    size = chunks.equal_chunks(count, most, device)
     step = 16 if device == "cpu" else 128
-    sizes = [rows.stop - rows.start for rows in sweep.spans(count, size)]
+    sizes = [rows.stop - rows.start for rows in products.spans(count, size)]
     assert sum(sizes) == count and all(x == size for x in sizes[:-1])
     assert 1 <= size <= most and len(sizes) == -(-count // most)
     if len(sizes) > 1:
@@ -189,11 +192,11 @@ def test_chunks_are_equal(count, most, device):
 def test_groups_may_be_as_long_as_the_budget_allows():
     """Chunks of equal size would cut a group that the budget holds."""
     p = make_problem((40,), 4, 8)
-    problem = Problem(p.hidden, p.weight, None, p.targets, LogitTransform(), chunk_bytes=8 * 4 * 32)
-    assert sweep.Chunks(rows.ENGINE, problem, ()).tokens == 32
-    assert sweep.Chunks(rows.ENGINE, problem, (), whole_groups=True).tokens == 32
+    problem = Problem(p.hidden, Head(p.weight), p.targets, chunk_bytes=8 * 4 * 32)
+    assert chunks.Chunks(TorchRows(), problem, ()).tokens == 32
+    assert chunks.Chunks(TorchRows(), problem, (), whole_groups=True).tokens == 32
     problem = replace(problem, chunk_bytes=8 * 4 * 39)
-    assert sweep.Chunks(rows.ENGINE, problem, (), whole_groups=True).tokens == 32
+    assert chunks.Chunks(TorchRows(), problem, (), whole_groups=True).tokens == 32
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +209,7 @@ def test_groups_may_be_as_long_as_the_budget_allows():
 def test_logits_of_bfloat16_operands_are_float32(monkeypatch, units, offset, backward):
     """Whatever the processor: an offset that all logits share, which bfloat16 logits would be rounded by, changes
     nothing."""
-    monkeypatch.setattr(sweep, "has_bfloat16_units", lambda: units)
+    monkeypatch.setattr(products, "has_bfloat16_units", lambda: units)
     draw = torch.Generator().manual_seed(0)
     hidden = torch.cat([torch.randn(64, 64, generator=draw), torch.ones(64, 1)], 1).bfloat16().requires_grad_()
     weight = torch.cat([torch.randn(500, 64, generator=draw) * 0.3, torch.full((500, 1), offset)], 1).bfloat16()
@@ -224,8 +227,8 @@ def test_logits_of_bfloat16_operands_are_float32(monkeypatch, units, offset, bac
 def test_bfloat16_logits_are_to_be_had(monkeypatch):
     """`chunk_dtype` asks for the speed of a processor's units, and has their rounding."""
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(sweep, "has_bfloat16_units", lambda: True)
-    monkeypatch.setattr(sweep, "multiply", lambda a, b, out: (seen.append(a.dtype), out.copy_(a @ b)))
+    monkeypatch.setattr(products, "has_bfloat16_units", lambda: True)
+    monkeypatch.setattr(products, "multiply", lambda a, b, out, add=False: (seen.append(a.dtype), out.copy_(a @ b)))
     p = make_problem((3,), 4, 8, dtype=torch.bfloat16, trainable=())
     for chunk_dtype in (None, torch.float32, torch.bfloat16):
         linear_logprobs(p.hidden, p.weight, p.targets, chunk_dtype=chunk_dtype)
@@ -235,8 +238,8 @@ def test_bfloat16_logits_are_to_be_had(monkeypatch):
 @pytest.mark.parametrize("units", [True, False])
 def test_sums_of_bfloat16_products_are_float32(monkeypatch, units):
     """Chunk by chunk: a sum in bfloat16 would stand still after 256 equal terms."""
-    monkeypatch.setattr(sweep, "has_bfloat16_units", lambda: units)
-    monkeypatch.setattr(sweep, "PART_BYTES", {"cpu": 4})
+    monkeypatch.setattr(products, "has_bfloat16_units", lambda: units)
+    monkeypatch.setattr(products, "PART_BYTES", {"cpu": 4})
     tokens = 16 * 18
     hidden, weight = (torch.full((n, 1), x).bfloat16().requires_grad_() for n, x in ((tokens, 1.0), (3, 0.0)))
     targets = torch.zeros(tokens, dtype=torch.long)
@@ -248,15 +251,15 @@ def test_sums_of_bfloat16_products_are_float32(monkeypatch, units):
 def test_float16_on_a_gpu():
     """Logits from float16 operands into float32; gradients in tf32, which holds float16. The setting comes back."""
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert sweep.logit_dtype(torch.float16, gpu, None) == torch.float16
-    assert sweep.logit_dtype(torch.float16, cpu, None) == sweep.operand_dtype(torch.float16, gpu) == torch.float32
+    assert products.logit_dtype(torch.float16, gpu, None) == torch.float16
+    assert products.logit_dtype(torch.float16, cpu, None) == products.operand_dtype(torch.float16, gpu) == torch.float32
     before = torch.backends.cuda.matmul.fp32_precision
     for dtype, device, inside in (
         (torch.float16, gpu, "tf32"),
         (torch.float32, gpu, before),
         (torch.float16, cpu, before),
     ):
-        with pytest.raises(KeyError), sweep.float16_products(dtype, device):
+        with pytest.raises(KeyError), products.float16_products(dtype, device):
             assert torch.backends.cuda.matmul.fp32_precision == inside
             raise KeyError
         assert torch.backends.cuda.matmul.fp32_precision == before

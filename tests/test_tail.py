@@ -11,83 +11,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tail_cases import check_compiled, exact_of, gradients, peaked_problem, relative, tail_calls
 from torch import Tensor
 
 import logitless
 from logitless import linear_logprobs, linear_token_loss, tail_report
-from logitless.backends import tail
+from logitless.backends.approximate import entries
+from logitless.backends.approximate.select import SHARE
+from logitless.ops.registered.shared import Execution
 from logitless.testing import make_problem
-from logitless.types import TAIL_TOLERANCE
+from logitless.types import TAIL_TOLERANCE, LogitTransform
 
-V = 600  # two whole blocks and a short one
 #: Coarse enough for the small vocabularies here; at the default most of their entries would be kept, and all be exact.
 TAIL: dict[str, Any] = {"backward": "tail_corrected", "tail_tolerance": 2.0**-8}
-#: Options that an exact backward refuses.
-APPROXIMATE = ("tail_tolerance", "vocabulary_order", "backward")
-SHAPES = ("peaked", "flat", "two-peaked", "dominating", "ties", "random", "in between")
-
-
-def logits_of(kind: str, count: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """`[count, V]` logits."""
-    draw = torch.Generator().manual_seed(seed)
-    noise = torch.randn(count, V, generator=draw, dtype=torch.float64)
-    top = torch.randint(V, (count, 2), generator=draw)
-    if kind == "flat":
-        return (1e-3 * noise).to(dtype)
-    if kind == "peaked":
-        return noise.mul(3).scatter_add_(1, top[:, :1], torch.full((count, 1), 15.0, dtype=torch.float64)).to(dtype)
-    if kind == "two-peaked":
-        return noise.scatter_add_(1, top, torch.full((count, 2), 9.0, dtype=torch.float64)).to(dtype)
-    if kind == "dominating":
-        return noise.scatter_(1, top[:, :1], 300.0).to(dtype)
-    if kind == "ties":
-        return noise.round().mul(4).to(dtype)
-    return noise.mul(2 if kind == "in between" else 5).to(dtype)
-
-
-def gradients(
-    hidden: Tensor, weight: Tensor, targets: Tensor, coefficient: Tensor, *, bias: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of `sum_i coefficient_i logprob_i`."""
-    leaves = [x if x is None else x.detach().clone().requires_grad_() for x in (hidden, weight, bias)]
-    stats = linear_logprobs(leaves[0], leaves[1], targets, bias=leaves[2], **options)
-    (coefficient * stats.logprob).sum().backward()
-    return leaves[0].grad, leaves[1].grad, None if bias is None else leaves[2].grad  # type: ignore[union-attr, return-value]
-
-
-@st.composite
-def cases(draw: Any) -> dict[str, Any]:
-    count, seed = draw(st.integers(1, 9)), draw(st.integers(0, 10**6))
-    generator = torch.Generator().manual_seed(seed + 1)
-    parts = [logits_of(draw(st.sampled_from(SHAPES)), 1, seed + i) for i in range(count)]
-    coefficient = torch.randn(count, generator=generator, dtype=torch.float64)
-    coefficient *= (torch.rand(count, generator=generator) > 0.2) * 10 ** draw(st.integers(-4, 4))
-    bias = None
-    if draw(st.booleans()):
-        bias = torch.zeros(V, dtype=torch.float64)
-        bias[torch.rand(V, generator=generator) < draw(st.sampled_from([0.1, 0.9]))] = -torch.inf
-        bias[0] = 0
-    allowed = torch.arange(V) if bias is None else bias.isfinite().nonzero()[:, 0]
-    return {
-        "hidden": torch.cat(parts),
-        "weight": torch.eye(V, dtype=torch.float64),
-        "targets": allowed[torch.randint(len(allowed), (count,), generator=generator)],
-        "coefficient": coefficient,
-        "bias": bias,
-        "temperature": draw(st.sampled_from([1.0, 0.5, 2.0])),
-        "tail_tolerance": draw(st.sampled_from([2.0**-14, 2.0**-10, 2.0**-6, 0.1, 1.0])),
-        "chunk_bytes": draw(st.sampled_from([None, 8 * V * 2])),
-        "vocabulary_order": draw(st.sampled_from([None, torch.randperm(V, generator=generator)])),
-    }
-
-
-def exact_of(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    options = {name: value for name, value in case.items() if name not in APPROXIMATE}
-    return gradients(**options, backward="recompute")
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases())
+@given(tail_calls())
 def test_the_bounds_hold_and_rows_keep_their_sum(case: dict[str, Any]) -> None:
     exact, _, _ = exact_of(case)
     with tail_report() as report:
@@ -100,9 +40,9 @@ def test_the_bounds_hold_and_rows_keep_their_sum(case: dict[str, Any]) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(cases(), st.sampled_from([None, 3.0, 30.0]), st.sampled_from([0.0, 1.0]))
+@given(tail_calls(), st.sampled_from([None, 3.0, 30.0]), st.sampled_from([0.0, 1.0]))
 def test_the_bounds_hold_in_the_single_pass(case: dict[str, Any], softcap: float | None, entropy: float) -> None:
-    """With a softcap and entropies too: there the matrix itself is at hand."""
+    """The bounds hold with a softcap and entropies too, because a single pass has the matrix itself."""
     coefficient = case.pop("coefficient")
     hidden, weight, targets = (case.pop(name) for name in ("hidden", "weight", "targets"))
     tail_options = {name: case.pop(name) for name in ("tail_tolerance", "vocabulary_order")}
@@ -137,18 +77,6 @@ def test_the_bounds_hold_in_the_single_pass(case: dict[str, Any], softcap: float
     assert ((found - exact).sum(-1).abs() <= rounding).all()
 
 
-def peaked_problem(count: int = 24, hidden_size: int = 16, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
-    """Hidden states, head and likely targets, such that the products in two parts are taken."""
-    made = make_problem((count,), hidden_size, 2000, dtype=dtype, spread=6.0, trainable=())
-    targets = torch.multinomial((made.hidden.double() @ made.weight.double().T).softmax(-1), 1)[:, 0]
-    coefficient = torch.randn(count, generator=torch.Generator().manual_seed(2)).to(dtype)
-    return {"hidden": made.hidden, "weight": made.weight, "targets": targets, "coefficient": coefficient}
-
-
-def relative(found: Tensor, exact: Tensor) -> float:
-    return float((found - exact).norm() / exact.norm())
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_every_gradient_is_close_and_the_tail_mass_is_what_was_left(dtype: torch.dtype) -> None:
     problem = peaked_problem(dtype=dtype)
@@ -170,7 +98,7 @@ def test_the_tail_mass_is_exact() -> None:
         gradients(**problem, **TAIL)
     p = (problem["hidden"] @ problem["weight"].T).softmax(-1)
     p[torch.arange(len(p)), problem["targets"]] = 1  # the target's entry is kept
-    torch.testing.assert_close(report.tail_mass, p.where(p < 2.0**-8 / tail.SHARE, 0).sum(-1), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(report.tail_mass, p.where(p < 2.0**-8 / SHARE, 0).sum(-1), rtol=1e-9, atol=1e-12)
 
 
 def test_a_tolerance_of_0_is_exact() -> None:
@@ -180,7 +108,7 @@ def test_a_tolerance_of_0_is_exact() -> None:
 
 
 def test_a_tiny_tolerance_agrees_in_float64() -> None:
-    """What can be left below it is rounding, and the products in two parts must give the rest."""
+    """Only rounding can be left below such a tolerance, so the products in two parts must give the rest."""
     problem = peaked_problem()
     problem["hidden"] = 8 * problem["hidden"]
     with tail_report() as report:
@@ -204,7 +132,7 @@ def test_plain_filtering_is_biased_where_this_is_not() -> None:
     problem["coefficient"] = torch.ones(count, dtype=torch.float64)
     exact, _, _ = gradients(**problem)
     p = (hidden @ weight.T + bias).softmax(-1)
-    filtered = torch.where(p >= TAIL_TOLERANCE / tail.SHARE, -p, 0)
+    filtered = torch.where(p >= TAIL_TOLERANCE / SHARE, -p, 0)
     filtered[:, 0] += 1
     filtered = torch.where(p >= 2.0**-10, filtered, 0)
     assert relative(filtered @ weight, exact) > 0.5
@@ -313,7 +241,7 @@ def test_tokens_without_an_upstream_gradient_keep_nothing() -> None:
 def test_a_frozen_head_costs_no_work_for_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = peaked_problem()
     trainable, _, _ = gradients(**problem, **TAIL)
-    monkeypatch.setattr(tail._Accumulators, "_flush", lambda self: pytest.fail("the head's gradient was computed"))
+    monkeypatch.setattr(entries._EntrySums, "_flush", lambda self: pytest.fail("the head's gradient was computed"))
     hidden = problem["hidden"].clone().requires_grad_()
     stats = linear_logprobs(hidden, problem["weight"], problem["targets"], **TAIL)
     (problem["coefficient"] * stats.logprob).sum().backward()
@@ -323,7 +251,7 @@ def test_a_frozen_head_costs_no_work_for_its_gradient(monkeypatch: pytest.Monkey
 def test_entries_that_wait_are_flushed_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = peaked_problem(count=40)
     once = gradients(**problem, **TAIL, chunk_bytes=8 * 2000 * 8)
-    monkeypatch.setattr(tail, "MOST_WAITING", 10)
+    monkeypatch.setattr(entries, "MOST_WAITING", 10)
     often = gradients(**problem, **TAIL, chunk_bytes=8 * 2000 * 8)
     torch.testing.assert_close(often[1], once[1])
 
@@ -376,26 +304,10 @@ def test_bad_tolerances(options: dict[str, Any], error: type[Exception], message
 def test_the_ops_are_well_formed() -> None:
     problem = peaked_problem(count=6, dtype=torch.float32)
     hidden, weight = (problem[name].requires_grad_() for name in ("hidden", "weight"))
-    arguments = (hidden, weight, None, problem["targets"], 1.0, None, 1.0, -100, "logprob", "chunked", None, None)
+    execution = Execution("chunked", "tail_corrected", 2e-4, None, None)
+    arguments = (hidden, weight, None, problem["targets"], None, LogitTransform().packed(), -100, "logprob", *execution)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(torch.ops.logitless.logprobs_tail.default, (*arguments, 2e-4, None), test_utils=tests)
-
-
-def check_compiled(options: dict[str, Any]) -> None:
-    """Without a graph break, and with the eager call's gradients."""
-    problem = peaked_problem(dtype=torch.float32)
-
-    def total(hidden: Tensor, weight: Tensor) -> Tensor:
-        stats = linear_logprobs(hidden, weight, problem["targets"], **options)
-        return (problem["coefficient"] * stats.logprob).sum()
-
-    found = []
-    for function in (total, torch.compile(total, backend="aot_eager", fullgraph=True)):
-        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
-        function(hidden, weight).backward()
-        found.append((hidden.grad, weight.grad))
-    for x, y in zip(*found, strict=True):
-        torch.testing.assert_close(x, y)
+    torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=tests)
 
 
 def test_compiled_gradients_are_the_eager_ones() -> None:
@@ -412,4 +324,5 @@ def test_reports_nest_and_end() -> None:
             gradients(**problem, **TAIL)
     gradients(**problem, **TAIL)
     assert len(outer.left) == 48 and len(inner.left) == 24
-    assert len(tail.TailReport().left) == len(tail.TailReport().l2_bound) == len(tail.TailReport().tail_mass) == 0
+    empty = logitless.TailReport()
+    assert len(empty.left) == len(empty.l2_bound) == len(empty.tail_mass) == 0

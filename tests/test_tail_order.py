@@ -11,15 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitless.backends import chunked, tail
-from logitless.backends.order import SIZES, permuted, places, restored, vocabulary_order
-from logitless.backends.problem import Gradients, Needs, Problem, Upstream
+from logitless.backends import BACKENDS
+from logitless.backends.approximate import select
+from logitless.backends.approximate.order import SIZES, inverse, permuted, restored, vocabulary_order
+from logitless.backends.approximate.report import tail_report
+from logitless.backends.interface import Gradients, Needs, Problem, Upstream
 from logitless.testing import make_problem
-from logitless.types import LogitTransform, TokenStats
+from logitless.types import Head, TokenStats
 
 V = 700  # two whole blocks of 256 and a short one
 TOLERANCE = 2.0**-6
 ALL = Needs(True, True, True)
+ENTRIES = BACKENDS["chunked"].approximate("tail_corrected")
 
 
 def problem_of(seed: int, *, order: bool = True, masked: bool = False, count: int = 12) -> Problem:
@@ -31,22 +34,21 @@ def problem_of(seed: int, *, order: bool = True, masked: bool = False, count: in
         bias[torch.rand(V, generator=draw) < 0.3] = -torch.inf
     logits = made.hidden @ made.weight.T + bias
     found = torch.randperm(V, generator=draw) if order else None
-    return Problem(
-        made.hidden, made.weight, bias, logits.argmax(-1), LogitTransform(temperature=2.0), 8 * V * 5, None, found
-    )
+    head = Head(made.weight, bias, temperature=2.0)
+    return Problem(made.hidden, head, logits.argmax(-1), 8 * V * 5, None, found)
 
 
 def by_logprobs(problem: Problem, tolerance: float = TOLERANCE) -> Gradients:
-    """Of `sum_i (-1)^i logprob_i + lse_i / 4`."""
+    """Gradients of `sum_i (-1)^i logprob_i + lse_i / 4`."""
     signs = torch.ones(len(problem.targets), dtype=torch.float64)
     signs[1::2] = -1
-    forward, saved = chunked.tail_forward(problem, ("logprob", "lse"), tolerance)
+    forward, saved = ENTRIES.forward(problem, ("logprob", "lse"), tolerance)
     upstream = Upstream(logprob=signs, lse=torch.full_like(signs, 0.25))
-    return chunked.tail_backward(problem, forward.stats, saved, upstream, ALL, tolerance)
+    return ENTRIES.backward(problem, forward.stats, saved, upstream, ALL, tolerance)
 
 
 def by_single_pass(problem: Problem, tolerance: float = TOLERANCE) -> Gradients:
-    """Of the sum of the negative log-probs and a little entropy."""
+    """Gradients of the sum of the negative log-probs and a little entropy."""
 
     def coefficients(stats: TokenStats, rows: slice) -> tuple[Tensor, Upstream]:
         assert stats.logprob is not None
@@ -54,7 +56,7 @@ def by_single_pass(problem: Problem, tolerance: float = TOLERANCE) -> Gradients:
         return -stats.logprob.sum(), Upstream(logprob=-one, entropy=0.1 * one)
 
     names = ("logprob", "entropy")
-    return chunked.tail_single_pass(problem, names, coefficients, None, ALL, tolerance).gradients
+    return ENTRIES.single_pass(problem, names, coefficients, None, ALL, tolerance).gradients
 
 
 WAYS = {"logprobs": by_logprobs, "single pass": by_single_pass}
@@ -72,9 +74,9 @@ def assert_close(found: Gradients, expected: Gradients, tolerance: float = 1e-10
 def test_an_order_gives_what_the_reordered_head_gives(way: str, seed: int, masked: bool) -> None:
     """`permuted` moves rows, biases and targets, `restored` moves gradients back; the order itself moves none."""
     problem = problem_of(seed, masked=masked)
-    with tail.tail_report() as report:
+    with tail_report() as report:
         found = WAYS[way](problem)
-    with tail.tail_report() as moved_report:
+    with tail_report() as moved_report:
         moved = restored(WAYS[way](permuted(problem)), problem.vocabulary_order)
     assert_close(found, moved)
     assert report.kept == moved_report.kept
@@ -90,9 +92,9 @@ def test_the_native_order_by_name_is_none(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_the_two_parts_are_taken_and_the_order_matters(way: str) -> None:
-    """Or the comparisons above were of exact products."""
+    """Otherwise the comparisons above would be of exact products."""
     problem = problem_of(3)
-    with tail.tail_report() as report:
+    with tail_report() as report:
         found = WAYS[way](problem)
     assert report.exact_tokens == 0 and report.tail_mass.max() > 1e-3
     native = WAYS[way](replace(problem, vocabulary_order=None))
@@ -104,10 +106,10 @@ def test_the_bounds_hold_in_any_order() -> None:
     """With the identity for a head, `d hidden` is the gradient of the logits."""
     for seed in range(5):
         made = problem_of(seed, count=20)
-        logits = made.hidden @ made.weight.T
-        problem = replace(made, hidden=logits, weight=torch.eye(V, dtype=torch.float64), bias=None, chunk_bytes=None)
-        problem = replace(problem, targets=logits.argmax(-1))
-        with tail.tail_report() as report:
+        logits = made.hidden @ made.head.weight.T
+        head = made.head._replace(weight=torch.eye(V, dtype=torch.float64), bias=None)
+        problem = replace(made, hidden=logits, head=head, targets=logits.argmax(-1), chunk_bytes=None)
+        with tail_report() as report:
             found = by_logprobs(problem).hidden
         exact = by_logprobs(problem, 2.0**-60).hidden
         assert found is not None and exact is not None
@@ -121,8 +123,8 @@ def test_the_bounds_hold_in_any_order() -> None:
 def test_sums_by_block_do_not_depend_on_the_layout() -> None:
     order, matrix = torch.randperm(V), torch.randn(6, V, dtype=torch.float64)
     vocabulary_major = matrix.T.contiguous().T
-    expected = torch.stack([matrix[:, part].sum(1) for part in order.split(tail.BLOCK)], 1)
-    for found in (tail._by_block(matrix, order), tail._by_block(vocabulary_major, order)):
+    expected = torch.stack([matrix[:, part].sum(1) for part in order.split(select.TAIL_BLOCK)], 1)
+    for found in (select._by_block(matrix, order), select._by_block(vocabulary_major, order)):
         torch.testing.assert_close(found, expected)
 
 
@@ -137,12 +139,12 @@ def test_it_is_a_permutation_and_the_same_each_time(vocabulary: int, dtype: torc
     for found in (vocabulary_order(weight), vocabulary_order(weight, hidden)):
         assert found.dtype == torch.int64 and torch.equal(found.sort().values, torch.arange(vocabulary))
     assert torch.equal(found, vocabulary_order(weight, hidden))
-    assert torch.equal(places(found)[found], torch.arange(vocabulary))
+    assert torch.equal(inverse(found)[found], torch.arange(vocabulary))
 
 
 @pytest.mark.parametrize("from_data", [False, True])
 def test_it_finds_clusters(from_data: bool) -> None:
-    """As many as there are blocks of the largest size, shuffled over the vocabulary."""
+    """The head has one cluster for each block of the largest size, shuffled over the vocabulary."""
     draw = torch.Generator().manual_seed(0)
     centres = 5 * torch.randn(8, 32, generator=draw)
     cluster = torch.arange(8).repeat(SIZES[0])[torch.randperm(8 * SIZES[0], generator=draw)]
@@ -158,10 +160,10 @@ def test_it_lowers_the_error_where_the_head_has_clusters() -> None:
     weight = centres[torch.randint(8, (2048,), generator=draw)]
     weight += 0.1 * torch.randn(2048, 16, generator=draw, dtype=torch.float64)
     hidden = 6 * torch.randn(40, 16, generator=draw, dtype=torch.float64)
-    problem = Problem(hidden, weight, None, (hidden @ weight.T).argmax(-1), LogitTransform())
+    problem = Problem(hidden, Head(weight), (hidden @ weight.T).argmax(-1))
     exact, errors = by_logprobs(problem, 2.0**-60), []
     for order in (None, vocabulary_order(weight), vocabulary_order(weight, torch.randn(100, 16))):
-        with tail.tail_report() as report:
+        with tail_report() as report:
             found = by_logprobs(replace(problem, vocabulary_order=order), 2.0**-5)
         assert report.exact_tokens == 0
         assert found.hidden is not None and exact.hidden is not None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitless import linear_logprobs, linear_token_loss
-from logitless.ops import library
+from logitless.ops import functions
 from logitless.testing import assert_matches_float64, make_problem, materialised, measure, poison_empty
 from logitless.types import DIFFERENTIABLE, LogitTransform
 
@@ -255,14 +255,14 @@ def test_a_function_without_a_gradient():
 @pytest.mark.parametrize("what", [ZeroDivisionError, KeyboardInterrupt])
 def test_an_error_in_the_function_comes_through_and_leaves_nothing_behind(what):
     problem = make_problem((4,), 3, 5)
-    before = dict(library._functions)
+    before = dict(functions._functions)
 
     def broken(stats):
         raise what
 
     with pytest.raises(what):
         linear_token_loss(problem.hidden, problem.weight, problem.targets, broken)
-    assert library._functions == before
+    assert functions._functions == before
 
 
 def test_under_no_grad_nothing_is_differentiated():
@@ -339,11 +339,11 @@ def test_autocast_does_not_reach_the_function():
 
 @pytest.mark.parametrize("trainable", [("hidden",), ("hidden", "weight", "bias")])
 def test_the_backend_makes_the_gradients_needed_alone(monkeypatch, trainable):
-    from logitless.backends import chunked
+    from logitless.backends.chunked import CHUNKED
 
     asked = []
-    single_pass = chunked.single_pass
-    monkeypatch.setattr(chunked, "single_pass", lambda *args: asked.append(args[4]) or single_pass(*args))
+    single_pass = CHUNKED.single_pass
+    monkeypatch.setattr(CHUNKED, "single_pass", lambda *args: asked.append(args[4]) or single_pass(*args))
     problem = make_problem((6,), 4, 9, bias=True, trainable=trainable)
     arguments = (problem.hidden, problem.weight, problem.targets, nll)
     linear_token_loss(*arguments, bias=problem.bias)

@@ -1,4 +1,4 @@
-"""Reading rows, rendering them to tokens and labels, packing and batching."""
+"""Reading rows, turning them into tokens and labels, packing and batching."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from hypothesis import strategies as st
 from training_fixtures import completion_rows, make_tokenizer, preference_rows, write_jsonl
 
 from logitless.training import InputError
-from logitless.training.batching import Piece, Plan, best_fit, consecutive, packed, padded, padding_free
+from logitless.training.collate import Piece, best_fit, consecutive, packed, padded, padding_free
 from logitless.training.data import Row, has_split, read_rows
-from logitless.training.feeding import Feeder, split_rows
-from logitless.training.render import IGNORED, Example, Renderer
+from logitless.training.loader import Loader, split_rows
+from logitless.training.sampler import Sampler
+from logitless.training.tokenize import IGNORED, Example, RowTokenizer
 
 TOKENIZER = make_tokenizer()
 
 
-def renderer(**changes: Any) -> Renderer:
-    return Renderer(**{"tokenizer": TOKENIZER, "max_length": 128} | changes)
+def renderer(**changes: Any) -> RowTokenizer:
+    return RowTokenizer(**{"tokenizer": TOKENIZER, "max_length": 128} | changes)
 
 
 def one(values: dict[str, Any], **changes: Any) -> Example:
@@ -238,7 +239,7 @@ def test_best_fit_refuses_what_can_not_fit() -> None:
 
 @given(st.integers(1, 30), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3))
 def test_an_epoch_reads_every_unit(units: int, batch: int, accumulation: int, world: int) -> None:
-    plans = [Plan(units, batch, accumulation, seed=1, rank=rank, world=world) for rank in range(world)]
+    plans = [Sampler(units, batch, accumulation, seed=1, rank=rank, world=world) for rank in range(world)]
     read = []
     for step in range(plans[0].steps_per_epoch):
         shares = [plan.micro_batches(step) for plan in plans]
@@ -281,7 +282,7 @@ def test_packed_and_padding_free_batches_restart_positions() -> None:
 
 def test_a_pair_batch_has_all_chosen_first() -> None:
     data = renderer().pairs([Row(row, "x") for row in preference_rows(3)], "x")
-    batch = Feeder(data, pad_token=1, flat=False).batch([2, 0])
+    batch = Loader(data, pad_token=1, flat=False).batch([2, 0])
     lengths = [len(data.items[i][part].input_ids) for part in (0, 1) for i in (2, 0)]
     assert batch.attention_mask is not None and batch.attention_mask.sum(1).tolist() == lengths
     assert consecutive(5, 2) == [[0, 1], [2, 3], [4]]

@@ -10,8 +10,11 @@ import torch
 from training_fixtures import completion_rows, make_model, make_options, preference_rows, write_jsonl
 from transformers import LlamaForCausalLM
 
+from logitless import linear_logprobs
 from logitless.training import InputError, train
 from logitless.training.metrics import read_metrics
+from logitless.training.objective import stats_of_logits
+from logitless.types import OUTPUTS
 
 ROWS = [
     {
@@ -69,7 +72,7 @@ def test_curves_lie_on_those_of_materialised_logits(folder: Path, loss: dict[str
 
 
 def test_evaluation_has_the_loss_s_own_temperature(folder: Path) -> None:
-    """It is the loss that is trained; without a step taken, the same of both ways and of the same rows."""
+    """Evaluation computes the trained loss. Before any step it is equal for both backends, and equal on equal rows."""
     loss, rows = {"name": "gem", "beta": 0.5}, str(folder / "rows.jsonl")
     found = []
     for backend in ("auto", "materialised"):
@@ -125,3 +128,19 @@ def test_a_teacher_is_another_model(folder: Path) -> None:
     model.save_pretrained(teacher)
     with pytest.raises(InputError, match="vocabulary"):
         curve(folder, loss, teacher_model_name_or_path=teacher)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_engines_agree_on_ties_and_on_masked_entries(masked: bool) -> None:
+    """A tie counts as correct, and an entry of logit -inf adds nothing to the entropy, with full logits as without."""
+    logits = torch.tensor([[[2.0, 1.0, 2.0, 0.0], [0.5, 0.5, 0.5, 0.5], [3.0, 1.0, -1.0, 2.0]]])
+    bias = torch.tensor([0.0, 0.0, 0.0, -torch.inf if masked else 0.0])
+    targets = torch.tensor([[2, 1, -100]])
+    outputs = tuple(name for name in OUTPUTS if name != "mean_logit")  # -inf where an entry is masked
+    ours = linear_logprobs(logits, torch.eye(4), targets, bias=bias, outputs=outputs)
+    theirs = stats_of_logits(logits + bias, targets, outputs)
+    for name in outputs:
+        found = getattr(theirs, name)
+        assert found.isfinite().all(), name
+        torch.testing.assert_close(found, getattr(ours, name), rtol=1e-6, atol=1e-6)
+    assert theirs.correct is not None and theirs.correct.tolist() == [[1.0, 1.0, 0.0]]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from interpreter import run_suite, runs_here
 
-from logitless.backends import triton as backend
+from logitless.backends.triton import TRITON
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 
@@ -28,10 +28,10 @@ else:
     @needs_triton
     def test_a_cpu_is_refused_without_the_interpreter():
         hidden = torch.zeros(2, 3)
-        assert "interpreter is off" in backend.supports(hidden.device, hidden.dtype)
+        assert "interpreter is off" in TRITON.supports(hidden.device, hidden.dtype)
 
 
 @pytest.mark.parametrize("shape", [(2, 3)])
 def test_triton_that_is_not_there_is_a_reason(monkeypatch, shape):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert backend.supports(torch.device("cpu"), torch.float32) == "triton is not installed"
+    assert TRITON.supports(torch.device("cpu"), torch.float32) == "triton is not installed"

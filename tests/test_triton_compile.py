@@ -9,47 +9,18 @@ else the loads are narrow and nothing is pipelined.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from triton_code import ARCHITECTURES, Architecture, ASTSource, GPUTarget, resources, tool, triton
 
-triton = pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+from logitless.kernels.triton import chunk, configs, logprobs, sparse
+from logitless.types import PAIR_BLOCK, PAIR_SPAN
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-
-from logitless.kernels.triton import chunk, configs, logprobs, sparse  # noqa: E402
-
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A compute capability (or AMD name), and per multiprocessor: bytes of shared memory a block may have, and flops a
-    clock of dense products with float32 sums, from the vendors' peak rates."""
-
-    target: GPUTarget
-    shared: int
-    flops: dict[str, int]
-
-
-ARCHITECTURES = {
-    "ampere": Architecture(GPUTarget("cuda", 80, 32), 163 * 1024, {"half": 2048, "tf32": 1024, "ieee": 128}),
-    "ada": Architecture(GPUTarget("cuda", 89, 32), 99 * 1024, {"half": 512, "tf32": 256, "ieee": 256}),
-    "hopper": Architecture(GPUTarget("cuda", 90, 32), 227 * 1024, {"half": 4096, "tf32": 2048, "ieee": 256}),
-    "blackwell": Architecture(GPUTarget("cuda", 100, 32), 227 * 1024, {"half": 8192, "tf32": 4096, "ieee": 256}),
-    "geforce-blackwell": Architecture(GPUTarget("cuda", 120, 32), 99 * 1024, {"half": 512, "tf32": 256, "ieee": 256}),
-    "amd": Architecture(GPUTarget("hip", "gfx942", 64), 64 * 1024, {"half": 2048, "ieee": 256}),
-}
 KERNELS = {"forward": logprobs.forward_kernel, "gradient": logprobs.gradient_kernel}
 #: Of listed pairs; each takes the configuration of its name, the first that of a gradient.
 LISTED = {
@@ -114,7 +85,7 @@ def compiled(
 
 
 @cache
-def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str, ...], target: GPUTarget):
+def tile_kernel(name: str, operands: str, tile: configs.TileConfig, present: tuple[str, ...], target: GPUTarget):
     kernel = KERNELS["forward" if name == "blocks" else name]
     values = {k: v for k, v in tile.blocks.items() if k in kernel.arg_names}
     values |= {"BLOCK": min(128, tile.BLOCK_V), "PRECISION": "ieee" if operands == "half" else operands}
@@ -124,31 +95,13 @@ def tile_kernel(name: str, operands: str, tile: configs.Tile, present: tuple[str
 
 
 @cache
-def listed_kernel(name: str, operands: str, tile: configs.Tile, target: GPUTarget):
+def listed_kernel(name: str, operands: str, tile: configs.TileConfig, target: GPUTarget):
     kernel = LISTED[name]
-    values = {**tile.blocks, "BLOCK": sparse.BLOCK, "SLICE": sparse.SLICE}
+    values = {**tile.blocks, "BLOCK": PAIR_BLOCK, "SPAN": PAIR_SPAN}
     values["PRECISION"] = "ieee" if operands == "half" else operands
     values = {k: v for k, v in values.items() if k in kernel.arg_names}
     halves = "*bf16" if operands == "half" else "*fp32"
     return compiled(kernel, ("p_bias",), values, halves, target, tile.num_warps, tile.num_stages)
-
-
-def tool(name: str, *arguments: str, data: bytes, folder: Path) -> str:
-    path = folder / "code.cubin"
-    path.write_bytes(data)
-    return subprocess.run([TOOLS / name, *arguments, path], capture_output=True, text=True, check=True).stdout
-
-
-def resources(code, folder: Path) -> SimpleNamespace:
-    """Registers a thread, and bytes of its memory outside them (spills)."""
-    if "cubin" in code.asm:
-        found = tool("cuobjdump", "-res-usage", data=code.asm["cubin"], folder=folder)
-        return SimpleNamespace(
-            registers=int(re.search(r"REG:(\d+)", found)[1]), stack=int(re.search(r"STACK:(\d+)", found)[1])
-        )
-    found = code.asm["amdgcn"]
-    spilt = int(re.search(r"\.vgpr_spill_count:\s+(\d+)", found)[1])  # scalar ones spill into vector registers
-    return SimpleNamespace(registers=int(re.search(r"\.vgpr_count:\s+(\d+)", found)[1]), stack=spilt)
 
 
 def inner_loop(code, folder: Path) -> Counter[str]:
@@ -254,7 +207,7 @@ def check_resources(code, arch: Architecture, folder: Path) -> None:
 def test_the_gradient_of_listed_pairs(name, operands, shape, tmp_path):
     """By every tile that it may have, down to a block's width."""
     arch, tile = ARCHITECTURES[name], configs.TILES[name][operands, shape]
-    tile = replace(tile, BLOCK_V=min(tile.BLOCK_V, sparse.BLOCK))
+    tile = replace(tile, BLOCK_V=min(tile.BLOCK_V, PAIR_BLOCK))
     code = listed_kernel("listed", operands, tile, arch.target)
     check_resources(code, arch, tmp_path)
     if name != "amd":
@@ -294,11 +247,11 @@ def test_routing(name, tmp_path):
     arch = ARCHITECTURES[name]
     counting, listing = ("p_tail", "p_counts"), ("p_starts", "p_tokens")
     for absent in (counting, listing):
-        values = {"SLICE": sparse.SLICE, "BLOCK_B": sparse.ROUTE_BLOCKS, **dict.fromkeys(absent)}
+        values = {"SPAN": PAIR_SPAN, "BLOCK_B": sparse.ROUTE_BLOCKS, **dict.fromkeys(absent)}
         check_resources(
             compiled(sparse.route_kernel, ("p_block_lse",), values, "*fp32", arch.target, 4), arch, tmp_path
         )
-    code = compiled(sparse.place_kernel, (), {"SLICE": sparse.SLICE}, "*fp32", arch.target, 4)
+    code = compiled(sparse.place_kernel, (), {"SPAN": PAIR_SPAN}, "*fp32", arch.target, 4)
     check_resources(code, arch, tmp_path)
 
 
@@ -336,7 +289,7 @@ def test_row_kernels(name, tmp_path):
 # The bound that the instructions set
 
 
-def bound(name: str, operands: str, tile: configs.Tile, folder: Path) -> float:
+def bound(name: str, operands: str, tile: configs.TileConfig, folder: Path) -> float:
     """The share of the tensor cores' peak that the forward's loop of the product cannot exceed: clocks of the products
     over those of whichever takes longest, of
 
@@ -356,7 +309,7 @@ def bound(name: str, operands: str, tile: configs.Tile, folder: Path) -> float:
     return product / max(product, issue, shared, copied / 64)
 
 
-def shared_reads(loop: Counter[str], tile: configs.Tile, itemsize: int) -> float:
+def shared_reads(loop: Counter[str], tile: configs.TileConfig, itemsize: int) -> float:
     """Bytes that products read in one round of the loop: `ldmatrix` and wide loads by their count; a warp group's
     (64 rows of hidden) or Blackwell's (both operands once) by the instruction's own reading."""
     counted = sum(n * {"4": 512, "2": 256}.get(op[-1], 128) for op, n in loop.items() if op.startswith("LDSM"))

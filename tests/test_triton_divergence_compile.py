@@ -1,9 +1,9 @@
-"""The divergences' Triton kernel, compiled without a GPU for the six architectures of `test_triton_compile.py`."""
+"""The divergences' Triton kernel, compiled without a GPU for the six architectures of `triton_code.py`."""
 
 from __future__ import annotations
 
 import pytest
-from test_triton_compile import ARCHITECTURES, ASTSource, resources, triton
+from triton_code import ARCHITECTURES, ASTSource, resources, triton
 
 from logitless.kernels.triton import configs
 from logitless.kernels.triton.divergence import divergence_kernel
@@ -16,8 +16,8 @@ OPTIONAL = ("p_bias_q", "p_bias_p", "p_gradient_p", "inner_q", "outer_q", "inner
 
 
 def source(form: str, rich: bool) -> ASTSource:
-    """As the launcher would specialise it: bfloat16 gradients in the place of float32 products, rows contiguous.
-    `rich`: with biases, softcaps and the reference's gradient."""
+    """The kernel's source, specialised as by the launcher: bfloat16 gradients over float32 products, contiguous rows.
+    `rich` adds biases, softcaps and the reference's gradient."""
     names = divergence_kernel.arg_names
     values = {"FORM": form, "BLOCK_N": configs.ROW_PAIR.BLOCK_N, "BLOCK_V": configs.ROW_PAIR.BLOCK_V}
     values |= {} if rich else dict.fromkeys(OPTIONAL)

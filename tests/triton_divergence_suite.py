@@ -11,22 +11,22 @@ import torch
 import triton
 import triton.language as tl
 from cases import DTYPES
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from test_linear_divergence import (
+from divergence_cases import (
     BOUNDED,
     KINDS,
     SIDES,
     assert_right,
     call,
-    cases,
     check_entries_that_one_side_lacks,
     check_logits_of_ten_thousand,
+    divergence_calls,
     make,
     measure,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from logitless.kernels.triton import divergence
+from logitless.kernels.triton import divergence, tile
 from logitless.types import DivergenceOptions, LogitTransform
 
 HERE = dict(backend="triton", device="cuda" if torch.cuda.is_available() else "cpu")
@@ -46,14 +46,14 @@ def check(case, backward) -> None:
 
 
 @settings(max_examples=10)
-@given(cases(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
+@given(divergence_calls(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
 def test_any_case_is_right_within_the_budget(case, backward):
     check(case, backward)
 
 
 @pytest.mark.slow
 @settings(max_examples=150)
-@given(cases(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
+@given(divergence_calls(DTYPES[1:]), st.sampled_from(["auto", "recompute"]))
 def test_many_cases_are_right_within_the_budget(case, backward):
     check(case, backward)
 
@@ -87,8 +87,8 @@ def test_a_nan_is_not_hidden(side):
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_in_one_sweep(dtype):
-    """Of operands that stay halves, the gradient is rounded before the upstream factor in one way and after it in the
-    other: half an ulp of each term twice, and of the result twice. Terms may cancel to half their size."""
+    """If operands stay halves, one way rounds the gradient before the upstream factor and the other way after it.
+    That is half an ulp of each term twice, and of the result twice. Terms may cancel to half their size."""
     x = make(trainable=SIDES, dtype=dtype)
     at_once = measure(lambda y: call(y, kind="js", reduction="sum", **HERE), x)
     later = measure(lambda y: call(y, kind="js", backward="recompute", **HERE).sum(), x)
@@ -102,7 +102,7 @@ def functions_kernel(p_x, p_expm1, p_log1p, p_mixture, weight, BLOCK: tl.constex
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(p_x + o)
     tl.store(p_expm1 + o, divergence.expm1(x))
-    tl.store(p_log1p + o, divergence.log1p(tl.where(x < -1.0, -1.0, x)))
+    tl.store(p_log1p + o, tile.log1p(tl.where(x < -1.0, -1.0, x)))
     tl.store(p_mixture + o, divergence.log_mixture(weight, x))
 
 

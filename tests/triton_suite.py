@@ -6,24 +6,19 @@ TRITON_INTERPRET must be set before Triton is imported. By hand: `TRITON_INTERPR
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
-import triton
 from cases import DTYPES, Case, cases, strided
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from logitless import linear_cross_entropy, linear_logprobs, linear_token_loss, reference
-from logitless.backends import sweep
 from logitless.backends import triton as backend
-from logitless.backends.problem import Needs, Problem, Upstream
+from logitless.backends.exact import products
+from logitless.backends.interface import Needs, Problem, Upstream
 from logitless.kernels.triton import chunk, configs, logprobs
 from logitless.testing import (
     TokenProblem,
@@ -34,7 +29,7 @@ from logitless.testing import (
     measure,
     poison_empty,
 )
-from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform, TokenStats
+from logitless.types import DIFFERENTIABLE, OUTPUTS, Head, LogitTransform, TokenStats
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLAIN, BENT = LogitTransform(), LogitTransform(1.3, 3.0, 0.7)
@@ -204,8 +199,7 @@ def test_the_same_bits_twice(trainable):
 def row_problem(rows: Tensor, targets: Tensor, **options) -> Problem:
     """A head whose raw products are `rows [N, V]`: the identity's (float32: exact)."""
     identity = torch.eye(rows.shape[1], device=DEVICE)
-    transform = LogitTransform(**options)
-    return Problem(rows.T.contiguous().T.to(DEVICE) @ identity, identity, None, targets.to(DEVICE), transform)
+    return Problem(rows.T.contiguous().T.to(DEVICE) @ identity, Head(identity, **options), targets.to(DEVICE))
 
 
 def adversarial(vocabulary: int) -> tuple[Tensor, Tensor]:
@@ -237,11 +231,11 @@ def test_adversarial_rows(kernel, softcap):
         if kernel == "fused":
             found, _ = backend.measure_blocks(problem, OUTPUTS, None)
         else:
-            found, _ = chunk.measure(
-                problem.hidden, None, problem.targets, transform=problem.transform, outputs=OUTPUTS
+            found, _ = chunk.measure_chunk(
+                problem.hidden, None, problem.targets, transform=problem.head.transform, outputs=OUTPUTS
             )
-    exact = reference.statistics(reference.transformed(rows.double(), problem.transform), targets, OUTPUTS)
-    same_dtype = reference.statistics(reference.transformed(rows, problem.transform), targets, OUTPUTS)
+    exact = reference.statistics(reference.transformed(rows.double(), problem.head.transform), targets, OUTPUTS)
+    same_dtype = reference.statistics(reference.transformed(rows, problem.head.transform), targets, OUTPUTS)
     for name in OUTPUTS:
         for i in range(len(rows)):  # each row by its own measure
             assert_within_budget(
@@ -260,12 +254,12 @@ def test_a_margin_of_twenty_nats_keeps_its_digits():
     problem = row_problem(raw, torch.tensor([70]))
     wrong = math.log1p(74 * math.exp(-20))
     fused, _ = backend.measure_blocks(problem, ("entropy",), None)
-    chunked, _ = chunk.measure(problem.hidden, None, problem.targets, transform=PLAIN, outputs=("entropy",))
+    chunked, _ = chunk.measure_chunk(problem.hidden, None, problem.targets, transform=PLAIN, outputs=("entropy",))
     for stats in (fused, chunked):
         assert stats.logprob.item() == pytest.approx(-wrong, rel=1e-6)
         assert stats.entropy.item() == pytest.approx(wrong + 74 * math.exp(-20) * 20, rel=1e-5)
     upstream = Upstream(logprob=torch.ones(1, device=DEVICE))
-    gradient = backend.backward(problem, fused, upstream, Needs(True, False, False)).hidden
+    gradient = backend.TRITON.backward(problem, fused, upstream, Needs(True, False, False)).hidden
     assert gradient[0, 70].item() == pytest.approx(wrong, rel=1e-5)
     assert gradient[0, 0].item() == pytest.approx(-math.exp(-20), rel=1e-5)
 
@@ -287,10 +281,10 @@ def test_nan_reaches_every_result(kernel, column):
     bias[column] = math.nan
     raw, targets = torch.zeros(1, 75, device=DEVICE), torch.tensor([3], device=DEVICE)
     if kernel == "fused":
-        problem = replace(row_problem(raw.cpu(), targets), bias=bias)
+        problem = row_problem(raw.cpu(), targets, bias=bias)
         stats, _ = backend.measure_blocks(problem, OUTPUTS, None)
     else:
-        stats, _ = chunk.measure(raw, bias, targets, transform=PLAIN, outputs=OUTPUTS)
+        stats, _ = chunk.measure_chunk(raw, bias, targets, transform=PLAIN, outputs=OUTPUTS)
     assert stats.correct.item() == 0
     assert all(value.isnan().all() for name, value in stats._asdict().items() if name != "correct")
 
@@ -312,7 +306,7 @@ def test_a_nan_in_one_token_stays_there():
 @pytest.mark.parametrize("block", [8, 32, 64])
 @pytest.mark.parametrize("kernel", ["fused", "chunk"])
 def test_logsumexp_of_every_block(block, kernel):
-    """Without the target's entry, the only one that counts of its block of 8; a block of 64 is two tiles wide."""
+    """The target's entry is left out; in its block of 8 no other counts. A block of 64 is two tiles wide."""
     problem = several_tiles(masked=slice(8, 32), ignored=0.0)
     hidden, weight, bias, targets = (x.detach() for x in on_device(problem))
     bias[65:72], targets[3] = -math.inf, 64
@@ -323,9 +317,9 @@ def test_logsumexp_of_every_block(block, kernel):
     padded = torch.nn.functional.pad(others, (0, width * block - z.shape[1]), value=-math.inf)
     expected = padded.unflatten(1, (width, block)).logsumexp(-1)
     if kernel == "fused":
-        stats, found = backend.measure_blocks(Problem(hidden, weight, bias, targets, BENT), (), block)
+        stats, found = backend.measure_blocks(Problem(hidden, Head(weight, bias, *BENT.numbers), targets), (), block)
     else:
-        stats, found = chunk.measure(hidden @ weight.T, bias, targets, transform=BENT, outputs=(), block=block)
+        stats, found = chunk.measure_chunk(hidden @ weight.T, bias, targets, transform=BENT, outputs=(), block=block)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(stats.lse.double(), z.logsumexp(-1), rtol=1e-5, atol=1e-5)
 
@@ -344,7 +338,7 @@ def test_gradient_takes_the_place_of_the_logits(logits, operand, rows_contiguous
     expected[torch.arange(5), targets] = 0
     place = raw.data_ptr()
     found = chunk.gradient_(
-        raw, None, targets, logprobs.Coefficients(lse.float(), factor, None, None), transform=PLAIN, dtype=operand
+        raw, None, targets, logprobs.RowFactors(lse.float(), factor, None, None), transform=PLAIN, dtype=operand
     )
     fits = operand == logits or (rows_contiguous and operand.itemsize < logits.itemsize)
     assert found.dtype == operand and (found.data_ptr() == place) == fits
@@ -359,7 +353,7 @@ def test_the_gradient_of_a_part_of_the_vocabulary():
     z = reference.logits(hidden.double(), weight.double(), bias.double(), PLAIN)
     expected = (z - z.logsumexp(-1, keepdim=True)).exp()
     expected[torch.arange(37), targets] = 0
-    rows = logprobs.Coefficients(z.logsumexp(-1).float(), torch.ones(37, device=DEVICE), None, None)
+    rows = logprobs.RowFactors(z.logsumexp(-1).float(), torch.ones(37, device=DEVICE), None, None)
     config = logprobs.gradient_config(hidden, rows, PLAIN)
     width = -(-width // config.BLOCK_V) * config.BLOCK_V
     tiles = -(-37 // config.BLOCK_N)
@@ -392,12 +386,11 @@ def test_gradients_gather_in_float32_over_many_parts(monkeypatch):
 def test_what_is_frozen_costs_no_product(monkeypatch, names):
     made: list[tuple[int, ...]] = []
 
-    def watched(product: Callable, a: Tensor, b: Tensor, out: Tensor) -> None:
+    def watched(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         made.append(tuple(out.shape))
-        product(a, b, out=out)
+        products.multiply(a, b, out=out, add=add)
 
-    for name in ("multiply", "multiply_add"):
-        monkeypatch.setattr(sweep, name, partial(watched, getattr(sweep, name)))
+    monkeypatch.setattr(backend, "multiply", watched)
     problem = on_device(make_problem((5,), 4, 7, bias=True, trainable=names))
     run(problem, backward="recompute").logprob.sum().backward()
     assert made == [shape for name, shape in (("hidden", (5, 4)), ("weight", (7, 4))) if name in names]
@@ -410,7 +403,7 @@ def test_offsets_beyond_two_to_the_thirty_first():
     weight = base.as_strided((3, 8), (stride, 1))
     weight.copy_(torch.randn(3, 8))
     hidden, targets = torch.randn(4, 8, device=DEVICE).half(), torch.tensor([0, 1, 2, 2], device=DEVICE)
-    stats, _ = logprobs.forward(hidden, weight, None, targets, transform=PLAIN, outputs=())
+    stats, _ = logprobs.fused_forward(hidden, weight, None, targets, transform=PLAIN, outputs=())
     expected = reference.statistics(hidden.double() @ weight.double().T, targets, ("logprob",)).logprob
     torch.testing.assert_close(stats.logprob.double(), expected, rtol=1e-5, atol=1e-6)
 
@@ -446,54 +439,3 @@ def test_splits_cover_the_vocabulary(tiles_n, tiles_v, processors):
 def test_few_tokens_fill_the_device():
     splits, _ = configs.split(1, 501, 132)
     assert splits > 120
-
-
-def test_refinement_keeps_the_fastest_and_survives_what_does_not_run(tmp_path):
-    start = configs.TILES["hopper"]["half", "many"]
-    candidates = configs.neighbours(start)
-    path = tmp_path / "cache" / "tiles.json"
-
-    def seconds(tile: configs.Tile) -> float:
-        if tile.num_stages > start.num_stages:
-            raise triton.runtime.OutOfResources(300_000, 232_448, "shared memory")
-        return tile.BLOCK_H
-
-    best = configs.refine("forward/half/many", candidates, seconds, path)
-    assert best.BLOCK_H == start.BLOCK_H // 2
-    configs.refine("gradient/half/many", [start], seconds, path)
-    assert configs.load(path) == {"forward/half/many": best, "gradient/half/many": start}
-    with pytest.raises(RuntimeError, match="no tile for forward/half/few"):
-        configs.refine("forward/half/few", [replace(start, num_stages=9)], seconds, path)
-
-
-def test_refinement_of_both_kernels(tmp_path, monkeypatch):
-    """With a clock of its own: the later a candidate is timed, the faster it seems."""
-    seen: list[None] = []
-
-    def clock(once: Callable[[], None]) -> float:
-        once()
-        seen.append(None)
-        return -len(seen)
-
-    monkeypatch.setattr(logprobs.testing, "do_bench", clock)
-    monkeypatch.setattr(configs, "cache_path", lambda device: tmp_path / "tiles.json")
-    hidden, weight = (x.detach() for x in on_device(several_tiles())[:2])
-    found = logprobs.refine(hidden, weight)
-    assert set(found) == {"forward/ieee/many", "gradient/ieee/many"}
-    assert configs.load(tmp_path / "tiles.json") == found
-    for key, tile in found.items():
-        assert tile == configs.neighbours(configs.tile(hidden, key.split("/")[0], rich=False))[-1]
-
-
-def test_refinement_stops_at_its_budget(tmp_path):
-    timed: list[configs.Tile] = []
-    candidates = configs.neighbours(configs.TILES["hopper"]["half", "many"])
-    configs.refine("forward/half/many", candidates, lambda t: timed.append(t) or 1.0, tmp_path / "x.json", budget=0.0)
-    assert timed == candidates[:1]
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{", json.dumps({"a": {"BLOCK_N": 1}}), json.dumps({"a": 3})])
-def test_a_damaged_cache_is_no_cache(tmp_path, text):
-    path = tmp_path / "tiles.json"
-    path.write_text(text)
-    assert configs.load(path) == {}

@@ -19,14 +19,13 @@ import torch
 from block_properties import PROPERTIES, Backend
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from test_cuda_sparse import Problem, Routed, assert_within, draw, spread_over_columns
-from test_tail import cases
+from pair_lists import PairProblem, RoutedPairs, assert_within, draw, spread_over_columns
+from tail_cases import tail_calls
 from torch import Tensor
 
-from logitless.backends import blocks
 from logitless.backends import triton as backend
 from logitless.kernels.triton import configs, sparse
-from logitless.types import LogitTransform
+from logitless.types import PAIR_BLOCK, PAIR_SPAN, Head
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -35,14 +34,14 @@ PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
 
 
 #: A block of 128 in one tile, and in two. The interpreter's time is the number of tiles.
-WHOLE = configs.Tile(64, 128, 32, 2, 1, 1), configs.Tile(64, 128, 64, 1, 1, 1)
-HALVED = configs.Tile(32, 64, 32, 2, 1, 1), configs.Tile(64, 64, 32, 1, 1, 1)
+WHOLE = configs.TileConfig(64, 128, 32, 2, 1, 1), configs.TileConfig(64, 128, 64, 1, 1, 1)
+HALVED = configs.TileConfig(32, 64, 32, 2, 1, 1), configs.TileConfig(64, 64, 32, 1, 1, 1)
 
 
 @contextmanager
-def tiles(gradient: configs.Tile, product: configs.Tile) -> Iterator[None]:
+def tiles(gradient: configs.TileConfig, product: configs.TileConfig) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(configs, "INTERPRETED", gradient)
+        patch.setattr(configs, "INTERPRETED_TILE", gradient)
         patch.setattr(configs, "INTERPRETED_LISTED", product)
         yield
 
@@ -57,10 +56,10 @@ def larger_tiles() -> Iterator[None]:
 # The kernels
 
 
-def route(problem: Problem, magnitude: Tensor, threshold: float) -> Routed:
+def route(problem: PairProblem, magnitude: Tensor, threshold: float) -> RoutedPairs:
     block_lse, lse = problem.block_lse().float(), problem.logits.logsumexp(1).float()
     inputs = (block_lse, lse, magnitude, torch.tensor([threshold]))
-    return Routed(*(x.cpu() for x in sparse.route(*(x.to(DEVICE).contiguous() for x in inputs))))
+    return RoutedPairs(*(x.cpu() for x in sparse.route(*(x.to(DEVICE).contiguous() for x in inputs))))
 
 
 def moved(x: Tensor) -> Tensor:
@@ -68,7 +67,7 @@ def moved(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE).copy_(x)
 
 
-def products(problem: Problem, routed: Routed, *, ordered: bool, blocks_at_once: int) -> tuple[Tensor, Tensor]:
+def products(problem: PairProblem, routed: RoutedPairs, *, ordered: bool, blocks_at_once: int) -> tuple[Tensor, Tensor]:
     """d_hidden and d_weight of the listed pairs."""
     hidden, weight, targets = (moved(x) for x in (problem.hidden, problem.weight, problem.targets))
     pairs = tuple(x.to(DEVICE) for x in routed[:2])
@@ -77,7 +76,7 @@ def products(problem: Problem, routed: Routed, *, ordered: bool, blocks_at_once:
     d_hidden, d_weight = torch.zeros(hidden.shape, device=DEVICE), torch.zeros(weight.shape, device=DEVICE)
     for first in range(0, problem.blocks, blocks_at_once):
         group = (*pairs, first, min(blocks_at_once, problem.blocks - first))
-        made = torch.full((len(hidden) * group[-1], sparse.BLOCK), math.nan, dtype=hidden.dtype, device=DEVICE)
+        made = torch.full((len(hidden) * group[-1], PAIR_BLOCK), math.nan, dtype=hidden.dtype, device=DEVICE)
         sparse.listed_gradient(hidden, weight, None, targets, lse, factor, *group, made, slope=1.0)
         sparse.add_weight(made, hidden, *group, d_weight)
         sparse.add_hidden(made, weight, *group, d_hidden, ordered=ordered)
@@ -94,14 +93,10 @@ problems = st.builds(
 )
 
 
-def test_the_strategy_and_the_kernels_agree_on_the_sizes() -> None:
-    assert (sparse.BLOCK, sparse.SLICE) == (blocks.BLOCK, blocks.SLICE)
-
-
 @settings(max_examples=20)
 @given(problem=problems, tolerance=st.sampled_from([0.0, 1e-3, 0.05, 2.0]))
 @example(problem=draw(150, 5000, 8), tolerance=1e-3)
-def test_routing(problem: Problem, tolerance: float) -> None:
+def test_routing(problem: PairProblem, tolerance: float) -> None:
     rows = len(problem.hidden)
     magnitude = problem.upstream[0].abs()
     magnitude[0] = 0
@@ -109,7 +104,7 @@ def test_routing(problem: Problem, tolerance: float) -> None:
     pairs = routed.pairs(rows)
     assert torch.equal(pairs, pairs.unique(dim=0)), "by block, then by token, each once"
     kept = routed.kept(rows)
-    counts = torch.stack([piece.sum(0) for piece in kept.split(sparse.SLICE)], 1).flatten()  # [blocks, slices]
+    counts = torch.stack([piece.sum(0) for piece in kept.split(PAIR_SPAN)], 1).flatten()  # [blocks, spans]
     assert torch.equal(routed.starts.diff(), counts.int()) and routed.starts[0] == 0
 
     mass = (problem.block_lse() - problem.logits.logsumexp(1, keepdim=True)).exp()
@@ -132,7 +127,7 @@ def test_more_pairs_than_an_int32_counts_are_refused() -> None:
         sparse.route(torch.zeros(1, 1).expand(2**20, 2**11), *[torch.zeros(1).expand(2**20)] * 2, torch.zeros(1))
 
 
-def check_products(problem: Problem, tolerance: float, *, ordered: bool, blocks_at_once: int) -> None:
+def check_products(problem: PairProblem, tolerance: float, *, ordered: bool, blocks_at_once: int) -> None:
     problem.upstream[2] = 0
     routed = route(problem, torch.ones(len(problem.hidden)), tolerance)
     kept = spread_over_columns(routed.kept(len(problem.hidden)), len(problem.weight))
@@ -156,7 +151,7 @@ def check_products(problem: Problem, tolerance: float, *, ordered: bool, blocks_
 )
 @example(problem=draw(150, 300, 67), tolerance=0.02, blocks_at_once=2, dtype=torch.bfloat16)
 def test_gradients_of_the_listed_pairs(
-    ordered: bool, problem: Problem, tolerance: float, blocks_at_once: int, dtype: torch.dtype
+    ordered: bool, problem: PairProblem, tolerance: float, blocks_at_once: int, dtype: torch.dtype
 ) -> None:
     problem = replace(problem, hidden=problem.hidden.to(dtype), weight=problem.weight.to(dtype))
     check_products(problem, tolerance, ordered=ordered, blocks_at_once=blocks_at_once)
@@ -191,14 +186,14 @@ def test_the_ordered_sum_has_the_same_bits_every_time() -> None:
 
 
 @settings(max_examples=2, phases=PHASES)
-@given(case=cases(), dtype=st.sampled_from(DTYPES))
+@given(case=tail_calls(), dtype=st.sampled_from(DTYPES))
 def test_the_bounds_hold(case: dict[str, Any], dtype: torch.dtype) -> None:
     properties.check_bounds(Backend("triton", dtype, DEVICE), case)
 
 
 @pytest.mark.slow
 @settings(max_examples=4, phases=PHASES)
-@given(case=cases(), dtype=st.sampled_from(DTYPES))
+@given(case=tail_calls(), dtype=st.sampled_from(DTYPES))
 def test_the_bounds_hold_on_many(case: dict[str, Any], dtype: torch.dtype) -> None:
     properties.check_bounds(Backend("triton", dtype, DEVICE), case)
 
@@ -265,7 +260,7 @@ def test_deterministic_algorithms_choose_the_ordered_sum(monkeypatch: pytest.Mon
 
 
 def test_float16_goes_by_entries() -> None:
-    """Its small gradients are below what it holds."""
+    """Small gradients are below the range of float16."""
     half = torch.zeros(2, 8, dtype=torch.float16, device=DEVICE)
-    assert [backend.TAIL.takes(x, x, LogitTransform()) for x in (half, half.float())] == [False, True]
+    assert [backend.TritonBlocks().takes(x, Head(x)) for x in (half, half.float())] == [False, True]
     properties.a_softcap_is_exact(Backend("triton", torch.float16, DEVICE))

@@ -1,4 +1,4 @@
-"""The compiled library behind screen.h, through ctypes. Nothing is compiled here, and nothing is loaded at import.
+"""The compiled CPU library with the functions of screen.h, called through ctypes.
 
 The library is `liblogitless_cpu.so` beside this file, where `pip install` puts it. The environment variable
 `LOGITLESS_CPU_LIBRARY` names another, such as one that CMake left in a build folder.
@@ -7,6 +7,10 @@ The library is `liblogitless_cpu.so` beside this file, where `pip install` puts 
 from __future__ import annotations
 
 import ctypes
+from ctypes import c_float as _F
+from ctypes import c_int32 as _I
+from ctypes import c_int64 as _L
+from ctypes import c_void_p as _P
 from functools import cache
 from pathlib import Path
 
@@ -16,16 +20,13 @@ from torch import Tensor
 from .. import loading
 
 VARIABLE = "LOGITLESS_CPU_LIBRARY"
-NAME = "liblogitless_cpu.so"
-#: `enum logitless_screen_dtype`.
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-#: Head rows in a panel, tokens in a tile, vocabulary entries in a block of the tail.
-PANEL, TILE, BLOCK = 16, 6, 256
+#: Codes of the dtypes, `enum logitless_screen_dtype`.
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+#: Rows of the head in a panel, and tokens in a tile.
+PANEL, TILE = 16, 6
 
-_P, _I, _L, _F = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64, ctypes.c_float
-
-#: What a function returns, then what it takes; tests/test_screen.py holds this and `Screen` against the header.
-SIGNATURES: dict[str, tuple[type | None, ...]] = {
+#: The result of each function, then its arguments. tests/test_screen.py holds this and `Screen` against the header.
+SIGNATURES: loading.Signatures = {
     "logitless_screen_supported": (_I,),
     "logitless_screen_pack": (None, _P, _I, _L, _L, _L, _P, _L, _L, _P, _P),
     "logitless_screen_chunk": (_L, _P, _L, _L, _P, _P, _P, _P, _L),
@@ -33,7 +34,7 @@ SIGNATURES: dict[str, tuple[type | None, ...]] = {
 
 
 class Screen(ctypes.Structure):
-    """`struct logitless_screen`."""
+    """The arguments of a screened forward, `struct logitless_screen`."""
 
     _fields_ = (
         *((name, _P) for name in ("hidden", "weight", "bias", "targets")),
@@ -44,37 +45,33 @@ class Screen(ctypes.Structure):
     )
 
     def __init__(self, **values: Tensor | float | None) -> None:
-        """Of tensors the addresses; the caller keeps them alive."""
+        """A tensor is passed as its address, so the caller must keep it alive."""
         super().__init__(**{name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in values.items()})
 
 
 class Library:
-    """A loaded library."""
+    """The loaded CPU library."""
 
     def __init__(self, path: Path) -> None:
-        functions = ctypes.CDLL(str(path))
-        for name, (result, *arguments) in SIGNATURES.items():
-            function = getattr(functions, name)
-            function.restype, function.argtypes = result, arguments
-        self.supported: bool = bool(functions.logitless_screen_supported())
-        self._functions = functions
+        self._functions = loading.declared(path, SIGNATURES)
+        self.supported: bool = bool(self._functions.logitless_screen_supported())
 
     def pack(self, weight: Tensor, order: Tensor | None, places: slice, panels: Tensor, units: Tensor) -> None:
-        """Places of the head, `[V, H]` of unit column stride; the first is a multiple of `PANEL`."""
-        head = (weight.data_ptr(), DTYPES[weight.dtype], *weight.shape, weight.stride(0))
+        """Packs `places` of the head, `[V, H]` of unit column stride. The first place is a multiple of `PANEL`."""
+        head = (weight.data_ptr(), DTYPE_CODES[weight.dtype], *weight.shape, weight.stride(0))
         where = (None if order is None else order.data_ptr(), places.start, places.stop - places.start)
         self._functions.logitless_screen_pack(*head, *where, panels.data_ptr(), units.data_ptr())
 
     def chunk(self, screen: Screen, rows: slice, logits: Tensor, counts: Tensor, column: Tensor, value: Tensor) -> int:
-        """How many entries of those tokens were kept; -1 where they are more than `column` and `value` hold."""
+        """Screens some tokens, and returns how many entries were kept, or -1 if `column` and `value` are too short."""
         room = (x.data_ptr() for x in (logits, counts, column, value))
         tokens = (rows.start, rows.stop - rows.start)
         return self._functions.logitless_screen_chunk(ctypes.addressof(screen), *tokens, *room, len(column))
 
 
 def location() -> Path | None:
-    """The library that would be loaded, None where there is none."""
-    return loading.location(VARIABLE, Path(__file__).with_name(NAME))
+    """The path of the library to load, or None if there is none."""
+    return loading.find(VARIABLE, Path(__file__).with_name("liblogitless_cpu.so"))
 
 
 @cache
@@ -82,7 +79,7 @@ def load(path: Path) -> Library:
     """The library at a path, loaded once.
 
     Raises:
-        OSError: there is none, or the system cannot load it.
-        AttributeError: it is of another version.
+        OSError: there is no such file, or the system cannot load it.
+        AttributeError: the library is of another version.
     """
     return Library(path)

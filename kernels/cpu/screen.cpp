@@ -1,5 +1,5 @@
-// The screened forward on a CPU with AVX2: all logits from a product of 16-bit integers, those that matter again in
-// float32.
+// The screened forward on a CPU with AVX2: all logits from a product of 16-bit integers, and those that matter again
+// from the operands in float32.
 //
 //     s~_ij = sum_k q(x_i)_k q(w_j)_k u_i v_j                q: a row over its unit, u_i or v_j, rounded to integers
 //     z~_ij = slope (s~_ij + bias_j)                         e~_ij = exp(z~_ij - top_i)
@@ -7,18 +7,18 @@
 //     total_i = e_(i, target) + sum_(K_i) e_ij + sum_(others) e~_ij
 //     near_i = slope / total_i sum_(K_i) e_ij w_j            tail_ib = slope / total_i sum_(others in block b) e~_ij
 //
-// Tiling: the head is packed once a call into panels of 16 rows, pairs of columns side by side, as pmaddwd takes them:
-// two products of 16 bits and their 32-bit sum in each lane. A tile is 6 tokens by 16 entries, in 12 registers; a panel
-// (32 H bytes) stays in the first cache while the chunk's tokens, quantised alike, come from the second. A thread has a
-// chunk of tokens and room for its logits, [tokens, V] in float32, and goes over them token by token: a row of 49152
-// fits the second cache.
-// Traffic of a chunk: the packed head once (2 V H bytes); its logits written once and read three times, in cache; for a
-// kept entry its row of the head once, for its logit and for `near`.
-// Time: pmaddwd does 16 products where an FMA does 8, at the same rate, so half of a float32 GEMM's.
-// Numerics: a row's norm is 32767 - sqrt(H) / 2 units, so that by Cauchy and Schwarz no sum of products passes 2^30,
-// whatever the rows. The error of s~_ij has a standard deviation of 13377 u_i v_j = 1.3e-5 |x_i| |w_j|. Where that times
-// p_ij is at least `keep`, the logit is computed again in float32, and the target's always: an error below `keep` is what
-// the tail has. What is not finite in a row makes its unit NaN, which reaches every logit that it has part in.
+// Tiling: each call packs the head once, into panels of 16 rows with pairs of columns side by side, as pmaddwd takes
+// them: two products of 16 bits and their 32-bit sum in each lane. A tile is 6 tokens by 16 entries, in 12 registers. A
+// panel (32 H bytes) stays in the first cache, while the chunk's tokens, quantised alike, come from the second. A
+// thread has a chunk of tokens and room for its logits, [tokens, V] in float32, and goes over them token by token. A
+// row of 49152 fits the second cache.
+// Traffic of a chunk: the packed head once (2 V H bytes); its logits written once and read three times, in cache; for
+// each kept entry its row of the head once, for its logit and for `near`.
+// Time: pmaddwd does 16 products and an FMA 8, at the same rate, so it takes half the time of a float32 GEMM.
+// Numerics: a row's norm is 32767 - sqrt(H) / 2 units, so by Cauchy and Schwarz no sum of products passes 2^30. The
+// error of s~_ij has a standard deviation of 13377 u_i v_j = 1.3e-5 |x_i| |w_j|. If this times p_ij is at least `keep`,
+// the logit is computed again in float32; the target's always is. The tail has errors below `keep` too. A number in a
+// row that is not finite makes the row's unit NaN, and so each of its logits.
 #include "screen.h"
 
 #include <immintrin.h>
@@ -32,12 +32,12 @@
 #include <type_traits>
 #include <vector>
 
-#include "../cuda/rows.cuh"
+#include "../rows.h"
 
 namespace {
 
 constexpr std::int64_t TILE_TOKENS = 6, TILE_ENTRIES = 16;
-constexpr std::int64_t BLOCK = 256;  // of the tail, as backends/tail.py has it
+constexpr std::int64_t BLOCK = 256;  // of the tail: TAIL_BLOCK of the backends
 constexpr float ERROR = 13377;       // standard deviation of a product of integers: 32767 / sqrt(6)
 
 std::int64_t round_up(std::int64_t x, std::int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

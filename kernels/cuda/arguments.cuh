@@ -1,4 +1,4 @@
-// What every launcher asks of its arguments, before anything starts.
+// The checks of a launcher's arguments, which come before anything starts.
 #pragma once
 
 #include <cmath>
@@ -9,12 +9,12 @@
 
 namespace logitless {
 
-// What a grid of 32 rows or fewer a block can hold.
+// The most rows of a grid whose blocks have 32 rows or fewer.
 constexpr std::int64_t MOST_ROWS = 0x7fffffff;
 
 inline std::int64_t divide_up(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The first code that is not LOGITLESS_DONE, of conditions tried in order.
+// Conditions tried in order; the code of the first that does not hold, else LOGITLESS_DONE.
 class Check {
 public:
     Check& require(bool holds, std::int32_t otherwise) {

@@ -1,4 +1,4 @@
-// logitless_measure and logitless_gradient: the shapes of their launches.
+// logitless_measure and logitless_gradient: checks of their arguments, and the shapes of their launches.
 #include <type_traits>
 
 #include "arguments.cuh"
@@ -8,7 +8,7 @@ namespace {
 
 using namespace logitless;
 
-// Tuned numbers. None has been measured on a GPU; kernels/README.md, "CUDA kernels", says where each comes from.
+// Tuned numbers. None has been measured on a GPU; kernels/cuda/README.md says where each comes from.
 constexpr std::int64_t SHORT_ROW = 2048;         // columns up to which a row is one warp's
 constexpr int SHORT_ROWS_PER_BLOCK = 4;
 constexpr std::int64_t ENOUGH_BLOCKS = 512;      // rows are cut where there are fewer

@@ -1,31 +1,32 @@
 // Row operations on a chunk of raw products that a GEMM left in memory: statistics in one read, gradients in place.
 //
-// A team of warps has a row, or a part of one: one warp where rows are short, a whole block otherwise. In a step a warp
-// takes GROUP columns in a row, each lane UNROLL accesses of WIDTH columns; the warps of a team take groups in turn.
+// A team of warps has a row, or a part of one. The team is one warp if rows are short, else a whole thread block. In a
+// step a warp takes GROUP neighbouring columns, as UNROLL accesses of WIDTH columns by each lane. The warps of a team
+// take groups in turn.
 //
 //     measure_kernel    reads n V elements (and V of the bias per row, from L2), writes n (+ n V / B of block_lse)
 //     gradient_kernel   reads n V elements, writes n V of the gradient's type
 //
-// kernels/README.md, "CUDA kernels": traffic, instructions and numerics.
+// kernels/cuda/README.md: traffic, instructions and numerics.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 
+#include "../rows.h"
 #include "partials.cuh"
 #include "platform.cuh"
-#include "rows.cuh"
 
 namespace logitless {
 
-// A long row's block.
+// Threads of the block of a long row.
 constexpr int LONG_ROW_THREADS = 256;
-// Of them on a multiprocessor, as many as registers allow without a spill: four have 64 KB of loads under way. Out is
-// what a kernel writes for each column, or void.
+// Such blocks on a multiprocessor: as many as registers allow without a spill. Four have 64 KB of loads under way. Out
+// is the type that a kernel writes for each column, or void.
 template <typename Raw, typename Out>
 constexpr int BLOCKS_AT_ONCE = std::is_same_v<Raw, double> ? 2 : std::is_same_v<Out, float> ? 3 : 4;
 
-// A chunk and its head. T is what it is computed in.
+// A chunk and its head. T is the type of the arithmetic.
 template <typename Raw>
 struct Chunk {
     using T = Compute<Raw>;

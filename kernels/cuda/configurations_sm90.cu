@@ -1,3 +1,5 @@
+// Tiles and schedules of logitless_forward_sm90 besides the default, to be timed. LOGITLESS_FORWARD_CONFIGURATIONS
+// builds them.
 #include "configurations_sm90.h"
 
 #include "launch_sm90.cuh"

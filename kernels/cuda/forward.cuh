@@ -1,4 +1,4 @@
-// What the launchers of the fused forwards share: the arguments of logitless.h, checked and made one.
+// The arguments of the fused forwards of logitless.h as one struct, checked, for their launchers.
 #pragma once
 
 #include "arguments.cuh"

@@ -1,3 +1,4 @@
+// logitless_forward_sm80: the launch of its kernel.
 #include "forward_sm80.cuh"
 
 #include "forward.cuh"

@@ -10,7 +10,7 @@
 // Bound at N = 8192, H = 4096, V = 128256: 8.6 Tflop, 27.6 ms at A100's 312 Tflop/s. The inner loop is 228 instructions
 // of a warp for 64 mma (sm_80), which take 512 cycles of their scheduler's tensor core. The epilogue's 1.05e9 exponentials
 // and some 6 other instructions for each are 0.8 ms, hidden where the multiprocessor's other block multiplies meanwhile.
-// Not yet run on a GPU: the kernel's text is tested on the CPU, its instructions emulated there (host/mma.h).
+// Not yet run on a GPU. The code is tested on the CPU, where its instructions are emulated (host/mma.h).
 #pragma once
 
 #include "tile_gemm.cuh"

@@ -1,3 +1,4 @@
+// logitless_forward_sm90: the choice of a configuration, and its launch.
 #include "configurations_sm90.h"
 #include "launch_sm90.cuh"
 

@@ -1,4 +1,4 @@
-// Starts a kernel of forward_sm90.cuh.
+// The launch of a kernel of forward_sm90.cuh, as clusters of thread blocks.
 #pragma once
 
 #include <map>

@@ -11,7 +11,7 @@
  *   - A pointer that may be null says so. Sizes and strides are int64_t and count elements; a matrix is row-major with
  *     unit column stride and the row stride given. Any alignment that suits the element works; 16 bytes is fast.
  *   - Types of matrices are codes, enum logitless_dtype. Vectors of statistics are float32; float64 where the matrix is.
- *   - logit_scale, softcap (0: none) and temperature are those of equation 1 of kernels/README.md.
+ *   - logit_scale, softcap (0: none) and temperature are those of equation 1 of kernels/MATH.md.
  *
  * Plain C, without CUDA's headers. tests/test_cuda_library.py holds the Python signatures against this file, so a
  * declaration is: one LOGITLESS_API statement, a named argument after each type, types void, char, float, double,
@@ -133,7 +133,7 @@ LOGITLESS_API const char *logitless_forward_sm90_configuration(int32_t index);
 
 /* Statistics from partial ones, by equation 4.
  *   moments [parts, moment_count, rows]: of each part of the vocabulary, of the columns other than the target, the numbers
- *   of rows.cuh's Moments in their order: max, sum, shifted, squares, total; -inf, 0, 0, 0, 0 for a part with none.
+ *   of rows.h's Moments in their order: max, sum, shifted, squares, total; -inf, 0, 0, 0, 0 for a part with none.
  *   moment_count 2: the first two alone, and entropy, mean_logit and log_sum_sq are null.
  *   target_logit [rows], finished (equation 1). vocabulary: columns in all, the target's included.
  *   dtype of all vectors: LOGITLESS_FLOAT32 or LOGITLESS_FLOAT64. Results as for logitless_measure.

@@ -1,4 +1,4 @@
-// logitless_merge.
+// logitless_merge: checks of its arguments, and its launch.
 #include "arguments.cuh"
 #include "merge.cuh"
 

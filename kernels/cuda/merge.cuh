@@ -1,7 +1,7 @@
 // Statistics from the moments of parts of the vocabulary, by equation 4.
 //
-// A block has 32 rows, neighbouring lanes neighbouring rows, and its 32 warps take the parts in turn, a few at a time: of
-// few rows there are few blocks, and what they wait for is memory.
+// A block has 32 rows: neighbouring lanes have neighbouring rows, and the 32 warps take the parts in turn, a few at a
+// time. For few rows there are few blocks, and these wait for memory.
 // Traffic: reads (2 parts + 1) n or (5 parts + 1) n numbers, writes n of each result.
 #pragma once
 

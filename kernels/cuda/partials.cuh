@@ -1,10 +1,10 @@
-// Where a row's statistics go, and the moments of parts of the vocabulary on their way there.
+// The memory of a row's statistics, and of the moments of parts of the vocabulary from which they are made.
 #pragma once
 
 #include <cstdint>
 
+#include "../rows.h"
 #include "platform.cuh"
-#include "rows.cuh"
 
 namespace logitless {
 
@@ -24,7 +24,7 @@ __device__ inline void write(const Results<T>& to, std::int64_t row, const RowSt
     if (to.log_sum_sq) to.log_sum_sq[row] = found.log_sum_sq;
 }
 
-// How many of the moments are kept, in the order of rows.cuh: max and sum, which are enough for logprob, lse, correct
+// How many of the moments are kept, in the order of rows.h: max and sum, which are enough for logprob, lse, correct
 // and the blocks' logsumexps, or all.
 constexpr int FEWEST_MOMENTS = 2, ALL_MOMENTS = 5;
 

@@ -1,8 +1,9 @@
-// What the kernels take from their platform: nvcc's CUDA, or the shim that runs the same text on a CPU (host/shim.h).
+// The names that the kernels take from their platform: nvcc's CUDA, or the shim that runs this code on a CPU
+// (host/shim.h).
 //
-// A kernel that is to run on both uses what is declared here, threadIdx and its like, __syncthreads, __syncwarp and the
-// other names of host/shim.h; it takes static shared memory from LOGITLESS_SHARED and dynamic from
-// LOGITLESS_DYNAMIC_SHARED. Its translation unit is listed in CMakeLists.txt among the portable ones.
+// A kernel that runs on both uses only the names declared here, threadIdx and its like, __syncthreads, __syncwarp and
+// the other names of host/shim.h. It takes static shared memory from LOGITLESS_SHARED, and dynamic from
+// LOGITLESS_DYNAMIC_SHARED. Its translation unit is listed in sources.cmake among the portable ones.
 #pragma once
 
 #include <cstddef>

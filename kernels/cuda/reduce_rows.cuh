@@ -1,5 +1,6 @@
-// The accumulators of a tile of Hopper's forward, as CuTe lays them out: its rows are reduced (tile_rows.cuh), and stored
-// where the raw products are asked for. No shared memory and no barrier, so it runs on a CPU too (host/hopper_rows.cpp).
+// The epilogue of Hopper's forward, on the accumulators of a tile as CuTe lays them out. It reduces their rows
+// (tile_rows.cuh), and stores the raw products if they are asked for. It uses no shared memory and no barrier, so it
+// runs on a CPU too (host/hopper_rows.cpp).
 #pragma once
 
 #include <cute/atom/mma_atom.hpp>

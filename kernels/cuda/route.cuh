@@ -4,24 +4,24 @@
 //     kept where magnitude[i] mass[i, b] >= threshold     (a product of 0 never, a NaN always)
 //     tail[i, b] = mass[i, b] where not kept, else 0      left to two small GEMMs
 //
-// The list has the tokens of block 0 in order, then those of block 1, and so on. It is cut at slices of 128 tokens:
+// The list has the tokens of block 0 in order, then those of block 1, and so on. It is cut at spans of 128 tokens:
 //
-//     starts[b slices + s]    where block b's tokens in [128 s, 128 s + 128) begin; starts[blocks slices] is the end
+//     starts[b spans + s]     where block b's tokens in [128 s, 128 s + 128) begin; starts[blocks spans] is the end
 //
-// A thread has one block and one slice and goes down its tokens, twice: to count, and, after a scan of the counts, to
-// list. So the order is that of the tokens whatever runs when, and nothing waits for the host: the list is as long as
-// it may be.
+// A thread has one block and one span, and goes down its tokens twice: to count, and after a scan of the counts to
+// list. So the order is always that of the tokens. The list has room for every pair, so nothing waits for the host.
+//
 // Traffic: block_lse is read twice (a warp reads 32 blocks of a token: 128 bytes), tail written once, 4 N V / B bytes
 // each; the list 4 bytes a pair. At N = 8192, V / B = 1002: 0.1 GB, 0.03 ms at 3.35 TB/s. Exponentials: 2 N V / B.
 // Registers: a few. Not yet run on a GPU.
 #pragma once
 
+#include "../rows.h"
 #include "platform.cuh"
-#include "rows.cuh"
 
 namespace logitless {
 
-constexpr int SLICE = 128;         // tokens
+constexpr int SPAN = 128;  // tokens
 constexpr int ROUTE_THREADS = 128;
 constexpr int SCAN_THREADS = 1024;
 
@@ -32,13 +32,13 @@ struct Route {
     const float* magnitude;  // [rows]
     const float* threshold;  // [1]
     std::int64_t rows, blocks;
-    std::int32_t* starts;  // [blocks slices + 1]
+    std::int32_t* starts;  // [blocks spans + 1]
     std::int32_t* tokens;  // [rows blocks]
     float* tail;           // [rows, blocks], or null
     std::int64_t tail_stride;
 };
 
-__host__ __device__ inline std::int64_t slices_of(std::int64_t rows) { return (rows + SLICE - 1) / SLICE; }
+__host__ __device__ inline std::int64_t spans_of(std::int64_t rows) { return (rows + SPAN - 1) / SPAN; }
 
 struct Pair {
     float mass;
@@ -56,9 +56,9 @@ template <bool LIST>
 __global__ void __launch_bounds__(ROUTE_THREADS) route_kernel(const Route x) {
     const std::int64_t block = static_cast<std::int64_t>(blockIdx.x) * ROUTE_THREADS + threadIdx.x;
     if (block >= x.blocks) return;
-    const std::int64_t first = static_cast<std::int64_t>(blockIdx.y) * SLICE;
-    const std::int64_t last = first + SLICE < x.rows ? first + SLICE : x.rows;
-    std::int32_t* const start = x.starts + block * slices_of(x.rows) + blockIdx.y;
+    const std::int64_t first = static_cast<std::int64_t>(blockIdx.y) * SPAN;
+    const std::int64_t last = first + SPAN < x.rows ? first + SPAN : x.rows;
+    std::int32_t* const start = x.starts + block * spans_of(x.rows) + blockIdx.y;
     const float threshold = *x.threshold;
     std::int32_t at = LIST ? *start : 0;
     for (std::int64_t token = first; token < last; ++token) {

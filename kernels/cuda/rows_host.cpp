@@ -1,9 +1,9 @@
-// rows.cuh behind a C interface, for the tests: rows of logits on the host, cut into parts as a kernel would cut them.
+// rows.h behind a C interface, for the tests: rows of logits on the host, cut into parts as a kernel would cut them.
 #include <cstdint>
 #include <utility>
 #include <vector>
 
-#include "rows.cuh"
+#include "../rows.h"
 
 namespace {
 

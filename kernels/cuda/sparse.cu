@@ -1,3 +1,4 @@
+// logitless_route and logitless_sparse_*: checks of their arguments, and the shapes of their launches.
 #include "sparse.cuh"
 
 #include <algorithm>
@@ -23,7 +24,7 @@ void check_matrix(Check& check, const Matrix<bfloat16>& x) {
 
 // A grid has at most 65535 blocks along y and z.
 void check_list(Check& check, const Listed& list) {
-    check.size(list.rows, 1, 65535 * SLICE)
+    check.size(list.rows, 1, 65535 * SPAN)
         .size(list.first, 0)
         .size(list.count, 1, 65535)
         .require(list.first + list.count <= divide_up(list.vocabulary, BLOCK_COLUMNS), LOGITLESS_BAD_SIZE)
@@ -58,7 +59,7 @@ int32_t logitless_route(const void* block_lse, int64_t block_stride, const void*
                   starts, tokens, static_cast<float*>(tail), tail_stride};
     if (rows == 0) return LOGITLESS_DONE;  // of no rows, PyTorch has no address
     const std::int32_t code = Check()
-                                  .size(rows, 1, 65535 * SLICE)
+                                  .size(rows, 1, 65535 * SPAN)
                                   .size(blocks, 1, INT32_MAX)
                                   .size(rows * blocks, 1, INT32_MAX)
                                   .stride(block_stride, blocks)
@@ -73,10 +74,10 @@ int32_t logitless_route(const void* block_lse, int64_t block_stride, const void*
                                   .code();
     if (code != LOGITLESS_DONE) return code;
     if (const std::int32_t failed = use_device(device)) return failed;
-    const dim3 grid(static_cast<unsigned>(divide_up(blocks, ROUTE_THREADS)), static_cast<unsigned>(slices_of(rows)));
+    const dim3 grid(static_cast<unsigned>(divide_up(blocks, ROUTE_THREADS)), static_cast<unsigned>(spans_of(rows)));
     const dim3 route(ROUTE_THREADS), scan(SCAN_THREADS);
     if (const std::int32_t failed = launch(route_kernel<false>, grid, route, 0, stream, x)) return failed;
-    const std::int64_t counts = blocks * slices_of(rows);
+    const std::int64_t counts = blocks * spans_of(rows);
     if (const std::int32_t failed = launch(scan_kernel, dim3(1), scan, 0, stream, starts, counts)) return failed;
     return launch(route_kernel<true>, grid, route, 0, stream, x);
 }
@@ -146,7 +147,7 @@ int32_t logitless_sparse_d_hidden(const void* gradient, const void* weight, int6
     if (const std::int32_t code = check_product(x)) return code;
     if (const std::int32_t failed = use_device(device)) return failed;
     if (ordered) {
-        const dim3 grid(tiles(depth), static_cast<unsigned>(slices_of(rows)));
+        const dim3 grid(tiles(depth), static_cast<unsigned>(spans_of(rows)));
         return launch(ordered_d_hidden_kernel, grid, dim3(TILE_THREADS), 0, stream, x);
     }
     const dim3 grid(listed_tiles(rows), static_cast<unsigned>(block_count), tiles(depth));

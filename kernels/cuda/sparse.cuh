@@ -7,20 +7,23 @@
 //     sparse_d_hidden_kernel       d_hidden[token r] += sum_v G[r, v] weight[v], by float32 reductions 2 R 128 H
 //     ordered_d_hidden_kernel      the same sum in the order of blocks, the same bits every time
 //
-// for R listed rows. All multiply as tile_gemm.cuh says; rows of tokens are gathered. The target's entry of G is 0 and
-// the tail is not in it: both are added apart (kernels/README.md, section 3), and so is the mean logit's part.
+// for R listed rows. All multiply as tile_gemm.cuh does, with gathered rows of tokens. The target's entry of G is 0,
+// and the tail is not in G. Both are added apart (kernels/MATH.md, section 3), and so is the mean logit's part.
 //
-// A call takes some of the blocks, so that G, with room for every token in each of them, stays small without anyone
-// asking the device how many there are; a grid has LISTED_TILES thread blocks along a list at most, however long it is.
-// d_weight and d_hidden accumulate over calls.
+// A call takes some of the blocks, and G has room for every token in each of these. So G stays small, and the host
+// never waits for the device to say how many pairs there are. A grid has at most LISTED_TILES thread blocks along a
+// list, however long it is. d_weight and d_hidden accumulate over calls.
 //
-// Bytes from L2 for each tile of products: 256 H in sparse_gradient_kernel and 32 KB out; in sparse_d_hidden_kernel 64
-// KB in and 64 KB of float32 reductions out for 4.2 Mflop, so R H 4 bytes of them in all: at R = 0.15 N V / 128, N =
-// 8192, H = 4096, V = 128256 20 GB, 10 ms if L2 takes 2 TB/s of them. ordered_d_hidden_kernel writes each element once,
-// and multiplies every block that one of 128 tokens needs for all of them: 0.57 to 0.81 of a dense GEMM at such an R on
-// real hidden states (SmolLM2, tolerance 2^-12). Which wins is for a GPU to say.
+// Bytes from L2 for each tile of products:
+//     sparse_gradient_kernel     256 H in, 32 KB out
+//     sparse_d_hidden_kernel     64 KB in, 64 KB of float32 reductions out for 4.2 Mflop: R H 4 bytes of these in all.
+//                                At R = 0.15 N V / 128, N = 8192, H = 4096, V = 128256 this is 20 GB, or 10 ms if L2
+//                                takes 2 TB/s of them (a prediction).
+//     ordered_d_hidden_kernel    writes each element once, but multiplies each block that one of 128 tokens needs for
+//                                all of them: 0.57 to 0.81 of a dense GEMM at such an R, on real hidden states
+//                                (SmolLM2, tolerance 2^-12). Which of the two is faster has not been measured.
 // Registers: 236 to 255, no local memory.
-// Not yet run on a GPU: the text is tested on the CPU, its instructions emulated there.
+// Not yet run on a GPU. The code is tested on the CPU, where its instructions are emulated.
 // Numerics: G is rounded to bfloat16 once (2^-9 of an entry); sums are float32.
 #pragma once
 
@@ -50,9 +53,9 @@ struct Span {
 };
 
 __device__ inline Span span_of(const Listed& list, std::int64_t block) {
-    const std::int64_t slices = slices_of(list.rows);
-    const std::int64_t first = list.starts[block * slices];
-    return {first, first - list.starts[list.first * slices], list.starts[(block + 1) * slices] - first};
+    const std::int64_t spans = spans_of(list.rows);
+    const std::int64_t first = list.starts[block * spans];
+    return {first, first - list.starts[list.first * spans], list.starts[(block + 1) * spans] - first};
 }
 
 // Of the vectors [rows] that the gradient needs, those that may be null mean zero.
@@ -234,28 +237,28 @@ __global__ void __launch_bounds__(TILE_THREADS, 2) sparse_d_hidden_kernel(const 
     }
 }
 
-// Grid: tiles of 128 columns of H; slices of 128 tokens. For each block, the listed rows of the slice's tokens stand in
+// Grid: tiles of 128 columns of H; spans of 128 tokens. For each block, the listed rows of the span's tokens stand in
 // the tile at their tokens' places, zeros elsewhere, so that the sum stays in registers from block to block.
 __global__ void __launch_bounds__(TILE_THREADS, 2) ordered_d_hidden_kernel(const SparseProduct x) {
     typedef Stages<bfloat16, 2> TwoStages;  // places needs a little of the 48 KB
     LOGITLESS_SHARED(TwoStages, shared, 1);
-    LOGITLESS_SHARED(std::int32_t, places, SLICE);
+    LOGITLESS_SHARED(std::int32_t, places, SPAN);
     const std::int64_t first = static_cast<std::int64_t>(blockIdx.x) * TILE;
-    const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.y) * SLICE;
-    const std::int64_t slices = slices_of(x.list.rows);
-    const std::int32_t origin = x.list.starts[x.list.first * slices];
+    const std::int64_t first_token = static_cast<std::int64_t>(blockIdx.y) * SPAN;
+    const std::int64_t spans = spans_of(x.list.rows);
+    const std::int32_t origin = x.list.starts[x.list.first * spans];
 
     Accumulators acc;
     clear(acc);
     for (std::int64_t block = x.list.first; block < x.list.first + x.list.count; ++block) {
-        const std::int32_t* const start = x.list.starts + block * slices + blockIdx.y;
+        const std::int32_t* const start = x.list.starts + block * spans + blockIdx.y;
         const std::int32_t listed = start[0] + static_cast<std::int32_t>(threadIdx.x);
         if (start[0] == start[1]) continue;
         places[threadIdx.x] = -1;
         __syncthreads();
         if (listed < start[1]) places[x.list.tokens[listed] - first_token] = listed - origin;
         __syncthreads();
-        const Matrix<bfloat16, true> scattered{x.gradient, BLOCK_COLUMNS, SLICE, BLOCK_COLUMNS, places};
+        const Matrix<bfloat16, true> scattered{x.gradient, BLOCK_COLUMNS, SPAN, BLOCK_COLUMNS, places};
         multiply_tile<false, true>(acc, *shared, scattered, 0, block_rows(x.operand, block), first, BLOCK_COLUMNS);
     }
     LOGITLESS_UNROLL

@@ -1,12 +1,16 @@
-// What the epilogue of a fused forward does with a row of its tile, on Ampere and Hopper alike: equations 1 and 3, and
-// the raw products themselves where they are asked for.
+// The epilogue of a fused forward on a row of its tile, for Ampere and Hopper alike: equations 1 and 3, and a store of
+// the raw products if they are asked for.
 //
-// Both instruction sets leave a row of the tile to a quad, four neighbouring lanes: of every 8 columns, lane q of the
-// quad holds 2 q and 2 q + 1. So n values of a thread are the quad's 4 n columns, and quad_column says which.
+// Both instruction sets leave a row of the tile to a quad, which is four neighbouring lanes. Of every 8 columns, lane q
+// of the quad holds 2 q and 2 q + 1. So n values of a thread belong to the quad's 4 n columns, and quad_column says
+// which.
 //
-// Work for each logit, without bias and softcap: an exponential, a multiply-add before it, the maximum and the sum, and
-// 1.5 to 3 instructions of the row's; 4 more where all moments are asked for; half a store for the raw product. Parts of
-// the vocabulary that are cut short or hold the target of one of a warp's rows take 7 more, to leave columns out.
+// Instructions for each logit, without bias and softcap:
+//     an exponential, a multiply-add before it, the maximum, the sum, and 1.5 to 3 of the row's
+//     4 more                 if all moments are asked for
+//     half a store           for the raw product
+//     7 more                 to leave columns out, in a part of the vocabulary that is cut short or that holds the
+//                            target of one of the warp's rows
 #pragma once
 
 #include "mma.cuh"
@@ -16,7 +20,7 @@ namespace logitless {
 
 constexpr int PART_COLUMNS = 128;  // of a part of the vocabulary, of which a forward keeps moments
 
-// What turns raw products into logits, and where they end.
+// The head of a row: how raw products become logits, and how many there are.
 struct RowHead {
     const float* bias;  // [vocabulary] or null
     Transform<float> transform;
@@ -25,7 +29,7 @@ struct RowHead {
     const std::int64_t* targets;  // [rows]
 };
 
-// What a forward leaves behind.
+// The results of a forward.
 struct RowResults {
     PartialMoments<float> partials;
     float* raw;  // [rows, vocabulary], or null: the products before bias and transform

@@ -1,8 +1,10 @@
-"""Row operations on a chunk of raw products `[n, V]` that a GEMM has made: one read for the statistics, one read and
-write in place for the gradient. The two halves of a single pass (`backends/sweep.py`).
+"""Row operations on a chunk of raw products `[n, V]` from a GEMM: statistics, and the gradient in their place.
 
-A program owns its rows. The gradient may be narrower than the products and still take their place: a block of a row is
-read by all threads before any of them writes, and what is written lies at or before it.
+Statistics read the chunk once. The gradient reads and writes it once. Together they make a single pass
+(`backends/exact/sweep.py`).
+
+A program owns its rows. The gradient may be narrower than the products and still take their place: all threads read a
+block of a row before any of them writes, and the gradient lies at or before the products it is made of.
 """
 
 from __future__ import annotations
@@ -14,13 +16,13 @@ from torch import Tensor
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
-from .logprobs import Coefficients, bends, joined
+from .logprobs import RowFactors, bends, joined
 from .tile import absorb, gradient, store_block_lse, store_finished, transform, with_bias
 
 
 @triton.jit
 def load_raw(p_raw, o_n, o_v, mask, stride_n, stride_v):
-    """Raw products, float32 `[BLOCK_N, BLOCK_V]`; 0 where the mask is false."""
+    """Raw products, float32 `[BLOCK_N, BLOCK_V]`, and 0 where the mask is false."""
     o_raw = o_n[:, None].to(tl.int64) * stride_n + o_v[None, :].to(tl.int64) * stride_v
     return tl.load(p_raw + o_raw, mask=mask, other=0.0).to(tl.float32)
 
@@ -126,7 +128,7 @@ def gradient_in_place_kernel(
         tl.store(p_out, g.to(p_gradient.dtype.element_ty), mask=mask)
 
 
-def measure(
+def measure_chunk(
     raw: Tensor,
     bias: Tensor | None,
     targets: Tensor,
@@ -135,8 +137,10 @@ def measure(
     outputs: tuple[str, ...],
     block: int | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """Statistics of raw products `[n, V]` of any floating dtype and strides; and, for a power of two `block`, the
-    blocks' logsumexps as `logprobs.forward`'s. logprob and lse come always. `raw` is left as it is."""
+    """Statistics of raw products `[n, V]` of any floating dtype and strides, which are not changed.
+
+    `outputs`, `block` and the results are those of `logprobs.fused_forward`.
+    """
     count, vocabulary = raw.shape
     config = configs.row(raw.device)
     part = min(block or config.BLOCK_V, config.BLOCK_V)
@@ -156,17 +160,17 @@ def gradient_(
     raw: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    rows: Coefficients,
+    rows: RowFactors,
     *,
     transform: LogitTransform,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Turns raw products `[n, V]` into `dL/ds` in `dtype`, in the same memory; 0 at the target.
+    """Turns raw products `[n, V]` into `dL/ds` in `dtype`, in the products' memory; 0 at the target.
 
-    A narrower dtype needs rows that are contiguous each, and takes the first part of every row. Where they are not (the
-    vocabulary-major chunks of a CPU) the result has memory of its own.
+    A narrower dtype takes the first part of every row, so each row must be contiguous. If rows are not (a CPU's chunks
+    are vocabulary-major), the result has memory of its own.
     """
-    out = raw if dtype == raw.dtype else _narrowed(raw, dtype)
+    out = raw if dtype == raw.dtype else narrowed(raw, dtype)
     config = configs.row(raw.device)
     if len(raw):
         with configs.on_device(raw):
@@ -177,7 +181,8 @@ def gradient_(
     return out
 
 
-def _narrowed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+def narrowed(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix of another dtype in the place of the raw products, or in memory of its own if their rows are strided."""
     if raw.stride(1) == 1 and dtype.itemsize < raw.dtype.itemsize:
         return raw.view(dtype)[:, : raw.shape[1]]
     return torch.empty_like(raw, dtype=dtype)

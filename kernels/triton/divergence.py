@@ -1,18 +1,18 @@
-"""Row operations of a divergence on a chunk of raw products of both sides: values, and the gradients in place.
+"""Row operations of a divergence on chunks of raw products of both heads: values, and the gradients in place.
 
-One program owns rows of the model's products and the same rows of the reference's, and walks them two or three times:
-for both normalisers, for the sums of v, u and w (the elementwise functions of `backends/divergence.py`, which derives
-them), and to write the gradients. So no sum over the vocabulary is ever needed between programs.
+A program owns some rows, of the model's products and of the reference's. It walks them two or three times: for both
+normalisers, for the sums of v, u and w, and to write the gradients. So no sum over the vocabulary is needed between
+programs. `backends/exact/divergence.py` derives the elementwise functions v, u and w.
 
-The GEMMs stay cuBLAS's. Tiles of both heads in registers would save the chunk's way through memory, 24 bytes an entry
-of the vocabulary for values (two floats written, and read twice), but every kind needs the normalisers before its sums,
-so that all of them but the KLs would multiply twice: at H = 4096 two products are 16384 flops an entry, which take
-longer than 24 bytes do (20 ps against 7 ps at 800 Tflop/s and 3.3 TB/s, both figures assumed, neither measured).
+The GEMMs are cuBLAS's. Tiles of both heads in registers would save the chunk's way through memory, which for values is
+24 bytes an entry (two floats written, and read twice). But every kind needs the normalisers before its sums, so all
+kinds but the KLs would multiply twice. At H = 4096 two products are 16384 flops an entry, and take longer than 24 bytes
+do: 20 ps against 7 ps at 800 Tflop/s and 3.3 TB/s. Both figures are assumed, neither is measured.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, assert_never
 
 import triton
 import triton.language as tl
@@ -20,12 +20,12 @@ from torch import Tensor
 
 from ...types import DivergenceOptions
 from . import configs
-from .chunk import _narrowed, load_raw
+from .chunk import load_raw, narrowed
 from .logprobs import bends
-from .tile import absorb, anchor, transform, with_bias
+from .tile import absorb, anchor, log1p, transform, with_bias
 
 if TYPE_CHECKING:
-    from ...backends.divergence import RawSide
+    from ...backends.interface import RawSide
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Functions of one number
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @triton.jit
 def expm1(x):
-    """`exp(x) - 1`; near 0, where the difference cancels, its series to x^9."""
+    """`exp(x) - 1`. Near 0, where the difference cancels, it is the series to x^9."""
     tail = 1.0 + x * (1.0 / 7.0) * (1.0 + x * (1.0 / 8.0) * (1.0 + x * (1.0 / 9.0)))
     series = 1.0 + x * 0.25 * (1.0 + x * 0.2 * (1.0 + x * (1.0 / 6.0) * tail))
     near = x * (1.0 + x * 0.5 * (1.0 + x * (1.0 / 3.0) * series))
@@ -41,18 +41,9 @@ def expm1(x):
 
 
 @triton.jit
-def log1p(x):
-    """`log(1 + x)` for x >= -1; near 0 by the series of the inverse hyperbolic tangent, to s^13."""
-    s = x / (2.0 + x)
-    t = s * s
-    series = 1.0 + t * (1.0 / 3.0 + t * (0.2 + t * (1.0 / 7.0 + t * (1.0 / 9.0 + t * (1.0 / 11.0 + t * (1.0 / 13.0))))))
-    return tl.where(tl.abs(x) < 0.4, 2.0 * s * series, tl.log(1.0 + x))
-
-
-@triton.jit
 def log_mixture(weight, r):
     """`log(weight exp(r) + 1 - weight)`."""
-    # a comparison keeps a NaN, which a minimum drops
+    # tl.where keeps a NaN, which a minimum would drop
     return log1p(weight * expm1(tl.where(r > 80.0, 80.0, r))) + tl.where(r > 80.0, r - 80.0, 0.0)
 
 
@@ -67,8 +58,8 @@ def times(probability, x):
 
 
 @triton.jit
-def terms(log_p, log_q, x, scale, FORM: tl.constexpr):
-    """v, u and w, of probabilities P of the reference and Q of the model; x is the parameter of the form."""
+def summands(log_p, log_q, x, scale, FORM: tl.constexpr):
+    """v, u and w of an entry, for the reference's P and the model's Q; x is the parameter of the form."""
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     r = tl.where(log_p == log_q, 0.0, log_p - log_q)
@@ -107,7 +98,7 @@ def terms(log_p, log_q, x, scale, FORM: tl.constexpr):
 
 
 class Form(NamedTuple):
-    """A kind as the kernel takes it."""
+    """A kind of divergence, in the form that the kernel computes."""
 
     name: str
     exchanged: bool  # P and Q change places
@@ -116,7 +107,7 @@ class Form(NamedTuple):
 
 
 def form(options: DivergenceOptions) -> Form:
-    """The kernel's form of every kind, as `backends.divergence.KINDS` has it."""
+    """The kernel's form of a kind of divergence in `backends.exact.divergence.KINDS`."""
     match options.kind:
         case "js" if options.mixture not in (0, 1):
             w = options.mixture
@@ -125,6 +116,10 @@ def form(options: DivergenceOptions) -> Form:
             return _power(1 - options.mixture)
         case "skew_forward_kl" | "skew_reverse_kl" if options.skew != 0:
             return Form("skew_forward_kl", options.kind == "skew_reverse_kl", options.skew)
+        case "forward_kl" | "skew_forward_kl":
+            return _power(1.0)
+        case "reverse_kl" | "skew_reverse_kl":
+            return _power(0.0)
         case "total_variation" | "cross_entropy":
             return Form(options.kind, False)
         case "squared_hellinger":
@@ -135,7 +130,7 @@ def form(options: DivergenceOptions) -> Form:
             return _power(2.0, 2.0)
         case "alpha":
             return _power(options.alpha)
-    return _power(float("forward" in options.kind))
+    assert_never(options.kind)
 
 
 def _power(a: float, scale: float = 1.0) -> Form:
@@ -161,7 +156,7 @@ def load_logits(p_raw, p_bias, o_n, o_v, N, V, stride_n, stride_v, slope, inner,
 def normalizer(
     p_raw, p_bias, o_n, N, V, stride_n, stride_v, slope, inner, outer, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr
 ):
-    """The largest logit of every row, and the logarithm of its sum of exponentials relative to that."""
+    """Each row's largest logit, and the logarithm of its sum of exponentials less that logit."""
     top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_N,), tl.float32)
     unused = tl.zeros((BLOCK_N,), tl.float32)
@@ -174,7 +169,7 @@ def normalizer(
 
 @triton.jit
 def store_gradient(p_gradient, share, log_probability, total, upstream, c, o_n, o_v, N, V, stride_n, stride_v):
-    """`upstream (share - probability total) c`."""
+    """Stores `upstream (share - probability total) c`, the gradient of one side."""
     g = (share - tl.exp(log_probability) * total[:, None]) * upstream[:, None] * c
     p_out = p_gradient + o_n[:, None].to(tl.int64) * stride_n + o_v[None, :].to(tl.int64) * stride_v
     tl.store(p_out, g.to(p_gradient.dtype.element_ty), mask=(o_v < V)[None, :] & (o_n < N)[:, None])
@@ -212,7 +207,7 @@ def divergence_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """Values and gradients of whole rows, of the model Q and the reference P."""
+    """Values and gradients of whole rows for the model Q and the reference P."""
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     top_q, total_q = normalizer(
         p_raw_q, p_bias_q, o_n, N, V, stride_qn, stride_qv, slope_q, inner_q, outer_q, BLOCK_N, BLOCK_V
@@ -231,7 +226,7 @@ def divergence_kernel(
         z_p, _ = load_logits(p_raw_p, p_bias_p, o_n, o_v, N, V, stride_pn, stride_pv, slope_p, inner_p, outer_p)
         log_q = (z_q - top_q[:, None]) - total_q[:, None]
         log_p = (z_p - top_p[:, None]) - total_p[:, None]
-        v, u, w = terms(log_p, log_q, x, scale, FORM)
+        v, u, w = summands(log_p, log_q, x, scale, FORM)
         sum_v += tl.sum(v, 1)
         sum_u += tl.sum(u, 1)
         sum_w += tl.sum(w, 1)
@@ -247,27 +242,30 @@ def divergence_kernel(
             tl.debug_barrier()  # the whole block is read before any thread writes over it
             log_q = (z_q - top_q[:, None]) - total_q[:, None]
             log_p = (z_p - top_p[:, None]) - total_p[:, None]
-            v, u, w = terms(log_p, log_q, x, scale, FORM)
+            v, u, w = summands(log_p, log_q, x, scale, FORM)
             if p_gradient_q is not None:
                 store_gradient(p_gradient_q, u, log_q, sum_u, upstream, c_q, o_n, o_v, N, V, stride_gqn, stride_gqv)
             if p_gradient_p is not None:
                 store_gradient(p_gradient_p, w, log_p, sum_w, upstream, c_p, o_n, o_v, N, V, stride_gpn, stride_gpv)
 
 
-def rows(
+def divergence_rows(
     model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The `backends.divergence.DivergenceEngine` of this kernel: float32 raw products of any strides."""
-    taken = form(options)
-    if taken.exchanged:
-        value, ref_gradient, gradient = _launch(ref, model, taken, upstream)
+    """Values, and the gradients of both sides, from float32 raw products of any strides.
+
+    With `upstream` None there are no gradients. This is a `backends.interface.DivergenceEngine`.
+    """
+    chosen = form(options)
+    if chosen.exchanged:
+        value, ref_gradient, gradient = _launch(ref, model, chosen, upstream)
     else:
-        value, gradient, ref_gradient = _launch(model, ref, taken, upstream)
+        value, gradient, ref_gradient = _launch(model, ref, chosen, upstream)
     return value, gradient, ref_gradient
 
 
 def _launch(
-    model: RawSide, ref: RawSide, taken: Form, upstream: Tensor | None
+    model: RawSide, ref: RawSide, chosen: Form, upstream: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     count, vocabulary = model.raw.shape
     value = model.raw.new_empty(count)
@@ -282,14 +280,14 @@ def _launch(
     with configs.on_device(model.raw):
         divergence_kernel[(triton.cdiv(count, config.BLOCK_N),)](
             *tensors, None if upstream is None else upstream.contiguous(), value, count, vocabulary, *strides,
-            *bends(model.head.transform), *bends(ref.head.transform), taken.x, taken.scale,
-            FORM=taken.name, **config.blocks,
+            *bends(model.head.transform), *bends(ref.head.transform), chosen.x, chosen.scale,
+            FORM=chosen.name, **config.blocks,
         )  # fmt: skip
     return value, gradients[0], gradients[1]
 
 
 def _place(side: RawSide) -> Tensor | None:
-    """Where a side's gradient goes."""
+    """The memory of a side's gradient, or None if the side needs none."""
     if side.operand is None:
         return None
-    return side.raw if side.operand == side.raw.dtype else _narrowed(side.raw, side.operand)
+    return side.raw if side.operand == side.raw.dtype else narrowed(side.raw, side.operand)

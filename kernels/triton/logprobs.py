@@ -1,25 +1,23 @@
-"""Statistics of tokens from tiles that never leave the chip, and the tile of gradients that a backward needs.
+"""Statistics of tokens from tiles of logits that never leave the chip, and the tile of gradients for a backward.
 
-Forward: a program owns a tile of tokens and a split of the vocabulary, walks the split's tiles, and leaves the sums of
-eq. 3 behind for each row; `merge_kernel` joins the splits. Backward: `gradient_kernel` computes a tile again and writes
-its `dL/ds`, rounded once, for the two products, which are cuBLAS's (kernels/README.md, "Triton kernels", says why).
+Forward: a program owns a tile of tokens and a split of the vocabulary. It walks the split's tiles and stores the sums
+of eq. 3 for each row. `merge_kernel` joins the splits. Backward: `gradient_kernel` computes a tile again and writes its
+`dL/ds`, rounded once, for the two products, which are cuBLAS's (kernels/triton/README.md says why).
 No kernel here adds into memory that another program writes: the same inputs give the same bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import testing
 
 from ...types import OUTPUTS, LogitTransform, TokenStats
 from . import configs
-from .tile import absorb, gradient, grouped, join, products, store_block_lse, store_finished, transform
+from .tile import absorb, gradient, grouped, join, store_block_lse, store_finished, tile_products, transform
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device
@@ -31,7 +29,7 @@ def forward_kernel(
     p_weight,
     p_bias,
     p_targets,
-    p_top,  # [splits, N], as the next four; None where not asked for
+    p_top,  # [splits, N]; so are the next four, or None
     p_total,
     p_moment,
     p_square,
@@ -72,7 +70,7 @@ def forward_kernel(
     stop = tl.minimum(first + tiles_per_split, tl.cdiv(V, BLOCK_V))
     for i_v in range(first, stop):
         o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
-        s = products(
+        s = tile_products(
             p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh,
             BLOCK_H, PRECISION,
         )  # fmt: skip
@@ -179,13 +177,15 @@ def gradient_kernel(
     GROUP_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Eqs. 11 and 13 of a tile: tokens by the V columns from `first_v` on, to which weight and bias point already. The
-    target's entry is 0, and so are the columns beyond V: a store without a mask on columns is a wide one."""
+    """Eqs. 11 and 13 of a tile: tokens by the V columns from `first_v` on, where weight and bias begin.
+
+    The target's entry is 0. So are columns beyond V, because a store without a mask on columns is a wide one.
+    """
     i_n, i_v = grouped(tl.program_id(0), tl.cdiv(N, BLOCK_N), tl.cdiv(V, BLOCK_V), GROUP_N)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     o_v = i_v * BLOCK_V + tl.arange(0, BLOCK_V)
     m_n = o_n < N
-    s = products(
+    s = tile_products(
         p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh, BLOCK_H, PRECISION
     )
     z, c = transform(s, slope, inner, outer)
@@ -203,13 +203,13 @@ def gradient_kernel(
 # Host
 
 
-class Coefficients(NamedTuple):
-    """What the gradient of a row's logits takes beside the logits, `[N]` float32 each (see `tile.gradient`)."""
+class RowFactors(NamedTuple):
+    """The factors of the gradient of rows of logits, `[N]` float32 each (see `tile.gradient`)."""
 
     lse: Tensor
     factor: Tensor
     entropy_factor: Tensor | None
-    mean_factor: Tensor | None  # under a softcap alone: without one, m / V is left to two products
+    mean_factor: Tensor | None  # only under a softcap: without one, two products add the part of m / V
 
 
 def bends(transform: LogitTransform) -> tuple[float, float | None, float | None]:
@@ -219,7 +219,7 @@ def bends(transform: LogitTransform) -> tuple[float, float | None, float | None]
     return transform.slope, transform.logit_scale / transform.softcap, transform.softcap / transform.temperature
 
 
-def forward(
+def fused_forward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -228,15 +228,22 @@ def forward(
     transform: LogitTransform,
     outputs: tuple[str, ...],
     block: int | None = None,
-    config: configs.Tile | None = None,
 ) -> tuple[TokenStats, Tensor | None]:
-    """Statistics of `hidden [N, H]`, `weight [V, H]`, contiguous `bias [V]` and `targets [N]`, any strides of the first
-    two; and, for a power of two `block`, the logsumexp of every block of the vocabulary without the target's entry,
-    float32 `[N, ceil(V / block)]`, -inf for a block of nothing else. logprob and lse come always."""
+    """Statistics of tokens, and with `block` the logsumexps of the vocabulary's blocks.
+
+    Args:
+        hidden, weight: `[N, H]`, `[V, H]`, any strides. bias: `[V]` or None, contiguous. targets: `[N]`.
+        outputs: names of the statistics. logprob and lse are always there.
+        block: a power of two, or None.
+
+    Returns:
+        The statistics, and float32 `[N, ceil(V / block)]` or None. A block's logsumexp leaves the target's entry out,
+        so it is -inf for a block of nothing else.
+    """
     tokens, vocabulary = hidden.shape[0], weight.shape[0]
     rich = transform.softcap is not None or block is not None or bool({"entropy", "log_sum_sq"} & set(outputs))
-    config = config or configs.tile(hidden, "forward", rich=rich)
-    part = min(block or config.BLOCK_V, config.BLOCK_V)  # of a block that is wider than a tile
+    config = configs.tile(hidden, rich=rich)
+    part = min(block or config.BLOCK_V, config.BLOCK_V)  # a block wider than a tile is joined from its parts
     wanted = {"logprob", "lse", *outputs}
     stats = TokenStats(**{name: _floats(hidden, tokens) for name in OUTPUTS if name in wanted})
     part_lse = None if block is None else _floats(hidden, tokens, triton.cdiv(vocabulary, part))
@@ -260,7 +267,7 @@ def forward(
 
 
 def joined(part_lse: Tensor | None, part: int, block: int | None) -> Tensor | None:
-    """Logsumexps of blocks from those of their parts, `[N, parts]`; what there is already is left as it is."""
+    """Logsumexps of blocks from those of their parts, `[N, parts]`. If a part is a whole block, nothing is done."""
     if part_lse is None or block is None or block == part:
         return part_lse
     ragged = -part_lse.shape[1] % (block // part)
@@ -268,9 +275,9 @@ def joined(part_lse: Tensor | None, part: int, block: int | None) -> Tensor | No
     return whole.unflatten(1, (-1, block // part)).logsumexp(-1)
 
 
-def gradient_config(hidden: Tensor, rows: Coefficients, transform: LogitTransform) -> configs.Tile:
+def gradient_config(hidden: Tensor, rows: RowFactors, transform: LogitTransform) -> configs.TileConfig:
     """The tile of `gradient_tile`."""
-    return configs.tile(hidden, "gradient", rich=transform.softcap is not None or rows.entropy_factor is not None)
+    return configs.tile(hidden, rich=transform.softcap is not None or rows.entropy_factor is not None)
 
 
 def gradient_tile(
@@ -278,21 +285,21 @@ def gradient_tile(
     weight: Tensor,
     bias: Tensor | None,
     targets: Tensor,
-    rows: Coefficients,
+    rows: RowFactors,
     first_v: int,
     out: Tensor,
     *,
     transform: LogitTransform,
-    config: configs.Tile,
+    config: configs.TileConfig,
     column_sum: Tensor | None = None,
 ) -> None:
-    """`out [N, width] = dL/ds` of `weight [V, H]`, a part of the vocabulary that begins at `first_v`; 0 at a target.
+    """Writes `out [N, width] = dL/ds` for `weight [V, H]`, the vocabulary from `first_v` on; 0 at a target.
 
     Args:
-        config: `gradient_config`'s, which the shapes below follow.
-        out: contiguous, any floating dtype; width is a multiple of the tile's BLOCK_V, and columns beyond V become 0.
-        column_sum: `[ceil(N / BLOCK_N), width]` float32, or None: the columns' sums over each tile of tokens, before
-            `out` is rounded.
+        config: the tile, from `gradient_config`.
+        out: contiguous, any floating dtype. Its width is a multiple of BLOCK_V, and columns beyond V become 0.
+        column_sum: `[ceil(N / BLOCK_N), width]` float32, or None. It receives the columns' sums over each tile of
+            tokens, before `out` is rounded.
     """
     tokens, part = hidden.shape[0], weight.shape[0]
     assert out.shape[1] % config.BLOCK_V == 0 and part <= out.shape[1]
@@ -303,35 +310,6 @@ def gradient_tile(
             tokens, part, hidden.shape[1], first_v, *hidden.stride(), *weight.stride(), out.shape[1],
             *bends(transform), PRECISION=configs.precision(hidden.dtype), **config.blocks,
         )  # fmt: skip
-
-
-def refine(hidden: Tensor, weight: Tensor, *, budget: float = 60.0) -> dict[str, configs.Tile]:
-    """Times tiles near the table's, without softcap and entropy, on the device of these operands, for `budget` seconds
-    a kernel at most (compilation included), and keeps the fastest for later processes. Returns them by their key."""
-    path = configs.cache_path(hidden.device)
-    targets = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    zeros = _floats(hidden, hidden.shape[0]).zero_()
-    rows = Coefficients(zeros, zeros, None, None)
-
-    def one_forward(tile: configs.Tile) -> None:
-        forward(hidden, weight, None, targets, transform=LogitTransform(), outputs=(), config=tile)
-
-    out = hidden.new_empty(hidden.shape[0], 1024)
-
-    def one_gradient(tile: configs.Tile) -> None:
-        part = (weight[: out.shape[1]], None, targets, rows, 0, out)
-        gradient_tile(hidden, *part, transform=LogitTransform(), config=tile)
-
-    found = {}
-    for kernel, once in (("forward", one_forward), ("gradient", one_gradient)):
-        key = configs.key(hidden, kernel, rich=False)
-        candidates = configs.neighbours(configs.tile(hidden, kernel, rich=False))
-
-        def seconds(tile: configs.Tile, once: Callable[[configs.Tile], None] = once) -> float:
-            return testing.do_bench(lambda: once(tile))
-
-        found[key] = configs.refine(key, candidates, seconds, path, budget=budget)
-    return found
 
 
 def _floats(like: Tensor, *shape: int) -> Tensor:

@@ -1,21 +1,26 @@
-"""The backward of listed pairs of a token and a block of BLOCK vocabulary entries: routing, gradient, two products.
+"""The approximate backward on listed (token, block) pairs: routing, gradient, and two products with it.
+
+A block is PAIR_BLOCK vocabulary entries, below BLOCK; a span is PAIR_SPAN tokens, below SPAN.
 
     mass[i, b] = exp(block_lse[i, b] - lse[i])         the block's share of p, the target's left out
     kept where magnitude[i] mass[i, b] >= threshold     (a product of 0 never, a NaN always)
     tail[i, b] = mass[i, b] where not kept, else 0
 
-    tokens                    the list: block 0's tokens in order, then block 1's, ...; room for all of them
-    starts[b slices + s]      where block b's tokens in [SLICE s, SLICE (s + 1)) begin in it; its end comes last
+    tokens                    the list: block 0's tokens in order, then block 1's, ...; with room for every pair
+    starts[b spans + s]       where the list has block b's tokens of span s, [SPAN s, SPAN (s + 1)); the end comes last
 
     listed_gradient_kernel    G[r] = dL/ds of listed pair r, [BLOCK], rounded once; 0 at the target   2 R BLOCK H flops
     d_weight_kernel           d_weight[v] += sum_r G[r, v] hidden[token r]                            2 R BLOCK H
     d_hidden_kernel           d_hidden[token r] += sum_v G[r, v] weight[v], by float32 atomics        2 R BLOCK H
     ordered_d_hidden_kernel   the same sum, block after block: the same bits every time               2 U BLOCK H
 
-for R listed pairs, and U that counts every token of a slice where one is listed. A call takes some of the blocks, so
-that G can have room for every token in each of them, and nobody asks the device how many there are: programs beyond a
-list's end stop at once. What is put back for pairs left out, the target's entry and the mean logit's part are not here.
-Traffic and numerics: kernels/README.md, "Triton kernels".
+R is the number of listed pairs. U counts all tokens of a span for each block that lists one of them.
+
+A call takes some of the blocks. G has room for every token in each of these, so the host never waits for the device to
+say how many pairs there are. Programs beyond a list's end stop at once.
+
+Three terms are added elsewhere: the correction for pairs left out, the target's entry, and the mean logit's part.
+Traffic and numerics: kernels/triton/README.md.
 """
 
 from __future__ import annotations
@@ -27,14 +32,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...types import PAIR_BLOCK, PAIR_SPAN
 from . import configs
-from .tile import dot, gradient, products, transform
+from .tile import dot, gradient, tile_products, transform
 
-#: Vocabulary entries of a block, and tokens of a slice: what the list is cut at.
-BLOCK = SLICE = 128
-#: Programs along a block's list, at most: most lists are short, and a program that finds nothing is not free.
+#: The most programs along a block's list. Most lists are short, and a program without work is not free.
 LIST_PROGRAMS = 8
-#: Blocks that a program of `route_kernel` has: a read of 128 bytes a token.
+#: Blocks of a program of `route_kernel`, which reads 128 bytes of each token.
 ROUTE_BLOCKS = 32
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,25 +48,25 @@ ROUTE_BLOCKS = 32
 @triton.jit(do_not_specialize=["N", "blocks"])
 def route_kernel(
     p_block_lse,  # [N, blocks]
-    p_lse,  # [N], as the next
+    p_lse,  # [N]; so is the next
     p_magnitude,
     p_threshold,  # [1]
-    p_tail,  # [N, blocks]; None in the second run, as the next
-    p_counts,  # [blocks, slices] pairs kept
-    p_starts,  # [blocks, slices]; None in the first run, as the next
+    p_tail,  # [N, blocks]; this and the next are None in the second run
+    p_counts,  # [blocks, spans] pairs kept
+    p_starts,  # [blocks, spans]; this and the next are None in the first run
     p_tokens,  # [N blocks]
     N,
     blocks,
-    SLICE: tl.constexpr,
+    SPAN: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """A slice of tokens against BLOCK_B blocks. It runs twice: to leave the tail and count, and to list."""
+    """The pairs of a span of tokens and BLOCK_B blocks. It runs twice: to store the tail and counts, then to list."""
     o_b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
-    i_slice = tl.program_id(1)
-    o_n = i_slice * SLICE + tl.arange(0, SLICE)
+    i_span = tl.program_id(1)
+    o_n = i_span * SPAN + tl.arange(0, SPAN)
     m_n = o_n < N
     m_b = o_b < blocks
-    mask = m_n[:, None] & m_b[None, :]  # [SLICE, BLOCK_B]
+    mask = m_n[:, None] & m_b[None, :]  # [SPAN, BLOCK_B]
     o_pair = o_n[:, None].to(tl.int64) * blocks + o_b[None, :]
     block_lse = tl.load(p_block_lse + o_pair, mask=mask, other=float("-inf"))
     lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
@@ -70,26 +74,26 @@ def route_kernel(
     mass = tl.exp(block_lse - lse[:, None])
     weight = magnitude[:, None] * mass
     kept = mask & (weight != 0.0) & ((weight < tl.load(p_threshold)) == 0)
-    o_slice = o_b * tl.cdiv(N, SLICE) + i_slice
+    o_span = o_b * tl.cdiv(N, SPAN) + i_span
     if p_tail is not None:
         tl.store(p_tail + o_pair, tl.where(kept, 0.0, mass), mask=mask)
-        tl.store(p_counts + o_slice, tl.sum(kept.to(tl.int32), 0), mask=m_b)
+        tl.store(p_counts + o_span, tl.sum(kept.to(tl.int32), 0), mask=m_b)
     if p_tokens is not None:
-        start = tl.load(p_starts + o_slice, mask=m_b, other=0)
+        start = tl.load(p_starts + o_span, mask=m_b, other=0)
         place = start[None, :] + tl.cumsum(kept.to(tl.int32), 0) - 1
-        tl.store(p_tokens + place, tl.broadcast_to(o_n[:, None], (SLICE, BLOCK_B)), mask=kept)
+        tl.store(p_tokens + place, tl.broadcast_to(o_n[:, None], (SPAN, BLOCK_B)), mask=kept)
 
 
-@triton.jit(do_not_specialize=["first", "slices"])
-def place_kernel(p_starts, p_tokens, p_place, first, slices, SLICE: tl.constexpr):
-    """`place [count, slices SLICE]`: the row of G of each listed pair; the other pairs' are left as they are."""
+@triton.jit(do_not_specialize=["first", "spans"])
+def place_kernel(p_starts, p_tokens, p_place, first, spans, SPAN: tl.constexpr):
+    """Writes each listed pair's row of G into `place [count, spans SPAN]`. Other entries are not written."""
     i_block = tl.program_id(1)
-    p_start = p_starts + (first + i_block) * slices + tl.program_id(0)
-    o_r = tl.load(p_start) + tl.arange(0, SLICE)
+    p_start = p_starts + (first + i_block) * spans + tl.program_id(0)
+    o_r = tl.load(p_start) + tl.arange(0, SPAN)
     m_r = o_r < tl.load(p_start + 1)
     o_n = tl.load(p_tokens + o_r, mask=m_r, other=0)
-    p_out = p_place + i_block.to(tl.int64) * slices * SLICE + o_n
-    tl.store(p_out, o_r - tl.load(p_starts + first * slices), mask=m_r)
+    p_out = p_place + i_block.to(tl.int64) * spans * SPAN + o_n
+    tl.store(p_out, o_r - tl.load(p_starts + first * spans), mask=m_r)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,26 +101,26 @@ def place_kernel(p_starts, p_tokens, p_place, first, slices, SLICE: tl.constexpr
 
 
 @triton.jit
-def listed(p_starts, first, i_block, slices):
-    """Where a block's tokens begin and end in the list, and where those of the call's first block do: row 0 of G."""
-    p_start = p_starts + (first + i_block) * slices
-    return tl.load(p_start), tl.load(p_start + slices), tl.load(p_starts + first * slices)
+def list_bounds(p_starts, first, i_block, spans):
+    """The list's begin and end for a block, and its begin for the call's first block, which is row 0 of G."""
+    p_start = p_starts + (first + i_block) * spans
+    return tl.load(p_start), tl.load(p_start + spans), tl.load(p_starts + first * spans)
 
 
 @triton.jit
 def load_rows(p, o_row, o_column, mask, stride_row, stride_column):
-    """`[rows, columns]` of a matrix; 0 where the mask is false."""
+    """The `[rows, columns]` of a matrix, and 0 where the mask is false."""
     o = o_row[:, None].to(tl.int64) * stride_row + o_column[None, :].to(tl.int64) * stride_column
     return tl.load(p + o, mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=["N", "V", "first", "slices"])
+@triton.jit(do_not_specialize=["N", "V", "first", "spans"])
 def listed_gradient_kernel(
     p_hidden,
     p_weight,
     p_bias,
     p_targets,
-    p_lse,  # [N], as the next
+    p_lse,  # [N]; so is the next
     p_factor,
     p_starts,
     p_tokens,
@@ -125,7 +129,7 @@ def listed_gradient_kernel(
     V,
     H,
     first,
-    slices,
+    spans,
     stride_hn,
     stride_hh,
     stride_wv,
@@ -137,10 +141,10 @@ def listed_gradient_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Eqs. 11 and 13 of BLOCK_N listed tokens by BLOCK_V columns of their block; 0 at the target and beyond V."""
+    """Eqs. 11 and 13 for BLOCK_N listed tokens by BLOCK_V columns of their block; 0 at the target and beyond V."""
     PARTS: tl.constexpr = BLOCK // BLOCK_V
     i_block = tl.program_id(1)
-    start, stop, origin = listed(p_starts, first, i_block, slices)
+    start, stop, origin = list_bounds(p_starts, first, i_block, spans)
     i_r = start + tl.program_id(0) // PARTS * BLOCK_N
     if i_r >= stop:
         return
@@ -149,7 +153,7 @@ def listed_gradient_kernel(
     o_n = tl.load(p_tokens + o_r, mask=m_r, other=0)
     o_c = tl.program_id(0) % PARTS * BLOCK_V + tl.arange(0, BLOCK_V)
     o_v = (first + i_block) * BLOCK + o_c
-    s = products(
+    s = tile_products(
         p_hidden, p_weight, p_bias, o_n, o_v, N, V, H, stride_hn, stride_hh, stride_wv, stride_wh, BLOCK_H, PRECISION
     )
     z, c = transform(s, slope, None, None)
@@ -160,7 +164,7 @@ def listed_gradient_kernel(
     tl.store(p_out, g.to(p_gradient.dtype.element_ty), mask=m_r[:, None])
 
 
-@triton.jit(do_not_specialize=["V", "first", "slices"])
+@triton.jit(do_not_specialize=["V", "first", "spans"])
 def d_weight_kernel(
     p_gradient,
     p_hidden,
@@ -170,7 +174,7 @@ def d_weight_kernel(
     V,
     H,
     first,
-    slices,
+    spans,
     stride_hn,
     stride_hh,
     BLOCK_N: tl.constexpr,
@@ -179,10 +183,10 @@ def d_weight_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_V rows of d_weight by BLOCK_H columns, this program's alone, summed over a block's list."""
+    """Adds a block's listed tokens into a tile `[BLOCK_V, BLOCK_H]` of d_weight, which only this program writes."""
     PARTS: tl.constexpr = BLOCK // BLOCK_V
     i_block = tl.program_id(1) // PARTS
-    start, stop, origin = listed(p_starts, first, i_block, slices)
+    start, stop, origin = list_bounds(p_starts, first, i_block, spans)
     if start == stop:
         return
     o_c = tl.program_id(1) % PARTS * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -204,7 +208,7 @@ def d_weight_kernel(
     tl.store(p_sum, tl.load(p_sum, mask=m_out, other=0.0) + acc, mask=m_out)
 
 
-@triton.jit(do_not_specialize=["V", "first", "slices"])
+@triton.jit(do_not_specialize=["V", "first", "spans"])
 def d_hidden_kernel(
     p_gradient,
     p_weight,
@@ -214,7 +218,7 @@ def d_hidden_kernel(
     V,
     H,
     first,
-    slices,
+    spans,
     stride_wv,
     stride_wh,
     BLOCK_N: tl.constexpr,
@@ -223,10 +227,13 @@ def d_hidden_kernel(
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_N listed tokens after BLOCK_N others by BLOCK_H columns, summed over their block, added by atomics. The
-    columns go slowest over the grid: a part of the sums that fits the L2 is live at a time."""
+    """Sums a block for tiles `[BLOCK_N, BLOCK_H]` of listed tokens, and adds them into d_hidden by atomics.
+
+    A program takes every `num_programs(0)`-th tile of the list. Columns go slowest over the grid, so that the sums in
+    use at one time fit the L2 cache.
+    """
     i_block = tl.program_id(1)
-    start, stop, origin = listed(p_starts, first, i_block, slices)
+    start, stop, origin = list_bounds(p_starts, first, i_block, spans)
     o_h = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
     m_h = (o_h < H)[None, :]
     for i_r in range(start + tl.program_id(0) * BLOCK_N, stop, tl.num_programs(0) * BLOCK_N):
@@ -244,41 +251,41 @@ def d_hidden_kernel(
         tl.atomic_add(p_sum, acc, mask=m_r[:, None] & m_h, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["N", "V", "first", "count", "slices"])
+@triton.jit(do_not_specialize=["N", "V", "first", "count", "spans"])
 def ordered_d_hidden_kernel(
     p_gradient,
     p_weight,
-    p_place,  # [count, slices SLICE] rows of G, -1 where not listed
-    p_alive,  # [slices, count] blocks of the call that list a token of the slice, in order
-    p_alive_count,  # [slices]
+    p_place,  # [count, spans SPAN] rows of G, -1 where not listed
+    p_alive,  # [spans, count] blocks of the call that list a token of the span, in order
+    p_alive_count,  # [spans]
     p_out,  # [N, H] float32
     N,
     V,
     H,
     first,
     count,
-    slices,
+    spans,
     stride_wv,
     stride_wh,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK: tl.constexpr,
-    SLICE: tl.constexpr,
+    SPAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """BLOCK_N tokens of a slice by BLOCK_H columns, this program's alone, summed over the slice's blocks in order."""
+    """Sums a span's blocks in order into a tile `[BLOCK_N, BLOCK_H]` of d_hidden, which only this program writes."""
     PARTS: tl.constexpr = BLOCK // BLOCK_V
     i_n = tl.program_id(1) * BLOCK_N
-    i_slice = i_n // SLICE
+    i_span = i_n // SPAN
     o_n = i_n + tl.arange(0, BLOCK_N)
     o_h = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     m_h = (o_h < H)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_H), tl.float32)
-    p_block = p_alive + i_slice * count
-    stop = tl.load(p_alive_count + i_slice) * PARTS
+    p_block = p_alive + i_span * count
+    stop = tl.load(p_alive_count + i_span) * PARTS
     i_block = tl.load(p_block, mask=stop > 0, other=0)
-    o_r = tl.load(p_place + i_block.to(tl.int64) * slices * SLICE + o_n)
+    o_r = tl.load(p_place + i_block.to(tl.int64) * spans * SPAN + o_n)
     for k in range(stop):
         o_c = k % PARTS * BLOCK_V + tl.arange(0, BLOCK_V)
         o_v = (first + i_block) * BLOCK + o_c
@@ -286,7 +293,7 @@ def ordered_d_hidden_kernel(
         b_w = load_rows(p_weight, o_v, o_h, (o_v < V)[:, None] & m_h, stride_wv, stride_wh)  # [BLOCK_V, BLOCK_H]
         acc = dot(b_g, b_w, acc, PRECISION)
         i_block = tl.load(p_block + (k + 1) // PARTS, mask=k + 1 < stop, other=0)  # a step ahead, as in d_weight
-        o_r = tl.load(p_place + i_block.to(tl.int64) * slices * SLICE + o_n)
+        o_r = tl.load(p_place + i_block.to(tl.int64) * spans * SPAN + o_n)
     p_sum = p_out + o_n[:, None].to(tl.int64) * H + o_h[None, :]
     m_out = (o_n < N)[:, None] & m_h
     tl.store(p_sum, tl.load(p_sum, mask=m_out, other=0.0) + acc, mask=m_out)
@@ -297,25 +304,30 @@ def ordered_d_hidden_kernel(
 
 
 def route(block_lse: Tensor, lse: Tensor, magnitude: Tensor, threshold: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`starts [blocks slices + 1]` and `tokens [N blocks]` int32, and `tail [N, blocks]`, of contiguous float32
-    `block_lse [N, blocks]`, `lse [N]`, `magnitude [N]`, `threshold [1]`. The host does not wait.
+    """The list of pairs that carry at least the threshold, and the mass of the others. The host does not wait.
+
+    Args:
+        block_lse, lse, magnitude, threshold: float32 and contiguous, `[N, blocks]`, `[N]`, `[N]`, `[1]`.
+
+    Returns:
+        `starts [blocks spans + 1]` and `tokens [N blocks]`, int32, and `tail [N, blocks]`, float32.
 
     Raises:
-        ValueError: N blocks is 2^31 or more, what an int32 place cannot hold.
+        ValueError: N blocks is 2^31 or more, which an int32 place cannot hold.
     """
     count, blocks = block_lse.shape
     if count * blocks >= 2**31:
         raise ValueError(
             f"hidden: a tail-corrected backward takes at most {(2**31 - 1) // blocks} tokens that count of a "
-            f"vocabulary of {blocks} blocks of {BLOCK}, got {count}"
+            f"vocabulary of {blocks} blocks of {PAIR_BLOCK}, got {count}"
         )
-    slices = triton.cdiv(count, SLICE)
+    spans = triton.cdiv(count, PAIR_SPAN)
     tail = torch.empty_like(block_lse)
-    starts = torch.zeros(blocks * slices + 1, dtype=torch.int32, device=lse.device)
-    counts = torch.empty(blocks * slices, dtype=torch.int32, device=lse.device)
+    starts = torch.zeros(blocks * spans + 1, dtype=torch.int32, device=lse.device)
+    counts = torch.empty(blocks * spans, dtype=torch.int32, device=lse.device)
     tokens = torch.empty(count * blocks, dtype=torch.int32, device=lse.device)
-    inputs, sizes = (block_lse, lse, magnitude, threshold), (count, blocks, SLICE, ROUTE_BLOCKS)
-    grid = (triton.cdiv(blocks, ROUTE_BLOCKS), slices)
+    inputs, sizes = (block_lse, lse, magnitude, threshold), (count, blocks, PAIR_SPAN, ROUTE_BLOCKS)
+    grid = (triton.cdiv(blocks, ROUTE_BLOCKS), spans)
     with configs.on_device(lse):
         route_kernel[grid](*inputs, tail, counts, None, None, *sizes, **configs.FUSED)
         torch.cumsum(counts, 0, dtype=torch.int32, out=starts[1:])
@@ -338,63 +350,69 @@ def listed_gradient(
     *,
     slope: float,
 ) -> None:
-    """`out[r] = factor slope p` of the listed pairs of blocks `[first, first + count)`, 0 at a target and beyond V.
+    """Writes `out[r] = factor slope p` for the listed pairs of blocks `[first, first + count)`; 0 at a target.
 
     Args:
         hidden, weight: `[N, H]`, `[V, H]`, any strides. bias: `[V]` or None, contiguous. targets: `[N]` int64.
-        lse, factor: `[N]` float32: `p = e^(z - lse)`, and the upstream gradient of lse less that of logprob.
-        starts, tokens: of `route`.
-        out: `[N count, BLOCK]`; row 0 is the first pair of block `first`, rows beyond the list are left as they are.
+        lse, factor: `[N]` float32. p is `e^(z - lse)`; factor is lse's upstream gradient less logprob's.
+        starts, tokens: the list, from `route`.
+        out: `[N count, PAIR_BLOCK]`. Row 0 is the first pair of block `first`. Columns beyond V are 0. Rows beyond the
+            list are not written.
         slope: dz/ds.
     """
-    config = configs.tile(hidden, "gradient", rich=True)
-    config = replace(config, BLOCK_V=min(config.BLOCK_V, BLOCK))
-    grid = (triton.cdiv(hidden.shape[0], config.BLOCK_N) * (BLOCK // config.BLOCK_V), count)
+    config = configs.tile(hidden, rich=True)
+    config = replace(config, BLOCK_V=min(config.BLOCK_V, PAIR_BLOCK))
+    grid = (triton.cdiv(hidden.shape[0], config.BLOCK_N) * (PAIR_BLOCK // config.BLOCK_V), count)
     with configs.on_device(hidden):
         listed_gradient_kernel[grid](
             hidden, weight, bias, targets, lse, factor, starts, tokens, out, hidden.shape[0], *weight.shape, first,
-            triton.cdiv(hidden.shape[0], SLICE), *hidden.stride(), *weight.stride(), slope,
-            BLOCK=BLOCK, PRECISION=configs.precision(hidden.dtype), **config.ungrouped,
+            triton.cdiv(hidden.shape[0], PAIR_SPAN), *hidden.stride(), *weight.stride(), slope,
+            BLOCK=PAIR_BLOCK, PRECISION=configs.precision(hidden.dtype), **config.ungrouped,
         )  # fmt: skip
 
 
 def add_weight(g: Tensor, hidden: Tensor, starts: Tensor, tokens: Tensor, first: int, count: int, out: Tensor) -> None:
-    """`out [V, H] += g^T hidden` over the listed pairs of those blocks; `out` float32, contiguous."""
-    config = configs.listed(hidden, "d_weight")
-    grid = (triton.cdiv(hidden.shape[1], config.BLOCK_H), count * (BLOCK // config.BLOCK_V))
+    """`out [V, H] += g^T hidden` over the pairs of blocks `[first, first + count)`; `out` is float32, contiguous."""
+    config, spans = configs.listed_tile(hidden, "d_weight"), triton.cdiv(hidden.shape[0], PAIR_SPAN)
+    grid = (triton.cdiv(hidden.shape[1], config.BLOCK_H), count * (PAIR_BLOCK // config.BLOCK_V))
     with configs.on_device(hidden):
         d_weight_kernel[grid](
-            g, hidden, starts, tokens, out, *out.shape, first, triton.cdiv(hidden.shape[0], SLICE), *hidden.stride(),
-            BLOCK=BLOCK, PRECISION=configs.precision(hidden.dtype), **config.ungrouped,
+            g, hidden, starts, tokens, out, *out.shape, first, spans, *hidden.stride(),
+            BLOCK=PAIR_BLOCK, PRECISION=configs.precision(hidden.dtype), **config.ungrouped,
         )  # fmt: skip
 
 
 def add_hidden(
     g: Tensor, weight: Tensor, starts: Tensor, tokens: Tensor, first: int, count: int, out: Tensor, *, ordered: bool
 ) -> None:
-    """`out [N, H] += g weight` over the listed pairs of those blocks; `out` float32, contiguous. `ordered`: in the
-    order of the blocks, the same bits every time, with more work; otherwise in any order."""
-    config = configs.listed(weight, "ordered" if ordered else "d_hidden")
-    slices, tiles_h = triton.cdiv(len(out), SLICE), triton.cdiv(out.shape[1], config.BLOCK_H)
-    options = {"BLOCK": BLOCK, "PRECISION": configs.precision(weight.dtype), **config.ungrouped}
+    """`out [N, H] += g weight` over the pairs of blocks `[first, first + count)`; `out` is float32, contiguous.
+
+    With `ordered` the sum is in the order of the blocks: the same bits every time, for more work. Otherwise atomics add
+    in any order.
+    """
+    config = configs.listed_tile(weight, "ordered" if ordered else "d_hidden")
+    spans, tiles_h = triton.cdiv(len(out), PAIR_SPAN), triton.cdiv(out.shape[1], config.BLOCK_H)
+    options = {"BLOCK": PAIR_BLOCK, "PRECISION": configs.precision(weight.dtype), **config.ungrouped}
     tiles_n = triton.cdiv(len(out), config.BLOCK_N)
     with configs.on_device(weight):
         if not ordered:
             d_hidden_kernel[min(tiles_n, LIST_PROGRAMS), count, tiles_h](
-                g, weight, starts, tokens, out, *weight.shape, first, slices, *weight.stride(), **options
+                g, weight, starts, tokens, out, *weight.shape, first, spans, *weight.stride(), **options
             )
             return
-        place = torch.full((count, slices * SLICE), -1, dtype=torch.int32, device=out.device)
-        place_kernel[slices, count](starts, tokens, place, first, slices, SLICE=SLICE, **configs.FUSED)
+        place = torch.full((count, spans * PAIR_SPAN), -1, dtype=torch.int32, device=out.device)
+        place_kernel[spans, count](starts, tokens, place, first, spans, SPAN=PAIR_SPAN, **configs.FUSED)
         ordered_d_hidden_kernel[tiles_h, tiles_n](
-            g, weight, place, *_alive(starts, first, count, slices), out, len(out), *weight.shape, first, count, slices,
-            *weight.stride(), SLICE=SLICE, **options,
+            g, weight, place, *_alive(starts, first, count, spans), out, len(out), *weight.shape, first, count, spans,
+            *weight.stride(), SPAN=PAIR_SPAN, **options,
         )  # fmt: skip
 
 
-def _alive(starts: Tensor, first: int, count: int, slices: int) -> tuple[Tensor, Tensor]:
-    """For each slice the blocks, counted from `first`, that list a token of it: `[slices, count]` int32, these in
-    order, then the others; and how many there are, `[slices]`."""
-    pairs = starts[first * slices : (first + count) * slices + 1].diff().view(count, slices).T
+def _alive(starts: Tensor, first: int, count: int, spans: int) -> tuple[Tensor, Tensor]:
+    """The blocks that list a token of each span, `[spans, count]` int32, and their number, `[spans]`.
+
+    A row has these blocks in order, counted from `first`, and then the other blocks.
+    """
+    pairs = starts[first * spans : (first + count) * spans + 1].diff().view(count, spans).T
     alive = (pairs > 0).to(torch.int32).contiguous()
     return alive.argsort(descending=True, stable=True).to(torch.int32), alive.sum(1, dtype=torch.int32)

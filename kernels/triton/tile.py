@@ -1,9 +1,9 @@
 """The mathematics of a tile of logits, shared by every Triton kernel: products, transform, statistics, gradient.
 
-    products -> raw s [BLOCK_N, BLOCK_V] -> transform -> z -> absorb (per tile) -> join (per part) -> finish (per row)
+    tile_products -> s [BLOCK_N, BLOCK_V] -> transform -> z -> absorb (per tile) -> join (per part) -> finish (per row)
                                                            -> gradient (dL/ds)
 
-Equation numbers are those of kernels/README.md, names those of its section 5. All arithmetic is float32. An argument
+Equation numbers are those of kernels/MATH.md, names those of kernels/README.md. All arithmetic is float32. An argument
 that is None (a bias, a softcap, a statistic that nobody asked for) is a compile-time fact: its code is not there.
 """
 
@@ -28,18 +28,27 @@ INTERPRETED = tl.constexpr(not isinstance(_probe, triton.runtime.JITFunction))
 
 @triton.jit
 def tanh(x):
-    """Within 16 ulp. Near 0, where `1 - 2 / (e^2x + 1)` cancels, its series to x^5: few registers, as a tile wants."""
+    """`tanh(x)` within 16 ulp. Near 0, where `1 - 2 / (e^2x + 1)` cancels, it is a series to x^5, in few registers."""
     a = tl.abs(x)
     far = 1.0 - 2.0 / (tl.exp(2.0 * a) + 1.0)
     y = x * x
     near = a + a * y * (y * 0.13333334 - 0.33333334)
-    found = tl.where(a < 0.1, near, far)
-    return tl.where(x < 0, -found, found)
+    magnitude = tl.where(a < 0.1, near, far)
+    return tl.where(x < 0, -magnitude, magnitude)
 
 
 @triton.jit
 def log1p(x):
-    """`log(1 + x)` for x >= 0 without the rounding of 1 + x, which the quotient takes back."""
+    """`log(1 + x)` for x >= -1; near 0 by the series of the inverse hyperbolic tangent, to s^13."""
+    s = x / (2.0 + x)
+    t = s * s
+    series = 1.0 + t * (1.0 / 3.0 + t * (0.2 + t * (1.0 / 7.0 + t * (1.0 / 9.0 + t * (1.0 / 11.0 + t * (1.0 / 13.0))))))
+    return tl.where(tl.abs(x) < 0.4, 2.0 * s * series, tl.log(1.0 + x))
+
+
+@triton.jit
+def log1p_nonnegative(x):
+    """`log(1 + x)` for x >= 0. The quotient takes the rounding of 1 + x back."""
     y = 1.0 + x
     return tl.where(y == 1.0, x, tl.log(y) * (x / tl.where(y == 1.0, 1.0, y - 1.0)))
 
@@ -50,8 +59,11 @@ def log1p(x):
 
 @triton.jit
 def grouped(i_program, tiles_n, columns, GROUP_N: tl.constexpr):
-    """Program -> (tile of tokens, column of tiles): GROUP_N token tiles share a column before the next one begins, so
-    that programs that run together read few rows of hidden and of weight, and find both in the L2 cache."""
+    """The (tile of tokens, column of tiles) of a program.
+
+    GROUP_N tiles of tokens share a column before the next column begins. So programs that run together read few rows of
+    hidden and of weight, and the L2 cache holds both.
+    """
     i_group = i_program // (GROUP_N * columns)
     first = i_group * GROUP_N
     size = tl.minimum(tiles_n - first, GROUP_N)
@@ -69,7 +81,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def products(
+def tile_products(
     p_hidden,
     p_weight,
     p_bias,
@@ -87,8 +99,8 @@ def products(
 ):
     """Raw products s = `hidden[o_n] @ weight[o_v].T + bias[o_v]`, float32 `[BLOCK_N, BLOCK_V]`.
 
-    Rows beyond N and columns beyond V repeat the last one: what they hold is finite or not as the inputs are, and is
-    for the caller to mask. PRECISION: of float32 inputs, "tf32" or "ieee". The loop is the whole of the GEMM.
+    Rows beyond N and columns beyond V repeat the last one, and the caller masks them. PRECISION is "tf32" or "ieee"
+    for float32 inputs. The loop is the whole GEMM.
     """
     o_h = tl.arange(0, BLOCK_H)
     r_n = tl.minimum(o_n, N - 1).to(tl.int64)
@@ -121,8 +133,11 @@ def with_bias(s, p_bias, o_v, V):
 
 @triton.jit
 def transform(s, slope, inner, outer):
-    """Eqs. 1 and 2: logits z and their derivative c = dz/ds. slope = scale / temperature, inner = scale / softcap,
-    outer = softcap / temperature; without a softcap inner is None, and c the number slope."""
+    """Eqs. 1 and 2: logits z and their derivative c = dz/ds.
+
+    slope = scale / temperature, inner = scale / softcap, outer = softcap / temperature. Without a softcap
+    inner is None, and c is the number slope.
+    """
     if inner is None:
         z = s * slope
         c = slope
@@ -139,14 +154,16 @@ def transform(s, slope, inner, outer):
 
 @triton.jit
 def anchor(top):
-    """A finite number to take logits relative to: the largest, or 0 where all are -inf."""
+    """A finite number to subtract from logits: the largest, or 0 if all are -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def absorb(z, top, total, moment, square, MOMENT: tl.constexpr, SQUARE: tl.constexpr):
-    """Eqs. 3 and 4: the columns of `z [BLOCK_N, BLOCK_V]` join a row's sums M, A, B, C `[BLOCK_N]`. A column that does
-    not count is -inf. B and C are left alone where MOMENT and SQUARE are false."""
+    """Eqs. 3 and 4: adds the columns of `z [BLOCK_N, BLOCK_V]` to the rows' sums M, A, B, C, `[BLOCK_N]` each.
+
+    A column that does not count is -inf. B changes only with MOMENT, and C only with SQUARE.
+    """
     new = tl.maximum(top, tl.max(z, 1))
     shifted = z - anchor(new)[:, None]
     e = tl.exp(shifted)
@@ -174,15 +191,18 @@ def join(top1, total1, moment1, square1, top2, total2, moment2, square2):
 
 @triton.jit
 def finish(top, total, moment, square, z_t):
-    """Eqs. 5 to 8 and 10: logprob, lse, entropy, log_sum_sq, correct of a row, from the sums of all columns but the
-    target's, and its logit. Where the target leads, the others' small share is never added to its 1."""
+    """Eqs. 5 to 8 and 10: logprob, lse, entropy, log_sum_sq and correct of a row.
+
+    The sums are those of all columns but the target's, and z_t is the target's logit. If the target leads, the others'
+    small share is never added to its 1, in which it would be lost.
+    """
     leads = z_t >= top
     d = tl.where(top == float("-inf"), 0.0, z_t - anchor(top))
     share = total * tl.exp(-tl.maximum(d, 0.0))  # the others' sum, relative to the larger of top and z_t
     own = tl.where(z_t == z_t, tl.exp(tl.minimum(d, 0.0)), z_t)  # the target's term, likewise; a minimum drops a NaN
     x = tl.where(total == 0.0, top - z_t, tl.log(total) - d)  # o - z_t
-    logprob = -(tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x))))
-    log_total = tl.where(leads, log1p(share), tl.log(total + own))
+    logprob = -(tl.maximum(x, 0.0) + log1p_nonnegative(tl.exp(-tl.abs(x))))
+    log_total = tl.where(leads, log1p_nonnegative(share), tl.log(total + own))
     lse = tl.maximum(top, z_t) + log_total
     ours = tl.where(own == 0.0, 0.0, own * tl.minimum(d, 0.0))
     moments = tl.exp(-tl.maximum(d, 0.0)) * (moment - tl.maximum(d, 0.0) * total) + ours
@@ -198,7 +218,7 @@ def store_finished(
     top, total, moment, square, total_logit, z_t, o_n, m_n, V,
     p_logprob, p_lse, p_entropy, p_mean_logit, p_correct, p_log_sum_sq,
 ):  # fmt: skip
-    """Eqs. 5 to 10 of the rows `o_n`, those asked for. `total_logit` is the sum of all logits but the target's."""
+    """Stores eqs. 5 to 10 of the rows `o_n`, if asked for. `total_logit` is the sum of all logits but the target's."""
     logprob, lse, entropy, log_sum_sq, correct = finish(top, total, moment, square, z_t)
     tl.store(p_logprob + o_n, logprob, mask=m_n)
     tl.store(p_lse + o_n, lse, mask=m_n)
@@ -214,8 +234,10 @@ def store_finished(
 
 @triton.jit
 def store_block_lse(z, p_block_lse, o_n, i_first, m_n, blocks, BLOCK: tl.constexpr):
-    """The logsumexp of every run of BLOCK columns of `z [BLOCK_N, BLOCK_V]`, into the `blocks` columns of a contiguous
-    `[N, blocks]` from column `i_first` on. Columns that do not count, the target's among them, are -inf."""
+    """Stores the logsumexp of every BLOCK columns of `z [BLOCK_N, BLOCK_V]`, from column `i_first` of `[N, blocks]` on.
+
+    The output is contiguous. Columns of z that do not count, such as the target's, are -inf.
+    """
     PARTS: tl.constexpr = z.shape[1] // BLOCK
     parts = tl.reshape(z, (z.shape[0], PARTS, BLOCK))
     top = tl.max(parts, 2)
@@ -231,8 +253,11 @@ def store_block_lse(z, p_block_lse, o_n, i_first, m_n, blocks, BLOCK: tl.constex
 
 @triton.jit
 def gradient(z, c, p_lse, p_factor, p_entropy_factor, p_mean_factor, o_n, m_n):
-    """Eqs. 11 and 13 for j != t: `dL/ds = c (p (factor - entropy_factor log p) + mean_factor)`, with `[N]` factors of
-    the rows `o_n`: factor = b - a - e entropy, entropy_factor = e, mean_factor = m / V; the last two may be None."""
+    """Eqs. 11 and 13 for j != t: `dL/ds = c (p (factor - entropy_factor log p) + mean_factor)`.
+
+    The factors are `[N]`, and read at the rows `o_n`: factor = b - a - e entropy, entropy_factor = e, mean_factor =
+    m / V. The last two may be None.
+    """
     lse = tl.load(p_lse + o_n, mask=m_n, other=0.0)
     factor = tl.load(p_factor + o_n, mask=m_n, other=0.0)
     log_p = z - lse[:, None]

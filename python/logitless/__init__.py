@@ -1,7 +1,7 @@
-"""logitless: losses for language-model post-training from hidden states and the output head, never from logits."""
+"""Losses for language-model post-training, computed from hidden states and the output head, without logits."""
 
 from . import losses, nn
-from .backends.order import vocabulary_order
+from .backends.approximate.order import vocabulary_order
 from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft
 from .info import info
 from .integrations.transformers import patch, unpatch

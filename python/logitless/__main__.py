@@ -1,4 +1,4 @@
-"""`python -m logitless`, and the `logitless` script: the command line, where its optional packages are installed."""
+"""The entry point of `python -m logitless` and of the `logitless` script. It names the package that is missing."""
 
 from __future__ import annotations
 

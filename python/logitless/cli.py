@@ -97,9 +97,9 @@ def info() -> None:
     """Versions, devices, and which backend would be picked, and why."""
     import logitless
 
-    found = logitless.info()
-    width = max(len(name) for name in found)
-    for name, value in found.items():
+    lines = logitless.info()
+    width = max(map(len, lines))
+    for name, value in lines.items():
         typer.echo(f"{name:<{width}}  {value}")
 
 

@@ -1,4 +1,4 @@
-"""What was found on this machine, and what `backend="auto"` would pick."""
+"""A report on this machine: versions, devices, the available backends, and the one that `backend="auto"` picks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import platform
 import torch
 
 from . import backends
-from .backends import screen, sweep
+from .backends.exact.products import has_bfloat16_units
 
 
 def info() -> dict[str, str]:
-    """Versions, devices and, per device, the backend that `"auto"` picks; printed by `python -m logitless info`."""
-    found = {
+    """Versions, devices, and the backend that `"auto"` picks on each. `python -m logitless info` prints them."""
+    report = {
         "logitless": _version("logitless"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -21,17 +21,17 @@ def info() -> dict[str, str]:
         "transformers": _version("transformers"),
         "cpu threads": str(torch.get_num_threads()),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16 units": "yes, for gradients" if sweep.has_bfloat16_units() else "no: multiplied in float32",
+        "bfloat16 units": "yes, for gradients" if has_bfloat16_units() else "no: multiplied in float32",
     }
     devices = [torch.device("cpu")]
     if torch.accelerator.is_available():
         devices.append(torch.device(torch.accelerator.current_accelerator()))  # type: ignore[arg-type]
     for device in devices:
-        found[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
-        for name, module in backends.BACKENDS.items():
-            found[f"{name} on {device.type}"] = module.supports(device, torch.float32) or "available"
-    found["screened on cpu"] = screen.supports(torch.device("cpu"), torch.float32) or "available"
-    return found
+        report[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
+        for name, backend in backends.BACKENDS.items():
+            report[f"{name} on {device.type}"] = backend.supports(device, torch.float32) or "available"
+    report["screened on cpu"] = backends.supports_screened(torch.device("cpu"), torch.float32) or "available"
+    return report
 
 
 def _version(package: str) -> str:

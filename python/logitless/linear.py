@@ -1,31 +1,65 @@
-"""`linear_loss`: any loss of the registry on hidden states and a head, with the cheapest exact strategy for its level.
+"""`linear_loss`: any loss of the registry on hidden states and a head, by the cheapest exact strategy for its level.
 
-token              each token's loss needs its own statistics alone: one sweep, three GEMMs (`linear_token_loss`)
-sequence           looks along time or over the batch: statistics first, then the loss, and recomputation
-pair, unpaired     sums sequences: with a frozen head two GEMMs; else one sweep over whole pairs (or sequences) where
-                   the logits of each fit the chunk budget, recomputation where they do not
-distribution       one sweep of `linear_divergence`, and one of its per-token part where it has one
+level              strategy
+token              one sweep, three GEMMs (`linear_token_loss`)
+sequence           the statistics of all tokens, the loss, and recomputation for the gradient: four GEMMs
+pair, unpaired     one sweep over whole pairs (sequences) if the logits of each fit a chunk; else as a sequence loss
+distribution       one sweep of `linear_divergence`, and one of the per-token part if there is such a part
+
+A frozen head costs two GEMMs at the first three levels.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from . import backends, reduce
-from .losses import Loss, get
-from .losses.batch import Layout, evaluate, layout, need_sequences, of_groups, of_sequences, reduced, rule_of, spread
+from . import reduce
+from .arguments import REFERENCE_STATISTICS, LossArguments, ReferenceStates, check_level, loss_inputs, reference_of
+from .losses import (
+    DistributionLoss,
+    Loss,
+    PairLoss,
+    PreferenceResult,
+    SequenceLoss,
+    TokenLoss,
+    UnpairedLoss,
+    UnpairedResult,
+    get,
+)
+from .losses.layout import TokenLayout, reduction_rule, token_layout
+from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
-from .ops.checks import check_constant, check_ignore_index, check_tensor, check_tokens
-from .ops.logprobs import prepare
-from .ops.token_loss import check_token_input, single_pass
+from .ops.call import Call, prepare_call
+from .ops.checks import check_ignore_index, check_tokens
+from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
 from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
+
+
+@overload
+def linear_loss(
+    loss: TokenLoss | SequenceLoss | DistributionLoss,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    **arguments: Unpack[LossArguments],
+) -> Tensor: ...
+@overload
+def linear_loss(
+    loss: PairLoss, hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Unpack[LossArguments]
+) -> PreferenceResult: ...
+@overload
+def linear_loss(
+    loss: UnpairedLoss, hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Unpack[LossArguments]
+) -> UnpairedResult: ...
+@overload  # a loss of unknown level, or one whose inputs have names of their own
+def linear_loss(loss: Loss | str, hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any) -> Any: ...
 
 
 def linear_loss(
@@ -58,11 +92,12 @@ def linear_loss(
         normalizer: number, or tensor of one: the count to divide by instead of this batch's own (tokens for "mean",
             sequences for the three others, pairs), the global one under gradient accumulation or data parallelism.
         max_length: of "constant_length": what stands for every sequence's length.
-        ref_hidden, ref_head: `[..., H']` hidden states of the reference (teacher) and its head, a weight `[V, H']` with
-            the options of the model's head, or a `Head` with its own; for losses that compare whole distributions.
-            `ref_head` None is the model's own head.
-        **inputs_and_options: the loss's own inputs by name (`ref_logprob=`, `advantages=`), of the targets' shape or
-            one number a sequence, and the options of the head and the backend that `linear_logprobs` documents.
+        ref_hidden: `[..., H']` hidden states of the reference (teacher), for a loss that compares whole distributions,
+            or in place of `ref_logprob` (and `ref_lse`), which are then computed here, without a gradient.
+        ref_head: the reference's head, a weight `[V, H']` with the options of the model's head, or a `Head` with its
+            own. None: the model's own head, as under LoRA.
+        **inputs_and_options: the loss's own inputs by name (`LossArguments` lists them), of the targets' shape or one
+            number a sequence, and the options of the head and the backend that `linear_logprobs` documents.
 
     Returns:
         A scalar (or `[...]`) for token, sequence and distribution losses; for pair and unpaired losses their named
@@ -78,117 +113,79 @@ def linear_loss(
     if loss.stats_temperature != 1.0:
         options["temperature"] = options.get("temperature", 1.0) * loss.stats_temperature
     given = {k: v for k, v in inputs_and_options.items() if k not in OPTION_NAMES and v is not None}
-    reduction = loss.reduction if reduction is None else reduction  # type: ignore[assignment]
-    assert reduction is not None
-    whole = loss.level in ("pair", "unpaired")
-    if whole and token_weight is not None:
-        raise ValueError(f"token_weight: a {loss.level} loss ({loss.name}) has no per-token losses to weight")
-    if whole and reduction in reduce.OF_SEQUENCES:
-        raise ValueError(f"reduction: a {loss.level} loss ({loss.name}) has no per-token losses, got {reduction!r}")
-    if loss.level != "distribution" and (ref_hidden is not None or ref_head is not None):
-        name = "ref_hidden" if ref_hidden is not None else "ref_head"
-        raise ValueError(f"{name}: {loss.name!r} compares no distributions; its inputs are {loss.inputs}")
+    reduction = loss.reduction if reduction is None else reduction
+    check_level(loss, token_weight, reduction)
     reduce.check(reduction, normalizer, max_length)
     ignore_index = Options(**options).ignore_index
     check_ignore_index(ignore_index)
-    tokens = layout(targets != ignore_index, cu_seqlens)
+    tokens = token_layout(targets != ignore_index, cu_seqlens)
+    names = [name for name in (*loss.inputs, *loss.optional_inputs) if name in REFERENCE_STATISTICS]
+    reference = reference_of(loss, names, given, weight, ref_hidden, ref_head, options)
+    if reference is not None and names:
+        given |= reference.statistics(names, targets, options)
     inputs = loss_inputs(loss, given, tokens, hidden.device)
     if token_weight is not None:
         check_token_input("token_weight", token_weight, hidden)
-    batch = _Batch(loss, hidden, weight, targets, tokens, inputs, options)
-    if whole:
-        return _Sequences(batch).loss(reduction, normalizer)
-    reducing: dict[str, Any] = dict(
-        token_weight=token_weight, reduction=reduction, normalizer=normalizer, max_length=max_length
-    )
-    if loss.level == "distribution":
-        return _distribution(batch, ref_hidden, ref_head, reducing)
-    return _token(batch, **reducing) if loss.level == "token" else _of_statistics(batch, reducing)
+    batch = _Batch(hidden, weight, targets, tokens, inputs, options, token_weight, reduction, normalizer, max_length)
+    if isinstance(loss, WholeSequenceLoss):
+        return _of_whole_sequences(loss, batch)
+    if isinstance(loss, DistributionLoss) and loss.compares_distributions:
+        assert reference is not None
+        return _of_distributions(loss, batch, reference)
+    return _in_one_sweep(loss, batch) if loss.token_wise else _of_statistics(loss, batch)
 
 
 @dataclass(frozen=True)
 class _Batch:
-    """A call, checked."""
+    """The checked arguments of a call, without its loss."""
 
-    loss: Loss
     hidden: Tensor
     weight: Tensor
     targets: Tensor
-    tokens: Layout
+    tokens: TokenLayout
     inputs: Mapping[str, Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any]
+    token_weight: Tensor | None
+    reduction: LossReduction
+    normalizer: Tensor | float | None
+    max_length: int | None
 
+    def rule(self) -> reduce.Rule:
+        """The reduction of the tokens' losses."""
+        return reduction_rule(self.tokens, self.reduction, self.normalizer, self.max_length)
 
-def loss_inputs(loss: Loss, given: Mapping[str, Any], tokens: Layout, device: torch.device) -> dict[str, Tensor]:
-    """The loss's inputs, checked, one value a token (those of an unpaired loss's sequences as they are).
-
-    Unknown inputs and missing ones are errors; an optional one may be None. So are tokens whose sequences nobody named,
-    where the loss looks at these.
-    """
-    needed = (*loss.inputs, *loss.sequence_inputs)
-    known = (*needed, *loss.optional_inputs)
-    for name in given:
-        if name not in known:
-            takes = ", ".join(known) or "none"
-            hint = f"; a hyper-parameter: losses.{type(loss).__name__}({name}=...)" if name in vars(loss) else ""
-            raise TypeError(f"linear_loss: {loss.name!r} has no input or option {name!r}; its inputs are {takes}{hint}")
-    per_sequence = f"[{tokens.sequences}], one number a sequence"
-    shapes = dict.fromkeys(known, f"{list(tokens.mask.shape)}, or {per_sequence}")
-    shapes |= dict.fromkeys(loss.sequence_inputs, per_sequence)
-    for name in needed:
-        if given.get(name) is None:
-            raise ValueError(f"{name}: {loss.name!r} needs it, a tensor {shapes[name]}, got None")
-    present = [name for name in known if given.get(name) is not None]
-    constants = {name: _constant(name, given[name], shapes[name], device) for name in present}
-    found = {name: x if name in loss.sequence_inputs else spread(name, x, tokens) for name, x in constants.items()}
-    if loss.of_sequences:
-        need_sequences(tokens, f"a loss of whole sequences ({loss.name})")
-    return found
-
-
-def _constant(name: str, value: object, shape: str, device: torch.device) -> Tensor:
-    """A constant tensor on the tokens' device; `shape` is for the message."""
-    check_tensor(name, value, shape)
-    assert isinstance(value, Tensor)
-    check_constant(name, value, device)
-    return value
+    def weights(self, rule: reduce.Rule) -> list[Tensor]:
+        """The constants that multiply the tokens' losses before they are summed."""
+        return [x for x in (self.token_weight, rule.token_weight) if x is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Per-token losses
+# Losses of one value a token
 
 
-def _token(
-    batch: _Batch,
-    *,
-    token_weight: Tensor | None,
-    reduction: LossReduction,
-    normalizer: Tensor | float | None,
-    max_length: int | None,
-) -> Tensor:
-    """One sweep; the reduction's weights go in with the tokens."""
-    rule = rule_of(batch.tokens, reduction, normalizer, max_length)
-    weights = [x for x in (token_weight, rule.token_weight) if x is not None]
-    function: Any = batch.loss
-    if weights or batch.inputs:
-        function = _TokenLoss(batch.loss, tuple(batch.inputs), len(weights))
+def _in_one_sweep(loss: Loss, batch: _Batch, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
+    """A token-wise loss in one sweep; the reduction's weights go in with the tokens."""
+    inputs, rule = batch.inputs if inputs is None else inputs, batch.rule()
+    weights = batch.weights(rule)
     total = linear_token_loss(
         batch.hidden,
         batch.weight,
         batch.targets,
-        function,
-        token_inputs=[*weights, *batch.inputs.values()],
-        outputs=batch.loss.outputs,
-        reduction="none" if reduction == "none" else "sum",
+        _WithInputs(loss, tuple(inputs), len(weights)) if weights or inputs else loss,
+        token_inputs=[*weights, *inputs.values()],
+        outputs=loss.outputs,
+        reduction="none" if batch.reduction == "none" else "sum",
         **batch.options,
     )
-    return total if reduction in ("none", "sum") else reduce.mean(total, rule.normalizer)
+    return total if batch.reduction in ("none", "sum") else reduce.mean(total, rule.normalizer)
 
 
 @dataclass(frozen=True)
-class _TokenLoss:
-    """A token loss with its inputs by name, times weights; an object, not a closure, which `torch.compile` could not
-    hand to the op."""
+class _WithInputs:
+    """A token-wise loss with its inputs by name, times weights.
+
+    It is an object because `torch.compile` cannot hand a closure to the op.
+    """
 
     loss: Loss
     names: tuple[str, ...]
@@ -202,157 +199,118 @@ class _TokenLoss:
 
 
 @dataclass(frozen=True)
-class _TokenPart(Loss):
-    """A distribution loss without its divergence: a token loss."""
+class _WithoutDivergence(TokenLoss):
+    """The part of a distribution loss that is a token loss."""
 
-    loss: Loss
+    loss: DistributionLoss
 
     @property
     def outputs(self) -> tuple[str, ...]:
         return self.loss.outputs
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        found: Tensor = self.loss(stats, torch.zeros_like(getattr(stats, self.outputs[0])))
-        return found
+        return self.loss(stats, torch.zeros_like(getattr(stats, self.outputs[0])))
 
 
-def _of_statistics(batch: _Batch, reducing: dict[str, Any], divergence: Tensor | None = None) -> Tensor:
-    """Statistics of every token, then the loss."""
+def _of_statistics(loss: Loss, batch: _Batch, divergence: Tensor | None = None) -> Any:
+    """A loss of the statistics of all tokens, which come first."""
     stats = TokenStats()
-    if batch.loss.outputs:
-        stats = linear_logprobs(batch.hidden, batch.weight, batch.targets, outputs=batch.loss.outputs, **batch.options)
-    out: Tensor = evaluate(batch.loss, stats, batch.tokens, batch.inputs, divergence=divergence, **reducing)
-    return out
+    if loss.outputs:
+        stats = linear_logprobs(batch.hidden, batch.weight, batch.targets, outputs=loss.outputs, **batch.options)
+    return loss.evaluate(
+        stats,
+        batch.tokens,
+        batch.inputs,
+        token_weight=batch.token_weight,
+        reduction=batch.reduction,
+        normalizer=batch.normalizer,
+        max_length=batch.max_length,
+        divergence=divergence,
+    )
 
 
-def _distribution(
-    batch: _Batch, ref_hidden: Tensor | None, ref_head: Tensor | Head | None, reducing: dict[str, Any]
-) -> Tensor:
-    """A sweep that sums the divergence, and one that sums the per-token part; values of every token where asked for."""
-    if ref_hidden is None:
-        raise ValueError(f"ref_hidden: {batch.loss.name!r} needs the reference's hidden states, got None")
-    check_tensor("ref_hidden", ref_hidden, "[..., H']")
+def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: ReferenceStates) -> Tensor:
+    """A distribution loss: a sweep sums the divergence, another one the rest; "none" keeps every token's value."""
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
-            raise ValueError(f"{name}: {batch.loss.name!r} compares distributions, which does not take it")
-    head, reference, options = _heads(batch.weight, ref_head, batch.options)
-    options |= batch.loss.linear_divergence
-    ref_hidden, mask, reduction = ref_hidden.detach(), batch.tokens.mask, reducing["reduction"]
-    if reduction == "none":
-        divergence = linear_divergence(batch.hidden, head, ref_hidden, reference, mask=mask, **options)
-        return _of_statistics(batch, reducing, divergence)
-    rule = rule_of(batch.tokens, reduction, reducing["normalizer"], reducing["max_length"])
-    weights = [x for x in (reducing["token_weight"], rule.token_weight) if x is not None]
-    divergence = linear_divergence(
-        batch.hidden,
-        head,
-        ref_hidden,
-        reference,
-        mask=mask,
-        token_weight=math.prod(weights[1:], start=weights[0]) if weights else None,
-        reduction="sum",
-        **options,
-    )
-    total = batch.loss.divergence_weight * reduce.mean(divergence, rule.normalizer)
-    if not batch.loss.outputs:
-        return total
-    part = _Batch(_TokenPart(batch.loss), batch.hidden, batch.weight, batch.targets, batch.tokens, {}, batch.options)
-    return total + _token(part, **reducing)
-
-
-def _heads(
-    weight: Tensor, ref_head: Tensor | Head | None, options: Mapping[str, Any]
-) -> tuple[Head, Head, dict[str, Any]]:
-    """The model's head, the reference's (the same options where it brings none), and the backend's options. The
-    reference is a constant, also where it is the model's own head."""
-    own = {name: options[name] for name in Head._fields if name in options}
-    head = Head(weight, **own)
-    if ref_head is None:
-        ref_head = head
-    elif not isinstance(ref_head, Head):
-        ref_head = Head(ref_head, **own)
-    bias = None if ref_head.bias is None else ref_head.bias.detach()
-    reference = ref_head._replace(weight=ref_head.weight.detach(), bias=bias)
-    return head, reference, {name: x for name, x in options.items() if name in ("backend", "backward", "chunk_bytes")}
+            raise ValueError(f"{name}: {loss.name!r} compares distributions, which does not take it")
+    options = {name: x for name, x in batch.options.items() if name in ("backend", "backward", "chunk_bytes")}
+    options |= loss.linear_divergence
+    head = Head(batch.weight, **{name: x for name, x in batch.options.items() if name in Head._fields})
+    tensors, mask = (batch.hidden, head, reference.hidden, reference.head), batch.tokens.mask
+    if batch.reduction == "none":
+        values: Tensor = _of_statistics(loss, batch, linear_divergence(*tensors, mask=mask, **options))
+        return values
+    rule = batch.rule()
+    weights = batch.weights(rule)
+    token_weight = math.prod(weights[1:], start=weights[0]) if weights else None
+    divergence = linear_divergence(*tensors, mask=mask, token_weight=token_weight, reduction="sum", **options)
+    total = loss.divergence_weight * reduce.mean(divergence, rule.normalizer)
+    return total + _in_one_sweep(_WithoutDivergence(loss), batch, {}) if loss.outputs else total
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses of whole sequences
 
 
-class _Sequences:
-    """A loss of pairs of sequences, or of single ones."""
+def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
+    """A loss of whole sequences, in one sweep if every group of sequences fits a chunk: its named tuple, reduced."""
+    groups = loss.count_groups(batch.tokens.sequences)
+    call = prepare_call(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
+    if batch.reduction != "none" and _gains_by_a_sweep(loss, call) and _fits(call, batch.tokens, groups):
+        return _sweep_of_groups(loss, batch, call, groups)
+    options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once
+    stats = linear_logprobs(call.hidden, call.weight, call.targets, outputs=loss.outputs, **options)
+    return reduce_groups(loss.of_batch(stats, batch.tokens, batch.inputs), batch.reduction, batch.normalizer)
 
-    def __init__(self, batch: _Batch) -> None:
-        self.batch, self.tokens = batch, batch.tokens
-        self.sequence = need_sequences(batch.tokens, f"a loss of whole sequences ({batch.loss.name})").reshape(-1)
-        pair = batch.loss.level == "pair"
-        if pair and self.tokens.sequences % 2:
-            raise ValueError(
-                f"hidden: expected 2B sequences, the chosen and then the rejected, got {self.tokens.sequences}"
-            )
-        self.count = self.tokens.sequences // 2 if pair else self.tokens.sequences
-        self.call = prepare(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
 
-    def loss(self, reduction: LossReduction, normalizer: Tensor | float | None) -> Any:
-        """The loss's named tuple, reduced."""
-        if reduction != "none" and self.one_sweep():
-            result, total = self.sweep()
-            return reduced(result, reduction, normalizer, total)
-        stats = linear_logprobs(
-            self.call.hidden,
-            self.batch.weight,
-            self.call.targets,
-            outputs=self.batch.loss.outputs,
-            **self.call.options.keywords(),
+def _gains_by_a_sweep(loss: WholeSequenceLoss, call: Call) -> bool:
+    """Whether the head is trainable (a frozen one costs two GEMMs), and a group's value needs no other group."""
+    options = call.options
+    if options.backend == "reference" or options.backward == "recompute" or not call.trains_head():
+        return False
+    alone = not loss.batch_wide and loss.outputs == ("logprob",)
+    if not alone and options.backward == "single_pass":
+        raise ValueError(
+            f"backward: 'single_pass' cannot serve {loss.name!r} with a trainable head, whose value needs more "
+            "than the log-probs of one group of sequences; use backward='auto' or 'recompute'"
         )
-        return reduced(self.result(stats), reduction, normalizer)
+    return alone
 
-    def result(self, stats: TokenStats) -> Any:
-        """The loss of every pair from the tokens' statistics `[N]`."""
-        shape = self.tokens.mask.shape
-        known = TokenStats(*(None if x is None else x.view(shape) for x in stats))
-        return of_sequences(self.batch.loss, known, self.tokens, self.batch.inputs)
 
-    def one_sweep(self) -> bool:
-        """Whether three GEMMs can do: a trainable head (a frozen one needs but two) and groups that fit a chunk."""
-        options, loss = self.call.options, self.batch.loss
-        if options.backend == "reference" or options.backward == "recompute" or not any(self.call.needs()[1:]):
-            return False
-        if loss.batch_wide or loss.outputs != ("logprob",):
-            if options.backward == "single_pass":
-                raise ValueError(
-                    f"backward: 'single_pass' cannot serve {loss.name!r} with a trainable head, whose value needs more "
-                    "than the log-probs of one group of sequences; use backward='auto' or 'recompute'"
-                )
-            return False
-        if options.backward == "single_pass":
-            return True
-        if torch.compiler.is_compiling() or is_captured(self.call.hidden.device) or self.count == 0:
-            return False  # which groups fit a chunk is data, for which nobody may wait
-        backend = backends.STRATEGIES[self.call.strategy()]
-        sizes = torch.bincount((self.sequence % self.count)[self.tokens.mask.reshape(-1)], minlength=1)
-        return int(sizes.max()) <= backend.tokens_at_once(self.call.hidden, self.call.weight, options)
+def _fits(call: Call, tokens: TokenLayout, groups: int) -> bool:
+    """Whether every group's tokens fit a chunk, as far as this can be known without waiting for a GPU."""
+    if call.options.backward == "single_pass":
+        return True
+    if torch.compiler.is_compiling() or is_captured(call.hidden.device) or groups == 0:
+        return False  # the sizes of the groups are data, which must not be waited for
+    assert tokens.sequence is not None
+    sizes = torch.bincount((tokens.sequence % groups)[tokens.mask], minlength=1)
+    return int(sizes.max()) <= call.tokens_at_once()
 
-    def sweep(self) -> tuple[Any, Tensor]:
-        """One sweep over whole groups: values and metrics from the log-probs it leaves behind, and the losses' sum."""
-        loss, inputs = self.batch.loss, self.batch.inputs
-        names = tuple(name for name in inputs if name not in loss.sequence_inputs)
-        constants = tuple((name, inputs[name]) for name in inputs if name in loss.sequence_inputs)
-        group = self.sequence % max(self.count, 1)
-        of_chunk = _WholeGroups(loss, names, constants, self.tokens.sequences, self.count)
-        per_token = [self.sequence, *(inputs[name].reshape(-1) for name in names)]
-        total, logprob = single_pass(self.call, of_chunk, per_token, ("logprob",), groups=group)
-        result = self.result(TokenStats(logprob=logprob))
-        # A group without a token that counts is in no chunk; its constant belongs to the value all the same.
-        return result, total + (result.loss.sum() - total).detach()
+
+def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups: int) -> Any:
+    """One sweep over whole groups: it gives the losses' sum, and the log-probs that values and metrics come from."""
+    assert batch.tokens.sequence is not None
+    sequence = batch.tokens.sequence.reshape(-1)
+    per_token = {name: x.reshape(-1) for name, x in batch.inputs.items() if name not in loss.sequence_inputs}
+    constants = tuple((name, batch.inputs[name]) for name in loss.sequence_inputs)
+    function = _WholeGroups(loss, tuple(per_token), constants, batch.tokens.sequences, groups)
+    total, logprob = sum_in_one_sweep(
+        call, function, [sequence, *per_token.values()], ("logprob",), groups=sequence % max(groups, 1)
+    )
+    stats = TokenStats(logprob=logprob.view(batch.tokens.mask.shape))
+    result = loss.of_batch(stats, batch.tokens, batch.inputs)
+    # A group without a token that counts is in no chunk, but its constant belongs to the value.
+    total = total + (result.loss.sum() - total).detach()
+    return reduce_groups(result, batch.reduction, batch.normalizer, total)
 
 
 @dataclass(frozen=True)
 class _WholeGroups:
-    """A loss of a chunk's pairs (sequences), all of whose tokens are in it; an object, as `_TokenLoss` is."""
+    """A loss of a chunk's groups, all of whose tokens are in the chunk; an object for the reason of `_WithInputs`."""
 
-    loss: Loss
+    loss: WholeSequenceLoss
     names: tuple[str, ...]
     constants: tuple[tuple[str, Tensor], ...]
     sequences: int
@@ -362,9 +320,9 @@ class _WholeGroups:
         groups = torch.unique(sequence % max(self.groups, 1))
         inputs = dict(zip(self.names, values, strict=True))
         mask = torch.ones_like(sequence, dtype=torch.bool)
-        result = of_groups(self.loss, stats, inputs, dict(self.constants), sequence, self.sequences, mask, groups)
-        per_group: Tensor = result.loss
-        return per_group
+        result = self.loss.of_groups(stats, inputs, dict(self.constants), sequence, self.sequences, mask, groups)
+        losses: Tensor = result.loss
+        return losses
 
 
 __all__ = ["linear_loss"]

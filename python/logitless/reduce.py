@@ -1,13 +1,15 @@
-"""The only place that divides: per-token losses to one number, `sum_t m_t a_t loss_t / Z` with Z explicit and global.
+"""Reduction of per-token losses to one number, `sum_t m_t a_t loss_t / Z`. No other module divides by a count.
 
-    name               a_t                     Z (unless `normalizer` gives the count)
+    name               a_t                     Z (`normalizer` replaces the number of tokens or of sequences)
     "mean"             1                       tokens that count
     "sequence_mean"    1                       sequences
     "mean_of_means"    1 / |y|                 sequences; |y| is the length of the token's sequence
     "constant_length"  1                       sequences * max_length
     "sum"              1                       1
 
-m_t is 1 where a token counts. A sequence without a token that counts is none: padding of any width changes nothing.
+m_t is 1 for a token that counts, else 0. A sequence without a token that counts does not count either, so padding of
+any width changes nothing. Z may be given from outside, because under gradient accumulation and data parallelism it is
+the number of the global batch.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ class Rule(NamedTuple):
 
 
 def check(reduction: str, normalizer: object, max_length: object = None) -> None:
-    """Raises unless the three fit together."""
+    """Raises unless reduction, normalizer and max_length fit together."""
     if reduction not in get_args(LossReduction):
         raise ValueError(f"reduction: expected one of {list(get_args(LossReduction))}, got {reduction!r}")
     if (max_length is not None) != (reduction == "constant_length"):
@@ -51,8 +53,8 @@ def check(reduction: str, normalizer: object, max_length: object = None) -> None
         raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
 
 
-def count(targets: Tensor, ignore_index: int) -> Tensor:
-    """Number of tokens that count, `[]` float32 on the targets' device (no synchronisation)."""
+def count_tokens(targets: Tensor, ignore_index: int) -> Tensor:
+    """Number of tokens that count, `[]` float32 on the targets' device. Nothing waits for the device."""
     return (targets != ignore_index).sum().float()
 
 
@@ -65,16 +67,16 @@ def rule(
     normalizer: Tensor | float | None = None,
     max_length: int | None = None,
 ) -> Rule:
-    """What to multiply and to divide by.
+    """The tokens' factors a_t and the divisor Z of a reduction.
 
     Args:
-        reduction: a name of the table above ("none" and "sum" divide by 1).
+        reduction: a name in the table of this module. "none" and "sum" divide by 1.
         mask: `[...]` bool, the tokens that count.
-        sequence: int64 of the mask's shape, the number of each token's sequence, in [0, num_sequences). Needed by the
-            three that count sequences.
-        normalizer: the count to divide by, in place of this batch's own: the global number of tokens, or of sequences,
-            under gradient accumulation and data parallelism.
-        max_length: of "constant_length": the constant that stands for every sequence's length (Dr. GRPO: the longest
+        sequence: int64 of the mask's shape, the number of each token's sequence, in [0, num_sequences). The three
+            reductions that count sequences need it.
+        normalizer: the count to divide by, in place of this batch's own. Under gradient accumulation and data
+            parallelism it is the global number of tokens, or of sequences.
+        max_length: for "constant_length", the constant in place of every sequence's length (Dr. GRPO: the longest
             completion that may be generated).
     """
     if reduction in ("none", "sum"):
@@ -90,7 +92,7 @@ def rule(
 
 
 def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
-    """`total / normalizer`; 0, connected to the graph, where there is nothing to average (normalizer 0)."""
+    """`total / normalizer`. If the normalizer is 0 there is nothing to average: 0, connected to the graph."""
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(device=total.device, dtype=total.dtype).reshape(())
         return total / torch.where(normalizer == 0, torch.ones_like(normalizer), normalizer)
@@ -98,7 +100,7 @@ def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
 
 
 def apply(per_token: Tensor, mask: Tensor, rule: Rule, *, keep_tokens: bool = False) -> Tensor:
-    """`sum_t m_t a_t loss_t / Z`; with `keep_tokens` the tokens' `m_t loss_t`, for reduction "none"."""
+    """`sum_t m_t a_t loss_t / Z`. With `keep_tokens`, for reduction "none", the tokens' `m_t loss_t`."""
     per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
     if keep_tokens:
         return per_token

@@ -1,12 +1,14 @@
-"""The specification: every statistic of a token from its full logits, in the fewest words, by plain autograd.
+"""The specification: each statistic of a token as a formula on its full logits, differentiated by plain autograd.
 
-It allocates `[N, V]` logits. It is the oracle of the tests, the baseline of the benchmarks and, in float64, the answer
-to "what should this be". Ignored tokens are left out before the product, as everywhere.
+It allocates `[N, V]` logits. In float64 it is the oracle of the tests: other code is right if it agrees. It is also the
+baseline of the benchmarks. Ignored tokens are left out before the product, as in the ops.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, assert_never
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ def logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, transform: Logit
 
 
 def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
-    """Finished logits from raw ones; what is masked (-inf) stays so under a softcap."""
+    """Logits from raw products. A masked entry (-inf) stays masked under a softcap."""
     z = z * transform.logit_scale
     if transform.softcap is not None:
         masked = z.isneginf()
@@ -35,22 +37,31 @@ def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
 
 def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
     """`TokenStats` of logits `z [N, V]` and targets `[N]`."""
+    return TokenStats(**{name: _STATISTICS[name](z, targets) for name in outputs})
+
+
+def _logprob(z: Tensor, targets: Tensor) -> Tensor:
+    """`log p_t = -log(1 + sum_{j != t} e^(z_j - z_t))`: `z_t - lse` would round to 0 for a confident token."""
+    z_target = z.gather(-1, targets[:, None])
+    lowest = torch.finfo(z.dtype).min  # not -inf: were all the others masked, logsumexp's gradient would be NaN
+    others = z.scatter(-1, targets[:, None], lowest).clamp(min=lowest).logsumexp(-1, keepdim=True)
+    return -torch.logaddexp(others - z_target, torch.zeros_like(others))[:, 0]
+
+
+def _entropy(z: Tensor, targets: Tensor | None) -> Tensor:
     logp = z.log_softmax(-1)
-    p = logp.exp()
     finite = logp.masked_fill(logp.isneginf(), 0)  # 0 * -inf is 0 here, in value and gradient
-    found: dict[str, Tensor] = {}
-    if targets is not None:
-        # log p_t = -log(1 + sum_{j != t} e^(z_j - z_t)): z_t - lse would round to 0 for a confident token
-        z_target = z.gather(-1, targets[:, None])
-        lowest = torch.finfo(z.dtype).min  # not -inf: were all the others masked, logsumexp's gradient would be NaN
-        others = z.scatter(-1, targets[:, None], lowest).clamp(min=lowest).logsumexp(-1, keepdim=True)
-        found["logprob"] = -torch.logaddexp(others - z_target, torch.zeros_like(others))[:, 0]
-        found["correct"] = (z_target >= z.amax(-1, keepdim=True))[:, 0].to(z.dtype)
-    found["lse"] = z.logsumexp(-1)
-    found["entropy"] = -(p * finite).sum(-1)
-    found["mean_logit"] = z.mean(-1)
-    found["log_sum_sq"] = (2 * logp).logsumexp(-1).detach()
-    return TokenStats(**{name: found[name] for name in outputs})
+    return -(logp.exp() * finite).sum(-1)
+
+
+_STATISTICS: dict[str, Callable[[Tensor, Any], Tensor]] = {
+    "logprob": _logprob,
+    "lse": lambda z, targets: z.logsumexp(-1),
+    "entropy": _entropy,
+    "mean_logit": lambda z, targets: z.mean(-1),
+    "correct": lambda z, targets: (z.gather(-1, targets[:, None])[:, 0] >= z.amax(-1)).to(z.dtype),
+    "log_sum_sq": lambda z, targets: (2 * z.detach().log_softmax(-1)).logsumexp(-1),
+}
 
 
 def linear_logprobs(
@@ -84,21 +95,23 @@ def linear_divergence(
     mask: Tensor | None,
     options: DivergenceOptions,
 ) -> Tensor:
-    """`[N]` divergences of `hidden [N, H]` and `ref_hidden [N, H']` under their heads; see
-    `logitless.linear_divergence`. `mask [N]` bool: the tokens that count."""
+    """`[N]` divergences of the reference from the model, each under its head; see `logitless.linear_divergence`.
+
+    hidden and ref_hidden are `[N, H]` and `[N, H']`, and `mask [N]` has the tokens that count.
+    """
     kept = torch.arange(len(hidden), device=hidden.device) if mask is None else mask.nonzero()[:, 0]
     log_q, log_p = (
         logits(x[kept], y.weight, y.bias, LogitTransform(y.logit_scale, y.softcap, y.temperature)).log_softmax(-1)
         for x, y in ((hidden, head), (ref_hidden, ref_head))
     )
     dtype = torch.promote_types(log_q.dtype, log_p.dtype)
-    found = divergence(log_p.to(dtype), log_q.to(dtype), options)
-    return found.new_zeros(len(hidden)).index_add(0, kept, found)
+    compact = divergence(log_p.to(dtype), log_q.to(dtype), options)
+    return compact.new_zeros(len(hidden)).index_add(0, kept, compact)
 
 
 def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tensor:
-    """`[n]` divergences of the reference P and the model Q from their log-probabilities `[n, V]`, as defined."""
-    nowhere = log_p.isneginf() & log_q.isneginf()  # left out of every sum, so that no -inf meets another
+    """`[n]` divergences of the reference P and the model Q, by definition, from log-probabilities `[n, V]`."""
+    nowhere = log_p.isneginf() & log_q.isneginf()  # left out of every sum: -inf less -inf is NaN
     log_p, log_q = log_p.masked_fill(nowhere, 0), log_q.masked_fill(nowhere, 0)
 
     def total(x: Tensor) -> Tensor:
@@ -121,8 +134,8 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
     def js(w: float) -> Tensor:
         if options.normalized and w in (0, 1):
             return kl(log_q, log_p) if w else kl(log_p, log_q)
-        found = w * kl(log_p, mix(w)) + (1 - w) * kl(log_q, mix(w))
-        return found / (w * (1 - w)) if options.normalized else found
+        value = w * kl(log_p, mix(w)) + (1 - w) * kl(log_q, mix(w))
+        return value / (w * (1 - w)) if options.normalized else value
 
     match options.kind:
         case "forward_kl":
@@ -145,5 +158,6 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
             return total((2 * log_p - log_q).exp()) - 1
         case "alpha":
             return alpha_divergence(options.alpha)
-        case _:  # cross_entropy
+        case "cross_entropy":
             return -total(log_p.exp() * torch.where(log_p.isneginf(), 0, log_q))
+    assert_never(options.kind)

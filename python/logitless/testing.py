@@ -1,8 +1,8 @@
-"""Tools to test these ops, on your own device too: problems, error budgets, a watch on the allocator, poisoned memory.
+"""Tools to test these ops, on any device: problems, error budgets, a watch on the allocator, poisoned memory.
 
-Errors are judged against the same formula in float64, and allowed to be as large as those of the plain materialised
-PyTorch code in the same dtype (or those that the rounding of its inputs makes, whichever is larger), times a small
-factor, plus the rounding of the result itself. No tolerance is tuned to a test.
+The truth is the formula in float64. An op's error may be as large as that of plain materialised PyTorch code in the
+op's dtype (or as that of a rounding of the inputs, if it is larger), times a small factor, plus the rounding of the
+result itself. No tolerance is tuned to a test.
 
     problem = make_problem((64,), 32, 1000, dtype=torch.bfloat16)
     for name, ours in measure(lambda h, w, b, t: linear_logprobs(h, w, t, bias=b), problem).items(): ...
@@ -31,7 +31,7 @@ from .types import OUTPUTS, LogitTransform, TokenStats, statistics_dtype
 
 
 class TokenProblem(NamedTuple):
-    """The tensors of one call."""
+    """The tensors of one call of an op on tokens."""
 
     hidden: Tensor  # [*shape, H]
     weight: Tensor  # [V, H]
@@ -39,7 +39,7 @@ class TokenProblem(NamedTuple):
     targets: Tensor  # [*shape] int64
 
     def to(self, dtype: torch.dtype) -> TokenProblem:
-        """The same values, as fresh leaves that require gradients where these do."""
+        """A copy in another dtype: fresh leaves, which require a gradient if the original does."""
         return TokenProblem(*(_leaf(x, dtype) for x in self))  # type: ignore[arg-type]
 
 
@@ -63,17 +63,17 @@ def make_problem(
     spread: float = 2.0,
     seed: int = 0,
 ) -> TokenProblem:
-    """Random hidden states, head and targets, the same on every device.
+    """Random hidden states, head and targets, with the same values on every device.
 
     Args:
         shape: leading shape of the tokens. hidden_size: H. vocabulary: V.
-        dtype, device: of the floating tensors; the values are drawn in float32 on the CPU and rounded.
-        bias: whether the head has one.
-        masked: vocabulary entries whose bias is -inf (implies `bias`); no target is among them.
+        dtype, device: of the floating tensors. The values are drawn in float32 on the CPU, and rounded.
+        bias: whether the head has a bias.
+        masked: vocabulary entries with a bias of -inf (implies `bias`). No target is among them.
         ignored: share of the targets that are -100.
-        trainable: which tensors require a gradient.
-        spread: standard deviation of the logits, roughly: 2 gives next-token distributions like a model's.
-        seed: of the values.
+        trainable: names of the tensors that require a gradient.
+        spread: rough standard deviation of the logits. 2 gives next-token distributions like a model's.
+        seed: of the random numbers.
     """
     draw = torch.Generator().manual_seed(seed)
     hidden = torch.randn(*shape, hidden_size, generator=draw)
@@ -85,8 +85,8 @@ def make_problem(
     ids = allowed.nonzero()[:, 0]
     targets = ids[torch.randint(len(ids), shape, generator=draw)]
     targets[torch.rand(shape, generator=draw) < ignored] = -100
-    found = TokenProblem(hidden, weight, offset, targets)
-    leaves = (x if x is None else x.to(device=device, dtype=dtype if x.is_floating_point() else None) for x in found)
+    drawn = TokenProblem(hidden, weight, offset, targets)
+    leaves = (x if x is None else x.to(device=device, dtype=dtype if x.is_floating_point() else None) for x in drawn)
     return TokenProblem(
         *(  # type: ignore[arg-type]
             x.requires_grad_() if x is not None and name in trainable else x
@@ -99,9 +99,9 @@ def make_problem(
 # Errors within budget
 
 
-#: Rounding of a result in ulps of its dtype, relative to the largest entry: the sum of a row and of its products.
+#: Allowed rounding of a result, in ulps of its dtype at the largest entry, for the sum of a row and of its products.
 FLOOR_ULPS = 16
-#: Summation order is luck: another order may have a few times the error of this one.
+#: Another order of the same sum may have a few times the error of the baseline's order.
 FACTOR = 4.0
 
 
@@ -112,7 +112,7 @@ def materialised(
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
 ) -> TokenStats:
-    """`TokenStats` as plain PyTorch makes them: logits in the dtype of the model, softmax in float32. The baseline."""
+    """`TokenStats` by plain PyTorch, the baseline: logits in the model's dtype, softmax in float32."""
     hidden, weight, bias, targets = problem
     transform = transform or LogitTransform()
     shape = targets.shape
@@ -128,10 +128,10 @@ def materialised(
 
 
 def measure(function: Callable[[TokenProblem], TokenStats | Tensor], problem: TokenProblem) -> dict[str, Tensor]:
-    """What `function` returns for the problem, and the gradients of it all, under a random upstream gradient.
+    """The values of `function` for the problem, and its gradients under a random upstream gradient.
 
-    The upstream gradient is non-uniform, and the same for the same shapes. Keys: the names of the statistics (or
-    "value"), and `d_hidden`, `d_weight`, `d_bias` where these require a gradient. The problem's tensors are left alone.
+    The upstream gradient is non-uniform, and equal for equal shapes. The keys are the names of the statistics (or
+    "value"), and `d_hidden`, `d_weight`, `d_bias` for the tensors that require a gradient. The problem is not changed.
     """
     leaves = problem.to(problem.hidden.dtype)
     out = function(leaves)
@@ -145,8 +145,8 @@ def measure(function: Callable[[TokenProblem], TokenStats | Tensor], problem: To
             total = part if total is None else total + part
     wanted = {k: v for k, v in leaves._asdict().items() if v is not None and v.requires_grad}
     if total is not None and wanted:
-        found = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
-        for (name, leaf), gradient in zip(wanted.items(), found, strict=True):
+        gradients = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)
+        for (name, leaf), gradient in zip(wanted.items(), gradients, strict=True):
             named[f"d_{name}"] = torch.zeros_like(leaf) if gradient is None else gradient
     return {name: value.detach() for name, value in named.items()}
 
@@ -164,14 +164,14 @@ def assert_within_budget(
     """`max |actual - exact| <= factor * max |baseline - exact| + FLOOR_ULPS ulps of max(|exact|, scale)`.
 
     Args:
-        actual: what is tested.
-        baseline: the materialised formula in the same dtype.
-        exact: the formula in float64 on the same (rounded) inputs.
-        dtype: of the inputs, whose ulp counts: bf16 logits make float32 statistics right to bf16 only. `actual`'s dtype
-            by default.
+        actual: the tested result.
+        baseline: the result of the materialised formula in the dtype of the test.
+        exact: the result of the formula in float64 on the same (rounded) inputs.
+        dtype: dtype of the inputs, whose ulp counts: bf16 logits make float32 statistics right to bf16 only. It is
+            `actual`'s by default.
         factor: see `FACTOR`.
-        scale: of the terms that make the result, where they cancel and `exact` itself is rounded (float64).
-        name: for the message.
+        scale: size of the terms of the result, needed if they cancel and `exact` itself is rounded (float64).
+        name: name of the result in the message.
 
     Raises:
         AssertionError: the budget is exceeded, shapes differ, or infinities and NaNs are not in the same places.
@@ -190,9 +190,9 @@ def assert_within_budget(
     assert error <= budget, message
 
 
-def _error(found: Tensor, exact: Tensor) -> float:
-    """The largest error where both are finite."""
-    difference = (found.double() - exact).abs()
+def _error(actual: Tensor, exact: Tensor) -> float:
+    """The largest error over the entries at which both are finite."""
+    difference = (actual.double() - exact).abs()
     return difference[difference.isfinite()].max().item() if bool(difference.isfinite().any()) else 0.0
 
 
@@ -204,11 +204,11 @@ def assert_matches_float64(
     factor: float = FACTOR,
     scale: float = 0.0,
 ) -> None:
-    """`function`'s values and gradients on the problem stay within the budget that `baseline`'s own error sets.
+    """Asserts that the errors of `function`'s values and gradients are within the budget of `baseline`'s own.
 
-    `baseline` is run in the problem's dtype, in float64, which is the truth, and in float64 with every input moved by
-    an ulp of the statistics' dtype: where terms cancel, no formula can be nearer than that. `factor` and `scale` are
-    those of `assert_within_budget`; float64 brings its own scale, the inputs'.
+    `baseline` runs three times: in the problem's dtype, in float64 for the truth, and in float64 with every input moved
+    by an ulp of the statistics' dtype. If terms cancel, no formula can be nearer than the last. `factor` and `scale`
+    are those of `assert_within_budget`; for a problem in float64 the scale is at least that of the inputs.
     """
     ours, theirs = measure(function, problem), measure(baseline, problem)
     exact, moved = (measure(baseline, x) for x in (problem.to(torch.float64), _moved(problem)))
@@ -246,19 +246,19 @@ def _moved(problem: TokenProblem) -> TokenProblem:
 
 @dataclass
 class Allocations:
-    """What `watch_allocations` saw, in bytes; filled in at the end of the block."""
+    """Allocations within `watch_allocations`, in bytes. The fields are set when the block ends."""
 
     largest: int = 0
     """The largest single allocation."""
     peak: int = 0
-    """The most that was held at one time beyond what was held at the start."""
+    """The largest amount held at one time, less the amount held at the start."""
 
 
 @contextmanager
 def watch_allocations(device: str = "cpu") -> Iterator[Allocations]:
     """Records every allocation of the block as the allocator sees it, inside registered ops too.
 
-    Built on `torch.profiler.profile(profile_memory=True)`; do not nest it in another profile.
+    It is built on `torch.profiler.profile(profile_memory=True)`, so do not nest it in another profile.
     """
     seen = Allocations()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -284,10 +284,10 @@ def watch_allocations(device: str = "cpu") -> Iterator[Allocations]:
 
 @contextmanager
 def poison_empty() -> Iterator[None]:
-    """Fills what `torch.empty` and its like return with NaN (or the greatest integer): what was never written shows.
+    """Fills new memory (`torch.empty` and its like) with NaN, or the greatest integer, so unwritten entries show.
 
-    This is PyTorch's own `torch.utils.deterministic.fill_uninitialized_memory`, which needs deterministic mode; an
-    operation without a deterministic form warns.
+    This is PyTorch's own `torch.utils.deterministic.fill_uninitialized_memory`. It needs deterministic mode, in which
+    an operation without a deterministic form warns.
     """
     mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic  # its attribute is a property of a module class, which no stub knows

@@ -1,9 +1,11 @@
-"""What every layer shares: the result of a head, its options, and the names of the strategies."""
+"""Types that every layer shares: the statistics of a token, a head and its options, and the names of the strategies."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple, TypedDict, get_args
 
 import torch
@@ -14,17 +16,22 @@ BackwardName = Literal["auto", "recompute", "single_pass", "tail_corrected", "sc
 Reduction = Literal["none", "sum", "mean"]
 LossReduction = Literal["none", "sum", "mean", "sequence_mean", "mean_of_means", "constant_length"]
 
-#: The names of strategies that approximate gradients.
-TAIL_CORRECTED = ("tail_corrected", "screened")
-#: Of a tail-corrected backward: gradients as far off as bfloat16 arithmetic's, twice at most (docs/tail-corrected.md).
+#: The strategies that approximate gradients.
+APPROXIMATE = ("tail_corrected", "screened")
+#: Default tolerance of an approximate backward: at most twice the error of bfloat16 arithmetic
+#: (docs/tail-corrected.md).
 TAIL_TOLERANCE = 2**-12
 #: The fields of `TokenStats`, in order; the first four carry gradients.
 OUTPUTS = ("logprob", "lse", "entropy", "mean_logit", "correct", "log_sum_sq")
 DIFFERENTIABLE = OUTPUTS[:4]
+#: Vocabulary entries in the block of a (token, block) pair: the width of a tile of the tensor-core kernels.
+PAIR_BLOCK = 128
+#: Tokens in a span of a block's list of pairs: the height of that tile.
+PAIR_SPAN = 128
 
 
 class TokenStats(NamedTuple):
-    """What a loss may know of a token's next-token distribution `p = softmax(z)` over V logits `z`.
+    """Statistics of a token's next-token distribution `p = softmax(z)` over V logits `z`; no loss knows more of it.
 
     Every field has the leading shape of `hidden`, float32 (float64 for float64 inputs), and is `None` where it was not
     asked for. Natural logarithms throughout; 0 where the target is ignored.
@@ -53,6 +60,11 @@ class Head(NamedTuple):
     softcap: float | None = None
     temperature: float = 1.0
 
+    @property
+    def transform(self) -> LogitTransform:
+        """The last three fields as the function that they describe."""
+        return _transform(self.logit_scale, self.softcap, self.temperature)
+
 
 @dataclass(frozen=True)
 class LogitTransform:
@@ -78,6 +90,17 @@ class LogitTransform:
         """logit_scale, softcap and temperature. (Dynamo of torch 2.11 has no rule for `vars` of a dataclass.)"""
         return self.logit_scale, self.softcap, self.temperature
 
+    def packed(self) -> list[float]:
+        """The three numbers as an op's schema takes them; an infinite softcap stands for none."""
+        softcap = math.inf if self.softcap is None else float(self.softcap)
+        return [float(self.logit_scale), softcap, float(self.temperature)]
+
+    @staticmethod
+    def unpacked(numbers: Sequence[float]) -> LogitTransform:
+        """The inverse of `packed`."""
+        logit_scale, softcap, temperature = numbers
+        return _transform(logit_scale, None if softcap == math.inf else softcap, temperature)
+
     @property
     def slope(self) -> float:
         """`d z / d (hidden @ weight.T + bias)` where the cap does not bend it."""
@@ -98,11 +121,17 @@ class LogitTransform:
         return derivative
 
     def derivative_at(self, logits: Tensor) -> Tensor | float:
-        """The same derivative, from finished logits."""
+        """The derivative that `apply_` returns, from finished logits."""
         if self.softcap is None:
             return self.slope
         capped = (logits * (self.temperature / self.softcap)).clamp(-1, 1)  # tanh; -inf has slope 0
         return (1 - capped.square()) * self.slope
+
+
+@lru_cache(typed=True)
+def _transform(logit_scale: float, softcap: float | None, temperature: float) -> LogitTransform:
+    """A transform of these numbers, made and checked once: a sweep asks its head for one again and again."""
+    return LogitTransform(logit_scale, softcap, temperature)
 
 
 DivergenceKind = Literal[
@@ -178,13 +207,12 @@ class Options:
         return LogitTransform(self.logit_scale, self.softcap, self.temperature)
 
     def keywords(self) -> OptionKeywords:
-        """As keyword arguments of an op."""
+        """The options as keyword arguments of an op."""
         return {name: getattr(self, name) for name in OPTION_NAMES}  # type: ignore[return-value]
 
-    @property
-    def tail(self) -> float | None:
-        """The tolerance of a tail-corrected backward; None where it is exact, as at a tolerance of 0."""
-        return self.tail_tolerance if self.backward in TAIL_CORRECTED and self.tail_tolerance > 0 else None
+    def approximates(self) -> bool:
+        """Whether an approximate backward was asked for; at a tolerance of 0 it is exact."""
+        return self.backward in APPROXIMATE and self.tail_tolerance > 0
 
 
 class OptionKeywords(TypedDict, total=False):

@@ -1,4 +1,4 @@
-// What liblogitless_host leaves out: kernels that only a GPU can run (sources.cmake, LOGITLESS_DEVICE_SOURCES).
+// Substitutes in liblogitless_host for the kernels that only a GPU can run (sources.cmake, LOGITLESS_DEVICE_SOURCES).
 #include "../logitless.h"
 
 int32_t logitless_forward_sm90(const void*, const void*, int32_t, int64_t, int64_t, int64_t, int64_t, int64_t, const void*,

@@ -1,8 +1,8 @@
-// What forward_sm90.cuh takes from CuTe and CUTLASS, asked of them on the CPU:
+// A program that prints, on the CPU, two things that forward_sm90.cuh takes from CuTe and CUTLASS:
 //
 //     layout                 for each configuration, how many accumulators hold another element of their tile than
-//                            reduce_rows.cuh and tile_rows.cuh take for granted
-//     order V H N N ...      for each number of tokens: tiles that CUTLASS's scheduler gives out, cluster, swizzle
+//                            reduce_rows.cuh and tile_rows.cuh assume
+//     order V H N N ...      for each number of tokens N: tiles that CUTLASS's scheduler gives out, cluster, swizzle
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>

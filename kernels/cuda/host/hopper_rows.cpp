@@ -1,5 +1,5 @@
-// ReduceRows itself on the CPU, for the tests: a matrix of products, cut into the tiles and accumulators of a
-// configuration of forward_sm90.cu, goes through its epilogue, a fiber for each thread (shim.h).
+// Hopper's epilogue, ReduceRows, on the CPU, for the tests. A matrix of products is cut into the tiles and accumulators
+// of a configuration of forward_sm90.cu, and goes through the epilogue with a fiber for each thread (shim.h).
 #include "reduce_rows.cuh"
 
 #include "forward.cuh"

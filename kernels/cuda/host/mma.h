@@ -1,7 +1,7 @@
-// mma.cuh for the CPU: the same functions by the fragment layouts that its header states, on host/shim.h's exchanges.
+// mma.cuh for the CPU: its functions, by the fragment layouts that its header states, on the exchanges of host/shim.h.
 //
-// A copy happens when it is waited for, as late as a GPU may make it; until then its place holds NaNs. So a wait that
-// is missing shows in the results, and a stage that is refilled while others still read it shows to ThreadSanitizer.
+// A copy happens as late as a GPU may make it, at the wait for it. Until then its place holds NaNs. So the results show
+// a missing wait, and ThreadSanitizer shows a stage that is refilled while others still read it.
 #pragma once
 
 #include <cstdlib>

@@ -1,4 +1,4 @@
-// Fibers on one thread of the CPU, and what a warp and a block share. See shim.h.
+// Fibers on one thread of the CPU, and the exchanges of a warp and of a block. See shim.h.
 //
 // This file is compiled without ThreadSanitizer: to it, fibers are threads, and the releases and acquires below are all
 // that orders them. A launch's memory is used once under it, so that blocks stay unordered.

@@ -1,9 +1,14 @@
-// Runs a CUDA kernel's own text on a CPU, for tests: a fiber for each thread of a block, one block after another.
+// Runs a CUDA kernel's own code on a CPU, for tests, with a fiber for each thread of a block, one block after another.
 //
-// What it shows: results, out-of-bounds accesses (AddressSanitizer: shared memory is allocated to the byte), undefined
-// behaviour, a barrier that not every thread reaches (it stops with a sentence), reading shared memory before it is
-// written (it begins as NaNs), and races (ThreadSanitizer: fibers are unordered but for __syncthreads and __syncwarp,
-// also across blocks). What it does not: speed, and alignment beyond the element's.
+// It shows
+//     results
+//     out-of-bounds accesses              AddressSanitizer; shared memory is allocated to the byte
+//     undefined behaviour                 UndefinedBehaviorSanitizer
+//     a barrier that some threads miss    the run stops with a sentence
+//     reads of unwritten shared memory    it begins as NaNs
+//     races                               ThreadSanitizer; only __syncthreads and __syncwarp order fibers, and blocks
+//                                         are unordered too
+// It does not show speed, nor alignment beyond the element's.
 //
 // Blocks run in order of x, then y, then z. A block's size is a multiple of 32. Masks of warps must be full.
 #pragma once

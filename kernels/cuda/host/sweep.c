@@ -102,14 +102,14 @@ static uint16_t *halves(int64_t count) {
 
 /* The fused forward, and the sparse backward of what it left, whose two sums of d_hidden agree. */
 static void fused(int64_t rows, int64_t vocabulary, int64_t depth, int32_t count, int64_t raw_stride) {
-    const int64_t parts = (vocabulary + 127) / 128, slices = (rows + 127) / 128;
+    const int64_t parts = (vocabulary + 127) / 128, spans = (rows + 127) / 128;
     uint16_t *hidden = halves(rows * depth), *weight = halves(vocabulary * depth), *gradient = memory(rows * parts * 256);
     float *moments = vector(parts * count * rows), *raw = vector(rows * raw_stride), *target_logit = vector(rows);
     float *lse = vector(rows), *ones = vector(rows);
     float *block_lse = vector(rows * parts), *tail = vector(rows * parts), *d_weight = vector(vocabulary * depth);
     float *d_hidden[2], threshold = 0.1f;
     int64_t *targets = memory(rows * (int64_t)sizeof(int64_t));
-    int32_t *starts = memory((parts * slices + 1) * 4), *tokens = memory(rows * parts * 4);
+    int32_t *starts = memory((parts * spans + 1) * 4), *tokens = memory(rows * parts * 4);
     for (int64_t i = 0; i < rows; ++i) {
         targets[i] = (int64_t)(uniform() * (double)vocabulary);
         ones[i] = 1;

@@ -1,1 +1,1 @@
-"""One file per host: what puts the losses under somebody else's model or trainer."""
+"""The losses under other libraries' models: `patch` for the causal language models of Transformers."""

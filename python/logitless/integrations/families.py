@@ -1,9 +1,13 @@
-"""What the causal-LM classes of Transformers do between the output head's product and the loss, and how to read it.
+"""The steps between the head's product and the loss in each causal-LM class of Transformers, and where to read them.
 
-Nearly every `*ForCausalLM.forward` is base model, head, `loss_function`. The exceptions are here by class name: the
-configuration alone does not tell. MPT has a `logit_scale` it does not use, Gemma3's vision class ignores the softcap
-that its text class applies, HyperCLOVAX multiplies by the `logits_scaling` that Granite divides by. A class that is not
-named is taken to do nothing, which the self-check of the patch then confirms or refuses.
+Nearly every `*ForCausalLM.forward` is base model, head, `loss_function`. The exceptions stand here by class name,
+because the configuration alone does not tell:
+
+- MPT has a `logit_scale` that it does not use.
+- Gemma3's vision class ignores the softcap that its text class applies.
+- HyperCLOVAX multiplies by the `logits_scaling` that Granite divides by.
+
+A class without a line here is taken to do nothing. The patch's self-check then confirms or refuses it.
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ from ..types import LogitTransform
 
 
 class UnsupportedModelError(ValueError):
-    """The model is one that logitless does not know how to train right; the message says which and why."""
+    """A model that logitless does not know how to train correctly. The message says which model, and why."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where a class keeps what it does to its logits. A path is read from the model; `text.` is its text config."""
+    """Paths to the numbers that a class applies to its logits, read from the model. `text.` is its text config."""
 
     scale: str | None = None
     divisor: str | None = None
@@ -108,20 +112,20 @@ REFUSED |= dict.fromkeys(_UNSHIFTED, "its loss does not shift the labels (positi
 
 @dataclass(frozen=True)
 class HeadRule:
-    """What a model does with its head's product: the transform, the entries it keeps, its own z-loss."""
+    """The steps from a head's product to a model's logits, with their numbers: transform, cut vocabulary, z-loss."""
 
     transform: LogitTransform
     vocabulary: int | None = None
     z_loss: float = 0.0
 
     def cut(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The head's rows that the model keeps (views)."""
+        """Views of the head's rows that the model keeps."""
         if self.vocabulary is None or self.vocabulary >= weight.shape[0]:
             return weight, bias
         return weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
 
     def finish(self, product: Tensor) -> Tensor:
-        """True logits from the head's product, as the model's own forward makes them."""
+        """True logits from the head's product, by the operations of the model's own forward."""
         logits = product if self.vocabulary is None else product[..., : self.vocabulary]
         if self.transform.logit_scale != 1.0:
             logits = logits * self.transform.logit_scale
@@ -130,7 +134,7 @@ class HeadRule:
 
 
 def family_of(model: nn.Module) -> Family:
-    """The table's entry for the model's class or the nearest class it derives from; else the plain family."""
+    """The table's entry for the model's class, or for the nearest class it derives from; else the plain family."""
     return next((FAMILIES[c.__name__] for c in type(model).__mro__ if c.__name__ in FAMILIES), Family())
 
 
@@ -140,28 +144,28 @@ def refusal(model: nn.Module) -> str | None:
 
 
 def head_rule(model: nn.Module) -> HeadRule:
-    """Reads the model's numbers now: a user may have changed them since the last call."""
+    """The model's rule. Its numbers are read on every call, because a user may have changed them."""
     family = family_of(model)
-    scale = _number(model, family.scale, 1.0) / _number(model, family.divisor, 1.0)
+    scale = _number_at(model, family.scale, 1.0) / _number_at(model, family.divisor, 1.0)
     softcap = None if family.softcap is None else read_path(model, family.softcap)
     vocabulary = None if family.vocabulary is None else read_path(model, family.vocabulary)
-    return HeadRule(LogitTransform(scale, softcap), vocabulary, _number(model, family.z_loss, 0.0))
+    return HeadRule(LogitTransform(scale, softcap), vocabulary, _number_at(model, family.z_loss, 0.0))
 
 
 def base_of(model: nn.Module) -> nn.Module:
-    """The model below the head. Llama4's text model names another attribute as its base; it keeps it in `model`."""
+    """The model below the head. Llama4's text model keeps it in `model`, and names another attribute as its base."""
     base: nn.Module = model.base_model  # type: ignore[assignment]
     return getattr(model, "model", base) if base is model else base
 
 
 def text_config(model: nn.Module) -> Any:
-    """The language model's part of a configuration; the configuration itself where it is a text model's."""
+    """The language model's part of a configuration. For a text model that is the configuration itself."""
     config: Any = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def read_path(model: nn.Module, path: str) -> Any:
-    """`config.x`, `model.x`, ... from the model; `text.x` from its text configuration."""
+    """The value at a path: `config.x`, `model.x`, ... from the model, or `text.x` from its text configuration."""
     first, *rest = path.split(".")
     value: Any = text_config(model) if first == "text" else getattr(model, first)
     for name in rest:
@@ -169,21 +173,21 @@ def read_path(model: nn.Module, path: str) -> Any:
     return value
 
 
-def _number(model: nn.Module, path: str | None, default: float) -> float:
+def _number_at(model: nn.Module, path: str | None, default: float) -> float:
     value = default if path is None else read_path(model, path)
     return default if value is None else float(value)
 
 
 @dataclass(frozen=True)
 class RouterLoss:
-    """The load-balancing loss of a mixture of experts: the function in the model's own module.
+    """The load-balancing loss of a mixture of experts, by the function in the model's own module.
 
-    The model adds `coefficient * function(...)` once, after the token loss has been normalised, and does not divide it
-    by the number of items in the batch.
+    The model adds `coefficient * function(...)` once, after it has normalised the token loss. It does not divide the
+    added term by the number of items in the batch.
     """
 
     function: Callable[..., Any]
-    standard: bool  # takes the arguments of Mixtral's, of which nearly all others are copies
+    standard: bool  # it takes the arguments of Mixtral's, as nearly all do
 
     def __call__(self, model: nn.Module, router_logits: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The auxiliary loss as the model reports it, and as it adds it to the loss."""
@@ -198,7 +202,7 @@ class RouterLoss:
 
 
 def router_loss(model: nn.Module) -> RouterLoss | None:
-    """The load-balancing loss in the module of the model's class; None where there is none."""
+    """The load-balancing loss in the module of the model's class, or None."""
     modules = (sys.modules.get(c.__module__) for c in type(model).__mro__)
     function = next((f for m in modules if (f := getattr(m, "load_balancing_loss_func", None)) is not None), None)
     if function is None:

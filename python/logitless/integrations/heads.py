@@ -1,8 +1,8 @@
-"""Reading an output head through its module's semantics: plain, adapted (LoRA), saved by PEFT, sharded (DTensor).
+"""Reading an output head as its module computes it: plain, adapted (LoRA), saved by PEFT, sharded (DTensor).
 
-The loss runs inside the head's own call, with the `forward` of the module that holds the weight replaced for that call:
-the hooks of sharded training sit on the call, so that the weight is there, whole, when the loss reads it. Reading
-`head.weight` alone would miss an adapter on the head, silently.
+The loss runs inside the head's own call: `forward` of the module that holds the weight is replaced for that call. The
+hooks of sharded training sit on the call, so the weight is there, and whole, when the loss reads it. A loss that read
+`head.weight` alone would silently miss an adapter on the head.
 """
 
 from __future__ import annotations
@@ -15,20 +15,21 @@ from torch import Tensor, nn
 
 from .families import UnsupportedModelError
 
-FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class HeadModules(NamedTuple):
-    """The module the model calls, and the one inside it whose forward multiplies (mostly the same)."""
+    """The module that the model calls, and the module inside it that multiplies. Mostly they are the same."""
 
     outer: nn.Module
     inner: nn.Module
 
     def call(self, hidden: Tensor, function: Callable[..., dict[str, Tensor]]) -> dict[str, Tensor]:
-        """`function(hidden)`, inside the head's own call.
+        """`function(hidden)`, computed inside the head's own call.
 
-        A compiler that traces a head without hooks is spared the exchange, which it would guard on and compile again;
-        with hooks it finds the head's own method set on the instance afterwards, as it cannot take back an attribute.
+        If a compiler traces a head without hooks, `forward` is not exchanged, because the compiler would guard on the
+        exchange and compile again. If the head has hooks, its own method stays set on the instance afterwards, because
+        traced code cannot delete an attribute.
         """
         if torch.compiler.is_compiling() and not any(m._forward_hooks or m._forward_pre_hooks for m in self):
             return function(hidden)
@@ -36,8 +37,8 @@ class HeadModules(NamedTuple):
         on_instance = "forward" in self.inner.__dict__
         self.inner.forward = function
         try:
-            found: dict[str, Tensor] = self.outer(hidden)
-            return found
+            results: dict[str, Tensor] = self.outer(hidden)
+            return results
         finally:
             self.inner.forward = own
             if not on_instance and not torch.compiler.is_compiling():
@@ -45,7 +46,7 @@ class HeadModules(NamedTuple):
 
 
 class Product(NamedTuple):
-    """`hidden @ weight.T + bias` is what the head computes: an adapter on it is in here."""
+    """Operands of the head: it computes `hidden @ weight.T + bias`, with any adapter on it included."""
 
     hidden: Tensor
     weight: Tensor
@@ -53,7 +54,7 @@ class Product(NamedTuple):
 
 
 def find_head(model: nn.Module) -> HeadModules:
-    """The model's output head, looked up on every call: an adapter may have been put on it since the last."""
+    """The model's output head. It is looked up on every call, because an adapter may have been added since."""
     outer = model.get_output_embeddings()  # type: ignore[operator]
     if outer is None:
         raise UnsupportedModelError(f"{type(model).__name__}: it has no output head (get_output_embeddings() is None)")
@@ -61,13 +62,13 @@ def find_head(model: nn.Module) -> HeadModules:
 
 
 def own_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
-    """The head's own weight and bias, without an adapter."""
+    """The head's own weight and bias, without any adapter."""
     linear = head.inner.base_layer if _is_adapter(head.inner) else head.inner
     return linear.weight, linear.bias  # type: ignore[return-value,union-attr]
 
 
-def check_head(model: nn.Module, head: HeadModules) -> None:
-    """Refuses, by name, a head that is not a linear layer on the base model's output, or that is quantised."""
+def check_output_head(model: nn.Module, head: HeadModules) -> None:
+    """Raises unless the head is an unquantised linear layer on the base model's output; the message says why."""
     if not any(child is head.outer for child in model.children()):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its output layer belongs to a module that does more than multiply (a Bert-like "
@@ -81,15 +82,15 @@ def check_head(model: nn.Module, head: HeadModules) -> None:
             f"{type(model).__name__}: its output head is a {type(linear).__name__}; only a plain torch.nn.Linear is "
             "served (dequantise a quantised head)"
         )
-    if linear.weight.dtype not in FLOATING or not _is_plain(linear.weight):
+    if linear.weight.dtype not in HEAD_DTYPES or not _is_plain(linear.weight):
         raise UnsupportedModelError(
             f"{type(model).__name__}: its output head's weight is a {type(linear.weight).__name__} of "
-            f"{linear.weight.dtype}; expected a tensor of {[str(d) for d in FLOATING]} (dequantise a quantised head)"
+            f"{linear.weight.dtype}; expected a tensor of {[str(d) for d in HEAD_DTYPES]} (dequantise a quantised head)"
         )
 
 
 def product(inner: nn.Module, hidden: Tensor) -> Product:
-    """What the head multiplies now. Costs nothing for a plain head; one copy of the weight for an adapted one."""
+    """The head's operands as they are now. A plain head costs nothing, an adapted one a copy of the weight."""
     if _is_adapter(inner):
         return _adapted(inner, hidden)
     weight = _whole(inner.weight)  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ def product(inner: nn.Module, hidden: Tensor) -> Product:
 
 
 def _fit(hidden: Tensor, weight: Tensor) -> Tensor:
-    """Moves to the head's device, and casts as Mamba's forward does; under autocast the ops cast."""
+    """Hidden states on the head's device, and in its dtype, as in Mamba's forward. Under autocast the ops cast."""
     if torch.is_autocast_enabled(hidden.device.type):
         return hidden.to(weight.device)
     return hidden.to(weight.device, weight.dtype)
@@ -109,7 +110,7 @@ def _fit(hidden: Tensor, weight: Tensor) -> Tensor:
 def _adapted(layer: Any, hidden: Tensor) -> Product:
     """LoRA, `h W' + s (drop(h) A') B'`, as one product `[h, s drop(h) A'] @ [W, B]'` of H + r columns.
 
-    Any number of adapters, their dropout and their biases come out as PEFT has them.
+    It has any number of adapters, their dropout and their biases, as in PEFT.
     """
     _check_adapter(layer)
     base = product(layer.base_layer, hidden)
@@ -132,7 +133,7 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
 
 
 def _inner(module: Any) -> nn.Module:
-    """Past PEFT's wrapper for `modules_to_save`, which calls one of its copies."""
+    """The module inside PEFT's wrapper for `modules_to_save`, which calls one of its copies."""
     if _is_peft(module) and hasattr(module, "modules_to_save"):
         active = [] if module.disable_adapters else list(module.active_adapters)
         copies = module.modules_to_save
@@ -150,7 +151,7 @@ def _is_adapter(module: nn.Module) -> bool:
 
 
 def _check_adapter(layer: Any) -> None:
-    """Only plain LoRA on a linear layer has the form that `_adapted` computes."""
+    """Raises unless the adapter is plain LoRA on a linear layer, which is the form that `_adapted` computes."""
     plain = type(layer).__name__ == "Linear" and hasattr(layer, "lora_A")
     variants = [name for name in layer.active_adapters if name in getattr(layer, "lora_variant", {})]
     if not plain or variants:
@@ -166,10 +167,10 @@ def _is_plain(weight: Tensor) -> bool:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """The tensor itself; a sharded one (DTensor) gathered so that its gradient is reduced as its mesh dimension needs.
+    """The tensor itself; a sharded one (DTensor) is gathered, and its gradient reduced as its mesh dimension needs.
 
-    Data-parallel ranks see different tokens and average their gradients; tensor-parallel ranks see the same tokens and
-    each has the whole gradient already.
+    Data-parallel ranks see different tokens, so they average their gradients. Tensor-parallel ranks see the same
+    tokens, so each has the whole gradient already.
     """
     if not hasattr(weight, "device_mesh"):
         return weight

@@ -1,4 +1,4 @@
-"""What a patched model returns. Imports Transformers, so nothing imports this before a model is patched."""
+"""The output of a patched model. It imports Transformers, so nothing imports this file before a model is patched."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from ..types import TokenStats
 
 @dataclass
 class LinearCausalLMOutput(CausalLMOutputWithPast):
-    """`CausalLMOutputWithPast`, and what a loss without logits can give besides.
+    """`CausalLMOutputWithPast` with the results of a loss that was computed without logits.
 
     Args:
-        loss: scalar, with everything the model itself adds to it (a router's or a z-loss).
-        logits: None where the loss was computed without them; the hidden states `[B, T, H]` with `hidden_only=True`.
-        aux_loss, router_logits: as in `MoeCausalLMOutputWithPast`, where the router's logits were asked for.
-        token_stats: `TokenStats` of `[B, T]` tensors, those named in `token_outputs`; position t is about predicting
-            token t + 1, and 0 where that is ignored (the last position among them).
+        loss: a scalar. It includes the terms that the model itself adds (a router's loss, a z-loss).
+        logits: None if the loss was computed without them, or the hidden states `[B, T, H]` with `hidden_only=True`.
+        aux_loss, router_logits: as in `MoeCausalLMOutputWithPast`, if the router's logits were asked for.
+        token_stats: `TokenStats` with the `[B, T]` tensors that `token_outputs` names. Position t is about predicting
+            token t + 1. It is 0 if that token is ignored, and the last position always is.
         loss_result: the named tuple of a pair loss, such as DPO's rewards and margins.
     """
 

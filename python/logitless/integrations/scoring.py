@@ -1,4 +1,4 @@
-"""One call of a patched model: what was asked for, the base model, and the loss inside the head's call."""
+"""One call of a patched model: its arguments, the base model, and the loss inside the head's call."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import reduce
-from ..linear import linear_loss, loss_inputs
+from ..arguments import loss_inputs
+from ..linear import linear_loss
 from ..losses import Loss
-from ..losses.batch import check_boundaries, evaluate, layout
+from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs
 from ..types import OUTPUTS, BackendName, BackwardName, Head, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
@@ -26,14 +27,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Patch:
-    """What a patched model carries. Copies with the model: it names no module but the model itself."""
+    """The state of a patched model. It can be copied with the model, because it refers to no module but the model."""
 
     loss: Loss
     backend: BackendName
     backward: BackwardName
     check: bool
     original: Callable[..., Any]
-    shadowed: Any  # the instance's own `forward` before the patch, where it had one
+    shadowed: Any  # the instance's own `forward` before the patch, or None
     function: Callable[..., Any]
     names: tuple[str, ...]  # of the forward's parameters, in order
     router: RouterLoss | None
@@ -43,7 +44,7 @@ class Patch:
 
 @dataclass
 class Request:
-    """One call's arguments: ours by name, the base model's in `inputs`."""
+    """The arguments of one call: the patch's own by name, and the base model's in `inputs`."""
 
     inputs: dict[str, Any]
     labels: Tensor | None = None
@@ -62,7 +63,7 @@ class Request:
 
     @property
     def scored(self) -> bool:
-        """Whether there is something to compute a loss for."""
+        """Whether the call has labels, and so a loss."""
         return self.labels is not None or self.shift_labels is not None
 
 
@@ -72,7 +73,7 @@ REQUEST_ARGUMENTS = tuple(name for name in Request.__dataclass_fields__ if name 
 
 
 def check_request(request: Request) -> None:
-    """What can be told before the base model runs."""
+    """Checks the arguments, as far as that is possible before the base model runs."""
     names = request.token_outputs
     if isinstance(names, str) or any(name not in OUTPUTS for name in names):
         raise ValueError(f"token_outputs: expected a tuple of names of {list(OUTPUTS)}, got {names!r}")
@@ -88,13 +89,13 @@ def check_request(request: Request) -> None:
             "token_outputs": bool(names),
             "skip_logits=True": bool(request.skip_logits) and not request.hidden_only,
         }
-        for name, given in needing.items():
-            if given:
+        for name, present in needing.items():
+            if present:
                 raise ValueError(f"{name}: needs labels or shift_labels, got neither")
 
 
 def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip: bool) -> LinearCausalLMOutput:
-    """Base model, then the loss inside the head's call; what the model adds to its loss comes on top."""
+    """The base model, then the loss inside the head's call, then the terms that the model adds to its loss."""
     base, routed = _run_base(model, state, request)
     hidden = _kept(base[0], request.logits_to_keep)
     output = state.output(
@@ -110,17 +111,17 @@ def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip:
     targets = _targets(request, hidden)
     with_logits = not skip and not request.hidden_only
     work = _HeadCall(state, request, loss, head, head_rule(model), targets, with_logits)
-    found = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
-    work.unpack(found, output)
+    results = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
+    work.unpack(results, output)
     if routed and state.router is not None and isinstance(output.router_logits, tuple):
         aux, added = state.router(model, output.router_logits, request.inputs.get("attention_mask"))
         output.aux_loss = aux
-        output.loss = output.loss + added.to(found["loss"].device)
+        output.loss = output.loss + added.to(results["loss"].device)
     return output
 
 
 def _run_base(model: nn.Module, state: Patch, request: Request) -> tuple[Any, bool]:
-    """The base model's output, and whether it was asked for its router's logits."""
+    """The base model's output, and whether it holds the router's logits."""
     inputs, routed = request.inputs, False
     if request.cu_seqlens is not None and "use_cache" in state.names:
         inputs = {"use_cache": False, **inputs}
@@ -143,16 +144,16 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
 
 
 def _targets(request: Request, hidden: Tensor) -> Tensor:
-    """Targets aligned with `hidden`, on its device."""
+    """The targets of the positions of `hidden`, on its device."""
     name = "labels" if request.shift_labels is None else "shift_labels"
-    given = request.labels if request.shift_labels is None else request.shift_labels
-    if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
-        got = str(given.dtype) if isinstance(given, Tensor) else type(given).__name__
+    labels = request.labels if request.shift_labels is None else request.shift_labels
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
+        got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name}: expected a tensor of integer token ids, got {got}")
-    if given.shape != hidden.shape[:-1]:
+    if labels.shape != hidden.shape[:-1]:
         expected = list(hidden.shape[:-1])
-        raise ValueError(f"{name}: expected shape {expected} like the hidden states, got {list(given.shape)}")
-    targets = given.to(hidden.device).long()
+        raise ValueError(f"{name}: expected shape {expected} like the hidden states, got {list(labels.shape)}")
+    targets = labels.to(hidden.device).long()
     if name == "labels":
         targets = F.pad(targets, (0, 1), value=request.ignore_index)[..., 1:]
     if request.cu_seqlens is not None:
@@ -165,10 +166,10 @@ def _targets(request: Request, hidden: Tensor) -> Tensor:
 
 @dataclass
 class _HeadCall:
-    """Stands in for the head's forward during one call: the loss, and whatever else was asked for of its product.
+    """The replacement of the head's forward for one call. It computes the loss, statistics and logits, as requested.
 
-    A flat dict of tensors goes out through the head's call, which every wrapper's hooks know how to walk; `unpack` puts
-    it into the output.
+    It returns a flat dict of tensors, because every wrapper's hooks know how to walk one. `unpack` puts these into the
+    output.
     """
 
     state: Patch
@@ -187,10 +188,10 @@ class _HeadCall:
     def __call__(self, hidden: Tensor, **extra: Any) -> dict[str, Tensor]:
         if extra:
             raise ValueError(f"the output head was called with {sorted(extra)}, which the patch does not serve")
-        found = self._score(hidden)
+        results = self._score(hidden)
         if self.with_logits:
-            found["logits"] = self.rule.finish(self.own_forward(hidden))
-        return found
+            results["logits"] = self.rule.finish(self.own_forward(hidden))
+        return results
 
     def _score(self, hidden: Tensor) -> dict[str, Tensor]:
         hidden, weight, bias = product(self.head.inner, hidden)
@@ -203,24 +204,25 @@ class _HeadCall:
             "backend": self.state.backend,
             "backward": self.state.backward,
         }
-        found = self._token_stats(hidden, weight, options)
-        if found and self._reads_them:
-            found["loss"] = self._loss_of_stats(found)
+        results = self._token_stats(hidden, weight, options)
+        if results and self._reads_them:
+            results["loss"] = self._loss_of_stats(results)
         else:
-            found |= self._linear_loss(hidden, weight, options)
+            results |= self._linear_loss(hidden, weight, options)
         if self.rule.z_loss > 0:
             lse = linear_logprobs(hidden, weight, None, outputs=("lse",), **_recomputable(options)).lse
             assert lse is not None
-            found["loss"] = found["loss"] + self.rule.z_loss * lse.square().mean()
-        return found
+            results["loss"] = results["loss"] + self.rule.z_loss * lse.square().mean()
+        return results
 
     @property
     def _reads_them(self) -> bool:
-        """Whether the loss is a function of what is asked for: a token's own statistics at the head's temperature."""
-        return self.loss.level == "token" and self.loss.stats_temperature == 1.0
+        """Whether the loss is a function of the call's statistics and of its inputs, without a reference to score."""
+        scores_reference = "ref_hidden" in (self.request.loss_inputs or {})
+        return self.loss.token_wise and self.loss.stats_temperature == 1.0 and not scores_reference
 
     def _token_stats(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
-        """The statistics asked for, and those that the loss reads of them: one product for both."""
+        """The statistics that the call and the loss ask for, from one product."""
         if not self.request.token_outputs:
             return {}
         read = self.loss.outputs if self._reads_them else ()
@@ -228,16 +230,16 @@ class _HeadCall:
         stats = linear_logprobs(hidden, weight, self.targets, outputs=outputs, **_recomputable(options))
         return {f"stats.{name}": value for name, value in stats._asdict().items() if value is not None}
 
-    def _loss_of_stats(self, found: dict[str, Tensor]) -> Tensor:
-        """A token loss of statistics that are there already."""
-        given = self._inputs()
-        settings = {name: given.pop(name, None) for name in ("token_weight", "max_length")}
-        settings["reduction"] = given.pop("reduction", self.loss.reduction)
+    def _loss_of_stats(self, results: dict[str, Tensor]) -> Tensor:
+        """The loss of tokens whose statistics have been computed already."""
+        inputs = self._inputs()
+        settings = {name: inputs.pop(name, None) for name in ("token_weight", "max_length")}
+        settings["reduction"] = inputs.pop("reduction", self.loss.reduction)
         reduce.check(settings["reduction"], self.request.num_items_in_batch, settings["max_length"])
-        tokens = layout(self.targets != self.request.ignore_index, self.request.cu_seqlens)
-        stats, items = _stats(found, self.loss.outputs), self.request.num_items_in_batch
-        known = loss_inputs(self.loss, given, tokens, self.targets.device)
-        out: Tensor = evaluate(self.loss, stats, tokens, known, normalizer=items, **settings)
+        tokens = token_layout(self.targets != self.request.ignore_index, self.request.cu_seqlens)
+        stats, items = _stats(results, self.loss.outputs), self.request.num_items_in_batch
+        known = loss_inputs(self.loss, inputs, tokens, self.targets.device)
+        out: Tensor = self.loss.evaluate(stats, tokens, known, normalizer=items, **settings)
         return out
 
     def _linear_loss(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
@@ -256,9 +258,9 @@ class _HeadCall:
         return {"loss": result.loss, **{f"result.{k}": v for k, v in result._asdict().items() if v is not None}}
 
     def _inputs(self) -> dict[str, Any]:
-        """The loss's inputs on the targets' device; its settings of the call (a reduction) as they are."""
-        given, expected = self.request.loss_inputs or {}, self.targets.shape
-        for name, value in given.items():
+        """The loss's inputs on the targets' device, and the call's settings (such as a reduction) unchanged."""
+        inputs, expected = self.request.loss_inputs or {}, self.targets.shape
+        for name, value in inputs.items():
             if name in CALL_SETTINGS:
                 continue
             per_sequence = (
@@ -269,22 +271,22 @@ class _HeadCall:
             if not isinstance(value, Tensor) or not (per_sequence or value.shape[: len(expected)] == expected):
                 got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise ValueError(f"loss_inputs[{name!r}]: expected a tensor {list(expected)} like labels, got {got}")
-        return {k: v.to(self.targets.device) if isinstance(v, Tensor) else v for k, v in given.items()}
+        return {k: v.to(self.targets.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
-    def unpack(self, found: dict[str, Tensor], output: LinearCausalLMOutput) -> None:
-        """What the head's call gave, into the fields of the output."""
-        output.loss = found["loss"]
+    def unpack(self, results: dict[str, Tensor], output: LinearCausalLMOutput) -> None:
+        """Puts the results of the head's call into the fields of the output."""
+        output.loss = results["loss"]
         if self.request.token_outputs:
-            output.token_stats = _stats(found, self.request.token_outputs)
-        if "logits" in found:
-            output.logits = found["logits"]
+            output.token_stats = _stats(results, self.request.token_outputs)
+        if "logits" in results:
+            output.logits = results["logits"]
         if self.result_type is not None:
-            fields = {name: found.get(f"result.{name}") for name in self.result_type._fields}
+            fields = {name: results.get(f"result.{name}") for name in self.result_type._fields}
             output.loss_result = self.result_type(**fields)
 
 
 def plain_head(model: nn.Module) -> Head:
-    """A model's own output head, without an adapter on it: what a reference's hidden states go with."""
+    """A model's own output head without any adapter, as a reference model's hidden states need it."""
     inner = causal_lm(model)
     rule = head_rule(inner)
     weight, bias = rule.cut(*own_product(find_head(inner)))
@@ -292,9 +294,9 @@ def plain_head(model: nn.Module) -> Head:
 
 
 def _recomputable(options: OptionKeywords) -> OptionKeywords:
-    """`backward="single_pass"` is meant for the loss; statistics of a trainable head would refuse it."""
+    """Options without `backward="single_pass"`, which is for a loss: statistics of a trainable head refuse it."""
     return {**options, "backward": "auto"} if options["backward"] == "single_pass" else options
 
 
-def _stats(found: dict[str, Tensor], names: tuple[str, ...]) -> TokenStats:
-    return TokenStats(**{name: found[f"stats.{name}"] for name in names})
+def _stats(results: dict[str, Tensor], names: tuple[str, ...]) -> TokenStats:
+    return TokenStats(**{name: results[f"stats.{name}"] for name in names})

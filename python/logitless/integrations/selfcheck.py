@@ -1,8 +1,8 @@
-"""Does the patch compute what the model computes? One small forward of each, compared, and no trace left.
+"""The check that a patch computes what its model computes: one small forward of each, compared, without a trace.
 
-Logits of a freshly initialised model are tiny, where a softcap does nothing and a scale hardly shows. So the hidden
-states are multiplied, in both runs, by a gain that grows from token to token until the logits reach `REACH`: a
-transform that the patch does not know of cannot hide.
+The logits of a freshly initialised model are tiny. At that size a softcap does nothing, and a scale hardly shows. So
+both runs multiply the hidden states by a gain, which grows from token to token until the logits reach `REACH`. Then a
+transform that the patch does not know of changes the result.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..losses import NLL
+from ..losses.sft.likelihood import NLL
 from .families import UnsupportedModelError, text_config
 from .heads import find_head
 from .scoring import Patch, Request, score
@@ -32,8 +32,8 @@ ROUNDINGS = 8  # of a logit of that size, allowed between two ways to compute it
 def self_check(model: nn.Module, state: Patch) -> float:
     """The largest difference between the model's log-probs, logsumexps and NLL and the patch's, in nats.
 
-    Runs the model's own forward and the patched one on five token ids, in evaluation mode, without gradients; mode,
-    random state and buffers are restored, gradients are not touched.
+    It runs the model's own forward and the patched one on five token ids, in evaluation mode, without gradients.
+    Afterwards mode, random state and buffers are as before. Gradients are not touched.
 
     Raises:
         UnsupportedModelError: they differ by more than the rounding of the logits' dtype allows.
@@ -58,7 +58,7 @@ def self_check(model: nn.Module, state: Patch) -> float:
 
 
 def _largest_error(own: Any, ours: LinearCausalLMOutput, ids: Tensor) -> float:
-    """In nats, over log-probs, logsumexps and the loss (absent where the head was padded)."""
+    """The largest difference in nats, over log-probs, logsumexps and the loss. A padded head has no loss of its own."""
     logits = own.logits[:, :-1].to(torch.promote_types(own.logits.dtype, torch.float32))
     expected = logits.log_softmax(-1).gather(-1, ids[:, 1:, None].to(logits.device))[..., 0]
     stats, loss = ours.token_stats, ours.loss
@@ -70,7 +70,7 @@ def _largest_error(own: Any, ours: LinearCausalLMOutput, ids: Tensor) -> float:
 
 
 def tolerance(logits: Tensor) -> float:
-    """Some roundings of the largest logit, in the precision the product was made with, float32 at best: so is NLL."""
+    """`ROUNDINGS` of the largest logit, in the precision of the product, and float32 at best because NLL is float32."""
     eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
     if logits.is_cuda and logits.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
         eps = 2.0**-10
@@ -78,7 +78,7 @@ def tolerance(logits: Tensor) -> float:
 
 
 def probe_ids(model: nn.Module) -> Tensor:
-    """`[1, 5]` token ids spread over the vocabulary, none of which the configuration gives a special meaning."""
+    """`[1, 5]` token ids spread over the vocabulary, without those that the configuration gives a special meaning."""
     config = text_config(model)
     named = [v for c in (config, model.config) for k, v in vars(c).items() if k.endswith(("_token_id", "_token_index"))]
     special = {i for v in named for i in (v if isinstance(v, list | tuple) else [v])}
@@ -88,7 +88,7 @@ def probe_ids(model: nn.Module) -> Tensor:
 
 
 def _own_forward(model: nn.Module, state: Patch, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
-    """The model's own output for gained hidden states, and the gain `[T]` that it came to."""
+    """The model's own output for hidden states times the gain, and that gain, `[T]`."""
     inner = find_head(model).inner
     gained = _Gained(inner.forward)
     replaced = inner.__dict__.get("forward")
@@ -116,7 +116,7 @@ def _own_forward(model: nn.Module, state: Patch, inputs: dict[str, Any]) -> tupl
 
 
 class _Gained:
-    """A head's forward on hidden states `[1, T, H]` times `gain[t]`, powers of two that grow to the reach."""
+    """A head's forward on hidden states `[1, T, H]` times `gain[t]`: powers of two, up to logits of `REACH`."""
 
     def __init__(self, forward: Callable[..., Tensor]) -> None:
         self.forward = forward
@@ -135,13 +135,13 @@ class _Gained:
 
 
 def _largest(x: Tensor) -> float:
-    """The largest finite magnitude; 0 for none."""
+    """The largest finite magnitude, or 0 if there is none."""
     return float(x.masked_fill(~x.isfinite(), 0).abs().max())
 
 
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module's mode, every buffer and the random state are as before."""
+    """Evaluation mode within the context. Afterwards modes, buffers and the random state are as before."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, name, b, b.clone()) for m in model.modules() for name, b in m._buffers.items() if b is not None]
     devices = {p.device for p in model.parameters() if p.is_cuda}

@@ -1,4 +1,4 @@
-"""Which models can be patched; the others are refused by name."""
+"""The models that can be patched. Every other model is refused with the reason."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from .families import UnsupportedModelError, base_of, refusal
-from .heads import check_head, find_head
+from .heads import check_output_head, find_head
 
 
 def causal_lm(model: Any) -> nn.Module:
-    """The causal LM itself: inside a PeftModel; anything else that wraps one is refused."""
+    """The causal LM itself. It may be inside a PeftModel; any other wrapper is refused."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a Transformers causal LM, got {type(model).__name__}")
     kind = type(model).__name__
@@ -26,7 +26,7 @@ def causal_lm(model: Any) -> nn.Module:
 
 
 def check_model(model: nn.Module) -> None:
-    """Refuses, by name, what cannot be served."""
+    """Raises if the model cannot be patched; the message says why."""
     kind = type(model).__name__
     if "_logitless_patch" in model.__dict__:
         raise ValueError(f"patch: {kind} is patched already; unpatch(model) first to change the loss or the backend")
@@ -41,7 +41,7 @@ def check_model(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{kind}: {reason}")
     if base_of(model) is model:
         raise UnsupportedModelError(f"{kind}: it has no base model beside its head")
-    check_head(model, find_head(model))
+    check_output_head(model, find_head(model))
 
 
 def _fused_by_trl(forward: Any) -> bool:

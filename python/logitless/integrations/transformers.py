@@ -1,8 +1,9 @@
 """`patch(model)`: a Transformers causal LM that computes its loss from hidden states, never from logits.
 
-One way for every family: run the base model, then the loss inside the output head's own call (`heads.py`), with the
-few families' scale, softcap and extra loss terms from a table (`families.py`), confirmed once against the model's own
-logits (`selfcheck.py`). Whatever needs logits (generation, calls without labels, evaluation) runs the original forward.
+Every family is patched in one way. The base model runs, and then the loss runs inside the output head's own call
+(`heads.py`). A few families have a scale, a softcap or extra loss terms, which come from a table (`families.py`). The
+result is checked once against the model's own logits (`selfcheck.py`). A call that needs logits (generation, no labels,
+evaluation) runs the original forward.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ import torch
 from torch import nn
 
 from .. import losses
-from ..losses import NLL, Loss
+from ..losses import Loss
+from ..losses.sft.likelihood import NLL
 from ..types import BackendName, BackwardName
 from . import selfcheck
 from .families import head_rule, router_loss
-from .heads import check_head, find_head
+from .heads import check_output_head, find_head
 from .scoring import REQUEST_ARGUMENTS, Patch, Request, check_request, score
 from .support import causal_lm, check_model
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
-#: Keyword arguments of the patched forward that the original one does not know.
+#: Keyword arguments of the patched forward that the original forward does not know.
 OWN_ARGUMENTS = ("skip_logits", "loss", "loss_inputs", "token_outputs", "hidden_only", "cu_seqlens")
 
 
@@ -41,55 +43,56 @@ def patch(
     backward: BackwardName = "auto",
     check: bool = True,
 ) -> Model:
-    """Makes a Transformers causal LM compute its loss without logits while it trains; the same object, changed.
+    """Makes a Transformers causal LM compute its loss without logits while it trains, and returns that same object.
 
-    Patches this instance's `forward`, nothing else: other models of the class, `generate`, checkpoints and the
-    signature that `Trainer` reads stay as they are. Patch before DDP, FSDP, `torch.compile` or `Trainer` wrap the
-    model; `get_peft_model` may come before or after.
+    Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature
+    that `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
+    `get_peft_model` may come before or after.
 
     The patched forward takes, beside the model's own arguments:
 
-    - `labels` `[B, T]`, shifted inside as Transformers does, or `shift_labels` `[B, T]`, taken as they are; both hold
-      `ignore_index` (an argument too, -100 by default) where a position does not count. Their loss is the mean over the
-      tokens that count, or the sum over `num_items_in_batch` where that is given (an int or a tensor; the number of
-      pairs for a pair loss, of sequences for a loss whose reduction counts them). All ignored gives 0, where
-      Transformers gives NaN. What the model itself adds (a router's or a z-loss) is added to any loss.
-    - `skip_logits`: True computes no logits, False true ones besides the loss, None (default) skips them exactly while
-      `model.training`. Skipped logits are `None` in the output. Without labels, and in `generate`, the original forward
-      runs; so it does where logits and plain NLL are asked for together.
-    - `loss`: a loss or its name in place of the patch's, for this call.
-    - `loss_inputs`: dict of the loss's own per-token inputs by name (`ref_logprob`, `token_weight`, ...), `[B, T]`;
-      position t holds the value for predicting token t + 1, as `token_stats` does. One number a sequence serves too;
+    - `labels` `[B, T]`, which are shifted inside as Transformers does, or `shift_labels` `[B, T]`, which are not. A
+      position with `ignore_index` (an argument too, -100 by default) does not count. The loss is the mean over the
+      tokens that count, or their sum over `num_items_in_batch` if that is passed (an int or a tensor). For a pair loss
+      it is the number of pairs, and for a loss whose reduction counts sequences the number of sequences. If all
+      positions are ignored the loss is 0, where Transformers gives NaN. The terms that the model itself adds (a
+      router's loss, a z-loss) are added to any loss.
+    - `skip_logits`: True computes no logits. False computes true logits besides the loss. None (the default) skips them
+      exactly while `model.training`. Skipped logits are `None` in the output. The original forward runs without labels,
+      in `generate`, and if logits and plain NLL are asked for together.
+    - `loss`: a loss or its name, used in place of the patch's for this call.
+    - `loss_inputs`: a dict of the loss's own per-token inputs by name (`ref_logprob`, `token_weight`, ...), `[B, T]`.
+      Position t holds the value for predicting token t + 1, as in `token_stats`. One number a sequence works too.
       `reduction`, `max_length` and `ref_head` are those of `logitless.linear_loss`.
     - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable.
-    - `hidden_only`: True returns hidden states `[B, T, H]` in place of logits, with or without labels: for hosts that
-      compute a loss themselves.
+    - `hidden_only`: True returns hidden states `[B, T, H]` in place of logits, with or without labels, for a host that
+      computes a loss itself.
     - `cu_seqlens`: `[S + 1]` boundaries of the S sequences of a packed batch `[1, total]` (or of several packed rows,
-      laid behind one another). The last token of each then predicts nothing, and losses that look at whole sequences
-      see them. A pair loss takes its 2B sequences this way, the chosen ones first, or as `[2B, T]` rows. Pass
-      `position_ids` that start at 0 in every sequence and no `attention_mask`, from which Transformers keeps attention
-      inside the sequences; that works without a cache only, so `use_cache` is False unless given.
+      laid behind one another). The last token of each sequence then predicts nothing, and a loss on whole sequences
+      sees these. A pair loss takes its 2B sequences this way, the chosen ones first, or as `[2B, T]` rows. Pass
+      `position_ids` that start at 0 in every sequence and no `attention_mask`: then Transformers keeps attention inside
+      the sequences. That works without a cache only, so `use_cache` is False unless it is passed.
 
     It returns `LinearCausalLMOutput`, or a tuple with `return_dict=False`.
 
-    LoRA on the head is served as PEFT computes it (several adapters, dropout and bias included) at the price of one
-    copy of the weight per call and one of its gradient, `modules_to_save` at none; other adapters there are refused.
+    LoRA on the head is computed as in PEFT, with several adapters, dropout and bias. It costs one copy of the weight
+    per call and one of its gradient. `modules_to_save` costs nothing. Other adapters on the head are refused.
 
     Args:
         model: a causal LM of Transformers whose head is a linear layer on the base model's output, or a `PeftModel`
             around one.
         loss: the loss to compute: an object with its hyper-parameters or a name with its defaults.
         backend, backward: as in `logitless.linear_logprobs`.
-        check: before the first loss, compare with the model's own logits (`selfcheck.self_check`): one forward of five
-            tokens that leaves no trace, on every rank alike. It runs then and not here, where weights may still be
-            empty, on another device, or about to be sharded. A new kind of head, such as LoRA added later, is checked
-            again. A torch.compile that comes first is checked while it traces.
+        check: whether to compare with the model's own logits before the first loss (`selfcheck.self_check`). This is
+            one forward of five tokens that leaves no trace, on every rank alike. It does not run here, because weights
+            may still be empty, on another device, or about to be sharded. A new kind of head, such as LoRA added later,
+            is checked again. If torch.compile comes first, the check runs while it traces.
 
     Raises:
-        TypeError: `model` is not a module, or is a wrapper (DDP, FSDP, a compiled model): patch what is inside.
-        UnsupportedModelError: (a ValueError) the model is known not to fit; also at the first loss, where the check
-            finds that logits do not agree.
-        ValueError: it is patched already; unknown loss, backend or backward.
+        TypeError: `model` is not a module, or is a wrapper (DDP, FSDP, a compiled model). Patch the model inside.
+        UnsupportedModelError: (a ValueError) the model is known not to fit. Also at the first loss, if the check shows
+            that the logits differ.
+        ValueError: the model is patched already, or the loss, backend or backward is unknown.
     """
     inner = causal_lm(model)
     check_model(inner)
@@ -118,10 +121,10 @@ def patch(
 
 
 def unpatch(model: Model) -> Model:
-    """Undoes `patch`: the model's `forward` is again what it was.
+    """Undoes `patch`: the model has its own `forward` again.
 
     Raises:
-        ValueError: the model is not patched, or somebody has wrapped its `forward` since (unwrap it first).
+        ValueError: the model is not patched, or its `forward` has been wrapped since (unwrap it first).
     """
     inner = causal_lm(model)
     state = inner.__dict__.get("_logitless_patch")
@@ -141,7 +144,7 @@ def unpatch(model: Model) -> Model:
 
 
 def _forward_like(cls: type) -> Callable[..., Any]:
-    """The patched forward with the signature of the class's own, which Trainer and generate inspect."""
+    """The patched forward, with the signature of the class's own, because Trainer and generate inspect it."""
 
     @functools.wraps(cls.forward)  # type: ignore[attr-defined]
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -167,7 +170,7 @@ def _forward(model: nn.Module, state: Patch, args: tuple[Any, ...], kwargs: dict
 
 
 def _original_serves(request: Request, loss: Loss, skip: bool) -> bool:
-    """Whether the model's own forward gives what is asked for: no loss at all, or plain NLL beside true logits."""
+    """Whether the model's own forward can serve the request: no loss at all, or plain NLL beside true logits."""
     if request.hidden_only:
         return False
     if not request.scored:
@@ -177,7 +180,7 @@ def _original_serves(request: Request, loss: Loss, skip: bool) -> bool:
 
 
 def _refuse_replica(*_: Any) -> Any:
-    """nn.DataParallel would run the first GPU's patched forward on every replica."""
+    """Raises in nn.DataParallel, which would run the first GPU's patched forward on every replica."""
     raise TypeError("a patched model cannot run in nn.DataParallel; start one process per GPU (torchrun)")
 
 
@@ -199,7 +202,7 @@ def _announce(model: nn.Module, state: Patch) -> None:
 
 
 def _check_traced(model: nn.Module) -> bool:
-    """The check on the model's real weights while torch.compile traces it; nothing of it gets into the graph."""
+    """The self-check on the model's real weights while torch.compile traces it. None of it gets into the graph."""
     _check_once(model, model._logitless_patch)  # type: ignore[arg-type]
     return True
 
@@ -209,11 +212,11 @@ _check_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _check_once(model: nn.Module, state: Patch) -> None:
-    """The self-check, before the first loss and again where the kind of head has changed."""
+    """Runs the self-check before the first loss, and again if the kind of head has changed."""
     head = find_head(model)
     if state.checked is type(head.inner):
         return
-    check_head(model, head)
+    check_output_head(model, head)
     error = selfcheck.self_check(model, state)
     state.checked = type(head.inner)
     logger.info("%s agrees with its own logits: largest error %.3g", type(model).__name__, error)

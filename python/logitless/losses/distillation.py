@@ -1,4 +1,21 @@
-"""Distillation: the divergence of the model's next-token distribution from a teacher's, over the whole vocabulary."""
+"""Distillation: the divergence of the model's next-token distribution from a teacher's, over the whole vocabulary.
+
+```python
+import torch
+from logitless import Head, linear_loss, losses
+
+hidden = torch.randn(2, 6, 16, requires_grad=True)
+weight = torch.randn(100, 16, requires_grad=True)
+targets = torch.randint(100, (2, 6))  # say which positions count, and serve nll_weight
+teacher = torch.randn(2, 6, 32)  # another hidden size, the same vocabulary
+head = Head(torch.randn(100, 32), temperature=2.0)
+
+loss = losses.Distillation("js", mixture=0.5, nll_weight=0.1)
+out = linear_loss(loss, hidden, weight, targets, ref_hidden=teacher, ref_head=head, temperature=2.0)
+out.backward()
+print(out.item())
+```
+"""
 
 from __future__ import annotations
 
@@ -8,12 +25,14 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from ..types import DivergenceKind, DivergenceOptions, TokenStats
-from .base import Loss, check_number, read, register
+from .catalogue import register
+from .checks import check_number, statistic
+from .loss import DistributionLoss
 
 
 @register
 @dataclass(frozen=True)
-class Distillation(Loss):
+class Distillation(DistributionLoss):
     """`D(teacher, model) - nll_weight logprob` per token, D of `logitless.linear_divergence`.
 
     P is the teacher's (the reference's) distribution and Q the model's. `forward_kl` is KL(P|Q), `reverse_kl` KL(Q|P),
@@ -60,10 +79,6 @@ class Distillation(Loss):
         DivergenceOptions(self.kind, self.mixture, self.skew, self.alpha, self.normalized)  # its checks
 
     @property
-    def level(self) -> str:
-        return "distribution"
-
-    @property
     def outputs(self) -> tuple[str, ...]:
         return ("logprob",) if self.nll_weight > 0 else ()
 
@@ -77,4 +92,4 @@ class Distillation(Loss):
         if self.nll_weight == 0:
             return divergence
         assert stats is not None
-        return divergence - self.nll_weight * read(self, stats, "logprob")
+        return divergence - self.nll_weight * statistic(self, stats, "logprob")

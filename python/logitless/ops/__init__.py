@@ -1,6 +1,6 @@
 """The primitives: checks, then the choice of backend and strategy, then a `torch.library` op."""
 
-from ..backends.tail import TailReport, tail_report
+from ..backends.approximate.report import TailReport, tail_report
 from .divergence import linear_divergence
 from .logprobs import linear_logprobs
 from .token_loss import linear_token_loss

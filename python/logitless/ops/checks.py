@@ -1,4 +1,4 @@
-"""What a caller can get wrong, said before anything is computed."""
+"""Checks of a caller's arguments: an error names the argument, what came and what was expected."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..types import OUTPUTS, TAIL_CORRECTED, TAIL_TOLERANCE, BackwardName, Options
+from ..types import APPROXIMATE, OUTPUTS, TAIL_TOLERANCE, BackwardName, Options
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_tensor(name: str, value: object, shape: str, dims: int | None = None) -> None:
-    """`value` is a tensor, of `dims` dimensions where given; `shape` is for the message."""
+    """Raises unless `value` is a tensor, with `dims` dimensions if a number is given. `shape` is for the message."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor {shape}, got {type(value).__name__}")
     if dims is not None and value.dim() != dims:
@@ -22,7 +22,7 @@ def check_tensor(name: str, value: object, shape: str, dims: int | None = None) 
 
 
 def check_tokens(hidden: object, targets: object) -> None:
-    """What the checks of a loss's other inputs, which compare with these, take for granted."""
+    """Raises unless hidden and targets are tensors and hidden has an H axis: later checks compare shapes with them."""
     check_tensor("hidden", hidden, "[..., H]")
     check_tensor("targets", targets, "[...]")
     if isinstance(hidden, Tensor) and hidden.dim() < 1:
@@ -32,8 +32,10 @@ def check_tokens(hidden: object, targets: object) -> None:
 def check_head(
     hidden: Tensor, weight: Tensor, options: Options, names: tuple[str, str, str] = ("hidden", "weight", "bias")
 ) -> None:
-    """Shapes, dtypes and devices of the hidden states and the head, and the values of the options. `names`: what the
-    caller calls the three tensors."""
+    """Raises unless the hidden states fit the head and every option has a value that some op can take.
+
+    `names`: the caller's names of the three tensors, for messages.
+    """
     hidden_name, weight_name, bias_name = names
     check_tensor(hidden_name, hidden, "[..., H]")
     check_tensor(weight_name, weight, "[V, H]", 2)
@@ -67,14 +69,15 @@ def check_head(
 
 
 def check_tail_tolerance(options: Options) -> None:
+    """Raises unless the tolerance is a number in [0, 1], and the strategy reads it if it is not the default."""
     value = options.tail_tolerance
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"tail_tolerance: expected a number, got {type(value).__name__}")
     if not 0 <= value <= 1:
         raise ValueError(f"tail_tolerance: expected a number in [0, 1], got {value}")
-    if value != TAIL_TOLERANCE and options.backward not in TAIL_CORRECTED:
+    if value != TAIL_TOLERANCE and options.backward not in APPROXIMATE:
         raise ValueError(
-            f"tail_tolerance: is read by backward in {list(TAIL_CORRECTED)} alone, got backward={options.backward!r}"
+            f"tail_tolerance: is read by backward in {list(APPROXIMATE)} alone, got backward={options.backward!r}"
         )
 
 
@@ -88,9 +91,9 @@ def _check_vocabulary_order(options: Options, weight: Tensor) -> None:
     if order.shape != weight.shape[:1]:
         raise ValueError(f"vocabulary_order: expected {expected}, got shape {list(order.shape)}")
     _same_device("vocabulary_order", order, weight)
-    if options.backward not in TAIL_CORRECTED:
+    if options.backward not in APPROXIMATE:
         raise ValueError(
-            f"vocabulary_order: is read by backward in {list(TAIL_CORRECTED)} alone, got backward={options.backward!r}"
+            f"vocabulary_order: is read by backward in {list(APPROXIMATE)} alone, got backward={options.backward!r}"
         )
 
 
@@ -103,7 +106,7 @@ def require(holds: Tensor, complaint: Callable[[], str]) -> None:
 
 
 def check_permutation(order: Tensor | None) -> None:
-    """Every entry of the vocabulary once."""
+    """Raises unless every vocabulary entry is there once."""
     if order is None:
         return
     known = (order >= 0) & (order < len(order))
@@ -112,7 +115,7 @@ def check_permutation(order: Tensor | None) -> None:
 
 
 def check_constant(name: str, value: Tensor, device: torch.device, like: str = "hidden") -> None:
-    """A loss's constant: without a gradient, and where the tensor called `like` is."""
+    """Raises unless a loss's constant requires no gradient and is on the device of the tensor called `like`."""
     if value.requires_grad:
         raise ValueError(f"{name}: is a constant of the loss and gets no gradient, but requires one; detach it")
     if value.device != device:
@@ -120,12 +123,13 @@ def check_constant(name: str, value: Tensor, device: torch.device, like: str = "
 
 
 def check_ignore_index(value: object) -> None:
+    """Raises unless the value is an int."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"ignore_index: expected an int, got {type(value).__name__}")
 
 
 def same_kind(name: str, value: Tensor, hidden: Tensor) -> None:
-    """One device, one dtype: a mixture is either a mistake or autocast's business."""
+    """Raises unless device and dtype are those of `hidden`: a mixture is either a mistake or autocast's business."""
     if value.dtype != hidden.dtype:
         raise TypeError(f"{name}: expected dtype {hidden.dtype} like hidden (outside autocast), got {value.dtype}")
     _same_device(name, value, hidden)
@@ -137,6 +141,7 @@ def _same_device(name: str, value: Any, hidden: Any) -> None:
 
 
 def check_targets(name: str, targets: Tensor, hidden: Tensor) -> None:
+    """Raises unless the targets are integers of the tokens' shape, on the device of `hidden`."""
     check_tensor(name, targets, f"{list(hidden.shape[:-1])}")
     if targets.shape != hidden.shape[:-1]:
         raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like hidden, got {list(targets.shape)}")
@@ -146,14 +151,14 @@ def check_targets(name: str, targets: Tensor, hidden: Tensor) -> None:
 
 
 def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """Targets that count are in the vocabulary."""
+    """Raises unless every target that counts is in the vocabulary."""
     outside = counts & ((targets < 0) | (targets >= vocabulary))
     expected = f"targets: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}"
     require(~outside.any(), lambda: f"{expected}, got {int(targets[outside][0])}")
 
 
 def check_outputs(outputs: Iterable[str], *, with_targets: bool) -> tuple[str, ...]:
-    """The names asked for, each known and each computable."""
+    """The names asked for; raises unless each is known and can be computed from what the caller gives."""
     if isinstance(outputs, str) or not isinstance(outputs, Iterable):
         raise TypeError(f"outputs: expected a tuple of names of {list(OUTPUTS)}, got {outputs!r}")
     names = tuple(outputs)
@@ -165,5 +170,6 @@ def check_outputs(outputs: Iterable[str], *, with_targets: bool) -> tuple[str, .
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises unless the value is one of the choices."""
     if value not in tuple(choices):
         raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")

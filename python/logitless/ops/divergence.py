@@ -1,15 +1,7 @@
-"""`linear_divergence`, the primitive of distillation: checks, choice of backend and strategy, then the ops.
-
-    logitless::divergence       values of every token, and their unit gradients for frozen heads
-    logitless::divergence_sum   a weighted sum of them with its gradients, in one sweep; the backward of the former too
-
-Tokens outside the mask are dropped here, before a backend sees the problem, since their number is data.
-"""
+"""`linear_divergence`, the primitive of distillation: checks, choice of backend and strategy, then the ops."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
@@ -17,23 +9,11 @@ import torch
 from torch import Tensor
 
 from .. import backends, reduce, reference
-from ..backends.problem import DivergenceProblem, DivergenceResult, Needs, Side
-from ..types import (
-    BackendName,
-    BackwardName,
-    DivergenceKind,
-    DivergenceOptions,
-    Head,
-    LogitTransform,
-    Options,
-    Reduction,
-    statistics_dtype,
-)
+from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions, Head, Options, Reduction
 from . import checks
-from .library import _no_autocast, _or_empty, _refuse_double_backward, _scaled
-from .logprobs import Call, prepare
+from .call import Call, prepare_call
+from .registered.divergence import divergence, divergence_sum
 from .token_loss import check_token_input
-from .tokens import Tokens, of_mask
 
 
 def linear_divergence(
@@ -113,7 +93,7 @@ def linear_divergence(
     absent.
 
     Source: GKD, arXiv 2306.13649 (js: its JSD(beta) with beta = mixture); DistiLLM, arXiv 2402.03898 (skews); the
-    others are textbook f-divergences. Gradients derived; see `logitless.backends.divergence`.
+    others are textbook f-divergences. Gradients derived; see `logitless.backends.exact.divergence`.
     """
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))
@@ -125,7 +105,7 @@ def linear_divergence(
         token_weight = token_weight.reshape(-1)
     strategy = _strategy(pair, reduction)
     if strategy == "sum":
-        total = _sum(pair, options, token_weight)
+        total = _weighted_sum(pair, options, token_weight)
     else:
         values = _values(pair, options, unit=strategy == "unit")
         if token_weight is not None:
@@ -157,18 +137,17 @@ class _Pair(NamedTuple):
         """How many count; 1 at least where there is no mask."""
         return float(max(1, len(self.model.hidden))) if self.mask is None else self.mask.sum().float()
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """The first seven arguments of the ops."""
-        sides = ((side.hidden, side.weight, side.options.bias) for side in (self.model, self.ref))
-        return (*next(sides), *next(sides), self.mask)
+    def arguments(self, options: DivergenceOptions) -> tuple[Any, ...]:
+        """The arguments that both ops begin with: the tensors, the kind with its parameters, both heads' transforms."""
+        sides = (self.model, self.ref)
+        tensors = [x for side in sides for x in (side.hidden, side.weight, side.options.bias)]
+        parameters = [float(x) for x in (options.mixture, options.skew, options.alpha)]
+        transforms = [x for side in sides for x in side.options.transform.packed()]
+        return (*tensors, self.mask, options.kind, parameters, options.normalized, transforms)
 
-    def transforms(self) -> list[float]:
-        """Both heads' options as the ops take them; no softcap is an infinite one."""
-        found: list[float] = []
-        for side in (self.model, self.ref):
-            scale, softcap, temperature = side.options.transform.numbers
-            found += [float(scale), math.inf if softcap is None else float(softcap), float(temperature)]
-        return found
+    def execution(self) -> tuple[str, int | None]:
+        """The arguments that both ops end with: the backend and the budget of a chunk."""
+        return self.backend(), self.model.options.chunk_bytes
 
     def backend(self) -> str:
         """The first of the table that takes both sides; "cuda" by name alone, as its rows here are PyTorch's."""
@@ -216,14 +195,18 @@ def _side(prefix: str, hidden: Tensor, head: Tensor | Head, options: Options) ->
     weight, bias, logit_scale, softcap, temperature = head
     options = replace(options, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     names = (f"{prefix}hidden", f"{prefix}head.weight", f"{prefix}head.bias")
-    return prepare(hidden, weight, None, options, names)
+    return prepare_call(hidden, weight, None, options, names)
 
 
 def _strategy(pair: _Pair, reduction: str) -> str:
-    """Of "plain" (the values, then recomputation), "unit" (frozen heads keep a vector per token) and "sum" (gradients
-    at once); an error where the single pass was asked for by name and cannot be."""
+    """ "plain", "unit" or "sum"; an error if the single pass was asked for by name and cannot be.
+
+    plain   values, and the logits again in the backward
+    unit    values and a gradient vector for each token, where the heads are frozen
+    sum     the sum and its gradients in one sweep
+    """
     needs, backward = pair.needs(), pair.model.options.backward
-    trainable_head = needs[1] or needs[2] or needs[4] or needs[5]
+    trainable_head = pair.model.trains_head() or pair.ref.trains_head()
     checks.check_choice("backward", backward, ("auto", "recompute", "single_pass"))
     if backward == "single_pass" and reduction == "none" and trainable_head:
         raise ValueError(
@@ -238,7 +221,7 @@ def _strategy(pair: _Pair, reduction: str) -> str:
 
 
 def _values(pair: _Pair, options: DivergenceOptions, unit: bool) -> Tensor:
-    """`[N]`, differentiable."""
+    """The divergences `[N]`, differentiable."""
     if pair.model.options.backend == "reference":
         heads = [
             Head(side.weight, side.options.bias, *side.options.transform.numbers) for side in (pair.model, pair.ref)
@@ -246,212 +229,14 @@ def _values(pair: _Pair, options: DivergenceOptions, unit: bool) -> Tensor:
         return reference.linear_divergence(
             pair.model.hidden, heads[0], pair.ref.hidden, heads[1], mask=pair.mask, options=options
         )
-    needs = pair.needs()
-    units = [unit and needs[0], unit and needs[3]]
-    values, *_ = divergence(*pair.tensors(), *_described(options), pair.transforms(), units, *_where(pair))
+    units = [unit and side.needs().hidden for side in (pair.model, pair.ref)]
+    values, *_ = divergence(*pair.arguments(options), units, *pair.execution())
     return values
 
 
-def _sum(pair: _Pair, options: DivergenceOptions, token_weight: Tensor | None) -> Tensor:
-    """`[]`, the weighted sum with its gradients in one sweep."""
+def _weighted_sum(pair: _Pair, options: DivergenceOptions, token_weight: Tensor | None) -> Tensor:
+    """The weighted sum `[]`, with its gradients in one sweep."""
     if token_weight is None:
         token_weight = torch.ones(len(pair.model.hidden), device=pair.model.hidden.device)
-    total, *_ = divergence_sum(
-        token_weight, *pair.tensors(), *_described(options), pair.transforms(), pair.needs(), *_where(pair)
-    )
+    total, *_ = divergence_sum(token_weight, *pair.arguments(options), pair.needs(), *pair.execution())
     return total
-
-
-def _described(options: DivergenceOptions) -> tuple[str, list[float], bool]:
-    """The kind and its parameters as the ops take them."""
-    return options.kind, [float(options.mixture), float(options.skew), float(options.alpha)], options.normalized
-
-
-def _where(pair: _Pair) -> tuple[str, int | None]:
-    return pair.backend(), pair.model.options.chunk_bytes
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The ops
-
-
-def _run(
-    sides: Sequence[Tensor | None],
-    tokens: Tokens,
-    kind: str,
-    parameters: Sequence[float],
-    normalized: bool,
-    transforms: Sequence[float],
-    backend: str,
-    chunk_bytes: int | None,
-    upstream: Tensor | None,
-    needs: Sequence[bool],
-) -> DivergenceResult:
-    """The backend's sweep over the tokens that count. `sides`: hidden, weight and bias of both."""
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = sides
-    assert hidden is not None and weight is not None and ref_hidden is not None and ref_weight is not None
-    mixture, skew, alpha = parameters
-    problem = DivergenceProblem(
-        Side(tokens.take(hidden), weight, bias, _transform(transforms[:3])),
-        Side(tokens.take(ref_hidden), ref_weight, ref_bias, _transform(transforms[3:])),
-        DivergenceOptions(kind, mixture, skew, alpha, normalized),  # type: ignore[arg-type]
-        chunk_bytes,
-    )
-    with _no_autocast(hidden.device):
-        return backends.BACKENDS[backend].divergence(
-            problem, tokens.take(upstream), (Needs(*needs[:3]), Needs(*needs[3:]))
-        )
-
-
-def _transform(numbers: Sequence[float]) -> LogitTransform:
-    scale, softcap, temperature = numbers
-    return LogitTransform(scale, None if softcap == math.inf else softcap, temperature)
-
-
-def _result_dtype(*hidden: Tensor) -> torch.dtype:
-    return torch.promote_types(*(statistics_dtype(x.dtype) for x in hidden))
-
-
-@torch.library.custom_op("logitless::divergence", mutates_args=())
-def divergence(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    mask: Tensor | None,
-    kind: str,
-    parameters: Sequence[float],
-    normalized: bool,
-    transforms: Sequence[float],
-    units: Sequence[bool],
-    backend: str,
-    chunk_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergences `[N]`, then `d divergence / d hidden [N, H]` and `/ d ref_hidden` where `units` asks (else empty).
-
-    `parameters`: mixture, skew and alpha. `transforms`: logit_scale, softcap (inf for none) and temperature, twice."""
-    tokens = of_mask(mask)
-    sides = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    ones = torch.ones(len(hidden), device=hidden.device) if any(units) else None
-    needs = [units[0], False, False, units[1], False, False]
-    values, model, ref = _run(
-        sides, tokens, kind, parameters, normalized, transforms, backend, chunk_bytes, ones, needs
-    )
-    unit, ref_unit = (
-        None if x is None else x.to(y.dtype) for x, y in ((model.hidden, hidden), (ref.hidden, ref_hidden))
-    )
-    return tokens.spread(values, hidden), tokens.spread(unit, hidden), tokens.spread(ref_unit, hidden)
-
-
-@divergence.register_fake
-def _divergence_fake(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, kind, parameters, normalized, transforms, units, *_
-):
-    vectors = (x.new_empty(x.shape if unit else 0) for x, unit in zip((hidden, ref_hidden), units, strict=True))
-    return hidden.new_empty(hidden.shape[0], dtype=_result_dtype(hidden, ref_hidden)), *vectors
-
-
-@torch.library.custom_op("logitless::divergence_sum", mutates_args=())
-def divergence_sum(
-    upstream: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    ref_hidden: Tensor,
-    ref_weight: Tensor,
-    ref_bias: Tensor | None,
-    mask: Tensor | None,
-    kind: str,
-    parameters: Sequence[float],
-    normalized: bool,
-    transforms: Sequence[float],
-    needs: Sequence[bool],
-    backend: str,
-    chunk_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`sum_i upstream_i D_i` over the tokens that count, and its gradients for the six tensors in the statistics'
-    dtype, empty where not needed."""
-    tokens = of_mask(mask)
-    sides = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    upstream = upstream.to(_result_dtype(hidden, ref_hidden))
-    values, model, ref = _run(
-        sides, tokens, kind, parameters, normalized, transforms, backend, chunk_bytes, upstream, needs
-    )
-    total = (tokens.masked(values) * tokens.take(upstream)).sum()
-    found = [
-        x
-        for side in (model, ref)
-        for x in (tokens.spread(side.hidden, hidden), *(_or_empty(y, hidden) for y in side[1:]))
-    ]
-    return total, found[0], found[1], found[2], found[3], found[4], found[5]
-
-
-@divergence_sum.register_fake
-def _divergence_sum_fake(  # type: ignore[no-untyped-def]
-    upstream, hidden, weight, bias, ref_hidden, ref_weight, ref_bias, mask, kind, parameters, normalized, transforms,
-    needs, *_
-):  # fmt: skip
-    dtype = _result_dtype(hidden, ref_hidden)
-    sides = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
-    gradients = (
-        x.new_empty(x.shape, dtype=dtype) if need and x is not None else hidden.new_empty(0)
-        for x, need in zip(sides, needs, strict=True)
-    )
-    return hidden.new_empty((), dtype=dtype), *gradients
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Autograd
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, kind, parameters, normalized, transforms, units, backend, chunk_bytes = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.units = units
-    ctx.description, ctx.rest = (kind, parameters, normalized, transforms), (backend, chunk_bytes)
-    ctx.save_for_backward(*output[1:], *tensors)
-
-
-def _differentiate(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    _refuse_double_backward()
-    found: list[Any] = [None] * 14
-    if grad is None:
-        return tuple(found)
-    unit, ref_unit, *tensors = ctx.saved_tensors
-    mask = tensors[6]
-    if any(ctx.units):
-        grad = grad if mask is None else torch.where(mask, grad, 0)
-        for i, vector, wanted in ((0, unit, ctx.units[0]), (3, ref_unit, ctx.units[1])):
-            if wanted:
-                found[i] = (grad[:, None] * vector).to(vector.dtype)
-        return tuple(found)
-    needs = [need and x is not None for x, need in zip(tensors[:6], ctx.needs_input_grad, strict=False)]
-    _, *gradients = divergence_sum(grad, *tensors, *ctx.description, needs, *ctx.rest)
-    for i, (gradient, x, need) in enumerate(zip(gradients, tensors, needs, strict=False)):
-        found[i] = gradient.to(x.dtype) if need else None
-    return tuple(found)
-
-
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.needs, ctx.dtypes = inputs[12], [None if x is None else x.dtype for x in inputs[1:7]]
-    ctx.save_for_backward(*output[1:])
-
-
-def _differentiate_sum(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
-    _refuse_double_backward()
-    found: list[Any] = [None] * 15
-    if grad is None:
-        return tuple(found)
-    for i, (gradient, dtype, need) in enumerate(zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)):
-        if need:
-            found[1 + i] = _scaled(gradient, grad, dtype)
-    return tuple(found)
-
-
-divergence.register_autograd(_differentiate, setup_context=_save)
-divergence_sum.register_autograd(_differentiate_sum, setup_context=_save_sum)

@@ -2,80 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import reference
 from ..types import OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
-from . import checks, library
-
-
-class Call(NamedTuple):
-    """One call, checked, cast and flattened."""
-
-    hidden: Tensor  # [N, H]
-    weight: Tensor  # [V, H]
-    targets: Tensor | None  # [N] int64
-    options: Options
-
-    def needs(self) -> list[bool]:
-        """Whether hidden, weight and bias want a gradient here and now."""
-        tensors = (self.hidden, self.weight, self.options.bias)
-        return [torch.is_grad_enabled() and x is not None and x.requires_grad for x in tensors]
-
-    def tail(self) -> float | None:
-        """The tolerance of a tail-corrected backward; None where there is none."""
-        return self.options.tail if any(self.needs()) else None
-
-    def rounds_head(self, outputs: tuple[str, ...]) -> bool:
-        """Whether one product gives a single pass the head's gradient, in bfloat16: all tokens are in one chunk."""
-        halves = self.weight.dtype == torch.bfloat16 and self.needs()[1]
-        if not halves or self.tail() is not None or "mean_logit" in outputs:
-            return False
-        name = self.strategy()
-        most = backends.STRATEGIES[name].tokens_at_once(self.hidden, self.weight, self.options)
-        return name in backends.FINISHED_GRADIENTS and len(self.hidden) <= most
-
-    def strategy(self) -> str:
-        """The backend, of `backends.STRATEGIES`."""
-        if self.tail() is None:
-            return backends.pick(self.options.backend, self.hidden)
-        return backends.pick_strategy(self.options.backend, self.options.backward, self.hidden)
-
-
-def prepare(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor | None,
-    options: Options,
-    names: tuple[str, str, str] = ("hidden", "weight", "bias"),
-) -> Call:
-    """Checks and normalises the arguments that every op shares; follows autocast as `F.linear` does. `names`: what
-    the caller calls the tensors, for messages."""
-    if isinstance(hidden, Tensor) and _autocasts(hidden.device.type):
-        device = hidden.device.type
-        hidden, weight = _autocast(hidden, device), _autocast(weight, device)
-        options = replace(options, bias=None if options.bias is None else _autocast(options.bias, device))
-    checks.check_head(hidden, weight, options, names)
-    if targets is not None:
-        checks.check_targets("targets", targets, hidden)
-        targets = targets.reshape(-1).long()
-    return Call(hidden.reshape(-1, hidden.shape[-1]), weight, targets, options)
-
-
-def _autocasts(device: str) -> bool:
-    # Dynamo of torch 2.11 has no rule for the question whether a device knows autocast at all.
-    known = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
-    return known and torch.is_autocast_enabled(device)
-
-
-def _autocast(x: Tensor, device: str) -> Tensor:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or x.dtype == torch.float64:
-        return x
-    return x.to(torch.get_autocast_dtype(device))
+from . import checks
+from .call import Call, prepare_call
+from .registered.logprobs import logprobs
 
 
 def linear_logprobs(
@@ -151,52 +85,53 @@ def linear_logprobs(
         vocabulary_order,
     )
     outputs = checks.check_outputs(outputs, with_targets=targets is not None)
-    call = prepare(hidden, weight, targets, options)
+    call = prepare_call(hidden, weight, targets, options)
     shape = hidden.shape[:-1]
-    stats = _run(call, outputs)
+    stats = _statistics_of_call(call, outputs)
     return TokenStats(*(None if x is None else x.reshape(shape) for x in stats))
 
 
-def _run(call: Call, outputs: tuple[str, ...]) -> TokenStats:
-    options, transform = call.options, call.options.transform
-    if options.backend == "reference":
-        if call.targets is not None and not torch.compiler.is_compiling():
-            counts = call.targets != options.ignore_index
-            checks.check_ids(call.targets, counts, options.ignore_index, call.weight.shape[0])
-        return reference.linear_logprobs(
-            call.hidden,
-            call.weight,
-            call.targets,
-            bias=options.bias,
-            transform=transform,
-            ignore_index=options.ignore_index,
-            outputs=outputs,
-        )
-    unit = _takes_unit_gradient(call, outputs)
-    backend = call.strategy()
+def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
+    """The statistics that `outputs` names, `[N]` each, None for the others."""
+    if call.options.backend == "reference":
+        return _reference(call, outputs)
+    options = call.options
     # Without targets any token id serves: the statistics asked for do not depend on it.
     targets = call.hidden.new_zeros(len(call.hidden), dtype=torch.long) if call.targets is None else call.targets
-    problem = (
+    results = logprobs(
         call.hidden,
         call.weight,
         options.bias,
         targets,
-        float(options.logit_scale),
-        None if options.softcap is None else float(options.softcap),
-        float(options.temperature),
+        options.vocabulary_order,
+        options.transform.packed(),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
+        *call.execution("single_pass" if _takes_unit_gradient(call, outputs) else "recompute"),
     )
-    rest = (backend, options.chunk_bytes, options.chunk_dtype)
-    if call.tail() is not None:
-        found = library.logprobs_tail(*problem, *rest, call.tail(), options.vocabulary_order)
-    else:
-        found = library.logprobs(*problem, unit, *rest)
-    return TokenStats(*(x if name in outputs else None for name, x in zip(OUTPUTS, found[: len(OUTPUTS)], strict=True)))
+    stats = zip(OUTPUTS, results[: len(OUTPUTS)], strict=True)
+    return TokenStats(*(x if name in outputs else None for name, x in stats))
+
+
+def _reference(call: Call, outputs: tuple[str, ...]) -> TokenStats:
+    """The statistics of full logits, by plain autograd."""
+    options = call.options
+    if call.targets is not None and not torch.compiler.is_compiling():
+        counts = call.targets != options.ignore_index
+        checks.check_ids(call.targets, counts, options.ignore_index, call.weight.shape[0])
+    return reference.linear_logprobs(
+        call.hidden,
+        call.weight,
+        call.targets,
+        bias=options.bias,
+        transform=options.transform,
+        ignore_index=options.ignore_index,
+        outputs=outputs,
+    )
 
 
 def _takes_unit_gradient(call: Call, outputs: tuple[str, ...]) -> bool:
-    """Whether the frozen head's strategy applies; an error where it was asked for by name and does not."""
+    """Whether to keep `d logprob / d hidden` of a frozen head; an error if this was asked for by name and cannot be."""
     hidden, weight, bias = call.needs()
     if not (hidden or weight or bias):
         return False
@@ -212,4 +147,4 @@ def _takes_unit_gradient(call: Call, outputs: tuple[str, ...]) -> bool:
             f"backward: 'single_pass' keeps one gradient vector per token of a frozen head, but {obstacle}; "
             "use backward='recompute', or linear_token_loss"
         )
-    return hidden and obstacle is None and call.options.backward != "recompute" and call.options.tail is None
+    return hidden and obstacle is None and call.options.backward != "recompute" and not call.approximates()

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from .. import reduce
 from ..types import OptionKeywords, Options, Reduction
-from . import checks, library
-from .library import PerTokenLoss
-from .logprobs import Call, linear_logprobs, prepare
+from . import checks, functions
+from .call import Call, prepare_call
+from .functions import PerTokenLoss
+from .logprobs import linear_logprobs
+from .registered.derivative import check_losses
+from .registered.token_loss import token_loss
 
 
 def linear_token_loss(
@@ -62,14 +65,14 @@ def linear_token_loss(
     checks.check_tokens(hidden, targets)
     if not callable(per_token_loss):
         raise TypeError(f"per_token_loss: expected a function, got {type(per_token_loss).__name__}")
-    call = prepare(hidden, weight, targets, Options(**options))
+    call = prepare_call(hidden, weight, targets, Options(**options))
     for i, value in enumerate(token_inputs):
         check_token_input(f"token_inputs[{i}]", value, hidden)
     if normalizer is None:
-        normalizer = reduce.count(targets, call.options.ignore_index)
+        normalizer = reduce.count_tokens(targets, call.options.ignore_index)
     by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
     if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
-        if reduction == "none" and call.options.backward == "single_pass" and any(call.needs()[1:]):
+        if reduction == "none" and call.options.backward == "single_pass" and call.trains_head():
             raise ValueError(
                 "backward: 'single_pass' cannot serve reduction='none' with a trainable head, whose upstream gradients "
                 "come after the pass; use backward='auto' or 'recompute'"
@@ -78,67 +81,67 @@ def linear_token_loss(
         counts = targets != call.options.ignore_index
         # What stands behind an ignored token may be anything; a function's derivative there must not be NaN.
         known = [torch.where(counts, x, torch.zeros_like(x)) for x in token_inputs]
-        losses = library.check_losses(per_token_loss(stats, *known), tuple(targets.shape))
+        losses = check_losses(per_token_loss(stats, *known), tuple(targets.shape))
         rule = reduce.Rule(None, 1.0 if reduction == "sum" else normalizer)
         return reduce.apply(losses, counts, rule, keep_tokens=reduction == "none")
     flat = [x.reshape(-1) for x in token_inputs]
-    total = single_pass(call, per_token_loss, flat, outputs).loss
+    total = sum_in_one_sweep(call, per_token_loss, flat, outputs).loss
     return total if reduction == "sum" else reduce.mean(total, normalizer)
 
 
-class Total(NamedTuple):
-    """What one sweep leaves behind."""
+class SweepResult(NamedTuple):
+    """The results of one sweep."""
 
     loss: Tensor  # [] sum of the losses, differentiable
     logprob: Tensor  # [N], a constant
 
 
-def single_pass(
+def sum_in_one_sweep(
     call: Call,
     function: PerTokenLoss,
     inputs: Sequence[Tensor],
     outputs: tuple[str, ...],
     groups: Tensor | None = None,
-) -> Total:
-    """The op on a prepared call. `groups [N]`: tokens of one group must be in one chunk."""
-    assert call.targets is not None
-    options = call.options
-    backend = call.strategy()
-
-    def run(handle: int, numbers: list[float]) -> Total:
-        loss, logprob, *_ = library.token_loss(
-            call.hidden,
-            call.weight,
-            options.bias,
-            call.targets,
-            list(inputs),
-            groups,
-            handle,
-            numbers,
-            float(options.logit_scale),
-            None if options.softcap is None else float(options.softcap),
-            float(options.temperature),
-            options.ignore_index,
-            " ".join(outputs),
-            call.needs(),
-            backend,
-            options.chunk_bytes,
-            options.chunk_dtype,
-            call.tail(),
-            options.vocabulary_order,
-            call.rounds_head(outputs),
-        )
-        return Total(loss, logprob)
-
+) -> SweepResult:
+    """The sum of a loss over a prepared call. Tokens of one of the `groups [N]` must be in one chunk."""
     if torch.compiler.is_compiling():
         numbers: list[float] = []
-        return run(library.keep(library.describe(function, numbers)), numbers)
-    with library.function_handle(function) as handle:
-        return run(handle, [])
+        return _total(call, functions.keep(functions.describe(function, numbers)), numbers, inputs, outputs, groups)
+    with functions.handle_of(function) as handle:
+        return _total(call, handle, [], inputs, outputs, groups)
+
+
+def _total(
+    call: Call,
+    function: int,
+    numbers: list[float],
+    inputs: Sequence[Tensor],
+    outputs: tuple[str, ...],
+    groups: Tensor | None,
+) -> SweepResult:
+    assert call.targets is not None
+    options = call.options
+    loss, logprob, *_ = token_loss(
+        call.hidden,
+        call.weight,
+        options.bias,
+        call.targets,
+        options.vocabulary_order,
+        list(inputs),
+        groups,
+        function,
+        numbers,
+        options.transform.packed(),
+        options.ignore_index,
+        " ".join(outputs),
+        list(call.needs()),
+        *call.execution("single_chunk" if call.fits_one_chunk(outputs) else "single_pass"),
+    )
+    return SweepResult(loss, logprob)
 
 
 def check_token_input(name: str, value: Tensor, hidden: Tensor) -> None:
-    """A constant of the tokens' shape."""
+    """Raises unless the value is a constant of the tokens' shape."""
     checks.check_tensor(name, value, f"{list(hidden.shape[:-1])}")
     if value.shape != hidden.shape[:-1]:
         raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like targets, got {list(value.shape)}")

@@ -1,4 +1,4 @@
-"""The tokens of a call that count: what of them a backend sees, and how its results go back to all tokens.
+"""The tokens of a call that count: which of them a backend sees, and how its results go back to all tokens.
 
 How many tokens count is data. To drop the others the host waits for that number, some tens of microseconds, and saves
 their share of the work, which prompts often make half of it. While a CUDA graph is captured nobody may wait: then a
@@ -20,7 +20,7 @@ NO_LSE = 1e30
 
 
 class Tokens(NamedTuple):
-    """Which tokens a backend sees; of the two at most one is there, none where all tokens count."""
+    """Which tokens a backend sees. At most one of the two fields is set, none where all tokens count."""
 
     kept: Tensor | None  # [K] int64, the indices of those that it sees
     mask: Tensor | None  # [N] bool, where it sees all: those that count
@@ -32,7 +32,7 @@ class Tokens(NamedTuple):
     def take(self, x: None, fill: float = 0.0) -> None: ...
 
     def take(self, x: Tensor | None, fill: float = 0.0) -> Tensor | None:
-        """What a backend sees of `[N, ...]`; `fill` where a token that it sees does not count."""
+        """The rows of `[N, ...]` that a backend sees; `fill` where a token that it sees does not count."""
         if x is None:
             return None
         return self.masked(x, fill) if self.kept is None else x[self.kept]
@@ -46,27 +46,27 @@ class Tokens(NamedTuple):
         return x.new_zeros(len(like), *x.shape[1:]).index_copy_(0, self.kept, x)
 
     def together(self, groups: Tensor) -> Tokens:
-        """The same tokens with those of each of the `groups [N]` side by side, in their order."""
+        """A new order of the tokens that count: those of each of the `groups [N]` side by side."""
         if self.kept is None:
             return Tokens(groups.argsort(stable=True), None)
         return Tokens(self.kept[groups[self.kept].argsort(stable=True)], None)
 
     def masked(self, x: Tensor, fill: float = 0.0) -> Tensor:
-        """Of a backend's tokens, `fill` where one does not count."""
+        """`x`, with `fill` where one of a backend's tokens does not count."""
         if self.mask is None:
             return x
         return x.masked_fill(~self.mask.view(-1, *[1] * (x.dim() - 1)), fill)
 
 
 def of_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> Tokens:
-    """Those whose target is not `ignore_index`; a target outside the vocabulary is an error."""
+    """The tokens whose target is not `ignore_index`; a target outside the vocabulary is an error."""
     counts = targets != ignore_index
     check_ids(targets, counts, ignore_index, vocabulary)
     return of_mask(counts)
 
 
 def of_mask(mask: Tensor | None) -> Tokens:
-    """Those of a mask `[N]`, None for all."""
+    """The tokens of a mask `[N]`; None stands for all."""
     if mask is None:
         return Tokens(None, None)
     if is_captured(mask.device):

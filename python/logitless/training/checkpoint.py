@@ -35,8 +35,8 @@ _NAME = re.compile(r"checkpoint-(\d+)")
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = {int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
-    return [found[step] for step in sorted(found) if (found[step] / STATE).is_file()]
+    steps = {int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))}
+    return [steps[step] for step in sorted(steps) if (steps[step] / STATE).is_file()]
 
 
 def save(

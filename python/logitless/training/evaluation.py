@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from logitless.losses import Loss
-from logitless.training.batching import Batch, consecutive
-from logitless.training.feeding import Feeder
-from logitless.training.objective import Engine, count, objective_of_stats
-from logitless.training.parallel import World
+from logitless.losses import Loss, PairLoss
+from logitless.training.collate import Batch, consecutive
+from logitless.training.loader import Loader
+from logitless.training.objective import Engine, loss_count, objective_of_stats
 
-# A preference loss's metrics: TRL's names, and the fields of `PreferenceResult` that they average over pairs.
+if TYPE_CHECKING:
+    from logitless.training.run import Run
+
+#: A preference loss's metrics: TRL's names, and the fields of `PreferenceResult` that they average over pairs.
 PREFERENCE_METRICS = {
     "rewards/chosen": "chosen_reward",
     "rewards/rejected": "rejected_reward",
@@ -24,55 +25,46 @@ PREFERENCE_METRICS = {
 }
 
 
+TOKEN_METRICS = ("nll", "mean_token_accuracy")
+
+
 @torch.no_grad()
-def evaluate(
-    model: Any,
-    loss: Loss,
-    engine: Engine,
-    feeder: Feeder,
-    complete: Callable[[Batch], Batch],
-    batch_size: int,
-    world: World,
-) -> dict[str, float]:
-    """Means over all tokens that count, or over all pairs: `loss`, and
+def evaluate_loss(run: Run, loader: Loader) -> dict[str, float]:
+    """Means over all tokens that count, or over all pairs, of a loader's data.
 
-    - `nll`, the mean negative log-likelihood (comparable between losses), and `mean_token_accuracy`;
-    - for preference losses the `PREFERENCE_METRICS`.
-
-    `complete` moves a batch to the device and adds the reference's values. Processes share the batches out.
+    `loss`; `nll`, the mean negative log-likelihood, which can be compared between losses; and `mean_token_accuracy`.
+    For preference losses `loss` and the `PREFERENCE_METRICS`. Processes share the batches out.
     """
-    was_training = model.training
-    model.eval()
-    names = PREFERENCE_METRICS if loss.level == "pair" else TOKEN_METRICS
+    was_training, world = run.model.training, run.world
+    run.model.eval()
+    names = PREFERENCE_METRICS if isinstance(run.loss, PairLoss) else TOKEN_METRICS
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
-    for units in consecutive(len(feeder.units), batch_size)[world.rank :: world.size]:
-        for name, value in _sums(model, loss, engine, complete(feeder.batch(units))).items():
+    batches = consecutive(len(loader.units), run.options.per_device_eval_batch_size)
+    for units in batches[world.rank :: world.size]:
+        for name, value in _sums(run.model, run.loss, run.engine, run.complete(loader.batch(units))).items():
             totals[name] += value
-    model.train(was_training)
+    run.model.train(was_training)
     totals = {name: world.sum(value) for name, value in totals.items()}
     weight, counted = totals.pop("weight"), totals.pop("count")
     return {name: value / (weight if name == "loss" else counted) for name, value in totals.items()}
 
 
-TOKEN_METRICS = ("nll", "mean_token_accuracy")
-
-
 def _sums(model: Any, loss: Loss, engine: Engine, batch: Batch) -> dict[str, float]:
     """The loss and what it is a mean over (`weight`), the metrics and what they are means over (`count`)."""
-    wanted = loss.outputs if loss.level == "pair" else (*loss.outputs, "logprob", "correct")
+    wanted = loss.outputs if isinstance(loss, PairLoss) else (*loss.outputs, "logprob", "correct")
     stats = engine.stats(model, batch, tuple(dict.fromkeys(wanted)))
-    if loss.level == "distribution" or loss.stats_temperature != 1.0:  # not a function of these statistics
+    if loss.compares_distributions or loss.stats_temperature != 1.0:  # not a function of these statistics
         objective = engine.objective(model, batch, 1.0)
     else:
         objective = objective_of_stats(loss, stats, batch)
-    weight = count(loss, batch)
-    found = {"weight": weight, "loss": float(objective.loss)}
-    if loss.level == "pair":
-        sums = {name: float(getattr(objective.result, part).sum()) for name, part in PREFERENCE_METRICS.items()}
-        return {**found, "count": weight, **sums}
+    weight = loss_count(loss, batch)
+    sums = {"weight": weight, "loss": float(objective.loss)}
+    if isinstance(loss, PairLoss):
+        pairs = {name: float(getattr(objective.result, part).sum()) for name, part in PREFERENCE_METRICS.items()}
+        return {**sums, "count": weight, **pairs}
     assert stats.logprob is not None and stats.correct is not None
     return {
-        **found,
+        **sums,
         "count": batch.counted,
         "nll": -float(stats.logprob.double().sum()),
         "mean_token_accuracy": float(stats.correct.double().sum()),

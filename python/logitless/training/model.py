@@ -13,18 +13,21 @@ import importlib.util
 import inspect
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from logitless.losses import Loss
 from logitless.training import files
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.parallel import World
+from logitless.types import BackendName, BackwardName
 
 
 def locate(options: TrainOptions) -> str:
-    """What `from_pretrained` is given: a hub id or a folder. A GGUF model is converted on the way."""
+    """The name for `from_pretrained`: a hub id or a folder. A GGUF model is converted on the way."""
     name = options.model_name_or_path
     path = Path(name)
     if path.suffix == ".gguf":
@@ -38,6 +41,16 @@ def locate(options: TrainOptions) -> str:
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise InputError(f"{name}: not a model folder, it has no config.json")
     return name
+
+
+def locate_once(options: TrainOptions, world: World) -> str:
+    """`locate`, with the main process first: it converts and downloads what the others then find."""
+    if not world.is_main:
+        world.wait()
+        return locate(options)
+    source = locate(options)
+    world.wait()
+    return source
 
 
 def cache_folder(options: TrainOptions) -> Path:
@@ -124,6 +137,34 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     model.requires_grad_(not frozen)
     if options.use_liger_kernel:
         apply_liger(model, device)
+    return model
+
+
+def patched(model: Any, options: TrainOptions, loss: Loss) -> Any:
+    """The model with logitless behind its loss; as it is where the options ask for its own logits."""
+    if options.backend == "materialised":
+        return model
+    from logitless.integrations.transformers import patch
+
+    backend, backward = cast(BackendName, options.backend), cast(BackwardName, options.backward)
+    try:
+        return patch(model, loss=loss, backend=backend, backward=backward)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{options.model_name_or_path}: {error}") from error
+
+
+def load_trained(
+    options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device, *, dropout: bool
+) -> Any:
+    """The model to train: patched, under its adapter if there is one, from the checkpoint if a run goes on."""
+    full_checkpoint = str(resumed) if resumed is not None and not options.use_peft else source
+    model = patched(load_model(full_checkpoint, options, device, frozen=options.use_peft), options, loss)
+    if options.use_peft:
+        model = add_lora(model, options, resumed)
+    if not dropout:
+        disable_dropout(model)
+    if options.gradient_checkpointing:
+        checkpoint_activations(model)
     return model
 
 

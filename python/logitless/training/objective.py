@@ -1,28 +1,30 @@
 """The loss of a batch and the per-token statistics of a batch: with logitless, and with materialised logits.
 
 A loss is summed here and divided by a `normalizer` that the caller counted over all micro-batches and processes with
-`count`: tokens, sequences or pairs, as the loss's own reduction has it.
+`loss_count`: tokens, sequences or pairs, as the loss's own reduction has it.
 
-`Linear` is what runs train with: the patched model computes both from hidden states. `Materialised` is what they are
-compared with: the unpatched model returns its logits, and the same losses are computed from them.
+Runs train with `PatchedEngine`: the patched model computes both from hidden states. They are compared with
+`MaterialisedEngine`: the unpatched model returns its logits, and the same losses are computed from them.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from logitless import reduce
+from logitless import reduce, reference
+from logitless.arguments import loss_inputs
 from logitless.integrations.scoring import plain_head
-from logitless.linear import loss_inputs
 from logitless.losses import NLL, Loss
-from logitless.losses.batch import Layout, evaluate, layout
-from logitless.training.batching import Batch
-from logitless.training.render import IGNORED
-from logitless.types import LossReduction, TokenStats
+from logitless.losses.layout import TokenLayout, token_layout
+from logitless.losses.whole_sequence import WholeSequenceLoss
+from logitless.training.collate import Batch
+from logitless.training.config import TrainOptions
+from logitless.training.tokenize import IGNORED
+from logitless.types import TokenStats
 
 
 class Objective(NamedTuple):
@@ -44,25 +46,36 @@ class Engine(Protocol):
         ...
 
 
+def engine_of(options: TrainOptions, loss: Loss, device: torch.device) -> PatchedEngine | MaterialisedEngine:
+    """The engine that the options ask for."""
+    engine = MaterialisedEngine if options.backend == "materialised" else PatchedEngine
+    return engine(loss, device, computes_in_bf16(options, device), options.max_length)
+
+
+def computes_in_bf16(options: TrainOptions, device: torch.device) -> bool:
+    """Whether the forward pass runs under bfloat16 autocast."""
+    if options.bf16 is not None:
+        return options.bf16
+    return device.type == "cuda" and options.dtype == "float32" and torch.cuda.is_bf16_supported()
+
+
 def autocast(device: torch.device, bf16: bool) -> AbstractContextManager[Any]:
     """The precision that the forward pass computes in."""
     return torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
 
 
 @dataclass(frozen=True)
-class Linear:
+class PatchedEngine:
     """Through a model that `logitless.patch` was applied to."""
 
     loss: Loss
     device: torch.device
     bf16: bool
-
     max_length: int = 1  # of losses that divide by a constant length
 
     def objective(self, model: Any, batch: Batch, normalizer: float) -> Objective:
-        boundaries = (
-            {"cu_seqlens": batch.cu_seqlens} if reads_sequences(self.loss) and batch.cu_seqlens is not None else {}
-        )
+        flat = reads_sequences(self.loss) and batch.cu_seqlens is not None
+        boundaries = {"cu_seqlens": batch.cu_seqlens} if flat else {}
         with autocast(self.device, self.bf16):
             output = model(
                 **batch.model_inputs(),
@@ -84,14 +97,14 @@ class Linear:
         return stats
 
     def hidden(self, model: Any, batch: Batch) -> dict[str, Any]:
-        """What a distribution loss compares with: the model's hidden states and its head."""
+        """The inputs of a distribution loss: the model's hidden states and its head, as the reference's."""
         with autocast(self.device, self.bf16):
             output = model(**batch.model_inputs(), hidden_only=True)
         return {"ref_hidden": output.logits, "ref_head": plain_head(model)}
 
 
 @dataclass(frozen=True)
-class Materialised:
+class MaterialisedEngine:
     """Through the model's own `[B, T, V]` logits, as a training script without logitless does it."""
 
     loss: Loss
@@ -126,18 +139,10 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 
 
 def stats_of_logits(logits: torch.Tensor, targets: torch.Tensor, outputs: tuple[str, ...]) -> TokenStats:
-    """`TokenStats` of full logits `[B, T, V]` with 0 at ignored targets."""
+    """`TokenStats` of full logits `[B, T, V]`, as the reference defines them, with 0 at ignored targets."""
+    stats = reference.statistics(logits.flatten(0, 1), targets.clamp(min=0).flatten(), outputs)
     counts = targets != IGNORED
-    logprobs = logits.log_softmax(-1)
-    values = {
-        "logprob": lambda: logprobs.gather(-1, targets.clamp(min=0)[..., None])[..., 0],
-        "lse": lambda: logits.logsumexp(-1),
-        "entropy": lambda: -(logprobs.exp() * logprobs).sum(-1),
-        "mean_logit": lambda: logits.mean(-1),
-        "correct": lambda: (logits.argmax(-1) == targets).float(),
-        "log_sum_sq": lambda: (2 * logprobs.detach()).logsumexp(-1),
-    }
-    return TokenStats(**{name: torch.where(counts, values[name](), 0.0) for name in outputs})
+    return TokenStats(*(None if x is None else torch.where(counts, x.view(targets.shape), 0.0) for x in stats))
 
 
 def objective_of_stats(
@@ -148,37 +153,36 @@ def objective_of_stats(
     settings = _inputs(loss, batch, max_length)
     length = settings.pop("max_length", None)
     inputs = loss_inputs(loss, settings, tokens, batch.labels.device)
-    reduction = cast(LossReduction, loss.reduction)
-    out = evaluate(loss, stats, tokens, inputs, reduction=reduction, normalizer=normalizer, max_length=length)
+    out = loss.evaluate(stats, tokens, inputs, reduction=loss.reduction, normalizer=normalizer, max_length=length)
     return Objective(out) if isinstance(out, torch.Tensor) else Objective(out.loss, out)
 
 
-def count(loss: Loss, batch: Batch) -> int:
+def loss_count(loss: Loss, batch: Batch) -> int:
     """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count."""
     tokens = _layout(batch)
-    if loss.level in ("pair", "unpaired"):
-        return tokens.sequences // 2 if loss.level == "pair" else tokens.sequences
+    if isinstance(loss, WholeSequenceLoss):
+        return loss.count_groups(tokens.sequences)
     if loss.reduction not in reduce.OF_SEQUENCES:
         return batch.counted
     assert tokens.sequence is not None
     return len(tokens.sequence[tokens.mask].unique())
 
 
-def _layout(batch: Batch) -> Layout:
-    return layout(shifted(batch.labels) != IGNORED, batch.cu_seqlens)
+def _layout(batch: Batch) -> TokenLayout:
+    return token_layout(shifted(batch.labels) != IGNORED, batch.cu_seqlens)
 
 
 def reads_sequences(loss: Loss) -> bool:
     """Whether the loss has to know where sequences begin."""
-    return loss.level in ("sequence", "pair", "unpaired") or loss.reduction in reduce.OF_SEQUENCES
+    return not (loss.token_wise or loss.compares_distributions) or loss.reduction in reduce.OF_SEQUENCES
 
 
 def _inputs(loss: Loss, batch: Batch, max_length: int) -> dict[str, Any]:
-    """The loss's inputs from those of the batch's tokens; what belongs to a sequence, from its first token."""
-    found: dict[str, Any] = dict(batch.loss_inputs)
+    """The loss's inputs of the batch; an input of a whole sequence is taken from its first token."""
+    inputs: dict[str, Any] = dict(batch.loss_inputs)
     for name in loss.sequence_inputs:
-        first = found[name].flatten()
-        found[name] = found[name][:, 0] if batch.cu_seqlens is None else first[batch.cu_seqlens[:-1].long()]
+        first = inputs[name].flatten()
+        inputs[name] = inputs[name][:, 0] if batch.cu_seqlens is None else first[batch.cu_seqlens[:-1].long()]
     if loss.reduction == "constant_length":
-        found["max_length"] = max_length
-    return found
+        inputs["max_length"] = max_length
+    return inputs

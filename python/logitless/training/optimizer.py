@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from logitless.losses import Loss, PairLoss
 from logitless.training.config import LEARNING_RATE, PREFERENCE_LEARNING_RATE, TrainOptions
 
 
@@ -27,11 +28,11 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW
     )
 
 
-def peak_learning_rate(options: TrainOptions, level: str) -> float:
-    """The learning rate after the warm-up; by default TRL's for the loss's level."""
+def peak_learning_rate(options: TrainOptions, loss: Loss) -> float:
+    """The learning rate after the warm-up; by default TRL's for pair losses or for all others."""
     if options.learning_rate is not None:
         return options.learning_rate
-    return PREFERENCE_LEARNING_RATE if level == "pair" else LEARNING_RATE
+    return PREFERENCE_LEARNING_RATE if isinstance(loss, PairLoss) else LEARNING_RATE
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, schedule: str) -> float:

@@ -1,0 +1,1 @@
+"""What every suite is measured with: problem, provider, machine, measure, worker, report, tables."""

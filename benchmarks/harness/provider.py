@@ -1,0 +1,61 @@
+"""Providers: one way each through a problem, written once for CPU and GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Inputs
+
+Role = Literal["floor", "materialised", "logitless", "peer"]
+Loss = Callable[[Tensor, Tensor, Inputs], Tensor]  # takes hidden, weight and the rest
+
+
+class Outcome(NamedTuple):
+    """What a step leaves behind. A floor has gradients of nothing in particular."""
+
+    loss: Tensor
+    d_hidden: Tensor | None
+    d_weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A loss that autograd differentiates, as in a training step, so that forward and backward are timed alike.
+
+    Args:
+        compared: the definition that its loss and gradients are held against; "": none.
+        frozen: whether the head is a constant even where the problem's is not.
+        dtype: of the operands where it is not the problem's.
+    """
+
+    name: str
+    role: Role
+    loss: Loss
+    compared: str = "nll"
+    frozen: bool = False
+    dtype: torch.dtype | None = None
+
+    def of(self, inputs: Inputs) -> Inputs:
+        """The inputs as this provider takes them."""
+        inputs = inputs if self.dtype is None else inputs.to(self.dtype)
+        frozen = self.frozen or inputs.problem.frozen_head
+        return inputs._replace(problem=replace(inputs.problem, frozen_head=frozen))
+
+    def step(self, inputs: Inputs, between: Callable[[], object] = lambda: None) -> Outcome:
+        """A training step: forward, `between()`, `backward()`, gradients in `.grad`."""
+        return differentiate(self.loss, self.of(inputs), between)
+
+
+def differentiate(loss: Loss, inputs: Inputs, between: Callable[[], object] = lambda: None) -> Outcome:
+    """Forward, `between()` and backward of `loss(hidden, weight, inputs)`; a frozen head's weight is a constant."""
+    hidden = inputs.hidden.detach().requires_grad_()
+    weight = inputs.weight.detach().requires_grad_(not inputs.problem.frozen_head)
+    value = loss(hidden, weight, inputs)
+    between()
+    value.backward()
+    return Outcome(value.detach(), hidden.grad, weight.grad)

@@ -1,0 +1,140 @@
+"""Losses on materialised logits: what every other provider is compared with, and the losses' constants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import logitless
+from logitless import Head, TokenStats, losses
+from logitless.losses import Distillation
+from logitless.losses import Loss as RegisteredLoss
+from logitless.testing import TokenProblem, materialised
+from logitless.types import LogitTransform
+
+from ..harness.problem import Inputs, Problem
+from ..harness.provider import Loss, Provider
+from ..internals import evaluate_rows
+
+BETA = 0.1
+
+#: Every registered loss with its defaults, and two more distillations.
+LOSSES: dict[str, RegisteredLoss] = {name: losses.get(name) for name in losses.names()} | {
+    "js": Distillation("js"),
+    "distillation and nll": Distillation(nll_weight=1.0),
+}
+
+
+def materialised_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """Cross-entropy of full logits: what everybody writes."""
+    return F.cross_entropy(hidden @ weight.T, inputs.targets)
+
+
+def materialised_dpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """DPO on logits; `cross_entropy` is the leanest of PyTorch's ways to a target's log-probability."""
+    logits = hidden @ weight.T
+    return dpo_of_logprob(-F.cross_entropy(logits, inputs.targets, reduction="none"), inputs)
+
+
+def dpo_of_logprob(logprob: Tensor, inputs: Inputs) -> Tensor:
+    """arXiv 2305.18290, equation 7, from per-token log-probabilities `[N]`; the mean over pairs."""
+    ratio = (logprob.to(torch.promote_types(logprob.dtype, torch.float32)) - inputs.ref_logprob).view(
+        2, inputs.problem.pairs, inputs.problem.length
+    )
+    chosen, rejected = ratio.sum(-1)
+    return -F.logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def materialised_loss(loss: RegisteredLoss, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """A loss of the registry from the statistics of full logits."""
+    problem = TokenProblem(hidden, weight, None, inputs.targets)
+    stats = materialised(problem, LogitTransform(temperature=loss.stats_temperature), outputs=loss.outputs)
+    divergence = None
+    if isinstance(loss, losses.DistributionLoss) and loss.compares_distributions:
+        heads = Head(weight), Head(weight.detach())
+        divergence = logitless.linear_divergence(
+            hidden, heads[0], ref_hidden(inputs), heads[1], backend="reference", **loss.linear_divergence
+        )
+    return of_stats(loss, stats, inputs, divergence)
+
+
+def of_stats(loss: RegisteredLoss, stats: TokenStats, inputs: Inputs, divergence: Tensor | None = None) -> Tensor:
+    """A loss of the registry from the tokens' statistics `[N]`, as its paper reduces it."""
+    shape = inputs.problem.shape
+    rows = TokenStats(*(None if x is None else x.view(shape) for x in stats))
+    length = inputs.problem.length if loss.reduction == "constant_length" else None
+    divergence = None if divergence is None else divergence.view(shape)
+    return reduced(evaluate_rows(loss, rows, constants(loss, inputs.problem), length, divergence))
+
+
+def reduced(out: Any) -> Tensor:
+    """The loss itself, where `linear_loss` returns metrics beside it."""
+    return out if isinstance(out, Tensor) else out.loss
+
+
+def ref_hidden(inputs: Inputs) -> Tensor:
+    """Hidden states `[N, H]` of a reference that shares the head: those of other tokens."""
+    return inputs.hidden.detach().flip(0)
+
+
+@cache
+def constants(loss: RegisteredLoss, problem: Problem) -> dict[str, Tensor]:
+    """Plausible constants for a loss's inputs, `[sequences, length]` each; the same ones for every dtype.
+
+    An optional input is left out, but for an older policy's log-probabilities, which clipping needs to do anything.
+    """
+    draw = torch.Generator().manual_seed(0)
+    names = (*loss.inputs, *(x for x in loss.optional_inputs if x == "old_logprob"))
+    result = {name: _per_token(name, problem, draw) for name in names}
+    return result | {name: _per_sequence(name, problem) for name in loss.sequence_inputs}
+
+
+def _per_token(name: str, problem: Problem, draw: torch.Generator) -> Tensor:
+    shape, uniform = problem.shape, -math.log(problem.vocabulary)
+    rows = torch.arange(shape[0])[:, None].expand(shape)
+    if name == "ref_logprob":
+        return torch.full(shape, uniform)
+    if name == "group":
+        return rows // 2
+    if name == "demonstration":
+        return rows % 4 == 0
+    noise = torch.randn(shape, generator=draw)
+    if name == "advantages":
+        return noise[:, :1].expand(shape)
+    if name == "negative":
+        return noise < -0.5
+    if name.endswith("logprob"):
+        return uniform - 2 + noise / 2  # of logits with a standard deviation of 2 nats
+    return noise
+
+
+def _per_sequence(name: str, problem: Problem) -> Tensor:
+    """Constants of an unpaired loss: every other completion is desirable; one number shifts the rewards."""
+    return torch.arange(problem.shape[0]) % 2 == 0 if name == "desirable" else torch.tensor(0.1)
+
+
+@cache
+def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return torch.compile(lambda hidden, weight, targets: F.cross_entropy(hidden @ weight.T, targets), dynamic=False)
+
+
+def compiled_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    return _compiled()(hidden, weight, inputs.targets)
+
+
+#: What each loss is compared with, by name. NLL's and DPO's take nothing from logitless.
+DEFINITIONS: dict[str, Loss] = {name: partial(materialised_loss, loss) for name, loss in LOSSES.items()} | {
+    "nll": materialised_nll,
+    "dpo": materialised_dpo,
+}
+
+NLL = Provider("materialised", "materialised", materialised_nll)
+COMPILED_NLL = Provider("materialised, compiled", "materialised", compiled_nll, compared="")
+DPO = Provider("materialised DPO", "materialised", materialised_dpo, "dpo")
+JS = Provider("materialised js", "materialised", DEFINITIONS["js"], "js")

@@ -1,0 +1,1 @@
+"""The suites: which providers run on which problems, and what logitless has to reach there."""

@@ -1,0 +1,1 @@
+"""Strategies that leave out, within a bound, what carries no probability."""

@@ -1,0 +1,91 @@
+"""A backend: its engines, and the functions that the ops call, written once on these engines."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..types import Head, Options, TokenStats
+from .approximate.blocks import BlockEngine, Blocks
+from .approximate.entries import Entries
+from .exact import sweep
+from .exact.chunks import chunk_tokens
+from .exact.divergence import divergence_sweep, torch_divergence_rows
+from .interface import (
+    Approximate,
+    Coefficients,
+    DivergenceEngine,
+    DivergenceProblem,
+    DivergenceResult,
+    Forward,
+    Gradients,
+    Needs,
+    Problem,
+    RowEngine,
+    SinglePass,
+    Upstream,
+)
+
+
+class Backend:
+    """A way to run the ops: a row engine is all it needs, and a subclass overrides what it does otherwise.
+
+    Attributes:
+        rows: the row engine of every sweep over chunks.
+        divergence_rows: the row engine of divergences.
+        blocks: kernels for a tail-corrected backward by pairs of a token and a block; None: entry by entry.
+        finishes_gradients: whether the row engine leaves a finished gradient, without a factor for each row, so that
+            one product can make the head's.
+    """
+
+    finishes_gradients = False
+
+    def __init__(
+        self,
+        rows: RowEngine,
+        *,
+        divergence_rows: DivergenceEngine = torch_divergence_rows,
+        blocks: BlockEngine | None = None,
+    ) -> None:
+        self.rows, self.divergence_rows = rows, divergence_rows
+        self._tail_corrected: Approximate = Entries(self) if blocks is None else Blocks(blocks, self)
+
+    def supports(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None, or the reason why the backend cannot take tensors of this device and dtype."""
+        return None
+
+    def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
+        """The longest group of tokens that `single_pass` keeps whole."""
+        buffers = self.rows.buffers(head, options.chunk_dtype)
+        return chunk_tokens(hidden, head.weight, options, buffers, trainable=head.weight.requires_grad)
+
+    def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
+        """`TokenStats` of every token and, for a frozen head, `d logprob / d hidden`."""
+        return sweep.forward(self.rows, problem, outputs, unit_gradient)
+
+    def backward(self, problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
+        """Gradients from `upstream`, the logits computed again."""
+        return sweep.backward(self.rows, problem, stats, upstream, needs)
+
+    def single_pass(
+        self,
+        problem: Problem,
+        outputs: tuple[str, ...],
+        coefficients: Coefficients,
+        groups: Tensor | None,
+        needs: Needs,
+    ) -> SinglePass:
+        """The sum of a loss and its gradients in one sweep."""
+        return sweep.single_pass(self.rows, problem, outputs, coefficients, groups, needs)
+
+    def divergence(
+        self, problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]
+    ) -> DivergenceResult:
+        """Divergences and, with an `upstream` gradient, the gradients of both sides, in one sweep."""
+        return divergence_sweep(self.divergence_rows, problem, upstream, needs)
+
+    def approximate(self, backward: str) -> Approximate:
+        """The strategy that approximates gradients, by the name that `backward=` has for it."""
+        if backward != "tail_corrected":
+            raise KeyError(backward)
+        return self._tail_corrected

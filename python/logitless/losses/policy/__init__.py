@@ -1,0 +1,28 @@
+"""Policy: losses of a policy's own samples and their advantages, with or without demonstrations among them.
+
+The losses of `token_ratio` weigh each token by its own ratio to the policy that sampled, those of `sequence_ratio` by
+its sequence's, and those of `demonstrations` mix samples with demonstrations. `policy_loss` has what all of them share.
+Their constants come from `advantages`, `weights` and `implicit_reward`, and the course of a run from `schedules`.
+
+```python
+import torch
+from logitless import linear_logprobs, linear_loss, losses
+
+hidden = torch.randn(4, 6, 16, requires_grad=True)  # [S, T, H]: two samples for each of two prompts
+weight = torch.randn(100, 16, requires_grad=True)
+targets = torch.randint(100, (4, 6))
+rewards = torch.tensor([1.0, 0.0, 0.2, 0.4])
+
+advantages = losses.group_advantages(rewards, 2)  # one number a sample
+with torch.no_grad():
+    old_logprob = linear_logprobs(hidden, weight, targets).logprob  # once, before several updates
+
+loss = linear_loss(losses.GRPO(), hidden, weight, targets, advantages=advantages, old_logprob=old_logprob)
+loss.backward()
+
+# Dr. GRPO divides by a constant, and KL to a reference is an option of every policy loss.
+loss = losses.DrGRPO(beta=0.04)
+out = linear_loss(loss, hidden, weight, targets, advantages=advantages, ref_hidden=hidden.detach(), max_length=8)
+print(out.item())
+```
+"""

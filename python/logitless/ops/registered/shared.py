@@ -1,0 +1,125 @@
+"""The parts that all registered ops have in common: how they run, their arguments by name, and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+from ...backends.interface import Problem
+from ...types import APPROXIMATE, Head, LogitTransform
+from ..tokens import Tokens
+
+
+class Execution(NamedTuple):
+    """How an op runs: the last arguments of `logprobs`, `logprobs_backward` and `token_loss`, in this order."""
+
+    backend: str  # a name in `backends.BACKENDS`
+    strategy: str  # "recompute", "single_pass" or "single_chunk" for exact gradients; one of `APPROXIMATE`
+    tolerance: float  # of an approximate gradient
+    chunk_bytes: int | None
+    chunk_dtype: torch.dtype | None
+
+    def approximates(self) -> bool:
+        """Whether the gradients are approximate."""
+        return self.strategy in APPROXIMATE
+
+
+def problem_of(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    order: Tensor | None,
+    transform: Sequence[float],
+    tokens: Tokens,
+    execution: Execution,
+    *,
+    rounds_head: bool = False,
+) -> Problem:
+    """The tokens that a backend sees, and the head."""
+    return Problem(
+        tokens.take(hidden),
+        Head(weight, bias, *LogitTransform.unpacked(transform).numbers),
+        tokens.take(targets),
+        execution.chunk_bytes,
+        execution.chunk_dtype,
+        order,
+        rounds_head,
+    )
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Switches autocast off: the public functions have cast already, and an op chooses every dtype itself."""
+    return torch.autocast(device.type, enabled=False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments and gradients by name
+
+
+def named(op: CustomOpDef, inputs: tuple[Any, ...]) -> Any:
+    """An op's arguments as attributes with the names of its schema."""
+    return SimpleNamespace(**dict(zip(_names(op), inputs, strict=True)))
+
+
+def gradients(op: CustomOpDef, **by_name: Any) -> tuple[Any, ...]:
+    """One gradient for each of an op's arguments, in the order of its schema; None where none is named."""
+    return tuple(by_name.get(name) for name in _names(op))
+
+
+@cache
+def _names(op: CustomOpDef) -> list[str]:
+    return [argument.name for argument in op._opoverload._schema.arguments]
+
+
+def refuse_double_backward() -> None:
+    """Raises in a backward that is itself recorded (`create_graph=True`), whose gradient would be incomplete."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "logitless: the fused backward cannot be differentiated again (create_graph=True); use backend='reference'"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients as outputs
+
+
+def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """An op's output for a gradient: an empty tensor stands for None."""
+    return like.new_empty(0) if x is None else x
+
+
+def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A gradient in another dtype, if there is one."""
+    return None if gradient is None else gradient.to(dtype)
+
+
+def fake_gradients(
+    tensors: Sequence[Tensor | None], needs: Sequence[bool], dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor]:
+    """Fakes of the gradients of `tensors` that are needed; a dtype of None is the tensor's own."""
+    like = next(x for x in tensors if x is not None)
+    return [
+        x.new_empty(x.shape, dtype=dtype or x.dtype) if need and x is not None else like.new_empty(0)
+        for x, need, dtype in zip(tensors, needs, dtypes, strict=True)
+    ]
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`gradient * factor` in `dtype`, in one pass over the gradient on a GPU.
+
+    In place where this backward is the last to read the gradient and `dtype` is its own, which saves a copy of the
+    head.
+    """
+    if torch.compiler.is_compiling() or type(gradient) is not Tensor:
+        return (gradient * factor).to(dtype)
+    if gradient.dtype != dtype and gradient.device.type != "cpu":
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
+    keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    return (gradient * factor if keeps_graph() else gradient.mul_(factor)).to(dtype)

@@ -1,0 +1,128 @@
+"""`logitless::token_loss`: a sum of per-token losses with its gradients, in one sweep over the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...backends.interface import Needs
+from ...types import statistics_dtype
+from .. import functions
+from ..checks import check_permutation
+from ..tokens import of_targets, refuse_capture
+from .derivative import coefficients
+from .shared import (
+    Execution,
+    cast,
+    fake_gradients,
+    gradients,
+    named,
+    no_autocast,
+    or_empty,
+    problem_of,
+    refuse_double_backward,
+    scaled,
+)
+
+
+@torch.library.custom_op("logitless::token_loss", mutates_args=())
+def token_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    order: Tensor | None,
+    token_inputs: Sequence[Tensor],
+    groups: Tensor | None,
+    function: int,
+    numbers: Sequence[float],
+    transform: Sequence[float],
+    ignore_index: int,
+    outputs: str,
+    needs: Sequence[bool],
+    backend: str,
+    strategy: str,
+    tolerance: float,
+    chunk_bytes: int | None,
+    chunk_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses' sum, the log-probs `[N]`, and the sum's gradients for hidden, weight and bias.
+
+    The gradients have the statistics' dtype; the weight's has its own where the strategy is "single_chunk", which
+    promises that all tokens fit one chunk. `function` is a handle of `functions`, `numbers` its floats. Tokens of one
+    of the `groups [N]` are seen together.
+    """
+    execution = Execution(backend, strategy, tolerance, chunk_bytes, chunk_dtype)
+    if execution.approximates():
+        refuse_capture(hidden.device, "a tail-corrected backward", "use backward='recompute'")
+    if groups is not None:
+        refuse_capture(hidden.device, "a single pass over whole pairs or sequences", "use backward='recompute'")
+    check_permutation(order)
+    tokens = of_targets(targets, ignore_index, weight.shape[0])
+    if groups is not None:
+        tokens = tokens.together(groups)
+        groups = tokens.take(groups)
+    rounds_head, names, wanted = strategy == "single_chunk", tuple(outputs.split()), Needs(*needs)
+    problem = problem_of(hidden, weight, bias, targets, order, transform, tokens, execution, rounds_head=rounds_head)
+    of_chunk = coefficients(
+        functions.of_handle(function, numbers),
+        [tokens.take(x) for x in token_inputs],
+        names,
+        tokens.mask,
+        differentiate=any(needs),
+        per_token=groups is None,
+    )
+    with no_autocast(hidden.device):
+        if execution.approximates():
+            engine = backends.BACKENDS[backend].approximate(strategy)
+            result = engine.single_pass(problem, names, of_chunk, groups, wanted, tolerance)
+        else:
+            result = backends.BACKENDS[backend].single_pass(problem, names, of_chunk, groups, wanted)
+    d_weight = cast(result.gradients.weight, weight.dtype) if rounds_head else result.gradients.weight
+    return (
+        result.loss,
+        tokens.spread(result.logprob, hidden),
+        tokens.spread(result.gradients.hidden, hidden),
+        or_empty(d_weight, hidden),
+        or_empty(result.gradients.bias, hidden),
+    )
+
+
+@token_loss.register_fake
+def _fake_token_loss(*inputs):  # type: ignore[no-untyped-def]
+    x = named(token_loss, inputs)
+    dtype = statistics_dtype(x.hidden.dtype)
+    dtypes = (dtype, x.weight.dtype if x.strategy == "single_chunk" else dtype, dtype)
+    tensors = (x.hidden, x.weight, x.bias)
+    loss, logprob = (x.hidden.new_empty(shape, dtype=dtype) for shape in ((), x.targets.shape))
+    return (loss, logprob, *fake_gradients(tensors, x.needs, dtypes))
+
+
+def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x = named(token_loss, inputs)
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    _, _, *of_tensors = output
+    ctx.save_for_backward(*of_tensors)
+    ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x.hidden, x.weight, x.bias)]
+    ctx.needs, ctx.token_inputs, ctx.numbers = x.needs, len(x.token_inputs), len(x.numbers)
+
+
+def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    refuse_double_backward()
+    # torch.library takes an empty list of numbers for a list of tensors.
+    lists = {"token_inputs": [None] * ctx.token_inputs, "numbers": None if ctx.numbers else []}
+    if grad is None:
+        return gradients(token_loss, **lists)
+    of_tensors = (
+        scaled(gradient, grad, dtype) if need else None
+        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    )
+    return gradients(token_loss, **dict(zip(("hidden", "weight", "bias"), of_tensors, strict=True)), **lists)
+
+
+token_loss.register_autograd(_differentiate_token_loss, setup_context=_save_token_loss)

@@ -1,0 +1,144 @@
+"""From token sequences to batches: which rows go where, and in which shape.
+
+Three shapes, chosen once per run:
+
+    padded         [B, T] rows, padded on the right, with an attention mask
+    packed         [B, T] rows that each hold several sequences; position_ids restart at each, and no attention mask is
+                   given, which is how Transformers' SDPA and eager attention find the boundaries
+    padding-free   [1, total], all sequences one after the other; flash attention finds the boundaries likewise
+
+Labels of a sequence's first token are always -100 (`tokenize.py`), so the shifted loss never crosses a boundary.
+"""
+
+from __future__ import annotations
+
+import bisect
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from logitless.training.tokenize import IGNORED, Example
+
+Inputs = Mapping[str, torch.Tensor]  # per-token inputs of the loss, [T] each, aligned with an example's tokens
+Stored = list[tuple[Inputs, ...]]  # the inputs of every item and example, where they were computed before
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One sequence on its way into a batch."""
+
+    example: Example
+    loss_inputs: Inputs = field(default_factory=dict)
+
+    def input(self, name: str) -> torch.Tensor:
+        """One of the loss inputs, `[T]`."""
+        return self.loss_inputs[name]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. Position t of a loss input holds the value for predicting token t + 1."""
+
+    input_ids: torch.Tensor  # [B, T] int64
+    labels: torch.Tensor  # [B, T] int64, -100 where nothing counts
+    attention_mask: torch.Tensor | None = None  # [B, T] int64; padded batches only
+    position_ids: torch.Tensor | None = None  # [B, T] int64; packed and padding-free batches only
+    cu_seqlens: torch.Tensor | None = None  # [sequences + 1] int32, in the flattened rows; packed and padding-free
+    loss_inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # [B, T] each
+    tokens: int = 0  # without padding
+
+    @property
+    def counted(self) -> int:
+        """Tokens whose prediction counts in the loss."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """A copy of the batch on another device."""
+
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return tensor if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            attention_mask=move(self.attention_mask),
+            position_ids=move(self.position_ids),
+            cu_seqlens=move(self.cu_seqlens),
+            loss_inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.loss_inputs.items()},
+        )
+
+    def model_inputs(self) -> dict[str, torch.Tensor]:
+        """What the model's forward is given, labels apart."""
+        inputs = {"input_ids": self.input_ids}
+        if self.attention_mask is not None:
+            inputs["attention_mask"] = self.attention_mask
+        if self.position_ids is not None:
+            inputs["position_ids"] = self.position_ids
+        return inputs
+
+
+def padded(pieces: Sequence[Piece], pad_token: int) -> Batch:
+    """One row per sequence, padded on the right to the longest."""
+    batch = packed([[piece] for piece in pieces], pad_token)
+    lengths = torch.tensor([len(piece.example.input_ids) for piece in pieces])
+    mask = torch.arange(batch.input_ids.shape[1]) < lengths[:, None]
+    return replace(batch, attention_mask=mask.long(), position_ids=None, cu_seqlens=None)
+
+
+def packed(packs: Sequence[Sequence[Piece]], pad_token: int) -> Batch:
+    """One row per pack; the padding behind a pack is one more sequence, in which nothing counts."""
+    lengths = [[len(piece.example.input_ids) for piece in pack] for pack in packs]
+    width = max(sum(row) for row in lengths)
+    spans = [[*row, width - sum(row)] if sum(row) < width else row for row in lengths]
+
+    def rows(fill: float, parts: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
+        return torch.stack([_row([parts(piece) for piece in pack], width, fill) for pack in packs])
+
+    return Batch(
+        input_ids=rows(pad_token, lambda piece: piece.example.input_ids.long()),
+        labels=rows(IGNORED, lambda piece: piece.example.labels.long()),
+        position_ids=torch.stack([torch.cat([torch.arange(span) for span in row]) for row in spans]),
+        cu_seqlens=torch.tensor([0, *(span for row in spans for span in row)]).cumsum(0).int(),
+        loss_inputs={name: rows(0.0, operator.methodcaller("input", name)) for name in packs[0][0].loss_inputs},
+        tokens=sum(map(sum, lengths)),
+    )
+
+
+def padding_free(pieces: Sequence[Piece]) -> Batch:
+    """All sequences in one row."""
+    return packed([pieces], 0)
+
+
+def _row(parts: list[torch.Tensor], width: int, fill: float) -> torch.Tensor:
+    used = sum(len(part) for part in parts)
+    return torch.cat([*parts, torch.full((width - used,), fill, dtype=parts[0].dtype)])
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of `lengths` grouped into packs of at most `capacity`: best-fit decreasing.
+
+    The longest go first, each into the fullest pack that still has room. Deterministic; O(n log n) comparisons.
+    Raises ValueError for a length above the capacity.
+    """
+    packs: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (space left, pack), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[index] > capacity:
+            raise ValueError(f"length {lengths[index]} is above the capacity {capacity}")
+        slot = bisect.bisect_left(room, (lengths[index], -1))
+        if slot == len(room):
+            packs.append([])
+            space, pack = capacity, len(packs) - 1
+        else:
+            space, pack = room.pop(slot)
+        packs[pack].append(index)
+        bisect.insort(room, (space - lengths[index], pack))
+    return packs
+
+
+def consecutive(units: int, size: int) -> list[list[int]]:
+    """range(units) in order, cut into lists of `size`; the last may be shorter."""
+    return [list(range(start, min(start + size, units))) for start in range(0, units, size)]

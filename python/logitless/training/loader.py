@@ -1,0 +1,146 @@
+"""Data loading: rows are read, tokenised and held out, and any batch of them is collated on demand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from logitless.losses import Loss, PairLoss
+from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, padded, padding_free
+from logitless.training.config import TrainOptions
+from logitless.training.data import Row, has_split, read_rows
+from logitless.training.errors import InputError
+from logitless.training.model import check_packing, uses_flash_attention
+from logitless.training.objective import reads_sequences
+from logitless.training.tokenize import Example, RowTokenizer, TokenizedData
+
+
+def load_data(
+    options: TrainOptions, tokenizer: object, loss: Loss, columns: tuple[str, ...]
+) -> tuple[TokenizedData, TokenizedData | None]:
+    """Training and evaluation data (None where there is none), tokenised.
+
+    Raises:
+        InputError: see `read_rows` and `RowTokenizer`; evaluation asked for without data for it.
+    """
+    tokenize = RowTokenizer(
+        tokenizer,
+        options.max_length,
+        options.truncation_mode,
+        completion_only=options.completion_only_loss is not False,
+        text_field=options.dataset_text_field,
+        columns=columns,
+    )
+    read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
+    rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
+    held_out, origin = _evaluation_rows(options)
+    if options.eval_fraction:
+        rows, held_out = split_rows(rows, options.eval_fraction, options.seed)
+    if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
+        raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
+                         "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
+    return read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
+
+
+def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
+    """Rows of `eval_dataset_name`, or of the dataset's own test split where evaluation is asked for."""
+    split, config = options.dataset_test_split, options.dataset_config
+    if options.eval_dataset_name is not None:
+        return read_rows(options.eval_dataset_name, split=split, config=config), options.eval_dataset_name
+    wanted = options.eval_strategy != "no" and not options.eval_fraction
+    if wanted and has_split(options.dataset_name, split, config):
+        return read_rows(options.dataset_name, split=split, config=config), f"{options.dataset_name}[{split}]"
+    return None, options.dataset_name
+
+
+def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """(training rows, held-out rows), both in their old order; at least one of each."""
+    count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
+    if count < 1:
+        raise InputError(f"eval_fraction={fraction} leaves no rows to train on: the data has {len(rows)}")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    chosen = set(order[:count])
+    kept = [row for index, row in enumerate(rows) if index not in chosen]
+    return kept, [row for index, row in enumerate(rows) if index in chosen]
+
+
+def make_loaders(
+    options: TrainOptions,
+    loss: Loss,
+    model: Any,
+    pad_token: int | None,
+    data: TokenizedData,
+    eval_data: TokenizedData | None,
+) -> tuple[Loader, Loader | None]:
+    """Loaders of training and evaluation data, in the shape that the options and the model's attention ask for.
+
+    Raises:
+        InputError: packing for a loss of whole sequences, or for a model that lets packed rows see each other.
+    """
+    flash = uses_flash_attention(model)
+    flat = flash if options.padding_free is None else options.padding_free
+    if options.packing and reads_sequences(loss):
+        raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
+    if options.packing or flat:
+        check_packing(model)
+    pad_token = 0 if pad_token is None else pad_token
+    capacity = options.max_length if options.packing else None
+    # Flash attention finds boundaries in a single row only.
+    train = Loader(data, pad_token, flat or (options.packing and flash), capacity)
+    return train, None if eval_data is None else Loader(eval_data, pad_token, flat)
+
+
+@dataclass
+class Loader:
+    """Builds batches of units; a unit is one item, or with `capacity` one pack of items.
+
+    Args:
+        data: tokenised rows.
+        pad_token: what fills short rows; never read by attention or loss.
+        flat: one row per batch instead of padding.
+        capacity: tokens per pack, or None for no packing.
+        stored: the reference's values per item, where they were computed before.
+    """
+
+    data: TokenizedData
+    pad_token: int
+    flat: bool
+    capacity: int | None = None
+    stored: Stored | None = None
+    units: list[list[int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        items = self.data.items
+        if self.capacity is None:
+            self.units = [[index] for index in range(len(items))]
+        else:
+            self.units = best_fit([len(example.input_ids) for (example,) in items], self.capacity)
+
+    def batch(self, units: list[int]) -> Batch:
+        """The batch of these units: all first examples of their items, then (of pairs) all second ones."""
+        packs = [[self._pieces(item) for item in self.units[unit]] for unit in units]
+        parts = range(len(packs[0][0]))
+        pieces = [pieces[part] for part in parts for pack in packs for pieces in pack]
+        if self.flat:
+            return padding_free(pieces)
+        if self.capacity is not None:
+            return packed([[pieces[0] for pieces in pack] for pack in packs], self.pad_token)
+        return padded(pieces, self.pad_token)
+
+    def without_packs(self) -> Loader:
+        """A loader of the same items, each a unit of its own."""
+        return Loader(self.data, self.pad_token, flat=self.flat and self.capacity is None)
+
+    def _pieces(self, item: int) -> list[Piece]:
+        stored = self.stored[item] if self.stored is not None else ({},) * len(self.data.items[item])
+        return [
+            Piece(example, {**inputs, **_per_token(example)})
+            for example, inputs in zip(self.data.items[item], stored, strict=True)
+        ]
+
+
+def _per_token(example: Example) -> dict[str, torch.Tensor]:
+    """A row's constants, one for every token."""
+    return {name: torch.full(example.labels.shape, value) for name, value in example.constants.items()}

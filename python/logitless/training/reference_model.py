@@ -1,0 +1,201 @@
+"""Per-token values of the reference model, for the losses that compare with one.
+
+The reference is the model as the run found it. Its values are computed batch by batch while training (from a frozen
+copy, or from the model itself with its LoRA adapter switched off), or once before training and kept in a file whose
+name is a hash of everything they depend on: weights, tokens, precision and the values asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from logitless.losses import Loss
+from logitless.training import files
+from logitless.training.collate import Batch, Inputs, Stored, consecutive
+from logitless.training.config import TrainOptions
+from logitless.training.errors import InputError
+from logitless.training.loader import Loader
+from logitless.training.model import cache_folder, load_model, locate_once, patched
+from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
+from logitless.training.parallel import World
+from logitless.training.tokenize import Item
+
+#: A loss's input and the statistic of the reference that it is. The run's start is also the policy that a proximal
+#: loss stays near.
+FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse", "old_logprob": "logprob"}
+
+
+def reference_inputs(loss: Loss) -> tuple[str, ...]:
+    """The inputs of a loss that come from a reference model."""
+    return tuple(name for name in loss.inputs if name in FIELDS)
+
+
+def needs_reference(loss: Loss) -> bool:
+    """Whether the loss compares with a reference model."""
+    return bool(reference_inputs(loss)) or loss.compares_distributions
+
+
+def column_inputs(loss: Loss) -> tuple[str, ...]:
+    """The inputs of a loss that are columns of the training data: all that no reference model gives."""
+    return tuple(name for name in (*loss.inputs, *loss.sequence_inputs) if name not in FIELDS)
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A frozen model that is asked for its own view of a batch.
+
+    Args:
+        engine: how it is asked, in the precision of the run.
+        model: the frozen copy, or the trained model under LoRA, whose adapter is switched off meanwhile.
+        loss: the loss whose inputs it gives.
+    """
+
+    engine: Engine
+    model: Any
+    loss: Loss
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The loss inputs that it gives, of `FIELDS`."""
+        return reference_inputs(self.loss)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> dict[str, Any]:
+        """The loss inputs of a batch, `[B, T]` each; position t belongs to the prediction of token t + 1."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+                if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
+                    return self.engine.hidden(self.model, batch)
+                stats = self.engine.stats(self.model, batch, tuple(FIELDS[name] for name in self.names))
+        finally:
+            self.model.train(was_training)
+        return {name: getattr(stats, FIELDS[name]).detach() for name in self.names}
+
+
+def load_reference(
+    options: TrainOptions, world: World, source: str, engine: Engine, loss: Loss, trained: Any
+) -> ReferenceModel | None:
+    """The model that the loss compares with; None if it needs none.
+
+    It is the teacher of the options, or else the trained model as the run found it: the one without its adapter, or a
+    frozen copy.
+    """
+    teacher = options.teacher_model_name_or_path
+    if not needs_reference(loss):
+        return None
+    if loss.compares_distributions and options.precompute_ref_log_probs:
+        raise InputError(f"precompute_ref_log_probs: {loss.name} compares distributions, which are not stored")
+    if loss.compares_distributions and not isinstance(engine, PatchedEngine):
+        raise InputError(f"backend: {loss.name} compares distributions, which 'materialised' does not")
+    if options.use_peft and not options.precompute_ref_log_probs and teacher is None:
+        return ReferenceModel(engine, trained, loss)
+    if teacher is not None:
+        source = locate_once(dataclasses.replace(options, model_name_or_path=teacher), world)
+    frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
+    if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
+        raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
+    return ReferenceModel(engine, frozen, loss)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values that are computed once and kept
+
+
+def cache_file(cache: Path, depends_on: dict[str, Any]) -> Path:
+    """The file of reference values that depend on exactly this."""
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    return cache / "reference" / f"{key[:32]}.safetensors"
+
+
+def hash_weights(model: nn.Module) -> str:
+    """A hash of every parameter and buffer, its name, dtype and shape."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def compute_values(
+    reference: ReferenceModel,
+    items: Sequence[Item],
+    batches: Sequence[list[int]],
+    make: Callable[[list[int]], Batch],
+    device: torch.device,
+) -> Stored:
+    """The reference's values of every item, in float32 on the CPU.
+
+    `batches` holds item indices; `make(indices)` builds their batch: all first examples, then all second ones.
+    """
+    stored: dict[int, tuple[Inputs, ...]] = {}
+    for indices in batches:
+        batch = make(indices)
+        values = {name: tensor.float().cpu() for name, tensor in reference(batch.to(device)).items()}
+        flat = batch.cu_seqlens is not None
+        examples = [(index, part) for part in range(len(items[0])) for index in indices]
+        start = 0
+        parts: dict[int, list[Inputs]] = {index: [] for index in indices}
+        for row, (index, part) in enumerate(examples):
+            length = len(items[index][part].input_ids)
+            place = (0, slice(start, start + length)) if flat else (row, slice(length))
+            parts[index].append({name: tensor[place].clone() for name, tensor in values.items()})
+            start += length
+        stored |= {index: tuple(inputs) for index, inputs in parts.items()}
+    return [stored[index] for index in range(len(items))]
+
+
+def write_values(path: Path, stored: Stored) -> None:
+    """Saves the values, whole or not at all."""
+    names = stored[0][0].keys()
+    flat = {name: torch.cat([inputs[name] for item in stored for inputs in item]) for name in names}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with files.new_file(path) as unfinished:
+        save_file(flat, unfinished)
+
+
+def read_values(path: Path, items: Sequence[Item]) -> Stored:
+    """The values that `write_values` saved for the same items."""
+    lengths = [len(example.input_ids) for item in items for example in item]
+    with safe_open(path, "pt") as file:
+        flat = {name: file.get_tensor(name).split(lengths) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    positions = iter(range(len(lengths)))
+    return [
+        tuple(
+            {name: parts[position] for name, parts in flat.items()}
+            for _, position in zip(item, positions, strict=False)
+        )
+        for item in items
+    ]
+
+
+def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, world: World) -> Stored:
+    """The reference's values of a loader's items, from the cache, where the main process puts them first."""
+    depends_on = {
+        "weights": hash_weights(asked.model),
+        "data": loader.data.fingerprint(),
+        "inputs": asked.names,
+        "dtype": options.dtype,
+        "bf16": computes_in_bf16(options, world.device),
+        "attention": asked.model.config._attn_implementation,
+    }
+    path = cache_file(cache_folder(options), depends_on)
+    if world.is_main and not path.is_file():
+        unpacked = loader.without_packs()
+        batches = consecutive(len(loader.data.items), options.per_device_eval_batch_size)
+        write_values(path, compute_values(asked, loader.data.items, batches, unpacked.batch, world.device))
+    world.wait()
+    return read_values(path, loader.data.items)

@@ -1,0 +1,173 @@
+"""Everything that a training run needs, put together from its options.
+
+    options ──> loss
+       ├─────> model's folder ──> tokenizer ──> rows ──> tokens ──> loaders ──> sampler ──> number of steps
+       ├─────> checkpoint to go on from ──> state
+       └─────> engine, model to train, reference, optimizer, reporter
+
+A loader collates any batch on demand, and the sampler says which batches a step reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from logitless.losses import Loss
+from logitless.training import checkpoint, files
+from logitless.training.collate import Batch
+from logitless.training.config import TrainOptions
+from logitless.training.errors import InputError
+from logitless.training.loader import Loader, load_data, make_loaders
+from logitless.training.metrics import Reporter
+from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
+from logitless.training.objective import Engine, computes_in_bf16, engine_of
+from logitless.training.optimizer import make_optimizer
+from logitless.training.parallel import World
+from logitless.training.reference_model import (
+    ReferenceModel,
+    column_inputs,
+    load_reference,
+    needs_reference,
+    stored_values,
+)
+from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
+from logitless.training.sampler import Sampler
+
+
+@dataclass
+class Run:
+    """One training run, ready for its next step."""
+
+    options: TrainOptions
+    world: World
+    loss: Loss
+    tokenizer: Any
+    engine: Engine
+    model: Any
+    parallel: Any  # the model, in DistributedDataParallel where there are several processes
+    loader: Loader
+    eval_loader: Loader | None
+    reference: ReferenceModel | None  # to ask at every batch; None if the loss needs none or its values are stored
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+    total_steps: int
+    identity: dict[str, Any]  # of the data position, which a resumed run must share
+    state: dict[str, Any]  # step, counters, open log window
+    reporter: Reporter
+
+    @property
+    def output(self) -> Path:
+        """The folder of checkpoints, metrics and the trained model."""
+        return Path(self.options.output_dir)
+
+    def complete(self, batch: Batch) -> Batch:
+        """A batch on the device, with the reference's values."""
+        batch = batch.to(self.world.device)
+        if self.reference is None:
+            return batch
+        return dataclasses.replace(batch, loss_inputs={**batch.loss_inputs, **self.reference(batch)})
+
+    def trainable(self) -> Iterable[torch.nn.Parameter]:
+        """The parameters that the optimizer updates."""
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def prepare(options: TrainOptions, world: World) -> Run:
+    """The run that the options describe, at step 0 or at the checkpoint that it goes on from.
+
+    Raises:
+        InputError: options, data, model or checkpoint that can not be used.
+    """
+    loss, resumed = options.make_loss(), find_checkpoint(options)
+    state = first_state(resumed)
+    seed_generators(options.seed)
+
+    source = locate_once(options, world)
+    if Path(source).is_dir():  # a download's bars stay
+        hide_progress_bars()
+    tokenizer = load_tokenizer(source, options)
+    data, eval_data = load_data(options, tokenizer, loss, column_inputs(loss))
+    identity = identity_of(options, data.fingerprint(), world)
+    if resumed is not None:
+        require_same(state["identity"], identity, resumed)
+
+    engine = engine_of(options, loss, world.device)
+    dropout = not (needs_reference(loss) if options.disable_dropout is None else options.disable_dropout)
+    model = load_trained(options, source, resumed, loss, world.device, dropout=dropout)
+    _confirm(engine, model, options, world.device)
+    parallel = DistributedDataParallel(model) if world.size > 1 else model
+    loader, eval_loader = make_loaders(options, loss, model, tokenizer.pad_token_id, data, eval_data)
+    reference = load_reference(options, world, source, engine, loss, model)
+    if reference is not None and options.precompute_ref_log_probs:
+        for each in (loader, eval_loader):
+            if each is not None:
+                each.stored = stored_values(reference, each, options, world)
+        reference = None
+        gc.collect()
+
+    optimizer = make_optimizer(model, options)
+    batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    sampler = Sampler(len(loader.units), batch_size, accumulation, options.seed, world.rank, world.size)
+    epochs_of_steps = math.ceil(options.num_train_epochs * sampler.steps_per_epoch)
+    total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
+    reporter = _reporter(options, world, state["step"], total_steps)
+    run = Run(
+        options, world, loss, tokenizer, engine, model, parallel, loader, eval_loader, reference, optimizer, sampler,
+        total_steps, identity, state, reporter,
+    )  # fmt: skip
+    _describe(run)
+    if resumed is not None:
+        checkpoint.restore(resumed, model, optimizer, world)
+        reporter.say(f"resumed from {resumed}")
+    return run
+
+
+def _confirm(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
+    """Has the patch compare itself with the model's logits now, before data and time are spent."""
+    ids = torch.tensor([[1, 2, 3]], device=device)
+    try:
+        with torch.no_grad():
+            engine.stats(model, Batch(ids, ids), ("logprob",))
+    except ValueError as error:
+        raise InputError(f"{options.model_name_or_path}: {error}") from error
+
+
+def _reporter(options: TrainOptions, world: World, resumed_step: int, total_steps: int) -> Reporter:
+    """The reporter of a run, in an output folder without the leftovers of killed runs."""
+    output = Path(options.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    if world.is_main:
+        files.clean(output)
+    return Reporter(
+        output,
+        report_to=options.report_to,
+        resumed_step=resumed_step,
+        total_steps=total_steps,
+        is_main=world.is_main,
+    )
+
+
+def _describe(run: Run) -> None:
+    """Tells the reader of the terminal what is trained, how, and with what."""
+    options, model, device = run.options, run.model, run.world.device
+    trainable = sum(parameter.numel() for parameter in run.trainable())
+    total = sum(parameter.numel() for parameter in model.parameters())
+    precision = "bfloat16 autocast" if computes_in_bf16(options, device) else str(model.dtype).split(".")[-1]
+    run.reporter.say(
+        f"training {options.model_name_or_path}: {trainable} of {total} parameters, loss {run.loss}, backend "
+        f"{options.backend}, {precision} on {device}, {model.config._attn_implementation} attention"
+    )
+    run.reporter.say(f"training data: {run.loader.data.summary()}")
+    if run.eval_loader is not None:
+        run.reporter.say(f"evaluation data: {run.eval_loader.data.summary()}")
+    if run.loader.capacity is not None:
+        run.reporter.say(f"packing: {len(run.loader.data.items)} rows in {len(run.loader.units)} packs")

@@ -1,0 +1,108 @@
+"""Every code block of the documents runs as it stands.
+
+The Python blocks of a file run one after another in one namespace, as a reader would paste them into one session. They
+run in a folder that holds a tiny random model, `model`, and small data files, `rows.jsonl`, `pairs.jsonl` and
+`run.yaml`, where a reader has a real model and real data. Lines of shell blocks that call the command line run through
+it in this process. A YAML block is the configuration of one training step.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from training_fixtures import completion_rows, make_model, preference_rows, write_jsonl
+from typer.testing import CliRunner
+
+from logitless.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: Sections whose blocks are files to write, not sessions; tests of their own hold them.
+WALKS = re.compile(r"^(?:#+ |\*\*)A new (?:loss|backend)\b.*?(?=^## |^\*\*A new |\Z)", re.MULTILINE | re.DOTALL)
+RUN_YAML = {"method": "sft", "model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "run-yaml"}
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int  # of its first line of code
+    language: str
+    code: str
+
+
+def blocks(page: Path, *languages: str) -> list[Block]:
+    """The fenced blocks of a page in these languages."""
+    text = page.read_text(encoding="utf-8")
+    skipped = [match.span() for match in WALKS.finditer(text)]
+    found = []
+    for match in FENCE.finditer(text):
+        if match[1] in languages and not any(start < match.start() < end for start, end in skipped):
+            found.append(Block(page, text[: match.start(2)].count("\n") + 1, match[1], match[2]))
+    return found
+
+
+def pages_with(*languages: str) -> list[Any]:
+    chosen = [page for page in PAGES if blocks(page, *languages)]
+    return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in chosen]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A reader's folder: a model and data."""
+    folder = tmp_path_factory.mktemp("reader")
+    make_model(folder / "model")
+    write_jsonl(folder / "rows.jsonl", completion_rows())
+    write_jsonl(folder / "pairs.jsonl", preference_rows())
+    (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML))
+    return folder
+
+
+@pytest.fixture
+def reader(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder is a copy of the reader's, without outputs of another page."""
+    for path in prepared.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+
+
+def test_every_fence_has_a_language_that_is_run_or_says_that_it_is_not() -> None:
+    """`text` is what a program printed, or what cannot run here; the sentence before the block says why."""
+    for page in PAGES:
+        for language in re.findall(r"^```(\w*)\n.*?^```$", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+            assert language in ("python", "bash", "yaml", "text", "diff"), (page.name, language)
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("page", pages_with("python"))
+def test_python_blocks_run(page: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page, "python"):
+        source = "\n" * (block.line - 1) + block.code  # so that a traceback names the page's own line
+        exec(compile(source, str(page), "exec"), namespace)
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_calls_of_the_command_line_run(page: Path) -> None:
+    lines = [line for block in blocks(page, "bash") for line in block.code.replace("\\\n", " ").splitlines()]
+    calls = [words for line in lines if (words := shlex.split(line.removeprefix("python -m "), comments=True))]
+    assert all(words[0] == "logitless" for words in calls), calls
+    for words in calls:
+        result = CliRunner().invoke(app, words[1:])
+        assert result.exit_code == 0, (words, result.output)
+
+
+@pytest.mark.usefixtures("reader")
+@pytest.mark.parametrize("page", pages_with("yaml"))
+def test_yaml_blocks_train(page: Path) -> None:
+    for block in blocks(page, "yaml"):
+        Path("block.yaml").write_text(yaml.safe_dump({**RUN_YAML, "max_steps": 1, **yaml.safe_load(block.code)}))
+        result = CliRunner().invoke(app, ["train", "--config", "block.yaml"])
+        assert result.exit_code == 0, (block.code, result.output)

@@ -1,0 +1,91 @@
+"""README stays short and true, and every link of the documents leads somewhere."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from logitless import losses
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES += [page for folder in ("docs", "kernels", "benchmarks") for page in sorted((ROOT / folder).rglob("*.md"))]
+LINK = re.compile(r"\]\((?!https?://)([^)#\s]*)(?:#([^)\s]+))?\)")
+#: A screen and a half.
+MOST_LINES, WIDEST = 130, 120
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def dead_links(page: Path) -> Iterator[str]:
+    for file, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = (page.parent / file).resolve() if file else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            yield f"{file}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_relative_link_leads_somewhere(page: Path) -> None:
+    assert list(dead_links(page)) == []
+
+
+@pytest.mark.parametrize("folder", ["triton", "cuda", "cpu"])
+def test_a_manual_names_every_file_of_its_kernels(folder: str) -> None:
+    here = ROOT / "kernels" / folder
+    manual = (here / "README.md").read_text(encoding="utf-8")
+    files = [path.name for path in here.iterdir() if path.is_file() and path.suffix not in (".md", ".so")]
+    assert [name for name in files if f"`{name}`" not in manual] == []
+
+
+def test_readme_is_a_screen_and_a_half() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= MOST_LINES
+    assert [line for line in lines if len(line) > WIDEST] == []
+
+
+def test_readme_names_losses_of_the_registry() -> None:
+    section = README[README.index("\n## Losses\n") : README.index("\n## Backends and strategies\n")]
+    linked = dict(re.findall(r"\[`(\w+)`\]\(docs/losses\.md#(\w+)\)", section))
+    assert len(linked) >= 12
+    assert all(name == anchor and name in losses.names() for name, anchor in linked.items()), linked
+    assert f"has all {len(losses.names())}:" in section
+
+
+def load_memory() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("memory", ROOT / "docs" / "memory.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_states_the_memory_that_was_measured() -> None:
+    memory = load_memory()
+    curves, results = memory.curves(), json.loads(memory.RESULTS.read_text())
+    largest = memory.VOCABULARIES[-1]
+    text = " ".join(README.split())
+    assert f"Of {memory.TOKENS} tokens and a vocabulary of {largest}," in text
+    materialised, ours = (curves[name][largest] for name in ("materialised logits", "logitless"))
+    assert f"materialised logits take {materialised:.0f} MiB" in text and f"logitless {ours:.0f} MiB" in text
+    assert f"torch {results['versions']['torch'].partition('+')[0]}," in text
+
+
+def test_memory_of_the_picture_is_measured_by_this_script() -> None:
+    """Materialised logits and their gradient are there at once; logitless has one chunk, which may be all of them."""
+    memory = load_memory()
+    tokens, vocabulary = 512, 8192
+    logits = 4 * tokens * vocabulary
+    assert memory.extra_bytes("materialised logits", vocabulary, tokens, 32) >= 2 * logits
+    assert memory.extra_bytes("logitless", vocabulary, tokens, 32) < 1.2 * logits
