@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,11 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 FLOATING = ("hidden", "weight", "bias")
 
 
+#: Statistics whose gradient is a sum of terms that cancel: lse's, with a frozen head, is the difference `slope weight_t
+#: - d logprob`; the entries of the entropy's add up to 0.
+CANCELLING = {"lse", "entropy"}
+
+
 @dataclass(frozen=True)
 class Case:
     """One call of an op: its tensors, the head's options, and how many tokens fit a chunk."""
@@ -39,9 +45,13 @@ class Case:
 
     @property
     def scale(self) -> float:
-        """Size of the terms of a frozen head's gradient: for lse it is the difference `slope weight_t - d logprob`."""
+        """Size of the terms of a frozen head's gradient, for the statistics of `CANCELLING`."""
         frozen = not any(x is not None and x.requires_grad for x in self.problem[1:3])
         return self.problem.weight.abs().max().item() if frozen else 0.0
+
+    def scale_of(self, outputs: Collection[str]) -> float:
+        """`scale` if one of these statistics has a gradient whose terms cancel, else 0."""
+        return self.scale if CANCELLING & set(outputs) else 0.0
 
     @property
     def bent_scale(self) -> float:

@@ -457,7 +457,7 @@ def check_op(case: Case, outputs: tuple[str, ...], backward: str) -> None:
             ours,
             lambda p: materialised(p, case.transform, outputs=outputs),
             case.problem,
-            scale=case.scale if "lse" in outputs else 0.0,
+            scale=case.scale_of(outputs),
         )
 
 

@@ -37,7 +37,7 @@ def check(case: Case, outputs: tuple[str, ...], **options) -> None:
             lambda p: run(p, outputs=outputs, **case.options, **options),
             lambda p: materialised(p, case.transform, outputs=outputs),
             case.problem,
-            scale=case.scale if "lse" in outputs else 0.0,
+            scale=case.scale_of(outputs),
         )
 
 

@@ -76,7 +76,7 @@ def test_any_options_against_float64(function, case, reduction, backend):
             ours(case, function, reduction=reduction, backend=backend),
             oracle(case, function, reduction),
             case.problem,
-            scale=case.scale if "lse" in FUNCTIONS[function] else 0.0,
+            scale=case.scale_of(FUNCTIONS[function]),
         )
 
 

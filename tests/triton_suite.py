@@ -56,7 +56,7 @@ def check(case: Case, outputs: tuple[str, ...], **options) -> None:
             lambda p: run(p, outputs=outputs, **case.options, **options),
             lambda p: materialised(p, case.transform, outputs=outputs),
             problem,
-            scale=max(case.scale if "lse" in outputs else 0.0, case.bent_scale),
+            scale=max(case.scale_of(outputs), case.bent_scale),
         )
 
 
