@@ -15,7 +15,7 @@ from logitless.backends import BACKENDS
 from logitless.backends.approximate import select
 from logitless.backends.approximate.order import SIZES, inverse, permuted, restored, vocabulary_order
 from logitless.backends.approximate.report import tail_report
-from logitless.backends.interface import Gradients, Needs, Problem, Upstream
+from logitless.backends.interface import Gradients, Needs, Problem, SummedLosses, Upstream
 from logitless.testing import make_problem
 from logitless.types import Head, TokenStats
 
@@ -55,8 +55,8 @@ def by_single_pass(problem: Problem, tolerance: float = TOLERANCE) -> Gradients:
         one = torch.ones_like(stats.logprob)
         return -stats.logprob.sum(), Upstream(logprob=-one, entropy=0.1 * one)
 
-    names = ("logprob", "entropy")
-    return ENTRIES.single_pass(problem, names, coefficients, None, ALL, tolerance).gradients
+    losses = SummedLosses(("logprob", "entropy"), coefficients, None, ALL)
+    return ENTRIES.single_pass(problem, losses, tolerance).gradients
 
 
 WAYS = {"logprobs": by_logprobs, "single pass": by_single_pass}

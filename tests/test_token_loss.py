@@ -343,7 +343,7 @@ def test_the_backend_makes_the_gradients_needed_alone(monkeypatch, trainable):
 
     asked = []
     single_pass = CHUNKED.single_pass
-    monkeypatch.setattr(CHUNKED, "single_pass", lambda *args: asked.append(args[4]) or single_pass(*args))
+    monkeypatch.setattr(CHUNKED, "single_pass", lambda *args: asked.append(args[1].needs) or single_pass(*args))
     problem = make_problem((6,), 4, 9, bias=True, trainable=trainable)
     arguments = (problem.hidden, problem.weight, problem.targets, nll)
     linear_token_loss(*arguments, bias=problem.bias)

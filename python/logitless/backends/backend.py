@@ -13,7 +13,6 @@ from .exact.chunks import chunk_tokens
 from .exact.divergence import divergence_sweep, torch_divergence_rows
 from .interface import (
     Approximate,
-    Coefficients,
     DivergenceEngine,
     DivergenceProblem,
     DivergenceResult,
@@ -23,6 +22,7 @@ from .interface import (
     Problem,
     RowEngine,
     SinglePass,
+    SummedLosses,
     Upstream,
 )
 
@@ -67,16 +67,9 @@ class Backend:
         """Gradients from `upstream`, the logits computed again."""
         return sweep.backward(self.rows, problem, stats, upstream, needs)
 
-    def single_pass(
-        self,
-        problem: Problem,
-        outputs: tuple[str, ...],
-        coefficients: Coefficients,
-        groups: Tensor | None,
-        needs: Needs,
-    ) -> SinglePass:
+    def single_pass(self, problem: Problem, losses: SummedLosses) -> SinglePass:
         """The sum of a loss and its gradients in one sweep."""
-        return sweep.single_pass(self.rows, problem, outputs, coefficients, groups, needs)
+        return sweep.single_pass(self.rows, problem, losses)
 
     def divergence(
         self, problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]

@@ -79,6 +79,16 @@ def rows_of(vectors: PerToken, rows: slice) -> PerToken:
 #: (statistics of a chunk, its rows) -> (sum of its losses, gradients to those statistics)
 Coefficients = Callable[[TokenStats, slice], tuple[Tensor, Upstream]]
 
+
+class SummedLosses(NamedTuple):
+    """A single pass's task: a sum of losses of the tokens' statistics, and the gradients that it needs."""
+
+    outputs: tuple[str, ...]  # the statistics that the losses read
+    coefficients: Coefficients
+    groups: Tensor | None  # [N], non-decreasing: the tokens of one group are seen together
+    needs: Needs
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Its results
 
@@ -267,14 +277,6 @@ class Approximate(Protocol):
         """Gradients from what `forward` saved."""
         ...
 
-    def single_pass(
-        self,
-        problem: Problem,
-        outputs: tuple[str, ...],
-        coefficients: Coefficients,
-        groups: Tensor | None,
-        needs: Needs,
-        tolerance: float,
-    ) -> SinglePass:
+    def single_pass(self, problem: Problem, losses: SummedLosses, tolerance: float) -> SinglePass:
         """The sum of a loss and its approximate gradients."""
         ...

@@ -44,7 +44,6 @@ from ..exact.gradients import Accumulators, target_entry
 from ..exact.products import multiply, spans
 from ..interface import (
     Approximate,
-    Coefficients,
     ExactPasses,
     Forward,
     Gradients,
@@ -52,6 +51,7 @@ from ..interface import (
     Problem,
     Saved,
     SinglePass,
+    SummedLosses,
     Upstream,
     empty_gradients,
 )
@@ -157,25 +157,19 @@ class Blocks(Approximate):
             report.add_exact(count, len(problem.head.weight))
         return self.backend.backward(problem, stats, upstream, needs)
 
-    def single_pass(
-        self,
-        problem: Problem,
-        outputs: tuple[str, ...],
-        coefficients: Coefficients,
-        groups: Tensor | None,
-        needs: Needs,
-        tolerance: float,
-    ) -> SinglePass:
+    def single_pass(self, problem: Problem, losses: SummedLosses, tolerance: float) -> SinglePass:
         """The sum of a loss and its gradients: forward, loss and backward, each of all tokens; no group is cut."""
-        if not self.engine.takes(problem.hidden, problem.head) or "entropy" in outputs:
-            return self.entries.single_pass(problem, outputs, coefficients, groups, needs, tolerance)
+        if not self.engine.takes(problem.hidden, problem.head) or "entropy" in losses.outputs:
+            return self.entries.single_pass(problem, losses, tolerance)
         here = permuted(problem)
-        (stats, _), saved = self.forward(here, outputs, tolerance)
+        (stats, _), saved = self.forward(here, losses.outputs, tolerance)
 
         def gradients(upstream: Upstream) -> Gradients:
-            return restored(self.backward(here, stats, saved, upstream, needs, tolerance), problem.vocabulary_order)
+            return restored(
+                self.backward(here, stats, saved, upstream, losses.needs, tolerance), problem.vocabulary_order
+            )
 
-        return around_a_loss(problem, stats, coefficients, needs, gradients)
+        return around_a_loss(problem, stats, losses, gradients)
 
 
 def has_aligned_rows(matrix: Tensor) -> bool:

@@ -35,7 +35,6 @@ from ..exact.gradients import Accumulators, add_targets, target_entry
 from ..exact.products import spans
 from ..interface import (
     Approximate,
-    Coefficients,
     ExactPasses,
     Forward,
     Gradients,
@@ -44,6 +43,7 @@ from ..interface import (
     RowGradient,
     Saved,
     SinglePass,
+    SummedLosses,
     Tile,
     Upstream,
     rows_of,
@@ -101,15 +101,7 @@ class Entries(Approximate):
     ) -> Gradients:
         return gradients_from(self.backend, problem, stats, Kept(*saved), upstream, needs, tolerance)
 
-    def single_pass(
-        self,
-        problem: Problem,
-        outputs: tuple[str, ...],
-        coefficients: Coefficients,
-        groups: Tensor | None,
-        needs: Needs,
-        tolerance: float,
-    ) -> SinglePass:
+    def single_pass(self, problem: Problem, losses: SummedLosses, tolerance: float) -> SinglePass:
         """One sweep: every statistic's gradient is approximated, under a softcap too, for the matrix is at hand.
 
         `mean c` is that of the tokens seen so far.
@@ -118,7 +110,7 @@ class Entries(Approximate):
         def sums_of(chunks: Chunks, needs: Needs) -> sweep.Sums:
             return _EntrySums(chunks, needs, tolerance)
 
-        return sweep.single_pass(self.backend.rows, problem, outputs, coefficients, groups, needs, sums_of)
+        return sweep.single_pass(self.backend.rows, problem, losses, sums_of)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -248,17 +240,16 @@ def rows_of_head(weight: Tensor, kept: Kept) -> Tensor:
 def around_a_loss(
     problem: Problem,
     stats: TokenStats,
-    coefficients: Coefficients,
-    needs: Needs,
+    losses: SummedLosses,
     gradients: Callable[[Upstream], Gradients],
 ) -> SinglePass:
     """A loss of all tokens' statistics, between a forward that is done and a backward (`gradients`)."""
     assert stats.logprob is not None
     loss, upstream = stats.logprob.new_zeros(()), Upstream()
     if len(problem.targets):
-        loss, upstream = coefficients(stats, slice(0, len(problem.targets)))
+        loss, upstream = losses.coefficients(stats, slice(0, len(problem.targets)))
     if all(g is None for g in upstream):
-        return SinglePass(loss, stats.logprob, zero_gradients(problem, needs, loss.dtype))
+        return SinglePass(loss, stats.logprob, zero_gradients(problem, losses.needs, loss.dtype))
     return SinglePass(loss, stats.logprob, gradients(upstream))
 
 

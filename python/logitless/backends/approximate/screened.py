@@ -39,7 +39,6 @@ from ..exact.chunks import chunk_budget
 from ..exact.products import spans
 from ..interface import (
     Approximate,
-    Coefficients,
     ExactPasses,
     Forward,
     Gradients,
@@ -47,6 +46,7 @@ from ..interface import (
     Problem,
     Saved,
     SinglePass,
+    SummedLosses,
     Upstream,
 )
 from .entries import Entries, Kept, around_a_loss, gradients_from, rows_of_head
@@ -91,10 +91,7 @@ class Screened(Approximate):
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], tolerance: float) -> tuple[Forward, Saved]:
         """`TokenStats` of every token; its entries that carry probability, the rest by block, and `near`."""
-        result = None
-        if _takes(problem.hidden, problem.head, outputs):
-            result = self._screened(problem, tolerance)
-        return result or self._by_entries(problem, outputs, tolerance)
+        return self._screened(problem, outputs, tolerance) or self._by_entries(problem, outputs, tolerance)
 
     def backward(
         self, problem: Problem, stats: TokenStats, saved: Saved, upstream: Upstream, needs: Needs, tolerance: float
@@ -105,27 +102,17 @@ class Screened(Approximate):
         kept = Kept(counts, column, value, rows[:, :width], rows[:, width:])
         return gradients_from(self.backend, problem, stats, kept, upstream, needs, tolerance)
 
-    def single_pass(
-        self,
-        problem: Problem,
-        outputs: tuple[str, ...],
-        coefficients: Coefficients,
-        groups: Tensor | None,
-        needs: Needs,
-        tolerance: float,
-    ) -> SinglePass:
+    def single_pass(self, problem: Problem, losses: SummedLosses, tolerance: float) -> SinglePass:
         """The sum of a loss and its gradients: forward, loss and backward, each of all tokens; no group is cut."""
-        result = None
-        if _takes(problem.hidden, problem.head, outputs):
-            result = self._screened(problem, tolerance)
-        if result is None and groups is None:
-            return self.entries.single_pass(problem, outputs, coefficients, groups, needs, tolerance)
-        (stats, _), saved = result or self._by_entries(problem, outputs, tolerance)
+        result = self._screened(problem, losses.outputs, tolerance)
+        if result is None and losses.groups is None:
+            return self.entries.single_pass(problem, losses, tolerance)
+        (stats, _), saved = result or self._by_entries(problem, losses.outputs, tolerance)
 
         def gradients(upstream: Upstream) -> Gradients:
-            return self.backward(problem, stats, saved, upstream, needs, tolerance)
+            return self.backward(problem, stats, saved, upstream, losses.needs, tolerance)
 
-        return around_a_loss(problem, stats, coefficients, needs, gradients)
+        return around_a_loss(problem, stats, losses, gradients)
 
     def _by_entries(self, problem: Problem, outputs: tuple[str, ...], tolerance: float) -> tuple[Forward, Saved]:
         """The forward of `Entries`, and `near` from the entries that it kept."""
@@ -133,8 +120,10 @@ class Screened(Approximate):
         near = rows_of_head(problem.head.weight, Kept(*saved))
         return result, saved._replace(by_block=torch.cat([saved.by_block, near], 1))
 
-    def _screened(self, problem: Problem, tolerance: float) -> tuple[Forward, Saved] | None:
-        """The kernel's forward; None where the first chunks are too flat for it."""
+    def _screened(self, problem: Problem, outputs: tuple[str, ...], tolerance: float) -> tuple[Forward, Saved] | None:
+        """The kernel's forward; None where it has nothing to offer, or the first chunks are too flat for it."""
+        if not _takes(problem.hidden, problem.head, outputs):
+            return None
         from ...kernels.cpu import library
 
         path = library.location()

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from ...types import TokenStats
 from ..interface import (
-    Coefficients,
     Forward,
     Gradients,
     Needs,
@@ -26,6 +25,7 @@ from ..interface import (
     RowEngine,
     RowGradient,
     SinglePass,
+    SummedLosses,
     Upstream,
     rows_of,
 )
@@ -81,13 +81,11 @@ def exact_sums(chunks: Chunks, needs: Needs) -> Sums:
 def single_pass(
     engine: RowEngine,
     problem: Problem,
-    outputs: tuple[str, ...],
-    coefficients: Coefficients,
-    groups: Tensor | None,
-    needs: Needs,
+    losses: SummedLosses,
     sums_of: Callable[[Chunks, Needs], Sums] = exact_sums,
 ) -> SinglePass:
-    """The sum of a loss and its gradients in one sweep; `groups [N]`, non-decreasing, are never cut by a chunk."""
+    """The sum of losses and its gradients in one sweep; no group is cut by a chunk."""
+    outputs, coefficients, groups, needs = losses
     chunks = Chunks(engine, problem, outputs, trainable=needs.weight, whole_groups=groups is not None)
     sums, count = sums_of(chunks, needs), len(problem.targets)
     loss = torch.zeros((), dtype=chunks.dtype, device=problem.hidden.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...backends.interface import Needs
+from ...backends.interface import Needs, SummedLosses
 from ...types import statistics_dtype
 from .. import functions
 from ..checks import check_permutation
@@ -66,7 +66,7 @@ def token_loss(
     if groups is not None:
         tokens = tokens.together(groups)
         groups = tokens.take(groups)
-    rounds_head, names, wanted = strategy == "single_chunk", tuple(outputs.split()), Needs(*needs)
+    rounds_head, names = strategy == "single_chunk", tuple(outputs.split())
     problem = problem_of(hidden, weight, bias, targets, order, transform, tokens, execution, rounds_head=rounds_head)
     of_chunk = coefficients(
         functions.of_handle(function, numbers),
@@ -76,12 +76,13 @@ def token_loss(
         differentiate=any(needs),
         per_token=groups is None,
     )
+    losses = SummedLosses(names, of_chunk, groups, Needs(*needs))
     with no_autocast(hidden.device):
         if execution.approximates():
             engine = backends.BACKENDS[backend].approximate(strategy)
-            result = engine.single_pass(problem, names, of_chunk, groups, wanted, tolerance)
+            result = engine.single_pass(problem, losses, tolerance)
         else:
-            result = backends.BACKENDS[backend].single_pass(problem, names, of_chunk, groups, wanted)
+            result = backends.BACKENDS[backend].single_pass(problem, losses)
     d_weight = cast(result.gradients.weight, weight.dtype) if rounds_head else result.gradients.weight
     return (
         result.loss,
