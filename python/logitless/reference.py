@@ -40,6 +40,17 @@ def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> T
     return TokenStats(**{name: _STATISTICS[name](z, targets) for name in outputs})
 
 
+def list_statistics(z: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> TokenStats:
+    """`TokenStats` of logits `z [N, V]` and listed ids `[N, K]`, -1 for an absent place."""
+    present, logp = ids >= 0, z.log_softmax(-1)
+    listed = torch.zeros_like(z).scatter_add(1, ids.clamp(min=0), present.to(z.dtype)) > 0
+    stats = statistics(z, None, tuple(name for name in outputs if name in ("lse", "entropy")))
+    logprob = logp.gather(1, ids.clamp(min=0)).masked_fill(~present, 0.0)
+    tail = logp.masked_fill(listed, -math.inf).logsumexp(-1)
+    known = stats._replace(logprob=logprob, tail=tail)
+    return TokenStats(**{name: getattr(known, name) for name in outputs})
+
+
 def _logprob(z: Tensor, targets: Tensor) -> Tensor:
     """`log p_t = -log(1 + sum_{j != t} e^(z_j - z_t))`: `z_t - lse` would round to 0 for a confident token."""
     z_target = z.gather(-1, targets[:, None])
@@ -80,6 +91,23 @@ def linear_logprobs(
     kept = (targets != ignore_index).nonzero()[:, 0]
     compact = statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs)
     return TokenStats(*(None if x is None else x.new_zeros(len(targets)).index_add(0, kept, x) for x in compact))
+
+
+def list_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+) -> TokenStats:
+    """`TokenStats` of `hidden [N, H]`, `weight [V, H]` and targets `[N, K]`, -1 for an absent place."""
+    kept = (targets >= 0).any(-1).nonzero()[:, 0]
+    compact = list_statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs)
+    return TokenStats(
+        *(None if x is None else x.new_zeros(len(targets), *x.shape[1:]).index_add(0, kept, x) for x in compact)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -195,7 +195,7 @@ def _side(prefix: str, hidden: Tensor, head: Tensor | Head, options: Options) ->
     weight, bias, logit_scale, softcap, temperature = head
     options = replace(options, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     names = (f"{prefix}hidden", f"{prefix}head.weight", f"{prefix}head.bias")
-    return prepare_call(hidden, weight, None, options, names)
+    return prepare_call(hidden, weight, None, options, names=names)
 
 
 def _strategy(pair: _Pair, reduction: str) -> str:
