@@ -46,7 +46,9 @@ def list_statistics(z: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> TokenSt
     listed = torch.zeros_like(z).scatter_add(1, ids.clamp(min=0), present.to(z.dtype)) > 0
     stats = statistics(z, None, tuple(name for name in outputs if name in ("lse", "entropy")))
     logprob = logp.gather(1, ids.clamp(min=0)).masked_fill(~present, 0.0)
-    tail = logp.masked_fill(listed, -math.inf).logsumexp(-1)
+    others = logp.masked_fill(listed, -math.inf)
+    nothing = others.isneginf().all(-1, keepdim=True)  # of nothing but -inf, logsumexp's gradient would be NaN
+    tail = others.masked_fill(nothing, 0).logsumexp(-1).masked_fill(nothing[:, 0], -math.inf)
     known = stats._replace(logprob=logprob, tail=tail)
     return TokenStats(**{name: getattr(known, name) for name in outputs})
 
@@ -93,7 +95,7 @@ def linear_logprobs(
     return TokenStats(*(None if x is None else x.new_zeros(len(targets)).index_add(0, kept, x) for x in compact))
 
 
-def list_logprobs(
+def linear_list_logprobs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,

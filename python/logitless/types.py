@@ -36,7 +36,8 @@ class TokenStats(NamedTuple):
     """Statistics of a token's next-token distribution `p = softmax(z)` over V logits `z`; no loss knows more of it.
 
     Every field has the leading shape of `hidden`, float32 (float64 for float64 inputs), and is `None` where it was not
-    asked for; `logprob` has the shape of the targets, which may be `[..., K]`. Natural logarithms throughout; 0 where the target is ignored.
+    asked for; `logprob` has the shape of the targets, which may be `[..., K]`. Natural logarithms throughout; 0 where
+    the target is ignored.
     """
 
     logprob: Tensor | None = None

@@ -93,7 +93,9 @@ class Cuda(Backend):
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
         """One fused GEMM where a kernel takes the operands; a unit gradient and lists of ids want chunks of logits."""
-        kernel = None if unit_gradient or problem.targets.dim() > 1 else fused_kernel(problem.hidden, problem.head.weight)
+        kernel = (
+            None if unit_gradient or problem.targets.dim() > 1 else fused_kernel(problem.hidden, problem.head.weight)
+        )
         if kernel is None:
             return super().forward(problem, outputs, unit_gradient)
         return Forward(_fused_forward(kernel, problem, _wanted(outputs), None), None)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # At run time the modules are found. A name that is missing h
     from .sft.per_answer import *  # noqa: F403
     from .sft.schedules import *  # noqa: F403
     from .sft.token_weights import *  # noqa: F403
+    from .top_k import *  # noqa: F403
 
 __all__ = [
     "DistributionLoss",

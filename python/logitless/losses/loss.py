@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import reduce
@@ -63,6 +62,16 @@ class Loss:
     def outputs(self) -> tuple[str, ...]:
         """The fields of `TokenStats` that the loss reads."""
         return ("logprob",)
+
+    @property
+    def lists(self) -> bool:
+        """Whether a token's target is a list of ids, so that `stats.logprob` and `inputs` are `[..., K]`."""
+        return False
+
+    @property
+    def within_list(self) -> bool:
+        """Whether log-probs renormalised over the list will do, so that no other logit is computed."""
+        return False
 
     @property
     def token_wise(self) -> bool:
@@ -138,7 +147,7 @@ class _TensorLoss(Loss):
         divergence: Tensor | None = None,
     ) -> Tensor:
         """The reduced loss, or for "none" one value a token, 0 where it does not count."""
-        known = {name: torch.where(tokens.mask, x, torch.zeros_like(x)) for name, x in inputs.items()}
+        known = {name: reduce.zero_outside(tokens.mask, x) for name, x in inputs.items()}
         losses = self._values(stats, tokens, known, divergence)
         if token_weight is not None:
             losses = losses * token_weight.to(losses.dtype)

@@ -163,9 +163,7 @@ def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: in
     require(~outside.any(), lambda: f"{expected}, got {int(targets[outside][0])}")
 
 
-def check_outputs(
-    outputs: Iterable[str], *, with_targets: bool, known: tuple[str, ...] = OUTPUTS
-) -> tuple[str, ...]:
+def check_outputs(outputs: Iterable[str], *, with_targets: bool, known: tuple[str, ...] = OUTPUTS) -> tuple[str, ...]:
     """The names asked for; raises unless each is `known` and can be computed from what the caller gives."""
     if isinstance(outputs, str) or not isinstance(outputs, Iterable):
         raise TypeError(f"outputs: expected a tuple of names of {list(known)}, got {outputs!r}")
@@ -174,7 +172,9 @@ def check_outputs(
         if known is not OUTPUTS and name in OUTPUTS and name not in known:
             raise ValueError(f"outputs: tokens that list several ids have {list(known)}, got {name!r}")
         if known is OUTPUTS and name == "tail":
-            raise ValueError("outputs: 'tail' is of targets [..., K], several ids a token; targets[..., None] has K = 1")
+            raise ValueError(
+                "outputs: 'tail' is of targets [..., K], several ids a token; targets[..., None] has K = 1"
+            )
         check_choice("outputs", name, known)
         if not with_targets and name in ("logprob", "correct"):
             raise ValueError(f"targets: expected token ids, as outputs asks for {name!r}, got None")

@@ -1,8 +1,8 @@
 """Several ids a token: their log-probs beside the mass of all others, log-probs within a kept set, and the likeliest.
 
-    linear_logprobs(targets [..., K])        one sweep over the logits, whatever K
-    linear_logprobs(targets, among=ids)      products with the listed ids alone, none with the vocabulary
-    linear_top_k                             one sweep without a gradient
+linear_logprobs(targets [..., K])        one sweep over the logits, whatever K
+linear_logprobs(targets, among=ids)      products with the listed ids alone, none with the vocabulary
+linear_top_k                             one sweep without a gradient
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, reference
+from .. import backends, reduce, reference
 from ..backends.exact.listed import first_places
-from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats, statistics_dtype
+from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats
 from . import checks
 from .call import Call, prepare_call
 from .registered.listed import list_logprobs, listed_products, top_k
@@ -34,7 +34,7 @@ def exact_statistics(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         )
     arguments = call.hidden, call.weight, options.bias, call.targets
     if options.backend == "reference":
-        return reference.list_logprobs(*arguments, transform=options.transform, outputs=outputs)
+        return reference.linear_list_logprobs(*arguments, transform=options.transform, outputs=outputs)
     results = list_logprobs(
         *arguments,
         options.transform.packed(),
@@ -82,8 +82,7 @@ def kept_statistics(call: Call, among: Tensor, outputs: tuple[str, ...]) -> Toke
         stats = of_tokens._replace(logprob=logprob.masked_fill(among < 0, 0.0))
     else:
         stats = reference.statistics(z, places.int().argmax(-1), outputs)
-    masked = (None if x is None else x.masked_fill(~counts.view(-1, *[1] * (x.dim() - 1)), 0.0) for x in stats)
-    return TokenStats(*masked)
+    return TokenStats(*(None if x is None else reduce.zero_outside(counts, x) for x in stats))
 
 
 def _logits(call: Call, ids: Tensor) -> Tensor:
@@ -151,9 +150,9 @@ def linear_top_k(
         z = reference.logits(call.hidden, call.weight, call.options.bias, transform)
         ids = z.topk(k, dim=-1).indices
         stats = reference.list_statistics(z, ids, LIST_OUTPUTS)
-        results = (ids, stats.logprob, stats.lse, stats.tail)
+        results = TopK(ids, *(x for x in (stats.logprob, stats.lse, stats.tail) if x is not None))
     else:
         name = backends.pick(backend, call.hidden)
         arguments = call.hidden, call.weight, call.options.bias, k, transform.packed(), name
-        results = top_k(*arguments, chunk_bytes, chunk_dtype)
-    return TopK(*(x.reshape(*shape, *x.shape[1:]) for x in results))
+        results = TopK(*top_k(*arguments, chunk_bytes, chunk_dtype))
+    return TopK(*(x.reshape((*shape, *x.shape[1:])) for x in results))

@@ -73,7 +73,8 @@ def linear_logprobs(
             side, which a corrected tail is much nearer to. None: the head's own order.
 
     Returns:
-        `TokenStats`, each field of `hidden`'s leading shape (logprob: of the targets') in float32 (float64 for float64); None where not asked for.
+        `TokenStats`, each field of `hidden`'s leading shape (logprob: of the targets') in float32 (float64 for
+        float64); None where not asked for.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device or value, before anything is computed, and a target
@@ -101,14 +102,16 @@ def linear_logprobs(
         outputs = checks.check_outputs(outputs, with_targets=targets is not None, known=known)
         stats = _of_lists(call, outputs) if call.listed else _statistics_of_call(call, outputs)
     shape = hidden.shape[:-1]
-    return TokenStats(*(None if x is None else x.reshape(*shape, *x.shape[1:]) for x in stats))
+    return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
 
 
 def _among(call: Call, among: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics of a distribution over the listed ids alone."""
     if targets is None or (call.listed and among is not targets):
         raise ValueError("targets: with among, expected one id a token, or the same tensor as among")
-    outputs = checks.check_outputs(outputs, with_targets=not call.listed or "correct" not in outputs, known=KEPT_OUTPUTS)
+    outputs = checks.check_outputs(
+        outputs, with_targets=not call.listed or "correct" not in outputs, known=KEPT_OUTPUTS
+    )
     listed = prepare_call(call.hidden, call.weight, among.reshape(-1, among.shape[-1]), call.options, lists=True)
     assert listed.targets is not None
     return kept_statistics(call, listed.targets, outputs)

@@ -83,7 +83,7 @@ def linear_token_loss(
             )
         stats = linear_logprobs(hidden, weight, targets, outputs=outputs, **options)
         # What stands behind an ignored token may be anything; a function's derivative there must not be NaN.
-        known = [zero_outside(counts, x) for x in token_inputs]
+        known = [reduce.zero_outside(counts, x) for x in token_inputs]
         losses = check_losses(per_token_loss(stats, *known), tuple(counts.shape))
         rule = reduce.Rule(None, 1.0 if reduction == "sum" else normalizer)
         return reduce.apply(losses, counts, rule, keep_tokens=reduction == "none")
@@ -98,11 +98,6 @@ def counted(targets: Tensor, call: Call) -> Tensor:
         return targets != call.options.ignore_index
     assert call.targets is not None
     return (call.targets >= 0).any(-1).view(targets.shape[:-1])
-
-
-def zero_outside(mask: Tensor, x: Tensor) -> Tensor:
-    """`x [..., *]` with 0 where the mask `[...]` is False."""
-    return torch.where(mask.view(*mask.shape, *[1] * (x.dim() - mask.dim())), x, torch.zeros_like(x))
 
 
 class SweepResult(NamedTuple):

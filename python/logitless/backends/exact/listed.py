@@ -61,7 +61,7 @@ class ListedRows(RowEngine):
         names = ("entropy",) if "entropy" in outputs else ()
         others = self.engine.measure(raw, head, lists.columns[:, 0], names, None)
         lists = lists._replace(others=others)
-        return Tile(others.logits, targets, _statistics(lists, outputs), lists)
+        return Tile(others.logits, targets, _list_statistics(lists, outputs), lists)
 
     def recall(self, raw: Tensor, head: Head, targets: Tensor, stats: TokenStats) -> Tile:
         lists, head = _set_apart(raw, head, targets)
@@ -127,7 +127,7 @@ def first_places(targets: Tensor) -> Tensor:
     return torch.zeros_like(new).scatter(1, order, new) & (targets >= 0)
 
 
-def _statistics(lists: _Lists, outputs: tuple[str, ...]) -> TokenStats:
+def _list_statistics(lists: _Lists, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics of a chunk's tokens."""
     others = lists.others.stats
     assert others.lse is not None
@@ -160,6 +160,7 @@ def _derivatives(lists: _Lists, stats: TokenStats, upstream: Upstream) -> tuple[
         common = common - a.sum(-1)
         listed = torch.where(lists.first, -a * torch.expm1(stats.logprob), a) + p * a  # near 1, a - p a would round
     if c is not None:
+        c = c if lists.nothing is None else c.masked_fill(lists.nothing[:, 0], 0.0)  # -inf, whatever the logits
         listed, of_tail = listed - p * c[:, None], -c * torch.expm1(stats.tail)
     listed, of_tail = listed + p * common[:, None], of_tail + rest * common
     of_entropy = None

@@ -1,4 +1,4 @@
-"""Ops on several ids a token: `list_logprobs`, `listed_products` and `top_k`, each with its backward where it has one."""
+"""Ops on several ids a token: `list_logprobs`, `listed_products` and `top_k`, and their backward ops."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def list_logprobs(
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Statistics of targets `[N, K]`, -1 for an absent place, in the order of `LIST_OUTPUTS`: logprob `[N, K]`, the others `[N]`.
+    """Statistics in the order of `LIST_OUTPUTS` of targets `[N, K]`, -1 for an absent place.
 
-    All but the entropy come always; it is empty unless `outputs` names it.
+    The logprob is `[N, K]`, the others `[N]`. All but the entropy come always; it is empty unless `outputs` names it.
     """
     execution = Execution(backend, "recompute", 0.0, chunk_bytes, chunk_dtype)
     tokens = of_targets(targets, ignore_index, len(weight))
@@ -85,7 +85,7 @@ def list_logprobs_backward(
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in their dtypes; `upstream` and `stats` are in the order of `LIST_OUTPUTS`."""
+    """Gradients of hidden, weight and bias in their dtypes; `upstream` and `stats` in the order of `LIST_OUTPUTS`."""
     execution = Execution(backend, "recompute", 0.0, chunk_bytes, chunk_dtype)
     tokens = of_targets(targets, ignore_index, len(weight))
     problem = problem_of(hidden, weight, bias, targets, None, transform, tokens, execution, rounds_head=True)
