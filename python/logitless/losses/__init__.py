@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # At run time the modules are found. A name that is missing h
     from .policy.weights import *  # noqa: F403
     from .preference.dpo import *  # noqa: F403
     from .preference.reference_free import *  # noqa: F403
+    from .preference.sampled import *  # noqa: F403
     from .preference.sums import *  # noqa: F403
     from .preference.unpaired import *  # noqa: F403
     from .preference.unpaired_statistics import *  # noqa: F403
