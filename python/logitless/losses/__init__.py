@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # At run time the modules are found. A name that is missing h
     from .preference.sums import *  # noqa: F403
     from .preference.unpaired import *  # noqa: F403
     from .preference.unpaired_statistics import *  # noqa: F403
+    from .rewards import *  # noqa: F403
     from .sft.anchored import *  # noqa: F403
     from .sft.f_divergence import *  # noqa: F403
     from .sft.likelihood import *  # noqa: F403
