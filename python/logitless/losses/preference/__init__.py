@@ -33,6 +33,8 @@ Methods that are one of these losses on data, or under a schedule, of their own:
   there is of sums; `dpo`'s is of averages.
 - **SPIN** (arXiv 2401.01335): `dpo`, or its loss type `hinge`. The data's answer is chosen, and the rejected one is the
   answer of the round's first policy, which is the reference too.
+- **TR-DPO** (arXiv 2404.09656): any loss with a reference, which follows the trained model: `--sync_ref_model` of the
+  training command.
 - **SPPO** (arXiv 2405.00675): `dpo`'s loss type `sppo_hard`, twice the authors' value, or with measured win rates
   `a2po`.
 - **TPO** and TPO-L (arXiv 2405.16681): `cpo` with `nll_weight=0`, or `simpo`, on the pair, and `tpo_alpha` times `nll`

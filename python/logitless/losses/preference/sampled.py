@@ -26,8 +26,8 @@ __all__ = ["optimal_value"]
 class REBEL(PairLoss):
     """Regression on relative rewards: `(v_chosen - v_rejected - eta (R_chosen - R_rejected))^2`.
 
-    R are the answers' rewards, `reward`. Which of the two counts as chosen changes nothing. The loss is quadratic: a
-    logprob of -inf gives the loss and the gradient inf.
+    R are the answers' rewards, `reward [2B]`. Which of the two counts as chosen changes nothing. The loss is quadratic:
+    a logprob of -inf gives the loss and the gradient inf.
 
     Detached: the reference, the rewards R and the metrics, whose rewards are `v / eta`, in the unit of R.
 
@@ -76,9 +76,10 @@ class REBEL(PairLoss):
 class A2PO(UnpairedLoss):
     """A*-PO, regression on the optimal advantage: `(beta v - A)^2` of single answers.
 
-    `A = R - V*`, the answer's reward over the value of its prompt, which `optimal_value` estimates from answers of the
-    reference. The policy that is optimal for the reward and a KL of weight beta to the reference has `beta v = A` on
-    every answer. The loss is quadratic: a logprob of -inf gives the loss and the gradient inf.
+    `A = R - V*`, the input `advantages [S]`, is the answer's reward over the value of its prompt, which `optimal_value`
+    estimates from answers of the reference. The policy that is optimal for the reward and a KL of weight beta to the
+    reference has `beta v = A` on every answer. The loss is quadratic: a logprob of -inf gives the loss and the gradient
+    inf.
 
     SPPO with win rates P is this loss over beta^2 at `A = P - 1/2`.
 
@@ -141,9 +142,9 @@ class XPO(PairLoss):
     """Exploratory preference optimisation: DPO, and a push away from the answer that the reference sampled.
 
     `-logsigmoid(beta (v_chosen - v_rejected)) + alpha logprob(the reference's answer)`. Of each pair one answer is the
-    policy's and the other the reference's, `from_reference`; a judge says which is chosen. The push is optimism: it
-    makes the policy try what the reference would not say. It has no lower bound. A logprob of -inf of the reference's
-    answer gives the loss -inf, or NaN where DPO's is inf; the gradient is finite.
+    policy's and the other the reference's, as the bools `from_reference [2B]` say; a judge says which is chosen. The
+    push is optimism: it makes the policy try what the reference would not say. It has no lower bound. A logprob of -inf
+    of the reference's answer gives the loss -inf, or NaN where DPO's is inf; the gradient is finite.
 
     Detached: the reference and the metrics, which are DPO's.
 
