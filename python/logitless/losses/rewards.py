@@ -17,7 +17,7 @@ __all__ = ["bradley_terry_loss", "process_reward_loss"]
 def bradley_terry_loss(
     chosen_reward: Tensor, rejected_reward: Tensor, margin: Tensor | None = None, *, center: float = 0.0
 ) -> Tensor:
-    """A reward model's loss of pairs, `-logsigmoid(chosen - rejected - margin) + center (chosen + rejected)^2`.
+    """Bradley-Terry loss of pairs: `-logsigmoid(chosen - rejected - margin) + center (chosen + rejected)^2`.
 
     The chance that the chosen answer wins is `sigmoid(chosen - rejected)`, which a constant added to all scores leaves
     as it is; `center` holds their mean at 0. Any finite scores give a finite loss and gradient (the square as far as
