@@ -88,6 +88,7 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
         ("dft", {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.5}),
         ("dpo", {}),
         ("dpo", {"precompute_ref_log_probs": True}),
+        ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3}),
     ],
 )
 def test_resuming_is_exact(

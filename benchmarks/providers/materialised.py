@@ -124,8 +124,9 @@ def _per_token(name: str, problem: Problem, draw: torch.Generator) -> Tensor:
 
 
 def _per_sequence(name: str, problem: Problem) -> Tensor:
-    """Constants of an unpaired loss: every other completion is desirable; one number shifts the rewards."""
-    return torch.arange(problem.shape[0]) % 2 == 0 if name == "desirable" else torch.tensor(0.1)
+    """Constants of a loss of whole sequences: marks of every other one; else one number for all."""
+    marks = name in ("desirable", "from_reference")
+    return torch.arange(problem.shape[0]) % 2 == 0 if marks else torch.tensor(0.1)
 
 
 @cache

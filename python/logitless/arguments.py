@@ -38,6 +38,7 @@ class LossArguments(OptionKeywords, total=False):
     demonstration: Tensor | None
     density_ratio: Tensor | None
     desirable: Tensor | None
+    from_reference: Tensor | None
     group: Tensor | None
     log_normalizer: Tensor | None
     negative: Tensor | None
@@ -47,6 +48,7 @@ class LossArguments(OptionKeywords, total=False):
     ref_logprob: Tensor | None
     ref_lse: Tensor | None
     reference_point: Tensor | None
+    reward: Tensor | None
     reward_shift: Tensor | None
     sampling_logprob: Tensor | None
     sft_logprob: Tensor | None
@@ -117,6 +119,9 @@ def loss_inputs(
             inputs[name] = x if name in loss.sequence_inputs else spread(name, x, tokens)
     if loss.of_sequences:
         need_sequences(tokens, f"a loss of whole sequences ({loss.name})")
+    for name in loss.sequence_inputs:
+        if inputs[name].shape not in ((), (tokens.sequences,)):
+            raise ValueError(f"{name}: expected {per_sequence}, or [], one for all, got {list(inputs[name].shape)}")
     return inputs
 
 

@@ -55,7 +55,7 @@ class Loss:
 
     @property
     def sequence_inputs(self) -> tuple[str, ...]:
-        """Constants per sequence, `[S]`, or of one number, `[]`, that an unpaired loss needs."""
+        """Constants per sequence, `[S]`, or of one number, `[]`, that a loss of whole sequences needs."""
         return ()
 
     @property
@@ -122,7 +122,8 @@ class Loss:
         Args:
             stats: of the mask's shape, with the fields that `outputs` names.
             tokens: which tokens count, and their sequences.
-            inputs: the loss's inputs of the mask's shape; of an unpaired loss also its sequence inputs, `[S]` or `[]`.
+            inputs: the loss's inputs of the mask's shape; of a loss of whole sequences also its sequence inputs, `[S]`
+                or `[]`.
             token_weight, reduction, normalizer, max_length: see `linear_loss`.
             divergence: per token, for a loss that compares distributions.
         """

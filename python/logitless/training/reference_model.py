@@ -1,8 +1,9 @@
 """Per-token values of the reference model, for the losses that compare with one.
 
-The reference is the model as the run found it. Its values are computed batch by batch while training (from a frozen
-copy, or from the model itself with its LoRA adapter switched off), or once before training and kept in a file whose
-name is a hash of everything they depend on: weights, tokens, precision and the values asked for.
+The reference is the model as the run found it, or follows the trained one (`Following`). Its values are computed batch
+by batch while training (from a frozen copy, or from the model itself with its LoRA adapter switched off), or once
+before training and kept in a file whose name is a hash of everything they depend on: weights, tokens, precision and the
+values asked for.
 """
 
 from __future__ import annotations
@@ -53,6 +54,27 @@ def column_inputs(loss: Loss) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
+class Following:
+    """TR-DPO's moving reference: after every `steps` updates `alpha trained + (1 - alpha) reference`.
+
+    alpha = 1 copies the trained model, and a small alpha after every update is an exponential moving average. The
+    latter needs float32 weights: bfloat16 loses a change below half a unit of a weight's last place.
+
+    Source: arXiv 2404.09656; its authors' code (turbo-llm/turbo-alignment) and TRL's `SyncRefModelCallback` agree.
+    """
+
+    alpha: float
+    steps: int
+
+    @torch.no_grad()
+    def move(self, reference: nn.Module, trained: nn.Module, done: int) -> None:
+        """Moves the reference if it is due after update `done`; both models have the same parameters, in one order."""
+        if done % self.steps == 0:
+            for ours, theirs in zip(reference.parameters(), trained.parameters(), strict=True):
+                ours.lerp_(theirs.to(ours), self.alpha)
+
+
+@dataclass(frozen=True)
 class ReferenceModel:
     """A frozen model that is asked for its own view of a batch.
 
@@ -60,16 +82,27 @@ class ReferenceModel:
         engine: how it is asked, in the precision of the run.
         model: the frozen copy, or the trained model under LoRA, whose adapter is switched off meanwhile.
         loss: the loss whose inputs it gives.
+        following: how it follows the trained model; None, the default, where it stays.
     """
 
     engine: Engine
     model: Any
     loss: Loss
+    following: Following | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """The loss inputs that it gives, of `FIELDS`."""
         return reference_inputs(self.loss)
+
+    def follow(self, trained: nn.Module, done: int) -> None:
+        """Moves towards the trained model, if it follows it and update `done` is one after which it does."""
+        if self.following is not None:
+            self.following.move(self.model, trained, done)
+
+    def moved(self) -> dict[str, torch.Tensor]:
+        """The parameters of a reference that follows, which a checkpoint holds; none of one that stays."""
+        return {} if self.following is None else {name: x.detach() for name, x in self.model.named_parameters()}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Any]:
@@ -95,6 +128,7 @@ def load_reference(
     frozen copy.
     """
     teacher = options.teacher_model_name_or_path
+    following = _following(options, loss)
     if not needs_reference(loss):
         return None
     if loss.compares_distributions and options.precompute_ref_log_probs:
@@ -108,7 +142,27 @@ def load_reference(
     frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
     if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
         raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
-    return ReferenceModel(engine, frozen, loss)
+    return ReferenceModel(engine, frozen, loss, following)
+
+
+def _following(options: TrainOptions, loss: Loss) -> Following | None:
+    """How the reference follows the trained model; None where it is not asked to.
+
+    Raises:
+        InputError: the run has no reference that could move, or compares with one that must not.
+    """
+    if not options.sync_ref_model:
+        return None
+    reasons = {
+        f"{loss.name} compares with no reference": not needs_reference(loss),
+        "use_peft: the reference is the model without its adapter": options.use_peft,
+        "precompute_ref_log_probs: the values are those of the start": options.precompute_ref_log_probs,
+        "teacher_model_name_or_path: a teacher stays as it is": options.teacher_model_name_or_path is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"sync_ref_model: {reason}")
+    return Following(options.ref_model_mixup_alpha, options.ref_model_sync_steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -76,6 +76,10 @@ class Run:
             return batch
         return dataclasses.replace(batch, loss_inputs={**batch.loss_inputs, **self.reference(batch)})
 
+    def moved_reference(self) -> dict[str, torch.Tensor]:
+        """The parameters of a reference that follows the trained model; none where there is no such reference."""
+        return {} if self.reference is None else self.reference.moved()
+
     def trainable(self) -> Iterable[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
@@ -127,6 +131,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     _describe(run)
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
+        checkpoint.restore_reference(resumed, run.moved_reference())
         reporter.say(f"resumed from {resumed}")
     return run
 

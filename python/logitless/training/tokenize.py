@@ -89,7 +89,8 @@ class RowTokenizer:
         truncation_mode: "keep_start" or "keep_end".
         completion_only: False makes every token count, prompts too (preference rows excepted).
         text_field: column of plain text.
-        columns: columns with one number, or true and false, per row, that are inputs of the loss.
+        columns: columns with one number, or true and false, per row, that are inputs of the loss; of preference rows
+            one of each side, `chosen_reward` and `rejected_reward`.
     """
 
     tokenizer: Any
@@ -129,9 +130,10 @@ class RowTokenizer:
         labels[:1] = IGNORED  # nothing comes before the first token to predict it from
         return example._replace(input_ids=example.input_ids[keep], labels=labels)
 
-    def _constants(self, row: Row) -> dict[str, float]:
+    def _constants(self, row: Row, side: str = "") -> dict[str, float]:
         constants: dict[str, float] = {}
-        for name in self.columns:
+        for column in self.columns:
+            name = side + column
             value = row.values.get(name)
             if name == "desirable" and value is None:
                 value = row.values.get("label")  # TRL's name
@@ -139,7 +141,7 @@ class RowTokenizer:
                 raise InputError(
                     f"{row.origin}: the loss needs a column {name} of numbers, or of true and false; got {value!r}"
                 )
-            constants[name] = value
+            constants[column] = value
         return constants
 
     def _sequence(self, row: Row) -> Example:
@@ -164,9 +166,12 @@ class RowTokenizer:
         prompt, chosen, rejected = _split_prompt(row)
         if chosen == rejected:
             raise InputError(f"{row.origin}: chosen and rejected are the same")
-        return (
-            self._completion(prompt, chosen, "chosen", row, always_masked=True),
-            self._completion(prompt, rejected, "rejected", row, always_masked=True),
+        sides = {"chosen": chosen, "rejected": rejected}
+        return tuple(
+            self._completion(prompt, answer, side, row, always_masked=True)._replace(
+                constants=self._constants(row, f"{side}_")
+            )
+            for side, answer in sides.items()
         )
 
     def _completion(self, prompt: Any, completion: Any, name: str, row: Row, always_masked: bool = False) -> Example:
