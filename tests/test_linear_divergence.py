@@ -217,7 +217,7 @@ def test_js_is_continuous_at_its_ends_where_normalised(end, kind):
 
 
 def test_symmetric_kl_is_the_weighted_sum_of_both_kls():
-    """And its gradient theirs; at the ends one of them alone, which may be finite where the other is not."""
+    """The gradient too; at the ends it is one of them alone, which may be finite where the other is not."""
     x = make((40,), (4, 4), 30, dtype=torch.float64, trainable=SIDES)
     forward, reverse = (measure(lambda y, kind=kind: value(y, kind), x) for kind in ("forward_kl", "reverse_kl"))
     for mixture in (0.0, 0.1, 0.5, 0.9, 1.0):

@@ -15,7 +15,9 @@ from .sequences import sequence_logprob
 from .whole_sequence import PairLoss, PreferenceResult, UnpairedLoss, UnpairedResult
 
 if TYPE_CHECKING:  # At run time the modules are found. A name that is missing here is `Any` for a type checker.
-    from .distillation import *  # noqa: F403
+    from .distillation.cross_tokenizer import *  # noqa: F403
+    from .distillation.distribution import *  # noqa: F403
+    from .distillation.sampled import *  # noqa: F403
     from .formulas import *  # noqa: F403
     from .policy.advantages import *  # noqa: F403
     from .policy.demonstrations import *  # noqa: F403

@@ -90,13 +90,13 @@ def linear_divergence(
     Infinite results: `forward_kl` and `cross_entropy` are inf where P has mass and Q has none (-inf logits), their
     gradient for the model is finite there; `reverse_kl` where Q has mass and P has none, `pearson_chi2` and
     `neyman_chi2` also where `q^2 / p` (`p^2 / q`) overflows, at log-ratios of about 88 in float32, and `alpha` outside
-    (0, 1) likewise: there the gradient is NaN. `symmetric_kl` is inf where either of its KLs is, and its gradient is NaN
-    where the reverse one's is. The others are bounded: js by the entropy of the mixture (log 2 at 1/2),
-    skew by -log skew, total variation and squared Hellinger by 1. An entry whose probability underflows counts as
-    absent.
+    (0, 1) likewise: there the gradient is NaN. `symmetric_kl` is inf where either of its KLs is; its gradient is finite
+    or NaN as that one's. The others are bounded: js by the entropy of the mixture (log 2 at 1/2), skew by -log skew,
+    total variation and squared Hellinger by 1. An entry whose probability underflows counts as absent.
 
     Source: GKD, arXiv 2306.13649 (js: its JSD(beta) with beta = mixture); DistiLLM, arXiv 2402.03898 and its code
-    (skews, symmetric_kl); the others are textbook f-divergences. Gradients derived; see `logitless.backends.exact.divergence`.
+    (skews, symmetric_kl); the others are textbook f-divergences. Gradients derived; see
+    `logitless.backends.exact.divergence`.
     """
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))
