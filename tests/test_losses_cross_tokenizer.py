@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitless import losses
+from logitless import linear_logprobs, linear_loss, losses
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Spans
@@ -173,6 +173,33 @@ def test_trl_uld_of_aligned_texts(monkeypatch):
         torch.testing.assert_close(a.exp(), b)
     model, teacher = torch.nn.functional.pad(ours[0], (0, 4), value=-math.inf), ours[1]
     torch.testing.assert_close(losses.universal_logit_distance(model, teacher), published(*theirs))
+
+
+def test_from_hidden_states_without_logits():
+    """The likeliest ids' log-probs come from the ops; the gradient is that of the sorted softmax."""
+    draw = torch.Generator().manual_seed(4)
+    hidden, weight = (torch.randn(n, 5, generator=draw, dtype=torch.float64).requires_grad_() for n in (6, 20))
+    ref = torch.randn(3, 30, generator=draw, dtype=torch.float64).log_softmax(-1).topk(4).values
+    targets = torch.randint(20, (6,), generator=draw)
+    log_p = (hidden @ weight.T).log_softmax(-1)
+    own, ids = log_p[torch.arange(6), targets], log_p.topk(4).indices
+    expected = losses.universal_logit_distance(losses.merge_spans(log_p.topk(4).values, own, SPANS), ref).mean()
+    *top, token = (linear_logprobs(hidden, weight, x).logprob for x in (*ids.T, targets))
+    found = losses.universal_logit_distance(losses.merge_spans(torch.stack(top, -1), token, SPANS), ref).mean()
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, weight)) for x in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_on_policy_distillation_from_another_tokenizer():
+    """Shared over spans, the teacher's log-probs make the loss of the spans' log-ratios."""
+    draw = torch.Generator().manual_seed(5)
+    hidden, weight = (torch.randn(n, 5, generator=draw, dtype=torch.float64) for n in (6, 20))
+    targets, ref = torch.randint(20, (6,), generator=draw), -torch.rand(5, generator=draw, dtype=torch.float64)
+    shared = losses.share_spans(ref, REF_SPANS, SPANS, 6)
+    found = linear_loss("on_policy_distillation", hidden, weight, targets, ref_logprob=shared, reduction="sum")
+    own = (hidden @ weight.T).log_softmax(-1)[torch.arange(6), targets]
+    torch.testing.assert_close(found, own.sum() - ref.sum())
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,18 @@ def test_by_default_it_is_the_policy_gradient_with_the_log_ratio_as_advantage():
     torch.testing.assert_close(slope, expected)
 
 
+def test_a_policy_loss_adds_it_as_its_kl_to_the_teacher():
+    advantages = doubles(1.0, -0.5, 0.3, 0.0)
+    estimate = dict(kl="k1", kl_gradient="k2", kl_importance=True)
+    alone, both = losses.DAPO(), losses.DAPO(beta=0.7, **estimate)
+    logprob = LOGPROB.clone().requires_grad_()
+    stats, shared = TokenStats(logprob=logprob), dict(advantages=advantages, old_logprob=OLD)
+    added = both(stats, **shared, ref_logprob=REF) - alone(stats, **shared)
+    value, slope = measured(OnPolicyDistillation(), LOGPROB, REF, OLD)
+    torch.testing.assert_close(added, 0.7 * value)
+    torch.testing.assert_close(torch.autograd.grad(added.sum(), logprob)[0], 0.7 * slope)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Expectations: every token of a small vocabulary is a sample, weighted by its probability
 

@@ -37,8 +37,8 @@ class Distillation(DistributionLoss):
             0.5, DistiLLM's the skews.
         mixture: of "js": the teacher's weight in the mixture, 0.5 as GKD's default. TRL takes 0 for forward and 1 for
             reverse KL while its inner values vanish towards both; here both ends are refused without `normalized`, and
-            `GKD` has TRL's. Of "symmetric_kl": the reverse KL's weight, 0.9 in DistiLLM and torchtune; 0.5, the
-            default, is half of Jeffreys' divergence.
+            `GKD` has TRL's. Of "symmetric_kl": the reverse KL's weight, 0.9 in DistiLLM. 0.5, the default, is half of
+            Jeffreys' divergence, and torchtune's default, whose `sym_kd_ratio` is the forward KL's weight.
         skew: of the skews: the weight of the divergence's own first argument in the mixture, 0.1 as DistiLLM.
         alpha: of "alpha": 1 is forward KL, 0 reverse KL; 0.5, the default, 4 times the squared Hellinger distance.
         normalized: of "js": divided by mixture (1 - mixture), which makes it continuous at both ends (derived).

@@ -41,9 +41,9 @@ class OnPolicyDistillation(TokenLoss):
     Detached: the teacher's values, `old_logprob`, and kappa where it is an advantage.
 
     When to use: the model samples, and a teacher, served elsewhere perhaps, scores the samples: one number a token, no
-    top-k and no hidden states. A clipped ratio is a policy loss: `PPO` or `CISPO` with `advantages=ref_logprob -
-    old_logprob`. Reward and teacher together are a policy loss with `advantages` of the reward and this loss beside it,
-    or the sum of both advantages.
+    top-k and no hidden states. Rewards beside the teacher: any policy loss whose `ref_logprob` is the teacher's adds
+    this loss with `beta=..., kl="k1", kl_gradient="k2", kl_importance=True`. A clipped ratio is a policy loss as well:
+    `PPO` or `CISPO` with `advantages=ref_logprob - old_logprob`.
 
     Limits: a token to which the teacher gives nothing has an advantage of -1e6, as log-probabilities count as that at
     least, with no gradient below: bound it with `max_log_ratio`. Beyond kappa = 20, k3 and r follow their tangent.
@@ -100,17 +100,17 @@ def minillm_advantages(
     mask: Tensor | None = None,
     sequence: Tensor | None = None,
 ) -> Tensor:
-    """MiniLLM's advantages: `sum_{k >= t} gamma^(k-t) (ref_logprob_k - old_logprob_k)` over the tokens from t on.
+    """MiniLLM's advantages: the mean over k >= t of `gamma^(k-t) (ref_logprob_k - old_logprob_k)`, token by token.
 
-    That sum is divided by the number of its tokens, which takes away what favours short answers. The whole method is
+    The division by the number of tokens from t on takes away what favours short answers. The whole method is
     `PPO` with these advantages (`whiten` first, as the authors do), plus `Distillation("reverse_kl")` on the same
     samples, a single step's exact gradient. The authors' code leaves the token's own term in the sum as well, as here.
 
     Args:
         old_logprob: `[B, T]`, of the model that sampled.
         ref_logprob: the same shape, the teacher's.
-        gamma: in [0, 1]; 1, the undiscounted sum, by default. TRL's default is 0, the token's own term alone; it divides
-            by the discounted count.
+        gamma: in [0, 1]; 1, the undiscounted sum, by default. TRL's default is 0, the token's own term alone, and it
+            divides by the discounted count.
         mask: bool, the tokens that count. All by default.
         sequence: int64, as `discounted_sum` has it.
 
@@ -120,8 +120,8 @@ def minillm_advantages(
     Raises:
         ValueError: gamma is out of range, or shapes differ.
 
-    Source: arXiv 2306.08543, read in the authors' code (microsoft/LMOps, minillm/losses.py). Their mixture of teacher and
-    model in sampling has an importance weight, which is `policy_weight` here.
+    Source: arXiv 2306.08543, read in the authors' code (microsoft/LMOps, minillm/losses.py). Their mixture of teacher
+    and model in sampling has an importance weight, which is `policy_weight` here.
     """
     if not 0.0 <= gamma <= 1.0:
         raise ValueError(f"gamma: expected a number in [0, 1], got {gamma!r}")
