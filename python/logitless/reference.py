@@ -161,9 +161,14 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
             return kl(log_p, log_q) if a else kl(log_q, log_p)
         return (1 - total((a * log_p + (1 - a) * log_q).exp())) / (a * (1 - a))
 
+    def symmetric_kl(w: float) -> Tensor:
+        if w in (0, 1):
+            return kl(log_q, log_p) if w else kl(log_p, log_q)
+        return (1 - w) * kl(log_p, log_q) + w * kl(log_q, log_p)
+
     def js(w: float) -> Tensor:
         if options.normalized and w in (0, 1):
-            return kl(log_q, log_p) if w else kl(log_p, log_q)
+            return symmetric_kl(w)
         value = w * kl(log_p, mix(w)) + (1 - w) * kl(log_q, mix(w))
         return value / (w * (1 - w)) if options.normalized else value
 
@@ -172,6 +177,8 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
             return kl(log_p, log_q)
         case "reverse_kl":
             return kl(log_q, log_p)
+        case "symmetric_kl":
+            return symmetric_kl(options.mixture)
         case "js":
             return js(options.mixture)
         case "skew_forward_kl":

@@ -142,6 +142,7 @@ def _transform(logit_scale: float, softcap: float | None, temperature: float) ->
 DivergenceKind = Literal[
     "forward_kl",
     "reverse_kl",
+    "symmetric_kl",
     "js",
     "skew_forward_kl",
     "skew_reverse_kl",
@@ -181,7 +182,7 @@ class DivergenceOptions:
                 "normalized=True it is forward_kl at 0 and reverse_kl at 1"
             )
         unread = {
-            "mixture": self.kind != "js" and self.mixture != 0.5,
+            "mixture": self.kind not in ("js", "symmetric_kl") and self.mixture != 0.5,
             "normalized": self.kind != "js" and self.normalized,
             "skew": not self.kind.startswith("skew") and self.skew != 0.1,
             "alpha": self.kind != "alpha" and self.alpha != 0.5,

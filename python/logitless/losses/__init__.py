@@ -16,7 +16,10 @@ from .sequences import sequence_logprob
 from .whole_sequence import PairLoss, PreferenceResult, UnpairedLoss, UnpairedResult
 
 if TYPE_CHECKING:  # At run time the modules are found. A name that is missing here is `Any` for a type checker.
-    from .distillation import *  # noqa: F403
+    from .distillation.cross_tokenizer import *  # noqa: F403
+    from .distillation.distribution import *  # noqa: F403
+    from .distillation.sampled import *  # noqa: F403
+    from .distillation.top_k import *  # noqa: F403
     from .formulas import *  # noqa: F403
     from .policy.advantages import *  # noqa: F403
     from .policy.demonstrations import *  # noqa: F403
@@ -39,7 +42,6 @@ if TYPE_CHECKING:  # At run time the modules are found. A name that is missing h
     from .sft.per_answer import *  # noqa: F403
     from .sft.schedules import *  # noqa: F403
     from .sft.token_weights import *  # noqa: F403
-    from .top_k import *  # noqa: F403
 
 __all__ = [
     "DistributionLoss",

@@ -26,10 +26,10 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..types import TokenStats
-from .catalogue import register
-from .checks import check_number, check_one_of, constant, statistic
-from .loss import TokenLoss
+from ...types import TokenStats
+from ..catalogue import register
+from ..checks import check_number, check_one_of, constant, statistic
+from ..loss import TokenLoss
 
 TopKKind = Literal["forward_kl", "reverse_kl", "mixed_kl", "cross_entropy"]
 Unlisted = Literal["bucket", "left_out", "renormalized"]
