@@ -62,9 +62,9 @@ class Sequences:
         one = self.mask.to(wide_dtype(self.mask.device))
         return self.mask & (self.discounted(one, 1.0) == self.sum(one))
 
-    def discounted(self, values: Tensor, factor: float) -> Tensor:
-        """`y_t = values_t + factor y_next`, next the following counted token of the sequence; 0 where not counted."""
-        carry = torch.ones_like(values).masked_fill(self.mask, factor)
+    def discounted(self, values: Tensor, factor: float | Tensor) -> Tensor:
+        """`y_t = values_t + factor_t y_next`, next the following counted token of the sequence; 0 where not counted."""
+        carry = torch.where(self.mask, factor * torch.ones_like(values), 1.0)
         return torch.where(self.mask, self._scan(torch.where(self.mask, values, 0.0), carry), 0.0)
 
     def following(self, values: Tensor) -> Tensor:

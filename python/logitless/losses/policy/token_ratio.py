@@ -31,12 +31,12 @@ class Reinforce(PolicyLoss):
 
     Detached: A.
 
-    When to use: one update per batch of samples. With `group_advantages(scale="none")` it is GPG, with
-    `rloo_advantages` token-level RLOO.
+    When to use: one update per batch of samples. With the advantages of its name it is GPG (`gpg_advantages`), ReMax
+    (`remax_advantages`), OPO (`opo_advantages`) or token-level RLOO (`rloo_advantages`).
 
     Args: those of `PolicyLoss`.
 
-    Left open: the baseline, which is the advantages' business; GPG's rescaling of A for groups without signal.
+    Left open: the baseline, which is the advantages' business.
 
     Source: R. J. Williams, 1992; GPG arXiv 2504.02546.
     """
