@@ -254,7 +254,7 @@ def tensors(samples: list[tuple[float, bool, bool, float]]) -> tuple[Tensor, Ten
 def test_sums_and_scans_over_packed_sequences(samples: list[Any], factor: float) -> None:
     values, mask, sequence, _ = tensors(samples)
     sequences = Sequences(mask, sequence)
-    total, following = sequences.sum(values), sequences.following(values)
+    total, following, most = sequences.sum(values), sequences.following(values), sequences.max(values)
     discounted = sequences.discounted(values, factor)
     torch.testing.assert_close(discounted_sum(values, factor, mask=mask, sequence=sequence), discounted)
     for places in loop(samples):
@@ -265,6 +265,7 @@ def test_sums_and_scans_over_packed_sequences(samples: list[Any], factor: float)
             assert discounted[i].item() == pytest.approx(expected, abs=1e-12)
             assert following[i].item() == pytest.approx(samples[rest[1]][0] if len(rest) > 1 else 0.0)
             assert sequences.first()[i].item() == (k == 0)
+            assert most[i] == max(samples[j][0] for j in places)
     assert (discounted[~mask] == 0).all()
 
 
@@ -275,7 +276,7 @@ def test_rows_and_packed_sequences_agree(rows: int, length: int, seed: int) -> N
     mask = torch.rand(rows, length, generator=draw) < 0.7
     sequence = torch.arange(rows)[:, None].expand(rows, length)
     padded, packed = Sequences(mask), Sequences(mask.flatten(), sequence.flatten())
-    for name, arguments in (("sum", ()), ("mean", ()), ("discounted", (0.8,)), ("following", ())):
+    for name, arguments in (("sum", ()), ("mean", ()), ("max", ()), ("discounted", (0.8,)), ("following", ())):
         one = getattr(padded, name)(values, *arguments)
         two = getattr(packed, name)(values.flatten(), *arguments)
         counted = mask if name == "following" else torch.ones_like(mask)

@@ -37,8 +37,10 @@ from logitless.losses import (
     kl_estimate,
     off_policy_mask,
     own_means,
+    rejection_mask,
     sampler_correction,
     top_entropy_mask,
+    value_loss,
 )
 from logitless.losses.formulas import bounded_exp, k3
 from logitless.losses.policy.policy_loss import LEAST_LOGPROB, Samples
@@ -681,6 +683,78 @@ def test_sampler_correction(mode: str) -> None:
     assert extreme.tolist() == [inside]
 
 
+K_ESTIMATES = {"k1": lambda d: -d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(d) - d - 1}
+
+
+@pytest.mark.parametrize("over", ["token", "sum", "mean", "max"])
+@pytest.mark.parametrize("estimator", list(K_ESTIMATES))
+def test_rejection_mask(over: str, estimator: str) -> None:
+    """By plain loops, for bounds between all of the values that are met."""
+    difference = [[0.5, -0.2, None], [-0.8, 0.1, 9.0], [0.3, 0.0, -0.4], [50.0, 0.0, 0.0]]
+    old = torch.tensor([[0.0 if d is None else d for d in row] for row in difference], dtype=torch.float64)
+    sampling = torch.tensor([[math.nan if d is None else 0.0 for d in row] for row in difference], dtype=torch.float64)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[1, 2] = False
+    each = [[K_ESTIMATES[estimator](min(d or 0.0, 20.0)) for d in row] for row in difference]
+    counted = [[x for x, m in zip(row, kept, strict=True) if m] for row, kept in zip(each, mask.tolist(), strict=True)]
+    whole = {"sum": sum, "mean": lambda x: sum(x) / len(x), "max": max}
+    found = each if over == "token" else [[whole[over](row)] * 3 for row in counted]
+    bounds = sorted({x for row in found for x in row})
+    for low, high in [(None, bounds[0] - 1), *((a - 1e-3, b + 1e-3) for a in bounds for b in bounds if a <= b)]:
+        options = {"over": over, "estimator": estimator, "low": low, "high": high}
+        got = rejection_mask(old, sampling, mask=mask, **options)
+        expected = [[(low is None or x >= low) and x <= high for x in row] for row in found]
+        assert torch.equal(got, torch.tensor(expected) & mask)
+        sequence = torch.arange(4).repeat_interleave(3) * 2
+        flat = rejection_mask(old.flatten(), sampling.flatten(), mask=mask.flatten(), sequence=sequence, **options)
+        assert torch.equal(flat, got.flatten())
+
+
+def test_a_mask_by_the_geometric_mean_of_the_ratio() -> None:
+    """NeMo-RL's and OpenRLHF's seq-mask-tis: whole sequences go, what stays keeps the weight of its own token."""
+    batch = PolicyBatch(drift=0.3)
+    low, high = 0.95, 1.1
+    ratio = (batch.old_logprob - batch.sampling_logprob).exp()
+    geometric = torch.stack([row[m].log().mean().exp() for row, m in zip(ratio, batch.mask, strict=True)])
+    expected = ratio * ((geometric >= low) & (geometric <= high))[:, None] * batch.mask
+    given = (batch.old_logprob, batch.sampling_logprob)
+    weight = sampler_correction(*given, mode="token_truncate", high=1e4, mask=batch.mask)
+    options = {"over": "mean", "estimator": "k1", "low": -math.log(high), "high": -math.log(low)}
+    keep = rejection_mask(*given, mask=batch.mask, **options)
+    torch.testing.assert_close(weight * keep, expected)
+    assert 0 < keep.any(-1).sum() < 4
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_value_loss(clip: float | None) -> None:
+    """Value and gradient by hand, value by value: inside, past the bound towards the return, past it away from it."""
+    values = torch.tensor([[0.1, 0.5, -0.5, 5.0], [1.0, 0.2, -3.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    returns = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.2, -2.0, math.nan]], dtype=torch.float64)
+    old = torch.zeros_like(returns) if clip else None
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[1, 3] = False
+    expected, slopes = 0.0, []
+    for v, r in zip(values.flatten().tolist()[:7], returns.flatten().tolist(), strict=False):
+        held = v if clip is None else min(max(v, -clip), clip)
+        outside = held != v and (held - r) ** 2 > (v - r) ** 2
+        expected += max((v - r) ** 2, (held - r) ** 2) / 2 / 7
+        slopes.append(0.0 if outside else (v - r) / 7)
+    found = value_loss(values, returns, old, clip=clip, mask=mask)
+    (gradient,) = torch.autograd.grad(found, values, retain_graph=True)
+    assert found.item() == pytest.approx(expected) and gradient.flatten().tolist() == pytest.approx([*slopes, 0.0])
+    assert value_loss(values, returns, old, clip=clip, mask=mask, normalizer=14).item() == pytest.approx(expected / 2)
+    nothing = value_loss(values, returns, old, clip=clip, mask=torch.zeros_like(mask))
+    assert nothing == 0 and not torch.autograd.grad(nothing, values)[0].any()
+
+
+def test_value_loss_has_the_gradient_of_its_value_and_detaches_the_rest() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values, returns, old = (torch.randn(3, 5, generator=draw).double().requires_grad_() for _ in range(3))
+    assert torch.autograd.gradcheck(lambda v: value_loss(v, returns, old), values)
+    found = value_loss(values, returns, old)
+    assert torch.autograd.grad(found, (returns, old), allow_unused=True) == (None, None)
+
+
 @given(st.lists(st.floats(0, 3, width=32), min_size=1, max_size=12), st.floats(0.05, 1), st.integers(0, 2**12))
 def test_top_entropy_mask_is_the_quantile_s(values: list[float], share: float, seed: int) -> None:
     entropy = torch.tensor(values, dtype=torch.float64)
@@ -731,6 +805,11 @@ def test_own_means_make_one_mean_of_two() -> None:
 # Errors
 
 
+def rejected(**changed: Any) -> Tensor:
+    options: dict[str, Any] = {"over": "mean", "estimator": "k1", "high": 1.0, **changed}
+    return rejection_mask(torch.zeros(2, 3), torch.zeros(2, 3), **options)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
@@ -760,6 +839,15 @@ def test_own_means_make_one_mean_of_two() -> None:
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), low=4.0), ValueError, "low, high"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), high=math.inf), ValueError, "low, high"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(3)), ValueError, "sampling_logprob"),
+        (lambda: rejected(over="row"), ValueError, "over, estimator: .*'row'"),
+        (lambda: rejected(estimator="k4"), ValueError, "over, estimator: .*'k4'"),
+        (lambda: rejected(high=math.inf), ValueError, "low, high"),
+        (lambda: rejected(low=2.0), ValueError, "low, high"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2)), ValueError, "old_values absent"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), clip=None), ValueError, "old_values given"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), clip=-1.0), ValueError, "clip: .*-1.0"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(3), clip=None), ValueError, "returns: expected shape"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2), clip=None, normalizer=0.0), ValueError, "normalizer"),
     ],
 )
 def test_bad_hyper_parameters(make: Any, error: type[Exception], words: str) -> None:

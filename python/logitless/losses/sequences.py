@@ -57,6 +57,16 @@ class Sequences:
         """`[...]`: for every token the mean of its sequence's counted values; 0 where none counts."""
         return self.sum(values) / self.count(values.dtype)
 
+    def max(self, values: Tensor) -> Tensor:
+        """`[...]`: for every token the greatest of its sequence's counted values; -inf where none counts."""
+        values = torch.where(self.mask, values, -torch.inf)
+        if self._run is None:
+            padded = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)  # a row may have no places at all
+            return padded.amax(-1, keepdim=True).expand_as(values)
+        flat = values.reshape(-1)
+        most = torch.full_like(flat, -torch.inf).scatter_reduce(0, self._run, flat, "amax")
+        return most[self._run].reshape(values.shape)
+
     def first(self) -> Tensor:
         """`[...]` bool: the first counted token of every sequence."""
         one = self.mask.to(wide_dtype(self.mask.device))

@@ -82,7 +82,7 @@ def rloo_advantages(rewards: Tensor, group: Tensor | int) -> Tensor:
     Arguments, result and errors as `group_advantages`. Source: arXiv 2402.14740.
     """
     values, index = _grouped(rewards, group)
-    size = _size(values, index)
+    size = _group_size(values, index)
     return _result(_centred(values, index) * size / (size - 1).clamp(min=1.0), rewards)
 
 
@@ -192,7 +192,7 @@ def pass_at_k_advantages(rewards: Tensor, group: Tensor | int, k: int, *, epsilo
     values, index = _grouped(rewards, group)
     if not ((values == 0) | (values == 1)).all():
         raise ValueError("rewards: pass@k expects 0 or 1, got other numbers")
-    size, wrong = _size(values, index), _group_sum(1 - values, index)
+    size, wrong = _group_size(values, index), _group_sum(1 - values, index)
     if isinstance(k, bool) or not isinstance(k, int) or k < 1 or (size < k).any():
         raise ValueError(f"k: expected a positive int, at most the size of every group, got {k!r}")
     fails = _all_wrong(wrong, size, k)
@@ -416,7 +416,7 @@ def prefix_rft_advantages(
     free = prefix < 0
     pair = torch.stack([index, prefix.clamp(min=-1)], dim=-1)
     cell = torch.unique(pair, dim=0, return_inverse=True)[1].reshape(-1) if len(index) else index
-    size = _size(values, cell)
+    size = _group_size(values, cell)
     own = _centred(values, cell)
     if scale == "group":
         own = own / (_deviation(own, cell) + epsilon)
@@ -458,7 +458,7 @@ def _group_sum(values: Tensor, index: Tensor) -> Tensor:
     return torch.zeros_like(values).index_add(0, index, values)[index]
 
 
-def _size(values: Tensor, index: Tensor) -> Tensor:
+def _group_size(values: Tensor, index: Tensor) -> Tensor:
     """Every element gets the number of its group's elements."""
     return _group_sum(torch.ones_like(values), index)
 
@@ -477,7 +477,7 @@ def _centred(values: Tensor, index: Tensor, weight: Tensor | None = None) -> Ten
 
 def _deviation(centred: Tensor, index: Tensor) -> Tensor:
     """Every element gets its group's unbiased standard deviation; 0 for a group of one."""
-    degrees = (_size(centred, index) - 1).clamp(min=1.0)
+    degrees = (_group_size(centred, index) - 1).clamp(min=1.0)
     return (_group_sum(centred.square(), index) / degrees).sqrt()
 
 

@@ -68,7 +68,8 @@ class PPO(PolicyLoss):
 
     And those of `PolicyLoss`.
 
-    Left open: the value function's loss and GAE's settings, which are no part of it.
+    Left open: nothing in the loss. Its advantages are `generalized_advantages`, the value function learns by
+    `value_loss`.
 
     Source: arXiv 1707.06347, equation 7; dual clip arXiv 1912.09729; two-sided clip arXiv 2505.07291 (INTELLECT-2). The
     formulas were read in implementations (TRL, verl).
