@@ -25,13 +25,18 @@ from logitless.losses import (
     GMPO,
     GRPO,
     GSPO,
+    GVPO,
     LUSPO,
     PPO,
     RLOO,
     SAPO,
+    TOPR,
+    VAPO,
     VESPO,
+    ClipCov,
     DrGRPO,
     GSPOToken,
+    KLCov,
     PolicyLoss,
     Reinforce,
     kl_estimate,
@@ -47,10 +52,15 @@ from logitless.losses.policy.policy_loss import LEAST_LOGPROB, Samples
 from logitless.types import TokenStats
 
 TOKEN_LOSSES = [Reinforce(), PPO(), PPO(delta=3.0), GRPO(), DrGRPO(), DAPO(), BNPO(), CISPO(), SAPO(), DPPO(), DRO()]
+TOKEN_LOSSES += [TOPR(per="token")]
 SEQUENCE_LOSSES = [RLOO(), GSPO(), GSPO(epsilon_low=0.1, epsilon_high=0.2), GSPOToken(), LUSPO(), GMPO(), VESPO()]
+SEQUENCE_LOSSES += [TOPR(), KLCov(share=0.3)]
 LOSSES = TOKEN_LOSSES + SEQUENCE_LOSSES
+#: Losses that at ratio 1 are something else than REINFORCE.
+APART = [VAPO(), ClipCov(share=0.3, covariance_low=-1.0), GVPO()]
 #: Losses whose gradient is that of their value: nothing of the model is detached in them.
 WHOLE = [*TOKEN_LOSSES[:7], SAPO(), DRO(), RLOO(), GSPO(), GSPO(epsilon_low=0.1, epsilon_high=0.2), LUSPO(), GMPO()]
+WHOLE += [KLCov(share=0.3), *APART]
 MAX_LENGTH = 9
 
 
@@ -60,6 +70,7 @@ def ident(loss: PolicyLoss) -> str:
 
 
 EVERY = pytest.mark.parametrize("loss", LOSSES, ids=ident)
+ALL = pytest.mark.parametrize("loss", LOSSES + APART, ids=ident)
 
 
 class PolicyBatch(SimpleNamespace):
@@ -79,6 +90,9 @@ class PolicyBatch(SimpleNamespace):
         self.ref_logprob = self.logprob.detach() + 0.5 * torch.randn(shape, generator=draw, dtype=dtype)
         self.sampling_logprob = self.old_logprob + 0.2 * torch.randn(shape, generator=draw, dtype=dtype)
         self.advantages = self.per_sequence[:, None].expand(shape)
+        self.draw = torch.rand(shape, generator=draw, dtype=dtype)
+        self.nll_weight = 1.7 * (self.advantages > 0)
+        self.group = torch.tensor([5, 2, 5, 2])[:, None].expand(shape)
 
     @property
     def stats(self) -> TokenStats:
@@ -407,11 +421,11 @@ def test_gradcheck(loss: PolicyLoss, extra: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(value, (batch.logprob, batch.entropy))
 
 
-@EVERY
+@ALL
 def test_constants_get_no_gradient(loss: PolicyLoss) -> None:
     batch = PolicyBatch()
     loss = dataclasses.replace(loss, beta=0.1)
-    names = [name for name in (*loss.inputs, *loss.optional_inputs) if name != "policy_weight"]
+    names = [name for name in (*loss.inputs, *loss.optional_inputs) if name not in ("policy_weight", "group")]
     leaves = {name: getattr(batch, name).clone().requires_grad_() for name in names}
     total = batch.call(loss, **leaves).sum()
     assert torch.autograd.grad(total, list(leaves.values()), allow_unused=True) == (None,) * len(leaves)
@@ -501,10 +515,10 @@ def test_names_of_the_clip_share_its_formula(seed: int) -> None:
 
 def test_reductions_are_those_of_the_papers() -> None:
     wanted = {
-        "mean_of_means": "grpo sapo gspo gspo_token gmpo rloo",
+        "mean_of_means": "grpo sapo gspo gspo_token gmpo rloo gvpo",
         "constant_length": "dr_grpo",
-        "mean": "reinforce ppo dapo bnpo cispo dppo dro vespo",
-        "sequence_mean": "luspo",
+        "mean": "reinforce ppo dapo bnpo cispo dppo dro vespo clip_cov kl_cov vapo",
+        "sequence_mean": "luspo topr",
     }
     for reduction, those in wanted.items():
         assert {losses.get(name).reduction for name in those.split()} == {reduction}
@@ -513,7 +527,7 @@ def test_reductions_are_those_of_the_papers() -> None:
 # Extremes
 
 
-@EVERY
+@ALL
 @pytest.mark.parametrize("extra", [{}, {"beta": 0.1}, {"beta": 0.1, "kl": "k2", "kl_importance": True}], ids=str)
 def test_extreme_log_probabilities_stay_finite(loss: PolicyLoss, extra: dict[str, Any]) -> None:
     """Every pair of -1e4, 0 and -inf, in float32: ratios of e^10000 among them."""
@@ -523,6 +537,7 @@ def test_extreme_log_probabilities_stay_finite(loss: PolicyLoss, extra: dict[str
     logprob, old, reference, advantages = (x[:, None].contiguous() for x in grid.T)
     logprob.requires_grad_()
     inputs = {"advantages": advantages, "old_logprob": old, "ref_logprob": reference}
+    inputs |= {"nll_weight": (advantages > 0).float(), "draw": torch.rand_like(old), "group": torch.zeros_like(old)}
     given = {k: v for k, v in inputs.items() if k in (*loss.inputs, *loss.optional_inputs)}
     value = loss(TokenStats(logprob=logprob), **given)
     (gradient,) = torch.autograd.grad(value.sum(), logprob)
@@ -553,7 +568,7 @@ def test_bounded_exp_follows_exp_and_then_its_tangent() -> None:
     assert bounded_exp(torch.tensor([math.nan])).isnan().all()
 
 
-@pytest.mark.parametrize("loss", SEQUENCE_LOSSES, ids=ident)
+@pytest.mark.parametrize("loss", [*SEQUENCE_LOSSES, *APART[1:]], ids=ident)
 def test_empty_sequences_and_masked_garbage(loss: PolicyLoss) -> None:
     """An empty sequence adds nothing; NaN and inf behind the mask reach neither value nor gradient."""
     loss = dataclasses.replace(loss, beta=0.1, entropy_coef=0.1)
@@ -568,7 +583,9 @@ def test_empty_sequences_and_masked_garbage(loss: PolicyLoss) -> None:
     assert (batch.call(loss, mask=torch.zeros_like(batch.mask)) == 0).all()
 
 
-@pytest.mark.parametrize("loss", [*SEQUENCE_LOSSES, DAPO(top_entropy=0.3), DAPO(off_policy_threshold=0.1)], ids=ident)
+@pytest.mark.parametrize(
+    "loss", [*SEQUENCE_LOSSES, *APART[1:], DAPO(top_entropy=0.3), DAPO(off_policy_threshold=0.1)], ids=ident
+)
 def test_padded_and_packed_agree(loss: PolicyLoss) -> None:
     batch = PolicyBatch(drift=0.5)
     loss = dataclasses.replace(loss, beta=0.1)
@@ -582,6 +599,134 @@ def test_padded_and_packed_agree(loss: PolicyLoss) -> None:
     torch.testing.assert_close(packed, batch.call(loss)[keep])
     gradient = torch.autograd.grad(packed.sum(), batch.logprob)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(batch.call(loss).sum(), batch.logprob)[0])
+
+
+# Covariances, tapers, groups, imitation
+
+
+def covariances(batch: PolicyBatch) -> list[tuple[float, int, int]]:
+    """(A - mean A) (logprob - mean logprob) of the tokens that count, with their places."""
+    places = batch.mask.nonzero().tolist()
+    advantages, logprobs = ([x[i, j].item() for i, j in places] for x in (batch.advantages, batch.logprob))
+    means = sum(advantages) / len(places), sum(logprobs) / len(places)
+    pairs = zip(advantages, logprobs, places, strict=True)
+    return [((a - means[0]) * (lp - means[1]), i, j) for a, lp, (i, j) in pairs]
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.26, 1.0])
+@pytest.mark.parametrize("delta", [None, 1.3])
+def test_clip_cov_leaves_out_random_tokens_of_high_covariance(share: float, delta: float | None) -> None:
+    batch = PolicyBatch(drift=0.2)
+    low, high = -1.0, 0.4
+    ratio = (batch.logprob - batch.old_logprob).exp()
+    candidates = []
+    for c, i, j in covariances(batch):
+        r, up = ratio[i, j].item(), batch.advantages[i, j].item() > 0
+        clipped = r > 1.2 if up else r < 0.8 or (delta is not None and r > delta)
+        if low < c < high and not clipped:
+            candidates.append((batch.draw[i, j].item(), i, j))
+    wanted = max(int(share * batch.mask.sum()), 1)
+    assert 4 < len(candidates) < batch.mask.sum()
+    keep = torch.ones_like(batch.mask)
+    for _, i, j in sorted(candidates)[:wanted]:
+        keep[i, j] = False
+    loss = ClipCov(share=share, covariance_low=low, covariance_high=high, delta=delta)
+    expected = torch.where(batch.mask & keep, batch.call(PPO(delta=delta)), 0.0)
+    torch.testing.assert_close(batch.call(loss), expected)
+    (gradient,) = torch.autograd.grad(expected.sum() / batch.mask.sum(), batch.logprob)
+    torch.testing.assert_close(batch.gradient(loss), gradient)
+    assert loss.outputs == ("logprob",) and ClipCov(top_entropy=0.5).outputs == ("logprob", "entropy")
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.26, 1.0])
+def test_kl_cov_penalises_the_tokens_of_greatest_covariance(share: float) -> None:
+    batch = PolicyBatch(drift=0.5)
+    chosen = sorted(covariances(batch), reverse=True)[: max(int(share * batch.mask.sum()), 1)]
+    log_ratio = (batch.logprob - batch.old_logprob).detach()
+    value = torch.where(batch.mask, -batch.advantages * log_ratio.exp(), 0.0)
+    slope = value.clone()
+    for _, i, j in chosen:
+        value[i, j] += 0.7 * log_ratio[i, j].abs()
+        slope[i, j] += 0.7 * log_ratio[i, j].sign()
+    loss = KLCov(share=share, kl_coef=0.7)
+    torch.testing.assert_close(batch.call(loss), value)
+    torch.testing.assert_close(batch.gradient(loss), slope / batch.mask.sum())
+
+
+def test_of_equal_covariances_no_more_are_penalised_than_wanted() -> None:
+    """Sure tokens have a logprob of 0, and with it one covariance."""
+    logprob = torch.zeros(2, 4)
+    advantages = torch.tensor([[1.0] * 4, [-1.0] * 4])
+    inputs = {"advantages": advantages, "old_logprob": torch.full((2, 4), -0.5)}
+    extra = KLCov(share=0.5)(TokenStats(logprob=logprob), **inputs) + advantages * math.exp(0.5)
+    assert (extra > 0.4).sum() == 4
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_topr_tapers_wrong_answers_alone(per: str) -> None:
+    batch = PolicyBatch(seed=1, drift=0.3)
+    log_ratio = torch.where(batch.mask, batch.logprob - batch.old_logprob, 0.0).detach()
+    ratio = log_ratio.sum(-1, keepdim=True).exp() if per == "sequence" else log_ratio.exp()
+    weight = torch.where(batch.advantages > 0, torch.ones_like(ratio), ratio.clamp(max=1.0))
+    wrong = weight[batch.mask & (batch.advantages < 0)]
+    assert (wrong == 1).any() and (wrong < 1).any(), "both sides of the taper are met"
+    expected = torch.where(batch.mask, -weight * batch.advantages * batch.logprob, 0.0)
+    torch.testing.assert_close(torch.where(batch.mask, batch.call(TOPR(per=per)), 0.0), expected)
+    slope = torch.where(batch.mask, -weight * batch.advantages, 0.0)
+    torch.testing.assert_close(batch.gradient(TOPR(per=per)), slope / 4)
+    low, high = batch_metrics(batch, TOPR(per=per))
+    assert not low.any() and torch.equal(high[batch.mask], ((batch.advantages < 0) & (ratio > 1))[batch.mask])
+
+
+def batch_metrics(batch: PolicyBatch, loss: PolicyLoss) -> tuple[Tensor, Tensor]:
+    found = loss.metrics(batch.stats, **batch.inputs(loss))
+    return found.clipped_low > 0, found.clipped_high > 0
+
+
+def test_gvpo_is_its_authors_loss() -> None:
+    """Half the squared distance of centred `0.3 log w` and centred rewards, over n - 1 and averaged over the groups;
+    their group means are constants, whose gradient adds up to 0."""
+    batch = PolicyBatch(drift=0.5)
+    batch.advantages = torch.tensor([0.8, -0.3, -0.8, 0.3], dtype=torch.float64)[:, None].expand(4, 6)
+    log_w = torch.where(batch.mask, batch.logprob - batch.old_logprob, 0.0).sum(-1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for rows in ([0, 2], [1, 3]):
+        centred = 0.3 * log_w[rows] - (0.3 * log_w[rows]).mean().detach()
+        expected = expected + (centred - batch.advantages[rows, 0]).square().sum() / 2 / (2 - 1) / 2
+    loss = GVPO(ratio_scale=0.3)
+    torch.testing.assert_close(batch.reduced(loss), expected)
+    torch.testing.assert_close(batch.gradient(loss), torch.autograd.grad(expected, batch.logprob)[0])
+    shifted = batch.advantages + torch.tensor([7.0, 1.0, 7.0, 1.0])[:, None]  # a number a group, as rewards have it
+    torch.testing.assert_close(batch.reduced(loss, advantages=shifted), batch.reduced(loss))
+    torch.testing.assert_close(batch.gradient(loss, advantages=shifted), batch.gradient(loss))
+
+
+def test_gvpo_is_0_at_its_optimum_and_in_groups_of_one() -> None:
+    batch = PolicyBatch(drift=0.5)
+    log_w = torch.where(batch.mask, batch.logprob - batch.old_logprob, 0.0).sum(-1, keepdim=True).detach()
+    reward = 0.1 * log_w.expand(4, 6) + torch.tensor([7.0, 1.0, 7.0, 1.0])[:, None]
+    assert batch.reduced(GVPO(), advantages=reward).item() == pytest.approx(0, abs=1e-24)
+    assert batch.gradient(GVPO(), advantages=reward).abs().max() < 1e-12
+    alone = torch.arange(4)[:, None].expand(4, 6)
+    assert not batch.call(GVPO(), group=alone).any() and not batch.gradient(GVPO(), group=alone).any()
+
+
+def test_gvpo_tells_groups_of_large_numbers_apart() -> None:
+    batch = PolicyBatch(dtype=torch.float32)
+    expected = batch.call(GVPO())
+    assert torch.equal(batch.call(GVPO(), group=batch.group + 2**40), expected)
+
+
+@pytest.mark.parametrize("extra", [{}, {**KL, "entropy_coef": 0.2}], ids=["alone", "with"])
+def test_vapo_adds_the_mean_nll_of_right_answers(extra: dict[str, Any]) -> None:
+    batch = PolicyBatch(drift=0.5)
+    right = batch.mask & (batch.advantages > 0)
+    weight = torch.where(right, batch.mask.sum() / right.sum(), 0.0)
+    silent = torch.zeros_like(batch.logprob)  # for the policy's own term alone
+    for inputs in ({}, {"policy_weight": silent}):
+        expected = batch.reduced(DAPO(**extra), **inputs) - 0.3 * batch.logprob[right].mean()
+        got = batch.reduced(VAPO(nll_coef=0.3, **extra), nll_weight=weight, **inputs)
+        assert_same(got, expected, batch)
 
 
 # KL
@@ -832,6 +977,12 @@ def rejected(**changed: Any) -> Tensor:
         (lambda: DRO(strength=-1.0), ValueError, "DRO: strength"),
         (lambda: GMPO(epsilon_low=-0.4), ValueError, "GMPO: epsilon_low"),
         (lambda: VESPO(k_negative=0.0), ValueError, "VESPO: k_negative"),
+        (lambda: ClipCov(share=0.0), ValueError, "ClipCov: share"),
+        (lambda: ClipCov(covariance_low=6.0), ValueError, "ClipCov: covariance_high"),
+        (lambda: KLCov(kl_coef=-1.0), ValueError, "KLCov: kl_coef"),
+        (lambda: TOPR(per="row"), ValueError, "TOPR: per must be one of sequence, token"),
+        (lambda: GVPO(ratio_scale=0.0), ValueError, "GVPO: ratio_scale"),
+        (lambda: VAPO(nll_coef=-0.1), ValueError, "VAPO: nll_coef"),
         (lambda: losses.get("ppo_clip"), ValueError, "did you mean 'ppo'"),
         (lambda: losses.get("cispo", epsilon_high=5.0), TypeError, "cispo has no hyper-parameter 'epsilon_high'"),
         (lambda: top_entropy_mask(torch.zeros(2), 0.0), ValueError, "share"),

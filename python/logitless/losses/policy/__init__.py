@@ -1,7 +1,9 @@
 """Policy: losses of a policy's own samples and their advantages, with or without demonstrations among them.
 
 The losses of `token_ratio` weigh each token by its own ratio to the policy that sampled, those of `sequence_ratio` by
-its sequence's, and those of `demonstrations` mix samples with demonstrations. `policy_loss` has what all of them share.
+its sequence's. Those of `covariance` restrain the tokens that cost most entropy, and those of `demonstrations` mix
+samples with demonstrations. `policy_loss` has what all of them share.
+
 Their constants come from `advantages`, `weights` and `implicit_reward`, the loss of a value function from `values`, and
 the course of a run from `schedules`.
 

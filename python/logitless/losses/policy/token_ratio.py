@@ -175,6 +175,46 @@ class DAPO(PPO):
 
 @register
 @dataclass(frozen=True)
+class VAPO(DAPO):
+    """VAPO: the loss of `dapo`, plus `nll_coef nll_weight (-logprob)`: right answers are imitated as well.
+
+    The input `nll_weight` is 0 on tokens of wrong answers. On those of right ones it is n / n_right, tokens of the
+    batch over tokens of right answers, so that their NLL has a mean of its own. (1 there gives them a part in the one
+    mean.) `policy_weight` and masks do not touch this term.
+
+    Detached: A, old_logprob, nll_weight.
+
+    When to use: right answers are rare, and a sample of one should not be wasted. With advantages of a value function
+    (`generalized_advantages` with `length_adaptive_lambda`; returns with `lam=1`).
+
+    Args:
+        nll_coef: not negative; 0.1 (the paper's).
+        epsilon_low, epsilon_high, delta: as `dapo`.
+
+    And those of `PolicyLoss`.
+
+    Left open: nothing in the loss.
+
+    Source: arXiv 2504.05118, equation 10, as in NeMo-RL (`positive_example_nll_weight`, which averages over right
+    answers of the micro-batch).
+    """
+
+    nll_coef: float = 0.1
+    name: ClassVar[str] = "vapo"
+    own_inputs: ClassVar[tuple[str, ...]] = ("advantages", "nll_weight")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "nll_coef", low=0.0)
+
+    def _regulariser(self, samples: Samples, ratio: Tensor) -> Tensor:
+        imitation = self.nll_coef * weighted_nll(samples.constants["nll_weight"], samples.logprob)
+        rest = super()._regulariser(samples, ratio)
+        return imitation if rest is None else imitation + rest
+
+
+@register
+@dataclass(frozen=True)
 class BNPO(PPO):
     """TRL's `bnpo`: the clipped surrogate of `ppo`, averaged over the tokens of the local batch.
 
