@@ -291,15 +291,15 @@ class GVPO(PolicyLoss):
     """GVPO: half the variance, within a group, of `z = ratio_scale log w - A`, w the ratio of the whole sequence.
 
     A sequence's value is `n / (n - 1) (z - mean z of its group)^2 / 2` on each of its tokens, n answers in its group;
-    0 in a group of one. It is least where the policy is the optimum of reward with a KL of weight `ratio_scale` to the
-    sampler: `ratio_scale log w` then is the reward, up to a number per prompt that the mean takes out.
+    0 in a group of one. It is least where the policy is the optimum of reward with a KL of weight `ratio_scale` to that
+    of `old_logprob`: `ratio_scale log w` then is the reward, up to a number per prompt that the mean takes out.
 
     The input `group` says which prompt a token's sequence belongs to, in whole numbers; groups must not be cut.
 
     Detached: A, old_logprob. The group's mean of log w is not, which changes nothing where A adds up to 0.
 
-    When to use: samples of any policy, old ones or demonstrations included, with `group_advantages(scale="none")`; no
-    ratio multiplies anything.
+    When to use: samples of any policy, old ones or demonstrations included, as no ratio multiplies anything; with
+    `group_advantages(scale="none")`.
 
     Args:
         ratio_scale: the paper's beta, positive; 0.1 (its code's).

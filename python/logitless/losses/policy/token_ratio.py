@@ -64,7 +64,8 @@ class PPO(PolicyLoss):
 
     Args:
         epsilon_low, epsilon_high: 0.2 (PPO's).
-        delta: greatest ratio where A < 0, at least `1 + epsilon_high`; None, off, by default; 3 is the dual clip's.
+        delta: greatest ratio where A < 0, at least `1 + epsilon_high`; None, off, by default. It is the dual clip's c,
+            by default on in verl, with 3; recipes of verl and NeMo-RL have 10.
 
     And those of `PolicyLoss`.
 
@@ -179,8 +180,8 @@ class VAPO(DAPO):
     """VAPO: the loss of `dapo`, plus `nll_coef nll_weight (-logprob)`: right answers are imitated as well.
 
     The input `nll_weight` is 0 on tokens of wrong answers. On those of right ones it is n / n_right, tokens of the
-    batch over tokens of right answers, so that their NLL has a mean of its own. (1 there gives them a part in the one
-    mean.) `policy_weight` and masks do not touch this term.
+    (global) batch over tokens of right answers, so that their NLL has a mean of its own. (1 there gives them a part in
+    the one mean.) `policy_weight` and masks do not touch this term.
 
     Detached: A, old_logprob, nll_weight.
 
