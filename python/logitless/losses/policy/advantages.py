@@ -154,8 +154,9 @@ def gdpo_advantages(
 
     Source: arXiv 2601.05242, as in TRL (`normalize_then_sum`); the batch's deviation is one of the whole batch.
     """
-    if rewards.dim() != 2:
-        raise ValueError(f"rewards: expected shape [S, K], got {list(rewards.shape)}")
+    if not isinstance(rewards, Tensor) or rewards.dim() != 2:
+        got = list(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ValueError(f"rewards: expected a tensor [S, K], got {got}")
     scale = [1.0] * rewards.shape[1] if weights is None else list(weights)
     if len(scale) != rewards.shape[1]:
         raise ValueError(f"weights: expected {rewards.shape[1]} numbers, one a reward, got {len(scale)}")
