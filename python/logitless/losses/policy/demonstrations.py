@@ -264,7 +264,7 @@ class PrefixRFT(_Mixed, PPO):
         check_flag(self, "clip_demonstration")
 
     @property
-    def batch_wide(self) -> bool:
+    def ranks_entropy(self) -> bool:
         return self.keep < 1 or self.top_entropy < 1
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:

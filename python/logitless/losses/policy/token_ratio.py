@@ -31,12 +31,12 @@ class Reinforce(PolicyLoss):
 
     Detached: A.
 
-    When to use: one update per batch of samples. With `group_advantages(scale="none")` it is GPG, with
-    `rloo_advantages` token-level RLOO.
+    When to use: one update per batch of samples. With the advantages of its name it is GPG (`gpg_advantages`), ReMax
+    (`remax_advantages`), OPO (`opo_advantages`) or token-level RLOO (`rloo_advantages`).
 
     Args: those of `PolicyLoss`.
 
-    Left open: the baseline, which is the advantages' business; GPG's rescaling of A for groups without signal.
+    Left open: the baseline, which is the advantages' business.
 
     Source: R. J. Williams, 1992; GPG arXiv 2504.02546.
     """
@@ -64,11 +64,13 @@ class PPO(PolicyLoss):
 
     Args:
         epsilon_low, epsilon_high: 0.2 (PPO's).
-        delta: greatest ratio where A < 0, at least `1 + epsilon_high`; None, off, by default; 3 is the dual clip's.
+        delta: greatest ratio where A < 0, at least `1 + epsilon_high`; None, off, by default. It is the dual clip's c,
+            by default on in verl, with 3; recipes of verl and NeMo-RL have 10.
 
     And those of `PolicyLoss`.
 
-    Left open: the value function's loss and GAE's settings, which are no part of it.
+    Left open: nothing in the loss. Its advantages are `generalized_advantages`, the value function learns by
+    `value_loss`.
 
     Source: arXiv 1707.06347, equation 7; dual clip arXiv 1912.09729; two-sided clip arXiv 2505.07291 (INTELLECT-2). The
     formulas were read in implementations (TRL, verl).
@@ -170,6 +172,46 @@ class DAPO(PPO):
 
     epsilon_high: float = 0.28
     name: ClassVar[str] = "dapo"
+
+
+@register
+@dataclass(frozen=True)
+class VAPO(DAPO):
+    """VAPO: the loss of `dapo`, plus `nll_coef nll_weight (-logprob)`: right answers are imitated as well.
+
+    The input `nll_weight` is 0 on tokens of wrong answers. On those of right ones it is n / n_right, tokens of the
+    (global) batch over tokens of right answers, so that their NLL has a mean of its own. (1 there gives them a part in
+    the one mean.) `policy_weight` and masks do not touch this term.
+
+    Detached: A, old_logprob, nll_weight.
+
+    When to use: right answers are rare, and a sample of one should not be wasted. With advantages of a value function
+    (`generalized_advantages` with `length_adaptive_lambda`; returns with `lam=1`).
+
+    Args:
+        nll_coef: not negative; 0.1 (the paper's).
+        epsilon_low, epsilon_high, delta: as `dapo`.
+
+    And those of `PolicyLoss`.
+
+    Left open: nothing in the loss.
+
+    Source: arXiv 2504.05118, equation 10, as in NeMo-RL (`positive_example_nll_weight`, which averages over right
+    answers of the micro-batch).
+    """
+
+    nll_coef: float = 0.1
+    name: ClassVar[str] = "vapo"
+    own_inputs: ClassVar[tuple[str, ...]] = ("advantages", "nll_weight")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "nll_coef", low=0.0)
+
+    def _regulariser(self, samples: Samples, ratio: Tensor) -> Tensor:
+        imitation = self.nll_coef * weighted_nll(samples.constants["nll_weight"], samples.logprob)
+        rest = super()._regulariser(samples, ratio)
+        return imitation if rest is None else imitation + rest
 
 
 @register
