@@ -71,9 +71,10 @@ class TopKDistillation(TokenLoss):
 
     Left open: the number of ids, and which texts it is taken on; verl's and NeMo-RL's recipes have 32 to 512 ids.
 
-    Source: Hinton et al., arXiv 1503.02531; TRL 1.16, server distillation (the bucket); verl `compute_forward_kl_topk` (which also clamps the sum at 0 from below;
-    here not, as this takes the gradient from a token); NeMo-RL `DistillationLossFn` (its `zero_outside_topk`, which
-    gives the teacher a tiny constant outside the list, is left out).
+    Source: Hinton et al., arXiv 1503.02531; TRL 1.16, server distillation (the bucket); verl `compute_forward_kl_topk`
+    (which also clamps the sum at 0 from below; here not, as this takes the gradient from a token); NeMo-RL
+    `DistillationLossFn` (its `zero_outside_topk`, which gives the teacher a tiny constant outside the list, is left
+    out).
     """
 
     kind: TopKKind = "forward_kl"
