@@ -716,6 +716,16 @@ def test_thresholds_leave_the_mean_s_divisor(form: str) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+def test_thresholds_compile_without_a_graph_break() -> None:
+    loss, targets = DeformedLog(min_prob=0.1, max_prob=0.5), torch.tensor([[0, 1, -100], [2, 2, 3]])
+    hidden, weight = torch.randn(2, 3, 4, dtype=F64, requires_grad=True), torch.randn(5, 4, dtype=F64)
+    torch._dynamo.reset()
+    traced = torch.compile(lambda x: linear_loss(loss, x, weight, targets), fullgraph=True, backend="aot_eager")
+    found, expected = traced(hidden), linear_loss(loss, hidden, weight, targets)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
+
+
 def test_thresholds_that_keep_nothing() -> None:
     hidden = torch.zeros(2, 3, 4, requires_grad=True)
     loss = DeformedLog(min_prob=0.9)

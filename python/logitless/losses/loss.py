@@ -95,12 +95,13 @@ class Loss:
         return "mean"
 
     @property
-    def divided_by(self) -> Callable[[TokenStats, Mapping[str, Tensor]], Tensor] | None:
+    def divided_by(self) -> Callable[[TokenStats | None, Mapping[str, Tensor]], Tensor | None] | None:
         """Which tokens the reduction's divisor counts: a function of statistics and inputs to bool `[...]`.
 
         None, the usual case: all that count. It concerns the divisor of a batch's own, not a `normalizer` from outside.
         A divisor that depends on the statistics is known after them alone, so that a sweep cannot have it: where it is
-        wanted, a loss of tokens costs four GEMMs.
+        wanted, a loss of tokens costs four GEMMs. A count over several batches is made before any statistics; the
+        function is then called with None for these, and gives None where it needs them.
         """
         return None
 

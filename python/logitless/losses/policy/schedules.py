@@ -35,8 +35,8 @@ def prefix_rft_length(
     Raises:
         ValueError: a length below 1, a negative step, no steps in all, or shares that are not in [0, 1].
 
-    Source: arXiv 2507.01679's code, which also never shows less than its `min_prefix_len`. Unverified source: the
-    shares, from a port that cites the paper's appendix.
+    Source: arXiv 2507.01679's code for the rule: a random share between two schedules, and the length rounded down. It
+    also never shows less than its `min_prefix_len`. The three shares are a port's, which cites the paper's appendix.
     """
     if length < 1:
         raise ValueError(f"length: expected at least 1, got {length}")

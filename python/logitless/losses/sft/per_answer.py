@@ -250,7 +250,7 @@ class DiscriminativeSFT(SequenceLoss):
         return temperature if given[0] is None else given[0], decay if given[1] is None else given[1]
 
     @property
-    def divided_by(self) -> Callable[[TokenStats, Mapping[str, Tensor]], Tensor]:
+    def divided_by(self) -> Callable[[TokenStats | None, Mapping[str, Tensor]], Tensor]:
         return _of_demonstrations
 
     @property
@@ -327,7 +327,7 @@ class DiscriminativeSFT(SequenceLoss):
         return score, log_mean.clamp(min=lowest), sizes
 
 
-def _of_demonstrations(stats: TokenStats, inputs: Mapping[str, Tensor]) -> Tensor:
+def _of_demonstrations(stats: TokenStats | None, inputs: Mapping[str, Tensor]) -> Tensor:
     """The tokens of demonstrated answers, of which every prompt has one."""
     return inputs["negative"] == 0
 

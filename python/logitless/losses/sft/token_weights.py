@@ -118,8 +118,10 @@ class DeformedLog(SequenceLoss):
         return self.form == "cayley"
 
     @property
-    def divided_by(self) -> Callable[[TokenStats, Mapping[str, Tensor]], Tensor] | None:
-        return None if (self.min_prob, self.max_prob) == (0, 1) else self._kept
+    def divided_by(self) -> Callable[[TokenStats | None, Mapping[str, Tensor]], Tensor | None] | None:
+        if (self.min_prob, self.max_prob) == (0, 1):
+            return None
+        return lambda stats, inputs: None if stats is None else self._kept(stats)
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -135,7 +137,7 @@ class DeformedLog(SequenceLoss):
         kept = self._kept(stats)
         return torch.where(kept if mask is None else kept & mask, loss, 0.0)
 
-    def _kept(self, stats: TokenStats, inputs: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _kept(self, stats: TokenStats) -> Tensor:
         """`[...]` bool, where p is within the thresholds."""
         p = statistic(self, stats, "logprob").detach().exp()
         return (p >= self.min_prob) & (p <= self.max_prob)
