@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import length
 from torch import Tensor
 
 from logitless import linear_loss, losses
@@ -21,6 +22,7 @@ from logitless.losses import (
     CISPO,
     DAPO,
     DPPO,
+    DPPOKL,
     DRO,
     GMPO,
     GRPO,
@@ -52,7 +54,7 @@ from logitless.losses.policy.policy_loss import LEAST_LOGPROB, Samples
 from logitless.types import TokenStats
 
 TOKEN_LOSSES = [Reinforce(), PPO(), PPO(delta=3.0), GRPO(), DrGRPO(), DAPO(), BNPO(), CISPO(), SAPO(), DPPO(), DRO()]
-TOKEN_LOSSES += [TOPR(per="token")]
+TOKEN_LOSSES += [DPPOKL(), TOPR(per="token")]
 SEQUENCE_LOSSES = [RLOO(), GSPO(), GSPO(epsilon_low=0.1, epsilon_high=0.2), GSPOToken(), LUSPO(), GMPO(), VESPO()]
 SEQUENCE_LOSSES += [TOPR(), KLCov(share=0.3)]
 LOSSES = TOKEN_LOSSES + SEQUENCE_LOSSES
@@ -383,7 +385,10 @@ def test_weights_of_single_tokens(logprob: float, old: float, advantage: float) 
     gate = sigmoid(tau * (r - 1))
     k, lam = (2, 3) if advantage >= 0 else (3, 2)
     phi = r**k * math.exp(lam * (1 - r))
-    kept = change <= 0.2 if up else change >= -0.2
+    kept = change <= 0.15 if up else change >= -0.15
+    rest, old_rest = 1 - math.exp(logprob) + 1e-8, 1 - math.exp(old) + 1e-8
+    divergence = math.exp(old) * (old - logprob) + old_rest * math.log(old_rest / rest)
+    within = divergence <= 0.05 or (change <= 0 if up else change >= 0)
     expected = {
         Reinforce(): (-advantage * logprob, advantage),
         PPO(): (
@@ -394,6 +399,7 @@ def test_weights_of_single_tokens(logprob: float, old: float, advantage: float) 
         CISPO(ratio_cap=None): (-r * advantage * logprob, r * advantage),
         SAPO(): (-4 / tau * gate * advantage, 4 * r * gate * (1 - gate) * advantage),
         DPPO(): (-min(r, 20) * advantage * logprob * kept, min(r, 20) * advantage * kept),
+        DPPOKL(): (-min(r, 20) * advantage * logprob * within, min(r, 20) * advantage * within),
         DRO(strength=0.3): (
             -advantage * logprob + 0.15 * (logprob - old) ** 2,
             advantage - 0.3 * (logprob - old),
@@ -516,12 +522,19 @@ def test_names_of_the_clip_share_its_formula(seed: int) -> None:
 def test_reductions_are_those_of_the_papers() -> None:
     wanted = {
         "mean_of_means": "grpo sapo gspo gspo_token gmpo rloo gvpo",
-        "constant_length": "dr_grpo",
-        "mean": "reinforce ppo dapo bnpo cispo dppo dro vespo clip_cov kl_cov vapo",
+        "constant_length": "dr_grpo prefix_rft",
+        "mean": "reinforce ppo dapo bnpo cispo dppo dppo_kl dro vespo luffy chord uft srft clip_cov kl_cov vapo",
         "sequence_mean": "luspo topr",
     }
     for reduction, those in wanted.items():
         assert {losses.get(name).reduction for name in those.split()} == {reduction}
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    assert (LUSPO().epsilon_low, LUSPO().epsilon_high) == (2e-3, 2.5e-3)
+    assert (GSPO().epsilon_low, GSPO().epsilon_high) == (3e-4, 4e-4)
+    assert (DPPO().threshold_low, DPPO().threshold_high) == (0.15, 0.15)
+    assert (DPPOKL().threshold_low, DPPOKL().threshold_high) == (0.05, 0.05)
 
 
 # Extremes
@@ -983,7 +996,7 @@ def rejected(**changed: Any) -> Tensor:
         (lambda: TOPR(per="row"), ValueError, "TOPR: per must be one of sequence, token"),
         (lambda: GVPO(ratio_scale=0.0), ValueError, "GVPO: ratio_scale"),
         (lambda: VAPO(nll_coef=-0.1), ValueError, "VAPO: nll_coef"),
-        (lambda: losses.get("ppo_clip"), ValueError, "did you mean 'ppo'"),
+        (lambda: losses.get("ppo_clip"), ValueError, "did you mean .*'ppo'"),
         (lambda: losses.get("cispo", epsilon_high=5.0), TypeError, "cispo has no hyper-parameter 'epsilon_high'"),
         (lambda: top_entropy_mask(torch.zeros(2), 0.0), ValueError, "share"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), mode="truncate"), ValueError, "mode"),
@@ -1048,7 +1061,7 @@ def test_one_graph_under_torch_compile(name: str) -> None:
     known = {key: x for key, x in inputs.items() if key in (*loss.inputs, *loss.optional_inputs)}
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = linear_loss(loss, hidden, weight, targets, backend="chunked", **known)
+        out: Tensor = linear_loss(loss, hidden, weight, targets, backend="chunked", **known, **length(loss))
         return out
 
     eager, compiled = value(hidden, weight), torch.compile(value, backend="aot_eager", fullgraph=True)(hidden, weight)

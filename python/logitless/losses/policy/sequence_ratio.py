@@ -129,15 +129,19 @@ class LUSPO(GSPO):
     When to use: as `gspo`, where answers shrink in training.
 
     Args:
-        epsilon_low, epsilon_high, delta: as `gspo`.
+        epsilon_low: 2e-3 (the paper's, section 5.1).
+        epsilon_high: 2.5e-3 (the paper's).
+        delta: as `ppo`.
 
     And those of `PolicyLoss`.
 
-    Left open: the values of epsilon; these are GSPO's.
+    Left open: nothing in the loss.
 
-    Source: arXiv 2602.05261, as in TRL 1.16. Unverified source: the paper was not seen.
+    Source: arXiv 2602.05261, as in TRL 1.16, whose index of papers quotes the values of epsilon.
     """
 
+    epsilon_low: float = 2e-3
+    epsilon_high: float = 2.5e-3
     name: ClassVar[str] = "luspo"
     reduction: ClassVar[LossReduction] = "sequence_mean"
 

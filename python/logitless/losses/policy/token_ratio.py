@@ -254,7 +254,9 @@ class CISPO(PolicyLoss):
 
     And those of `PolicyLoss`.
 
-    Left open: the cap, which the paper gives as `1 + epsilon_high` without a value.
+    Left open: the cap, which the paper gives as `1 + epsilon_high` without a value. verl's form of the loss also holds
+    the weight above `1 - epsilon_low`, so that a token that has become unlikely weighs no less; here, as in TRL, there
+    is no lower bound.
 
     Source: arXiv 2506.13585, as in TRL (whose `epsilon_high` is this cap, and silently 0.2 if it is not set).
     """
@@ -325,18 +327,18 @@ class DPPO(PolicyLoss):
     When to use: as `ppo`, where ratios of rare tokens say little about how far the policy moved.
 
     Args:
-        threshold_low, threshold_high: bounds of the change of probability; 0.2 is our choice.
-        ratio_cap: greatest weight; 20 (verl's).
+        threshold_low, threshold_high: bounds of the change of probability; 0.15, with which verl's example trains.
+        ratio_cap: greatest weight; 20, the default of verl's function (its example sets it out of reach).
 
     And those of `PolicyLoss`.
 
-    Left open: the thresholds' values. Its KL mask is not built.
+    Left open: nothing in the loss; `dppo_kl` has the other mask.
 
-    Source: arXiv 2602.04879, from verl's code. Unverified source: the paper was not seen.
+    Source: arXiv 2602.04879, from verl's code (`dppo_tv`). Unverified source: the paper was not seen.
     """
 
-    threshold_low: float = 0.2
-    threshold_high: float = 0.2
+    threshold_low: float = 0.15
+    threshold_high: float = 0.15
     ratio_cap: float = 20.0
     name: ClassVar[str] = "dppo"
 
@@ -356,6 +358,44 @@ class DPPO(PolicyLoss):
         change = logprob.exp() - (logprob - samples.log_ratio.detach()).exp()
         up, down = samples.advantages > 0, samples.advantages < 0
         return down & (change < -self.threshold_low), up & (change > self.threshold_high)
+
+
+@register
+@dataclass(frozen=True)
+class DPPOKL(DPPO):
+    """DPPO with the binary KL mask: the loss of `dppo`, within a trust region of the divergence of token or not token.
+
+    `D = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))`, with 1e-8 added to the probabilities of the
+    rest. A token keeps its gradient while `D <= threshold_high` or p has not risen (A > 0), `D <= threshold_low` or p
+    has not fallen (A < 0).
+
+    Detached: weight, mask, A, old_logprob.
+
+    When to use: as `dppo`, with a bound that is tighter for probabilities near 0 and 1.
+
+    Args:
+        threshold_low, threshold_high: bounds of D in nats; 0.05, with which verl's example trains.
+        ratio_cap: as `dppo`.
+
+    And those of `PolicyLoss`.
+
+    Left open: nothing in the loss.
+
+    Source: arXiv 2602.04879, from verl's code (`dppo_kl`). Unverified source: the paper was not seen.
+    """
+
+    threshold_low: float = 0.05
+    threshold_high: float = 0.05
+    name: ClassVar[str] = "dppo_kl"
+
+    def _clipped(self, samples: Samples, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        change = samples.log_ratio.detach()
+        old = samples.logprob.detach() - change
+        rest, old_rest = (1e-8 - torch.expm1(x) for x in (samples.logprob.detach(), old))
+        divergence = -old.exp() * change + old_rest * (old_rest / rest).log()
+        up, down = samples.advantages > 0, samples.advantages < 0
+        low, high = divergence > self.threshold_low, divergence > self.threshold_high
+        return down & (change < 0) & low, up & (change > 0) & high
 
 
 @register

@@ -126,8 +126,7 @@ class PSFT(TokenLoss):
 
     Left open: how long an old policy is kept; the paper renews it every 8 updates.
 
-    Source: arXiv 2508.17784, equations 6 and 7, and its authors' code. Unverified source: the equations' numbers are
-    known through notes.
+    Source: arXiv 2508.17784, equations 6 and 7, and its authors' code (zwhong714/PSFT).
     """
 
     epsilon: float = 0.28
