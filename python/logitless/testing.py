@@ -111,6 +111,7 @@ def materialised(
     *,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
 ) -> TokenStats:
     """`TokenStats` by plain PyTorch, the baseline: logits in the model's dtype, softmax in float32."""
     hidden, weight, bias, targets = problem
@@ -121,7 +122,7 @@ def materialised(
     rows = hidden.reshape(-1, hidden.shape[-1])[kept]
     z = torch.nn.functional.linear(rows, weight, bias).to(statistics_dtype(hidden.dtype))
     z = reference.transformed(z, transform)
-    stats = reference.statistics(z, flat[kept], outputs)
+    stats = reference.statistics(z, flat[kept], outputs, logit_weight)
     return TokenStats(
         *(None if x is None else x.new_zeros(len(flat)).index_add(0, kept, x).reshape(shape) for x in stats)
     )

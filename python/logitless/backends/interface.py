@@ -26,6 +26,7 @@ class Problem:
     chunk_dtype: torch.dtype | None = None  # of a chunk's logits; None: the statistics'
     vocabulary_order: Tensor | None = None  # [V] int64, of the tail's blocks (`order`); None: the head's own
     rounds_head: bool = False  # the head's gradient may come in the head's dtype, where one product makes it
+    logit_weight: Tensor | None = None  # [V] in the statistics' dtype: mean_logit is `mean_j w_j z_j`; None: w = 1
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,9 @@ class DivergenceEngine(Protocol):
 class ExactPasses(Protocol):
     """The exact passes of a backend, which its approximate strategies stand on and fall back to."""
 
-    rows: RowEngine
+    def rows_for(self, problem: Problem) -> RowEngine:
+        """The row engine of a sweep."""
+        ...
 
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
         """The longest group of tokens that a single pass keeps whole."""

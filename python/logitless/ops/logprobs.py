@@ -23,6 +23,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
@@ -42,6 +43,8 @@ def linear_logprobs(
         logit_scale, softcap, temperature: see `LogitTransform`. The defaults leave the logits as they are.
         ignore_index: tokens with this target give 0 and no gradient, and cost nothing. -100 as in PyTorch.
         outputs: which fields of `TokenStats` to compute. The differentiable ones may all be used together.
+        logit_weight: `[V]` constants w, with which `mean_logit` is `mean_j w_j z_j` (NaN where w is 0 and the logit
+            -inf). Under a softcap a chunk's rows are then PyTorch's operations, whatever the backend.
         backend: "reference" (full logits, plain autograd), "cuda", "triton", "chunked", or "auto": the first of the
             last three that takes these tensors (`python -m logitless info` says which, and why not the others).
         backward: "recompute" computes each chunk's logits again (1 + 3 GEMMs of 2 N H V flops); "single_pass" keeps
@@ -83,9 +86,11 @@ def linear_logprobs(
         chunk_dtype,
         tail_tolerance,
         vocabulary_order,
+        logit_weight,
     )
     outputs = checks.check_outputs(outputs, with_targets=targets is not None)
     call = prepare_call(hidden, weight, targets, options)
+    checks.check_logit_weight(logit_weight, weight, outputs)
     shape = hidden.shape[:-1]
     stats = _statistics_of_call(call, outputs)
     return TokenStats(*(None if x is None else x.reshape(shape) for x in stats))
@@ -104,6 +109,7 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.bias,
         targets,
         options.vocabulary_order,
+        options.logit_weight,
         options.transform.packed(),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
@@ -127,6 +133,7 @@ def _reference(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         transform=options.transform,
         ignore_index=options.ignore_index,
         outputs=outputs,
+        logit_weight=options.logit_weight,
     )
 
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ...types import PAIR_BLOCK, PAIR_SPAN, Head, Options, TokenStats, statistics_dtype
-from ..exact.chunks import Operands, chunk_budget
+from ..exact.chunks import Operands, chunk_budget, weighted_mean
 from ..exact.gradients import Accumulators, target_entry
 from ..exact.products import multiply, spans
 from ..interface import (
@@ -137,7 +137,9 @@ class Blocks(Approximate):
             return self.entries.forward(problem, outputs, tolerance)
         stats, block_lse = self.engine.measure(_aligned(permuted(problem)), outputs)
         counts = torch.zeros(len(block_lse), dtype=torch.int32, device=block_lse.device)
-        return Forward(stats, None), Saved(counts, counts.new_empty(0), block_lse.new_empty(0), block_lse)
+        return Forward(weighted_mean(problem, stats), None), Saved(
+            counts, counts.new_empty(0), block_lse.new_empty(0), block_lse
+        )
 
     def backward(
         self, problem: Problem, stats: TokenStats, saved: Saved, upstream: Upstream, needs: Needs, tolerance: float
