@@ -171,8 +171,8 @@ class Tile(NamedTuple):
 class RowGradient(NamedTuple):
     """`dL / d(raw product)` of a chunk: `row_scale[:, None] * matrix`, plus `target` at each row's target entry.
 
-    The target's entry of the matrix is 0. Without a softcap the mean logit's part, the same for every entry of a row,
-    is not in it: the sums add it by two products with one vector.
+    The target's entry of the matrix is 0. Without a softcap the mean logit's part is not in it: the sums add it by two
+    products with one vector.
     """
 
     matrix: Tensor  # [n, V] in the operands' dtype

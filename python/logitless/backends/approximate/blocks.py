@@ -136,10 +136,9 @@ class Blocks(Approximate):
         if not self.engine.takes(problem.hidden, problem.head):
             return self.entries.forward(problem, outputs, tolerance)
         stats, block_lse = self.engine.measure(_aligned(permuted(problem)), outputs)
+        stats = weighted_mean(problem, stats)
         counts = torch.zeros(len(block_lse), dtype=torch.int32, device=block_lse.device)
-        return Forward(weighted_mean(problem, stats), None), Saved(
-            counts, counts.new_empty(0), block_lse.new_empty(0), block_lse
-        )
+        return Forward(stats, None), Saved(counts, counts.new_empty(0), block_lse.new_empty(0), block_lse)
 
     def backward(
         self, problem: Problem, stats: TokenStats, saved: Saved, upstream: Upstream, needs: Needs, tolerance: float
