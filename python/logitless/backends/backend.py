@@ -33,7 +33,7 @@ class Backend:
     """A way to run the ops: a row engine is all it needs, and a subclass overrides what it does otherwise.
 
     Attributes:
-        rows: the row engine of every sweep over chunks, but for those of weighted logits under a softcap (`row_engine`).
+        rows: the row engine of every sweep over chunks that its kernels can serve (`row_engine`).
         divergence_rows: the row engine of divergences.
         blocks: kernels for a tail-corrected backward by pairs of a token and a block; None: entry by entry.
         finishes_gradients: whether the row engine leaves a finished gradient, without a factor for each row, so that
