@@ -90,7 +90,8 @@ def linear_loss(
             (of pairs, or of sequences, where the loss has one value for each); "sequence_mean", "mean_of_means" and
             "constant_length" as in the table of `logitless.reduce`; "sum"; "none" gives `[...]` (`[B]`, `[S]`).
         normalizer: number, or tensor of one: the count to divide by instead of this batch's own (tokens for "mean",
-            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism.
+            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism. A
+            loss that counts fewer (`Loss.divided_by`) says what the number has to be.
         max_length: of "constant_length": what stands for every sequence's length.
         ref_hidden: `[..., H']` hidden states of the reference (teacher), for a loss that compares whole distributions,
             or in place of `ref_logprob` (and `ref_lse`), which are then computed here, without a gradient.
