@@ -100,7 +100,8 @@ def linear_loss(
             (of pairs, or of sequences, where the loss has one value for each); "sequence_mean", "mean_of_means" and
             "constant_length" as in the table of `logitless.reduce`; "sum"; "none" gives `[...]` (`[B]`, `[S]`).
         normalizer: number, or tensor of one: the count to divide by instead of this batch's own (tokens for "mean",
-            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism.
+            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism. A
+            loss that counts fewer (`Loss.divided_by`) says what the number has to be.
         max_length: of "constant_length": what stands for every sequence's length.
         among: `[..., K]` ids, the set that the distribution is renormalised over, as in `linear_logprobs`: what a
             sampler's top-k or top-p kept, so that a policy loss's ratio is that of the distribution sampled from

@@ -70,7 +70,7 @@ class ASFT(_Anchored):
     model without its adapter).
 
     Args:
-        kl_weight: 0.05, the paper's; its code has 0.1, and 0.03 for bfloat16. Not negative.
+        kl_weight: 0.05, the paper's and of its code's example; the code's own default is 0.1. Not negative.
         kl: `forward_kl` by default, as in the paper and its code.
 
     Left open: paper and code give different weights. Both terms have the same mean over tokens here and in the authors'
