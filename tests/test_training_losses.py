@@ -22,6 +22,7 @@ ROWS = [
         "advantages": (-1.0) ** i * (1 + i % 3),
         "label": i % 2 == 0,
         "demonstration": i % 4 == 0,
+        "old_logprob": -5.5,
     }
     for i, row in enumerate(completion_rows())
 ]
@@ -43,6 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "pair, lengths": {"name": "rpo"},
     "pair, a weighted sum": {"name": "weighted_sum", "terms": ["dpo", "chosen_nll"], "weights": [1.0, 0.1]},
     "unpaired": {"name": "kto", "loss_type": "apo_zero_unpaired"},
+    "unpaired, a reference point": {"name": "kto"},
+    "unpaired, a running mean": {"name": "bco"},
+    "two means": {"name": "chord"},
 }
 
 
@@ -113,8 +117,8 @@ def test_distributions_are_compared_with_the_model_at_the_start(folder: Path, lo
 
 
 def test_a_missing_column_is_named(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"rows\.jsonl.*column reward_shift"):
-        curve(folder, {"name": "bco"})
+    with pytest.raises(InputError, match=r"rows\.jsonl: dense_path_reinforce needs a column sft_logprob"):
+        curve(folder, {"name": "dense_path_reinforce"})
 
 
 def test_a_teacher_is_another_model(folder: Path) -> None:

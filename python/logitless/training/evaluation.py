@@ -41,7 +41,7 @@ def evaluate_loss(run: Run, loader: Loader) -> dict[str, float]:
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
     batches = consecutive(len(loader.units), run.options.per_device_eval_batch_size)
     for units in batches[world.rank :: world.size]:
-        for name, value in _sums(run.model, run.loss, run.engine, run.complete(loader.batch(units))).items():
+        for name, value in _sums(run.model, run.loss, run.engine, run.complete_held_out(loader.batch(units))).items():
             totals[name] += value
     run.model.train(was_training)
     totals = {name: world.sum(value) for name, value in totals.items()}
