@@ -36,11 +36,14 @@ def read_columns(
         InputError: a column that this row lacks, holds something else, or has another number of values than the row
             has tokens that count, or turns.
     """
-    values = {name: _numbers(name, row, side) for name in names}
-    for name, x in values.items():
-        if name in single and x.shape != (1,):
-            raise InputError(f"{row.origin}: the column {name} has {len(x)} values; expected one for the row")
-    return {name: _at_predictions(x, name, row, counts) for name, x in values.items()}
+    found = {}
+    for name in names:
+        called = f"{side}_{name}" if side else name
+        values = _numbers(_value(row, name, side), called, row)
+        if name in single and values.shape != (1,):
+            raise InputError(f"{row.origin}: the column {called} has {len(values)} values; expected one for the row")
+        found[name] = _at_predictions(values, called, row, counts)
+    return found
 
 
 def _value(row: Row, name: str, side: str) -> Any:
@@ -48,9 +51,8 @@ def _value(row: Row, name: str, side: str) -> Any:
     return next((value for n in names if (value := row.values.get(n)) is not None), None)
 
 
-def _numbers(name: str, row: Row, side: str) -> torch.Tensor:
+def _numbers(value: Any, name: str, row: Row) -> torch.Tensor:
     """The values, `[n]` or lists of them `[n, K]`: bool, int64, or float32; shorter lists end with -100."""
-    value = _value(row, name, side)
     values = value if isinstance(value, list) else [value]
     lists = [x if isinstance(x, list) else [x] for x in values]
     if not lists or not all(isinstance(x, (bool, int, float)) for part in lists for x in part):

@@ -190,8 +190,8 @@ class RewardShift(Estimate):
 
     def _rewards(self, run: Running, batch: Batch) -> torch.Tensor:
         stats = current_stats(run, batch, run.loss.outputs)
-        rewards: torch.Tensor = objective_of_stats(run.loss, stats, self.evaluation(run, batch)).result.reward
-        return rewards.cpu()
+        result = objective_of_stats(run.loss, stats, self.evaluation(run, batch)).result._asdict()
+        return torch.cat([x for name, x in result.items() if name.endswith("reward")]).cpu()  # of both sides of a pair
 
     def state(self, run: Running) -> dict[str, torch.Tensor]:
         return self.mean._asdict()

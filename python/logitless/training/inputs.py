@@ -58,7 +58,8 @@ def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Colle
 def _require(loss: Loss, missing: Collection[str], given: Collection[str], origin: str) -> None:
     for name in missing:
         if name not in given:
+            sides = f" (or chosen_{name} and rejected_{name})" if isinstance(loss, PairLoss) else ""
             raise InputError(
-                f"{origin}: {loss.name} needs a column {name}: one number (true, false) a row, or a list with one for "
-                "each token that counts"
+                f"{origin}: {loss.name} needs a column {name}{sides}: one number (true, false) a row, or a list with "
+                "one for each token that counts"
             )
