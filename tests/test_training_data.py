@@ -346,7 +346,7 @@ def test_a_column_of_another_length_or_kind_is_reported_with_its_line(values: An
 
 def test_a_side_without_its_column_is_named() -> None:
     row = {"prompt": "p", "chosen": "ab", "rejected": "c", "chosen_weight": 1.0}
-    with pytest.raises(InputError, match="line 7: the loss reads the column rejected_weight, .* got None"):
+    with pytest.raises(InputError, match=r"line 7: the loss reads the column rejected_weight, .* got None"):
         renderer(columns=("weight",)).pairs([Row(row, "line 7")], "x")
 
 

@@ -91,6 +91,15 @@ def test_evaluation_has_the_loss_s_own_temperature(folder: Path) -> None:
     assert found[0]["eval_loss"] != pytest.approx(0.5 * found[0]["eval_nll"], rel=1e-3)
 
 
+def test_evaluation_divides_by_the_constant_length_as_training_does(folder: Path) -> None:
+    rows = str(folder / "rows.jsonl")
+    changes: dict[str, Any] = {"eval_dataset_name": rows, "max_steps": 1, "learning_rate": 0.0}
+    output = folder / "eval-constant"
+    evaluated = train(make_options(output, str(folder / "model"), rows, method="dr_grpo", **changes)).eval_metrics
+    trained = curve(folder, {"name": "dr_grpo"}, per_device_train_batch_size=len(ROWS), max_steps=1)
+    assert evaluated["eval_loss"] == pytest.approx(float(trained[0, 0]), rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
 def test_accumulation_is_normalised_over_the_whole_step(folder: Path, loss: dict[str, Any]) -> None:
     whole = curve(folder, loss, per_device_train_batch_size=4)
