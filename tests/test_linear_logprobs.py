@@ -163,7 +163,7 @@ def test_fields_not_asked_for_are_none():
 def test_shapes_and_dtypes(shape, dtype):
     problem = make_problem(shape, 4, 5, dtype=dtype)
     stats = run(problem, outputs=OUTPUTS)
-    for value in stats:
+    for value in (getattr(stats, name) for name in OUTPUTS):
         assert value.shape == shape
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     stats.logprob.sum().backward()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import loss_inputs
+from loss_cases import lists_of_ids, loss_inputs
 
 import logitless
 from logitless import losses
@@ -195,7 +195,10 @@ def test_every_registered_loss_is_watched(name):
         inputs["max_length"] = N
 
     def call(p, **options):
-        out = logitless.linear_loss(loss, **pairs(p, 4), **inputs, **options)
+        batch = pairs(p, 4)
+        if loss.lists:
+            batch["targets"] = lists_of_ids(batch["targets"], len(batch["weight"]))
+        out = logitless.linear_loss(loss, **batch, **inputs, **options)
         return out if isinstance(out, torch.Tensor) else out.loss
 
     assert largest(call, problem(), chunk_bytes=CHUNK) <= LARGEST

@@ -99,9 +99,14 @@ def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
     return total / normalizer
 
 
+def zero_outside(mask: Tensor, x: Tensor) -> Tensor:
+    """`x [..., *]` with 0 where the mask `[...]` is False."""
+    return torch.where(mask.view((*mask.shape, *[1] * (x.dim() - mask.dim()))), x, torch.zeros_like(x))
+
+
 def apply(per_token: Tensor, mask: Tensor, rule: Rule, *, keep_tokens: bool = False) -> Tensor:
     """`sum_t m_t a_t loss_t / Z`. With `keep_tokens`, for reduction "none", the tokens' `m_t loss_t`."""
-    per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
+    per_token = zero_outside(mask, per_token)
     if keep_tokens:
         return per_token
     if rule.token_weight is not None:

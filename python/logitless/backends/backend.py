@@ -11,6 +11,7 @@ from .approximate.entries import Entries
 from .exact import sweep
 from .exact.chunks import chunk_tokens
 from .exact.divergence import divergence_sweep, torch_divergence_rows
+from .exact.listed import ListedRows
 from .interface import (
     Approximate,
     DivergenceEngine,
@@ -54,6 +55,10 @@ class Backend:
         """None, or the reason why the backend cannot take tensors of this device and dtype."""
         return None
 
+    def row_engine(self, problem: Problem) -> RowEngine:
+        """The row engine of a call: for targets `[N, K]` the backend's own below one that knows of lists."""
+        return self.rows if problem.targets.dim() == 1 else ListedRows(self.rows)
+
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
         """The longest group of tokens that `single_pass` keeps whole."""
         buffers = self.rows.buffers(head, options.chunk_dtype)
@@ -61,15 +66,15 @@ class Backend:
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
         """`TokenStats` of every token and, for a frozen head, `d logprob / d hidden`."""
-        return sweep.forward(self.rows, problem, outputs, unit_gradient)
+        return sweep.forward(self.row_engine(problem), problem, outputs, unit_gradient)
 
     def backward(self, problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
         """Gradients from `upstream`, the logits computed again."""
-        return sweep.backward(self.rows, problem, stats, upstream, needs)
+        return sweep.backward(self.row_engine(problem), problem, stats, upstream, needs)
 
     def single_pass(self, problem: Problem, losses: SummedLosses) -> SinglePass:
         """The sum of a loss and its gradients in one sweep."""
-        return sweep.single_pass(self.rows, problem, losses)
+        return sweep.single_pass(self.row_engine(problem), problem, losses)
 
     def divergence(
         self, problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]

@@ -92,8 +92,10 @@ class Cuda(Backend):
         return None if code == 0 else f"{device}: {loaded.explain(code)}"
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
-        """One fused GEMM where a kernel takes the operands; a unit gradient wants chunks of logits."""
-        kernel = None if unit_gradient else fused_kernel(problem.hidden, problem.head.weight)
+        """One fused GEMM where a kernel takes the operands; a unit gradient and lists of ids want chunks of logits."""
+        kernel = (
+            None if unit_gradient or problem.targets.dim() > 1 else fused_kernel(problem.hidden, problem.head.weight)
+        )
         if kernel is None:
             return super().forward(problem, outputs, unit_gradient)
         return Forward(_fused_forward(kernel, problem, _wanted(outputs), None), None)
@@ -192,7 +194,7 @@ class CudaRows(RowEngine):
         _library().launch(
             "gradient",
             *_chunk(raw, head, tile.targets),
-            *(None if x is None else x.to(dtype).contiguous() for x in (*stats, *upstream)),
+            *(None if x is None else x.to(dtype).contiguous() for x in (*stats, *upstream[:4])),
             *(target, written),
             on=raw.device,
         )

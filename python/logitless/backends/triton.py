@@ -78,13 +78,15 @@ class Triton(Backend):
         return None if _kernels().tile.INTERPRETED.value else "TRITON_INTERPRET was set after Triton had been imported"
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
-        """One fused kernel; a unit gradient wants chunks of logits."""
-        if unit_gradient:
+        """One fused kernel; a unit gradient and lists of ids want chunks of logits."""
+        if unit_gradient or problem.targets.dim() > 1:
             return super().forward(problem, outputs, unit_gradient)
         return Forward(measure_blocks(problem, outputs, None)[0], None)
 
     def backward(self, problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
         """Gradients from `upstream`: each part of `dL/ds` once, for the products that are needed."""
+        if problem.targets.dim() > 1:
+            return super().backward(problem, stats, upstream, needs)
         operands = Operands(problem)
         gradients = Accumulators(operands, needs)
         sums, rows = gradients.begin(), _rows_of_tokens(problem.head, stats, upstream)

@@ -152,7 +152,8 @@ class PairLoss(WholeSequenceLoss):
     """A loss of pairs of sequences: `loss(chosen, rejected, ref_chosen, ref_rejected, **extras)`, `[B]` each.
 
     Of a batch's 2B sequences, sequence i is chosen over sequence B + i. A loss whose `inputs` are empty has no
-    reference, and is called as `loss(chosen, rejected, **extras)`.
+    reference, and is called as `loss(chosen, rejected, **extras)`. Its sequence inputs reach it as extras do, one of
+    each side: `chosen_reward`, `rejected_reward`.
     """
 
     level: ClassVar[str] = "pair"
@@ -186,7 +187,8 @@ class PairLoss(WholeSequenceLoss):
         groups: Tensor,
     ) -> PreferenceResult:
         sides = {"chosen": groups, "rejected": groups + len(scores[0]) // 2}
-        by_side = {f"{side}_{name}": x[rows] for side, rows in sides.items() for name, x in extras.items()}
+        known = {name: x.expand(len(scores[0])) if x.dim() == 0 else x for name, x in sequence_inputs.items()}
+        by_side = {f"{side}_{name}": x[rows] for side, rows in sides.items() for name, x in {**extras, **known}.items()}
         return self(*(x[rows] for x in scores for rows in sides.values()), **by_side)
 
 

@@ -98,6 +98,10 @@ class Run:
             if own:
                 estimate.restore(own)
 
+    def moved_reference(self) -> dict[str, torch.Tensor]:
+        """The parameters of a reference that follows the trained model; none where there is no such reference."""
+        return {} if self.reference is None else self.reference.moved()
+
     def trainable(self) -> Iterable[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
@@ -131,8 +135,12 @@ def prepare(options: TrainOptions, world: World) -> Run:
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     loader, eval_loader = make_loaders(options, loss, model, tokenizer.pad_token_id, data, eval_data)
     reference = None
+    if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
+        raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
     if sources.reference or loss.compares_distributions:
         reference = load_reference(options, world, source, engine, loss, sources.reference, model)
+    if loss.lists and options.backend == "materialised":
+        raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
     _check_estimates(options, loss, reference, estimates)
     if reference is not None and options.precompute_ref_log_probs:
         for each in (loader, eval_loader):
@@ -155,6 +163,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
         run.restore_estimated(checkpoint.load_estimated(resumed))
+        checkpoint.restore_reference(resumed, run.moved_reference())
         reporter.say(f"resumed from {resumed}")
     return run
 

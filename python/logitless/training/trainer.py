@@ -145,6 +145,8 @@ def _require_finite(run: Run, what: str, value: float, step: int) -> None:
 def after_step(run: Run, done: int, record: Record) -> dict[str, float]:
     """Logs, evaluates and saves what is due after step `done`; returns the evaluation's metrics if there was one."""
     options, metrics = run.options, {}
+    if run.reference is not None:
+        run.reference.follow(run.model, done)
     run.state["step"] = done
     run.state["num_tokens"] += record["tokens"]
     run.state["window"].append(record)
@@ -201,6 +203,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
         tokenizer=run.tokenizer,
         optimizer=run.optimizer,
         estimated=run.estimated(),
+        reference=run.moved_reference(),
         state=run.state | {"identity": run.identity, "options": run.options.to_dict()},
         world=run.world,
         keep=run.options.save_total_limit,

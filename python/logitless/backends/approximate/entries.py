@@ -286,6 +286,7 @@ class _EntrySums:
             self.add_exact(rows, targets, gradient, upstream)
             return
         self.add_split(rows, split)
+        assert gradient.target is not None
         self.add_targets(rows, gradient.target)
         self.exact.add_mean(rows, upstream)
 

@@ -60,7 +60,7 @@ def logprobs(
             (stats, unit), saved = backends.BACKENDS[backend].approximate(strategy).forward(problem, names, tolerance)
         else:
             stats, unit = backends.BACKENDS[backend].forward(problem, names, strategy == "single_pass")
-    s = [tokens.spread(x, hidden) for x in (*stats, cast(unit, hidden.dtype))]
+    s = [tokens.spread(x, hidden) for x in (*stats[: len(OUTPUTS)], cast(unit, hidden.dtype))]
     counts, column, value, by_block = saved or (None, None, None, None)
     kept = (tokens.spread(counts, hidden), or_empty(column, hidden), or_empty(value, hidden))
     return (s[0], s[1], s[2], s[3], s[4], s[5], s[6], *kept, tokens.spread(by_block, hidden))
