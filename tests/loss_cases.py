@@ -107,7 +107,7 @@ def _per_token(name: str, rows: int, width: int, generator: torch.Generator, dty
         return -1 - torch.rand(rows, width, generator=generator, dtype=dtype)
     if name.endswith("logprob"):
         return -2 * torch.rand(rows, width, generator=generator, dtype=dtype)
-    if name in ("policy_weight", "quality", "token_power"):
+    if name in ("policy_weight", "quality", "token_power", "draw", "nll_weight"):
         return torch.rand(rows, width, generator=generator, dtype=dtype)
     return torch.randn(rows, width, generator=generator, dtype=dtype)
 

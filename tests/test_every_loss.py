@@ -55,7 +55,7 @@ def test_compiles_without_a_graph_break(name):
 
     compiled = torch.compile(value, backend="aot_eager", fullgraph=True)
     hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of `discriminative_sft`, on torch 2.9
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of groups, on torch 2.9
         found = compiled(hidden, weight)
     close((found.detach(), *torch.autograd.grad(found, (hidden, weight))), run_loss(loss, batch))
 

@@ -60,6 +60,9 @@ CALLS = {
     "class weights": lambda p, **o: logitless.linear_cross_entropy(
         **arguments(p), label_smoothing=0.1, class_weight=torch.ones(V), **o
     ),
+    "class weights under a softcap": lambda p, **o: logitless.linear_cross_entropy(
+        **arguments(p), label_smoothing=0.1, class_weight=torch.ones(V), softcap=5.0, **o
+    ),
     "dft": lambda p, **o: logitless.linear_dft(**arguments(p), **o),
     "f-divergence": lambda p, **o: logitless.linear_f_divergence_sft(**arguments(p), ref_logprob=REF, **o),
     "f-divergence with values": lambda p, **o: logitless.linear_f_divergence_sft(

@@ -24,7 +24,7 @@ from loss_cases import B, LossBatch, T, loss_inputs, run_loss
 from tail_cases import check_compiled, exact_of, gradients, peaked_problem, relative, tail_calls
 from torch import Tensor
 
-from logitless import linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
+from logitless import linear_cross_entropy, linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
 from logitless.backends import BACKENDS
 from logitless.backends.approximate.screened import Screened
 from logitless.kernels.cpu import library as cpu_library
@@ -352,6 +352,23 @@ def test_a_loss_of_statistics() -> None:
         found.append((loss.detach(), hidden.grad, weight.grad))
     assert len(report.left) == 40 and report.exact_tokens == 0
     assert found[1][1][::5].abs().max() == 0
+    for x, y in zip(*found, strict=True):
+        assert relative(x, y) < 0.03
+
+
+@pytest.mark.parametrize("classes", [None, torch.linspace(0.5, 2.0, 2000)], ids=["", "weighted"])
+def test_smoothed_labels(classes: Tensor | None) -> None:
+    """The mean logit, linear in the hidden states, is added apart."""
+    problem = peaked_problem(dtype=torch.float32, count=50)
+    found = []
+    for options in ({}, SCREENED):
+        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        with tail_report() as report:
+            call = dict(label_smoothing=0.1, class_weight=classes)
+            loss = linear_cross_entropy(hidden, weight, problem["targets"], **call, **options)
+            loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    assert len(report.left) == 50 and report.exact_tokens == 0
     for x, y in zip(*found, strict=True):
         assert relative(x, y) < 0.03
 

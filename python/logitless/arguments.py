@@ -38,10 +38,12 @@ class LossArguments(OptionKeywords, total=False):
     demonstration: Tensor | None
     density_ratio: Tensor | None
     desirable: Tensor | None
+    draw: Tensor | None
     from_reference: Tensor | None
     group: Tensor | None
     log_normalizer: Tensor | None
     negative: Tensor | None
+    nll_weight: Tensor | None
     old_logprob: Tensor | None
     policy_weight: Tensor | None
     quality: Tensor | None

@@ -1,7 +1,7 @@
 """`linear_loss`: any loss of the registry on hidden states and a head, by the cheapest exact strategy for its level.
 
 level              strategy
-token              one sweep, three GEMMs (`linear_token_loss`)
+token              one sweep, three GEMMs (`linear_token_loss`); as a sequence loss where its own divisor is wanted
 sequence           the statistics of all tokens, the loss, and recomputation for the gradient: four GEMMs
 pair, unpaired     one sweep over whole pairs (sequences) if the logits of each fit a chunk; else as a sequence loss
 distribution       one sweep of `linear_divergence`, and one of the per-token part if there is such a part
@@ -47,7 +47,7 @@ from .ops.call import Call, prepare_call
 from .ops.checks import check_ignore_index, check_tokens
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
-from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
+from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats, statistics_dtype
 
 
 @overload
@@ -100,7 +100,8 @@ def linear_loss(
             (of pairs, or of sequences, where the loss has one value for each); "sequence_mean", "mean_of_means" and
             "constant_length" as in the table of `logitless.reduce`; "sum"; "none" gives `[...]` (`[B]`, `[S]`).
         normalizer: number, or tensor of one: the count to divide by instead of this batch's own (tokens for "mean",
-            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism.
+            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism. A
+            loss that counts fewer (`Loss.divided_by`) says what the number has to be.
         max_length: of "constant_length": what stands for every sequence's length.
         among: `[..., K]` ids, the set that the distribution is renormalised over, as in `linear_logprobs`: what a
             sampler's top-k or top-p kept, so that a policy loss's ratio is that of the distribution sampled from
@@ -151,7 +152,8 @@ def linear_loss(
     if isinstance(loss, DistributionLoss) and loss.compares_distributions:
         assert reference is not None
         return _of_distributions(loss, batch, reference)
-    return _in_one_sweep(loss, batch) if loss.token_wise else _of_statistics(loss, batch)
+    one_sweep = loss.token_wise and not (batch.counts() and loss.divided_by is not None)
+    return _in_one_sweep(loss, batch) if one_sweep else _of_statistics(loss, batch)
 
 
 @dataclass(frozen=True)
@@ -174,9 +176,14 @@ class _Batch:
         """The reduction of the tokens' losses."""
         return reduction_rule(self.tokens, self.reduction, self.normalizer, self.max_length)
 
+    def counts(self) -> bool:
+        """Whether the losses are divided by a count of this batch."""
+        return self.normalizer is None and self.reduction not in ("none", "sum")
+
     def weights(self, rule: reduce.Rule) -> list[Tensor]:
         """The constants that multiply the tokens' losses before they are summed."""
-        return [x for x in (self.token_weight, rule.token_weight) if x is not None]
+        of_rule = rule.token_weight(statistics_dtype(self.hidden.dtype))
+        return [x for x in (self.token_weight, of_rule) if x is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,9 +35,14 @@ def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
     return z / transform.temperature
 
 
-def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
-    """`TokenStats` of logits `z [N, V]` and targets `[N]`."""
-    return TokenStats(**{name: _STATISTICS[name](z, targets) for name in outputs})
+def statistics(
+    z: Tensor, targets: Tensor | None, outputs: tuple[str, ...], logit_weight: Tensor | None = None
+) -> TokenStats:
+    """`TokenStats` of logits `z [N, V]` and targets `[N]`; `logit_weight [V]` weights the logits of their mean."""
+    found = {name: _STATISTICS[name](z, targets) for name in outputs}
+    if logit_weight is not None and "mean_logit" in found:
+        found["mean_logit"] = (z * logit_weight.to(z.dtype)).mean(-1)
+    return TokenStats(**found)
 
 
 def list_statistics(z: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> TokenStats:
@@ -86,12 +91,13 @@ def linear_logprobs(
     transform: LogitTransform,
     ignore_index: int,
     outputs: tuple[str, ...],
+    logit_weight: Tensor | None = None,
 ) -> TokenStats:
     """`TokenStats` of `hidden [N, H]`, `weight [V, H]` and `targets [N]`; see `logitless.linear_logprobs`."""
     if targets is None:
-        return statistics(logits(hidden, weight, bias, transform), None, outputs)
+        return statistics(logits(hidden, weight, bias, transform), None, outputs, logit_weight)
     kept = (targets != ignore_index).nonzero()[:, 0]
-    compact = statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs)
+    compact = statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs, logit_weight)
     return TokenStats(*(None if x is None else x.new_zeros(len(targets)).index_add(0, kept, x) for x in compact))
 
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,6 +112,7 @@ def materialised(
     *,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
 ) -> TokenStats:
     """`TokenStats` by plain PyTorch, the baseline: logits in the model's dtype, softmax in float32."""
     hidden, weight, bias, targets = problem
@@ -123,10 +125,10 @@ def materialised(
     rows = hidden.reshape(-1, hidden.shape[-1])[kept]
     z = torch.nn.functional.linear(rows, weight, bias).to(statistics_dtype(hidden.dtype))
     z = reference.transformed(z, transform)
-    formulas = reference.list_statistics if listed else reference.statistics
-    compact = formulas(z, flat[kept].masked_fill(~counts[kept], -1), outputs)
+    formulas = partial(reference.statistics, logit_weight=logit_weight)
+    compact = (reference.list_statistics if listed else formulas)(z, flat[kept].masked_fill(~counts[kept], -1), outputs)
     spread = (None if x is None else x.new_zeros(len(flat), *x.shape[1:]).index_add(0, kept, x) for x in compact)
-    return TokenStats(*(None if x is None else x.reshape(*shape, *x.shape[1:]) for x in spread))
+    return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in spread))
 
 
 def measure(function: Callable[[TokenProblem], TokenStats | Tensor], problem: TokenProblem) -> dict[str, Tensor]:

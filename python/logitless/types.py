@@ -47,7 +47,7 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None = None
     """`-sum_j p_j log p_j`, in nats. Differentiable."""
     mean_logit: Tensor | None = None
-    """`mean_j z_j`; label smoothing is linear in it. Differentiable."""
+    """`mean_j z_j`, or `mean_j w_j z_j` with weights w; label smoothing is linear in it. Differentiable."""
     correct: Tensor | None = None
     """1 where no logit exceeds the target's (ties count as correct), else 0. Not differentiable."""
     log_sum_sq: Tensor | None = None
@@ -194,7 +194,11 @@ class DivergenceOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the head and of the backend that every op of the library takes, with their defaults."""
+    """The options of the head and of the backend that every op of the library takes, with their defaults.
+
+    `logit_weight` is an argument of `linear_logprobs` and `linear_token_loss` alone: a loss that smooths labels reads
+    the plain mean.
+    """
 
     bias: Tensor | None = None
     logit_scale: float = 1.0
@@ -207,6 +211,7 @@ class Options:
     chunk_dtype: torch.dtype | None = None
     tail_tolerance: float = TAIL_TOLERANCE
     vocabulary_order: Tensor | None = None
+    logit_weight: Tensor | None = None
 
     @property
     def transform(self) -> LogitTransform:

@@ -12,6 +12,7 @@ from .exact import sweep
 from .exact.chunks import chunk_tokens
 from .exact.divergence import divergence_sweep, torch_divergence_rows
 from .exact.listed import ListedRows
+from .exact.torch_rows import TorchRows
 from .interface import (
     Approximate,
     DivergenceEngine,
@@ -32,7 +33,7 @@ class Backend:
     """A way to run the ops: a row engine is all it needs, and a subclass overrides what it does otherwise.
 
     Attributes:
-        rows: the row engine of every sweep over chunks.
+        rows: the row engine of every sweep over chunks that its kernels can serve (`row_engine`).
         divergence_rows: the row engine of divergences.
         blocks: kernels for a tail-corrected backward by pairs of a token and a block; None: entry by entry.
         finishes_gradients: whether the row engine leaves a finished gradient, without a factor for each row, so that
@@ -56,12 +57,22 @@ class Backend:
         return None
 
     def row_engine(self, problem: Problem) -> RowEngine:
-        """The row engine of a call: for targets `[N, K]` the backend's own below one that knows of lists."""
-        return self.rows if problem.targets.dim() == 1 else ListedRows(self.rows)
+        """The row engine of a sweep: the backend's own, where its kernels know the task.
+
+        For targets `[N, K]` one that knows of lists stands on it. PyTorch's operations, on every device, serve weights
+        of capped logits, which only class weights with label smoothing under a softcap ask for.
+        """
+        if problem.targets.dim() > 1:
+            return ListedRows(self.rows)
+        return self._rows(problem.head, problem.logit_weight)
+
+    def _rows(self, head: Head, logit_weight: Tensor | None) -> RowEngine:
+        weighs = logit_weight is not None and head.softcap is not None
+        return TorchRows(logit_weight) if weighs else self.rows
 
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
         """The longest group of tokens that `single_pass` keeps whole."""
-        buffers = self.rows.buffers(head, options.chunk_dtype)
+        buffers = self._rows(head, options.logit_weight).buffers(head, options.chunk_dtype)
         return chunk_tokens(hidden, head.weight, options, buffers, trainable=head.weight.requires_grad)
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:

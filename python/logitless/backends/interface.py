@@ -26,6 +26,7 @@ class Problem:
     chunk_dtype: torch.dtype | None = None  # of a chunk's logits; None: the statistics'
     vocabulary_order: Tensor | None = None  # [V] int64, of the tail's blocks (`order`); None: the head's own
     rounds_head: bool = False  # the head's gradient may come in the head's dtype, where one product makes it
+    logit_weight: Tensor | None = None  # [V] in the statistics' dtype: mean_logit is `mean_j w_j z_j`; None: w = 1
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ class Tile(NamedTuple):
 class RowGradient(NamedTuple):
     """`dL / d(raw product)` of a chunk: `row_scale[:, None] * matrix`, plus `target` at each row's target entry.
 
-    The target's entry of the matrix is 0, unless `target` is None. Without a softcap the mean logit's part, the same
-    for every entry of a row, is not in it: the sums add it by two products with one vector.
+    The target's entry of the matrix is 0, unless `target` is None. Without a softcap the mean logit's part is not in
+    it: the sums add it by two products with one vector.
     """
 
     matrix: Tensor  # [n, V] in the operands' dtype
@@ -242,7 +243,9 @@ class DivergenceEngine(Protocol):
 class ExactPasses(Protocol):
     """The exact passes of a backend, which its approximate strategies stand on and fall back to."""
 
-    rows: RowEngine
+    def row_engine(self, problem: Problem) -> RowEngine:
+        """The row engine of a sweep."""
+        ...
 
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
         """The longest group of tokens that a single pass keeps whole."""

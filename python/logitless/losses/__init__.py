@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # At run time the modules are found. A name that is missing h
     from .policy.schedules import *  # noqa: F403
     from .policy.sequence_ratio import *  # noqa: F403
     from .policy.token_ratio import *  # noqa: F403
+    from .policy.values import *  # noqa: F403
     from .policy.weights import *  # noqa: F403
     from .preference.dpo import *  # noqa: F403
     from .preference.reference_free import *  # noqa: F403

@@ -108,6 +108,17 @@ class Loss:
         """The reduction of the paper, by its name in `logitless.reduce`."""
         return "mean"
 
+    @property
+    def divided_by(self) -> Callable[[TokenStats | None, Mapping[str, Tensor]], Tensor | None] | None:
+        """Which tokens the reduction's divisor counts: a function of statistics and inputs to bool `[...]`.
+
+        None, the usual case: all that count. It concerns the divisor of a batch's own, not a `normalizer` from outside.
+        A divisor that depends on the statistics is known after them alone, so that a sweep cannot have it: where it is
+        wanted, a loss of tokens costs four GEMMs. A count over several batches is made before any statistics; the
+        function is then called with None for these, and gives None where it needs them.
+        """
+        return None
+
     def evaluate(
         self,
         stats: TokenStats,
@@ -157,7 +168,8 @@ class _TensorLoss(Loss):
         losses = self._values(stats, tokens, known, divergence)
         if token_weight is not None:
             losses = losses * token_weight.to(losses.dtype)
-        rule = reduction_rule(tokens, reduction, normalizer, max_length)
+        divided_by = None if self.divided_by is None else self.divided_by(stats, known)
+        rule = reduction_rule(tokens, reduction, normalizer, max_length, divided_by)
         return reduce.apply(losses, tokens.mask, rule, keep_tokens=reduction == "none")
 
     def _values(

@@ -122,6 +122,23 @@ def check_constant(name: str, value: Tensor, device: torch.device, like: str = "
         raise ValueError(f"{name}: expected device {device} like {like}, got {value.device}")
 
 
+def check_entry_weight(name: str, value: Tensor, weight: Tensor) -> None:
+    """Raises unless the value is one constant for each vocabulary entry of a head's `weight`."""
+    check_tensor(name, value, f"[{weight.shape[0]}]", 1)
+    if len(value) != weight.shape[0]:
+        raise ValueError(f"{name}: expected shape [{weight.shape[0]}], got {list(value.shape)}")
+    check_constant(name, value, weight.device, like="weight")
+
+
+def check_logit_weight(value: Tensor | None, weight: Tensor, outputs: tuple[str, ...]) -> None:
+    """Raises unless the weights of the mean logit fit the head, and the mean logit is asked for."""
+    if value is None:
+        return
+    check_entry_weight("logit_weight", value, weight)
+    if "mean_logit" not in outputs:
+        raise ValueError(f"logit_weight: is read by 'mean_logit' alone, got outputs={list(outputs)}")
+
+
 def check_ignore_index(value: object) -> None:
     """Raises unless the value is an int."""
     if isinstance(value, bool) or not isinstance(value, int):

@@ -25,6 +25,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
@@ -51,6 +52,8 @@ def linear_logprobs(
         logit_scale, softcap, temperature: see `LogitTransform`. The defaults leave the logits as they are.
         ignore_index: tokens with this target give 0 and no gradient, and cost nothing. -100 as in PyTorch.
         outputs: which fields of `TokenStats` to compute. The differentiable ones may all be used together.
+        logit_weight: `[V]` constants w, with which `mean_logit` is `mean_j w_j z_j` (NaN where w is 0 and the logit
+            -inf). Under a softcap a chunk's rows are then PyTorch's operations, whatever the backend.
         backend: "reference" (full logits, plain autograd), "cuda", "triton", "chunked", or "auto": the first of the
             last three that takes these tensors (`python -m logitless info` says which, and why not the others).
         backward: "recompute" computes each chunk's logits again (1 + 3 GEMMs of 2 N H V flops); "single_pass" keeps
@@ -93,6 +96,7 @@ def linear_logprobs(
         chunk_dtype,
         tail_tolerance,
         vocabulary_order,
+        logit_weight,
     )
     call = prepare_call(hidden, weight, targets, options, lists=True)
     if among is not None:
@@ -100,6 +104,7 @@ def linear_logprobs(
     else:
         known = LIST_OUTPUTS if call.listed else OUTPUTS
         outputs = checks.check_outputs(outputs, with_targets=targets is not None, known=known)
+        checks.check_logit_weight(logit_weight, weight, outputs)
         stats = _of_lists(call, outputs) if call.listed else _statistics_of_call(call, outputs)
     shape = hidden.shape[:-1]
     return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
@@ -112,6 +117,7 @@ def _among(call: Call, among: Tensor, targets: Tensor | None, outputs: tuple[str
     outputs = checks.check_outputs(
         outputs, with_targets=not call.listed or "correct" not in outputs, known=KEPT_OUTPUTS
     )
+    checks.check_logit_weight(call.options.logit_weight, call.weight, outputs)
     listed = prepare_call(call.hidden, call.weight, among.reshape(-1, among.shape[-1]), call.options, lists=True)
     assert listed.targets is not None
     return kept_statistics(call, listed.targets, outputs)
@@ -141,6 +147,7 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.bias,
         targets,
         options.vocabulary_order,
+        options.logit_weight,
         options.transform.packed(),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
@@ -164,6 +171,7 @@ def _reference(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         transform=options.transform,
         ignore_index=options.ignore_index,
         outputs=outputs,
+        logit_weight=options.logit_weight,
     )
 
 

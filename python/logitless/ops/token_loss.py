@@ -26,6 +26,7 @@ def linear_token_loss(
     *,
     token_inputs: Sequence[Tensor] = (),
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     normalizer: Tensor | float | None = None,
     **options: Unpack[OptionKeywords],
@@ -44,6 +45,7 @@ def linear_token_loss(
         token_inputs: constants of shape `[...]` (such as a reference's log-probs), cut into chunks with the tokens; of
             shape `[..., K]` where the targets have lists.
         outputs: the fields of `TokenStats` that the function reads.
+        logit_weight: `[V]` constants, the weights of `mean_logit`, as in `linear_logprobs`.
         reduction: "mean" divides by the number of tokens that count, or by `normalizer` (a number or a tensor of one:
             the global count under gradient accumulation or data parallelism); all ignored gives 0, connected to the
             graph. "sum"; "none" returns `[...]`, 0 where ignored.
@@ -65,8 +67,9 @@ def linear_token_loss(
     checks.check_tokens(hidden, targets)
     if not callable(per_token_loss):
         raise TypeError(f"per_token_loss: expected a function, got {type(per_token_loss).__name__}")
-    call = prepare_call(hidden, weight, targets, Options(**options), lists=True)
+    call = prepare_call(hidden, weight, targets, Options(**options, logit_weight=logit_weight), lists=True)
     outputs = checks.check_outputs(outputs, with_targets=True, known=LIST_OUTPUTS if call.listed else OUTPUTS)
+    checks.check_logit_weight(logit_weight, weight, outputs)
     for i, value in enumerate(token_inputs):
         check_token_input(f"token_inputs[{i}]", value, hidden, lists=call.listed)
     if call.listed and call.approximates():
@@ -81,7 +84,7 @@ def linear_token_loss(
                 "backward: 'single_pass' cannot serve reduction='none' with a trainable head, whose upstream gradients "
                 "come after the pass; use backward='auto' or 'recompute'"
             )
-        stats = linear_logprobs(hidden, weight, targets, outputs=outputs, **options)
+        stats = linear_logprobs(hidden, weight, targets, outputs=outputs, logit_weight=logit_weight, **options)
         # What stands behind an ignored token may be anything; a function's derivative there must not be NaN.
         known = [reduce.zero_outside(counts, x) for x in token_inputs]
         losses = check_losses(per_token_loss(stats, *known), tuple(counts.shape))
@@ -138,6 +141,7 @@ def _total(
         options.bias,
         call.targets,
         options.vocabulary_order,
+        options.logit_weight,
         list(inputs),
         groups,
         function,

@@ -177,7 +177,9 @@ def loss_count(loss: Loss, batch: Batch) -> int:
     if loss.reduction not in reduce.OF_SEQUENCES:
         return batch.counted
     assert tokens.sequence is not None
-    return len(tokens.sequence[tokens.mask].unique())
+    divided_by = None if loss.divided_by is None else loss.divided_by(None, batch.loss_inputs)
+    counted = tokens.mask if divided_by is None else tokens.mask & divided_by
+    return len(tokens.sequence[counted].unique())
 
 
 def batch_layout(batch: Batch) -> TokenLayout:

@@ -30,7 +30,7 @@ class Accumulators:
         self.weight_begun = False
         halves = problem.head.weight.dtype == operands.operand == torch.bfloat16
         self.one_product = problem.rounds_head and halves and len(problem.targets) <= chunk
-        # The mean logit's gradient is the same for every entry of the vocabulary: summed apart, added once.
+        # The mean logit's gradient is one vector, times each entry's weight: summed apart, added once.
         self.mean_weight: Tensor | None = None  # [H]
         self.mean_bias: Tensor | None = None  # []
 
@@ -109,12 +109,14 @@ class Accumulators:
 
     def finish(self) -> Gradients:
         """The gradients; zeros where no token came."""
-        vocabulary = len(self.operands.problem.head.weight)
+        vocabulary, weight = len(self.operands.problem.head.weight), self.operands.problem.logit_weight
         sums = self.begin()
         if sums.weight is not None and self.mean_weight is not None:
-            sums.weight.add_(self.mean_weight / vocabulary)
+            part = self.mean_weight / vocabulary
+            sums.weight.add_(part) if weight is None else sums.weight.addr_(weight, part)
         if sums.bias is not None and self.mean_bias is not None:
-            sums.bias.add_(self.mean_bias / vocabulary)
+            part = self.mean_bias / vocabulary
+            sums.bias.add_(part if weight is None else weight * part)
         return sums
 
 

@@ -65,15 +65,16 @@ class TopKDistillation(TokenLoss):
 
     Args:
         kind: forward KL by default, as verl's `forward_kl_topk` and NeMo-RL.
-        unlisted: "bucket" by default, as it is the one that sees mass outside the list without a renormalisation.
-            NeMo-RL's default is "renormalized", verl's forward KL is "left_out".
+        unlisted: "bucket" by default, as it is the one that sees mass outside the list; TRL's `loss_add_tail`, on by
+            default. NeMo-RL's default is "renormalized", verl's forward KL is "left_out".
         mixture: the weight of forward KL in "mixed_kl", 0.5.
 
     Left open: the number of ids, and which texts it is taken on; verl's and NeMo-RL's recipes have 32 to 512 ids.
 
-    Source: Hinton et al., arXiv 1503.02531; verl `compute_forward_kl_topk` (which also clamps the sum at 0 from below;
-    here not, as this takes the gradient from a token); NeMo-RL `DistillationLossFn` (its `zero_outside_topk`, which
-    gives the teacher a tiny constant outside the list, is left out). The bucket is textbook.
+    Source: Hinton et al., arXiv 1503.02531; TRL 1.16, server distillation (the bucket); verl `compute_forward_kl_topk`
+    (which also clamps the sum at 0 from below; here not, as this takes the gradient from a token); NeMo-RL
+    `DistillationLossFn` (its `zero_outside_topk`, which gives the teacher a tiny constant outside the list, is left
+    out).
     """
 
     kind: TopKKind = "forward_kl"

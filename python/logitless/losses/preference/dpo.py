@@ -174,8 +174,9 @@ class DPO(PairLoss):
     - `alpha`: `s = (1 - exp(-alpha v)) / alpha`; alpha = 1 is forward KL and 0, the limit, reverse KL.
 
     `tail_weight` < 1 is LD-DPO: in every sum, the reference's too, tokens beyond the pair's shorter length count with
-    that factor. `use_weighting` is WPO: the loss times `w(chosen) w(rejected)`, `w = exp(mean_t (logprob_t - log
-    sum_j p_tj^2))`, which weights a pair by how likely the policy is to produce it.
+    that factor. (As in TRL 1.16; LLaMA-Factory and TRL 0.23 scale the policy's sums alone.) `use_weighting` is WPO:
+    the loss times `min(w(chosen) w(rejected), weight_cap)`, `w = exp(mean_t (logprob_t - log sum_j p_tj^2))`, which
+    weights a pair by how likely the policy is to produce it.
 
     Extreme values: `exp(-v)` of a sequence overflows soon, so s continues linearly below `alpha v = -10` (alpha = 1
     for `forward_kl`), with the slope e^10 it has there. Any finite log-probabilities give a finite loss and gradient
@@ -207,15 +208,18 @@ class DPO(PairLoss):
         tail_weight: in [0, 1]; 1, the default, is off, and 0 drops the tail. TRL's `ld_alpha`. Refused with the losses
             of averages, which have no length to desensitise.
         use_weighting: False by default. Refused with `aot` and `aot_unpaired`, whose values are not of pairs.
+        weight_cap: of `use_weighting` alone, positive: 1, the authors' code's, by default (a pair of greedy completions
+            would weigh more). None: no cap, as in TRL 1.16.
 
-    Left open: whether WPO's weight is capped (TRL 1.16 does not, TRL 0.23 did at 1); whether `robust` is to be stopped
-    before it runs away; over which batch AOT sorts (here the one given, so that its size matters).
+    Left open: whether `robust` is to be stopped before it runs away; over which batch AOT sorts (here the one given, so
+    that its size matters).
 
     Source: DPO arXiv 2305.18290, equation 7; cDPO, E. Mitchell's note on noisy preferences (2023); robust 2403.00409;
     IPO 2310.12036, equation 17; hinge SLiC-HF 2305.10425, with RSO's normalisation, 2309.06657; EXO 2402.00856,
     equation 16; NCA 2402.05369; BCO 2404.04656; SPPO 2405.00675, equation 4.7; AOT 2406.05882; APO 2408.06266,
     equations 7 and 8; DiscoPOP 2406.08414, equation 5; f-DPO 2309.16240; LD-DPO 2409.06411; WPO 2406.11827,
-    equation 2. The equations were taken over from implementations (TRL's); the stable forms are derived.
+    equation 2, its cap from its authors' code (wzhouad/WPO). The equations were taken over from implementations
+    (TRL's); the stable forms are derived.
     """
 
     beta: float = 0.1
@@ -226,6 +230,7 @@ class DPO(PairLoss):
     discopop_tau: float = 0.05
     tail_weight: float = 1.0
     use_weighting: bool = False
+    weight_cap: float | None = 1.0
     name: ClassVar[str] = "dpo"
 
     def __post_init__(self) -> None:
@@ -237,6 +242,8 @@ class DPO(PairLoss):
         check_number(self, "discopop_tau", low=0.0, high=1.0, low_open=True)
         check_number(self, "tail_weight", low=0.0, high=1.0)
         check_flag(self, "use_weighting")
+        if self.weight_cap is not None:
+            check_number(self, "weight_cap", low=0.0, low_open=True)
         self._check_meaning()
 
     def _check_meaning(self) -> None:
@@ -256,6 +263,8 @@ class DPO(PairLoss):
             raise ValueError(f"DPO: tail_weight belongs to losses of sums; loss_type={kind!r} averages over tokens")
         if self.use_weighting and kind in _BATCH_WIDE:
             raise ValueError(f"DPO: use_weighting weights pairs; the values of loss_type={kind!r} are not of pairs")
+        if self.weight_cap != 1 and not self.use_weighting:
+            raise ValueError(f"DPO: weight_cap belongs to use_weighting=True, got {self.weight_cap} without it")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -326,6 +335,7 @@ class DPO(PairLoss):
             return loss
         weight = constant(self, "chosen_weight", chosen_weight, loss)
         weight = weight * constant(self, "rejected_weight", rejected_weight, loss)
+        weight = weight.clamp(max=self.weight_cap) if self.weight_cap is not None else weight
         return torch.where(weight == 0, 0.0, weight * loss)  # 0 * inf would be NaN
 
 

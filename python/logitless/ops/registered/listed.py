@@ -54,7 +54,7 @@ def list_logprobs(
     """
     execution = Execution(backend, "recompute", 0.0, chunk_bytes, chunk_dtype)
     tokens = of_targets(targets, ignore_index, len(weight))
-    problem = problem_of(hidden, weight, bias, targets, None, transform, tokens, execution)
+    problem = problem_of(hidden, weight, bias, targets, None, None, transform, tokens, execution)
     with no_autocast(hidden.device):
         stats = backends.BACKENDS[backend].forward(problem, (*outputs.split(), "tail"), False).stats
     logprob, lse, entropy, tail = (tokens.spread(getattr(stats, name), hidden) for name in LIST_OUTPUTS)
@@ -88,7 +88,7 @@ def list_logprobs_backward(
     """Gradients of hidden, weight and bias in their dtypes; `upstream` and `stats` in the order of `LIST_OUTPUTS`."""
     execution = Execution(backend, "recompute", 0.0, chunk_bytes, chunk_dtype)
     tokens = of_targets(targets, ignore_index, len(weight))
-    problem = problem_of(hidden, weight, bias, targets, None, transform, tokens, execution, rounds_head=True)
+    problem = problem_of(hidden, weight, bias, targets, None, None, transform, tokens, execution, rounds_head=True)
     known = TokenStats(**{name: tokens.take(x) for name, x in zip(LIST_OUTPUTS, stats, strict=True)})
     known = known._replace(lse=tokens.take(stats[1], NO_LSE))
     reaching = Upstream(**{name: tokens.take(g) for name, g in zip(LIST_OUTPUTS, upstream, strict=True)})
@@ -221,7 +221,7 @@ def top_k(
     """The k likeliest ids of each token, `[N, k]`, their logprob, likeliest first, and lse and tail, `[N]`."""
     execution = Execution(backend, "recompute", 0.0, chunk_bytes, chunk_dtype)
     ids = torch.zeros(len(hidden), k, dtype=torch.long, device=hidden.device)
-    problem = problem_of(hidden, weight, bias, ids, None, transform, Tokens(None, None), execution)
+    problem = problem_of(hidden, weight, bias, ids, None, None, transform, Tokens(None, None), execution)
     engine = backends.BACKENDS[backend].row_engine(problem)
     chunks = Chunks(engine, problem, ("tail",))
     results = [ids, *(torch.empty(ids.shape[:d], dtype=chunks.dtype, device=ids.device) for d in (2, 1, 1))]
