@@ -10,10 +10,9 @@ A loader collates any batch on demand, and the sampler says which batches a step
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,19 +25,14 @@ from logitless.training import checkpoint, files
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.estimates import ESTIMATES, Estimate
 from logitless.training.loader import Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
 from logitless.training.objective import Engine, computes_in_bf16, engine_of
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
-from logitless.training.reference_model import (
-    ReferenceModel,
-    column_inputs,
-    load_reference,
-    needs_reference,
-    stored_values,
-)
+from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
 
@@ -57,6 +51,7 @@ class Run:
     loader: Loader
     eval_loader: Loader | None
     reference: ReferenceModel | None  # to ask at every batch; None if the loss needs none or its values are stored
+    estimates: Mapping[str, Estimate]  # the inputs that the run estimates
     optimizer: torch.optim.Optimizer
     sampler: Sampler
     total_steps: int
@@ -69,12 +64,39 @@ class Run:
         """The folder of checkpoints, metrics and the trained model."""
         return Path(self.options.output_dir)
 
-    def complete(self, batch: Batch) -> Batch:
-        """A batch on the device, with the reference's values."""
+    def complete(self, step: int, batches: list[Batch]) -> Iterable[Batch]:
+        """The micro-batches of a step on the device, with all inputs of the loss."""
+        known = map(self._with_reference, batches)
+        if not self.estimates:
+            return known  # one after the other: a reference's hidden states are large
+        batches = list(known)
+        for estimate in self.estimates.values():
+            batches = estimate.training(self, step, batches)
+        return batches
+
+    def complete_held_out(self, batch: Batch) -> Batch:
+        """A batch of evaluation rows on the device, with all inputs of the loss."""
+        batch = self._with_reference(batch)
+        for estimate in self.estimates.values():
+            batch = estimate.evaluation(self, batch)
+        return batch
+
+    def _with_reference(self, batch: Batch) -> Batch:
         batch = batch.to(self.world.device)
-        if self.reference is None:
-            return batch
-        return dataclasses.replace(batch, loss_inputs={**batch.loss_inputs, **self.reference(batch)})
+        return batch if self.reference is None else batch.with_inputs(**self.reference(batch))
+
+    def estimated(self) -> dict[str, torch.Tensor]:
+        """What the estimates keep, of all processes, for a checkpoint."""
+        states = {name: estimate.state(self) for name, estimate in self.estimates.items()}
+        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def restore_estimated(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `estimated` gave."""
+        for name, estimate in self.estimates.items():
+            start = f"{name}/"
+            own = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
+            if own:
+                estimate.restore(own)
 
     def moved_reference(self) -> dict[str, torch.Tensor]:
         """The parameters of a reference that follows the trained model; none where there is no such reference."""
@@ -99,18 +121,27 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     tokenizer = load_tokenizer(source, options)
-    data, eval_data = load_data(options, tokenizer, loss, column_inputs(loss))
+    sources, data, eval_data = load_data(options, tokenizer, loss, ESTIMATES)
     identity = identity_of(options, data.fingerprint(), world)
     if resumed is not None:
         require_same(state["identity"], identity, resumed)
 
     engine = engine_of(options, loss, world.device)
-    dropout = not (needs_reference(loss) if options.disable_dropout is None else options.disable_dropout)
+    estimates = {name: ESTIMATES[name]() for name in sources.estimates}
+    compares = bool(sources.reference or estimates) or loss.compares_distributions
+    dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, loss, world.device, dropout=dropout)
     _confirm(engine, model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     loader, eval_loader = make_loaders(options, loss, model, tokenizer.pad_token_id, data, eval_data)
-    reference = load_reference(options, world, source, engine, loss, model)
+    reference = None
+    if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
+        raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
+    if sources.reference or loss.compares_distributions:
+        reference = load_reference(options, world, source, engine, loss, sources.reference, model)
+    if loss.lists and options.backend == "materialised":
+        raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
+    _check_estimates(options, loss, reference, estimates)
     if reference is not None and options.precompute_ref_log_probs:
         for each in (loader, eval_loader):
             if each is not None:
@@ -125,15 +156,32 @@ def prepare(options: TrainOptions, world: World) -> Run:
     total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
-        options, world, loss, tokenizer, engine, model, parallel, loader, eval_loader, reference, optimizer, sampler,
-        total_steps, identity, state, reporter,
+        options, world, loss, tokenizer, engine, model, parallel, loader, eval_loader, reference, estimates, optimizer,
+        sampler, total_steps, identity, state, reporter,
     )  # fmt: skip
     _describe(run)
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
+        run.restore_estimated(checkpoint.load_estimated(resumed))
         checkpoint.restore_reference(resumed, run.moved_reference())
         reporter.say(f"resumed from {resumed}")
     return run
+
+
+def _check_estimates(
+    options: TrainOptions, loss: Loss, reference: ReferenceModel | None, estimates: Mapping[str, Estimate]
+) -> None:
+    """Refuses a run in which an input cannot be estimated."""
+    for name, estimate in estimates.items():
+        if not estimate.asks_reference:
+            continue
+        rows = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        if rows < 2:
+            raise InputError(f"{loss.name}: {name} is estimated from steps of two rows at least; a column can give it")
+        if reference is None or options.precompute_ref_log_probs:
+            without = "precompute_ref_log_probs" if reference is not None else "the column ref_logprob"
+            raise InputError(f"{loss.name}: {name} is estimated with the reference model, which {without} leaves out; "
+                             f"a column {name} can give it")  # fmt: skip
 
 
 def _confirm(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:

@@ -94,7 +94,8 @@ def take_step(run: Run, step: int) -> Record:
     rate = learning_rate(step, run.total_steps, warmup, peak, options.lr_scheduler_type)
     set_learning_rate(run.optimizer, rate)
     run.model.train()
-    objectives = [_add_gradient(run, batch, normalizer, batch is batches[-1]) for batch in batches]
+    complete = enumerate(run.complete(step, batches), 1)
+    objectives = [_add_gradient(run, batch, normalizer, number == len(batches)) for number, batch in complete]
     loss = world.sum(float(torch.stack([objective.loss for objective in objectives]).sum()))
     _require_finite(run, "loss", loss, step)
     norm = float(torch.nn.utils.clip_grad_norm_(run.trainable(), options.max_grad_norm or math.inf))
@@ -109,7 +110,6 @@ def take_step(run: Run, step: int) -> Record:
 
 def _add_gradient(run: Run, batch: Batch, normalizer: float, last: bool) -> Objective:
     """Adds the gradient of a micro-batch; processes exchange gradients at the last one only."""
-    batch = run.complete(batch)
     wait: AbstractContextManager[Any] = nullcontext() if last or run.world.size == 1 else run.parallel.no_sync()
     with wait:
         objective = run.engine.objective(run.parallel, batch, normalizer)
@@ -202,6 +202,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
         model=run.model,
         tokenizer=run.tokenizer,
         optimizer=run.optimizer,
+        estimated=run.estimated(),
         reference=run.moved_reference(),
         state=run.state | {"identity": run.identity, "options": run.options.to_dict()},
         world=run.world,
