@@ -131,7 +131,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     compares = bool(sources.reference or estimates) or loss.compares_distributions
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, loss, world.device, dropout=dropout)
-    _confirm(engine, model, options, world.device)
+    confirm_patch(engine, model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     loader, eval_loader = make_loaders(options, loss, model, tokenizer.pad_token_id, data, eval_data)
     reference = None
@@ -184,7 +184,7 @@ def _check_estimates(
                              f"a column {name} can give it")  # fmt: skip
 
 
-def _confirm(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
+def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
     """Has the patch compare itself with the model's logits now, before data and time are spent."""
     ids = torch.tensor([[1, 2, 3]], device=device)
     try:
