@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def test_tokens_that_are_cut_have_empty_lists(teacher: str, data: str, mode: str
 
 
 def test_autocast_computes_as_in_a_run(teacher: str, data: str) -> None:
-    """Under bfloat16 the teacher's log-probs are within its rounding, 2^-9 of logits up to 20, of float32's."""
+    """Under bfloat16 the log-probs are those of float32 within its rounding: several times 2^-9 of logits up to 15."""
     for ours, theirs in zip(taught(teacher, data), taught(teacher, data, bf16=True), strict=True):
         full, half = (torch.tensor(values["teacher_logprob"]) for values in (ours, theirs))
         assert not full.equal(half)
@@ -169,8 +169,21 @@ def test_training_on_the_file_is_the_loss_of_the_lists(teacher: str, data: str, 
     assert take_step(run, 0)["loss"] == pytest.approx(own.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("name", ["taught.parquet", "taught.jsonl"])
+def test_a_list_of_the_whole_vocabulary(teacher: str, data: str, tmp_path: Path, name: str) -> None:
+    """Nothing is unlisted then: the tail is -inf, and the loss of the teacher itself is 0."""
+    write_teacher_columns(options(teacher, data), str(tmp_path / name), k=258)
+    batch = {"per_device_train_batch_size": 6, "method": "top_k_distillation"}
+    run = prepare(options(teacher, str(tmp_path / name), **batch), World(0, 1, torch.device("cpu")))
+    assert take_step(run, 0)["loss"] == pytest.approx(0, abs=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Servers
+
+
+def given(prompt_logprobs: Any) -> Any:
+    return {"choices": [{"index": 0, "text": "x", "prompt_logprobs": prompt_logprobs}]}
 
 
 class Server:
@@ -216,8 +229,7 @@ class Server:
             pairs = [(token, row[token].item(), rank)]
             pairs += list(zip(top.indices.tolist(), top.values.tolist(), range(1, k + 1), strict=True))
             entries.append({str(i): {"logprob": x, "rank": r, "decoded_token": "?"} for i, x, r in pairs})
-        answer = {"choices": [{"index": 0, "text": "x", "prompt_logprobs": entries}]}
-        return answer if self.change is None else self.change(answer, entries)
+        return given(entries) if self.change is None else self.change(entries)
 
 
 @pytest.fixture
@@ -255,23 +267,25 @@ def test_a_busy_server_is_asked_again(teacher: str, data: str, server: Server, m
     assert server.requests == teachers.TRIES
 
 
-SPOILED = {
-    r"status 400: .*not now": None,
-    "no choices": lambda answer, entries: {"choices": []},
-    "not JSON": lambda answer, entries: b"<html>",
-    "expected one entry for each of 10 ids, got 9 entries": lambda answer, entries: {
-        "choices": [{"prompt_logprobs": entries[1:]}]
-    },
-    "for each of 10 ids, got None": lambda answer, entries: {"choices": [{"prompt_logprobs": None}]},
-    "expected ids with their logprob, got None": lambda answer, entries: {
-        "choices": [{"prompt_logprobs": [None] * len(entries)}]
-    },
-    r"prompt_logprobs\[8\]: the prompt's own id \d+ is missing": lambda answer, entries: {
-        "choices": [{"prompt_logprobs": [{"257": {"logprob": -1.0}}] * len(entries)}]
-    },
-    r"prompt_logprobs\[8\]: expected k=7 ids at least, got 1": lambda answer, entries: {
-        "choices": [{"prompt_logprobs": [entry and dict([next(iter(entry.items()))]) for entry in entries]}]
-    },
+def all_with(entries: list[Any], logprob: Callable[[int], float]) -> Any:
+    """The answer with other values, from the ranks of the ids."""
+    return given([e and {i: {"logprob": logprob(x["rank"])} for i, x in e.items()} for e in entries])
+
+
+#: What is said of a first row of 10 ids, and the answer that it is said of, made from the right one.
+SPOILED: dict[str, Any] = {
+    "status 400: .*not now": None,
+    "no choices": lambda entries: {"choices": []},
+    "not JSON": lambda entries: b"<html>",
+    "expected one entry for each of 10 ids, got 9 entries": lambda entries: given(entries[1:]),
+    "for each of 10 ids, got None": lambda entries: given(None),
+    "expected ids with their logprob, got None": lambda entries: given([None for _ in entries]),
+    r"prompt_logprobs\[8\]: the prompt's own id \d+ is missing": lambda entries: given([{} for _ in entries]),
+    r"prompt_logprobs\[8\]: expected k=7 ids at least, got 1": lambda entries: given(
+        [e and dict([next(iter(e.items()))]) for e in entries]
+    ),
+    "the listed probabilities add to more than 1": lambda entries: all_with(entries, float),
+    "expected log-probabilities, not logits": lambda entries: all_with(entries, lambda rank: float("nan")),
 }
 
 
@@ -333,9 +347,9 @@ def test_an_interrupted_run_leaves_the_old_file(
 def test_what_cannot_be_taught_is_refused(
     teacher: str, data: str, arguments: dict[str, Any], changes: dict[str, Any], message: str
 ) -> None:
-    given = {"output": str(Path(data).parent / "taught.jsonl")} | arguments
+    chosen = {"output": str(Path(data).parent / "taught.jsonl")} | arguments
     with pytest.raises(InputError, match=message):
-        write_teacher_columns(options(teacher, data, **changes), **given)
+        write_teacher_columns(options(teacher, data, **changes), **chosen)
 
 
 def test_bad_rows_are_named(teacher: str, tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from logitless.types import BackendName, Head
 
 TRIES = 4  # of a request, after waits of 1, 2 and 4 seconds
 TIMEOUT = 600.0  # seconds for one answer
+MOST_MASS = 0.02  # the logarithm of a list's mass is 0 at most, but for log-probabilities rounded to bfloat16
 BUSY = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 
 
@@ -120,6 +121,10 @@ class ServerTeacher:
         places = (example.labels != IGNORED).nonzero()[:, 0].tolist()
         tops = [self._top(given[place], ids[place], f"{wrong}prompt_logprobs[{place}]: ") for place in places]
         logprob = torch.tensor([[value for value, _ in top] for top in tops], dtype=torch.float64)
+        if not (logprob.logsumexp(-1) <= MOST_MASS).all():
+            raise InputError(
+                f"{wrong}the listed probabilities add to more than 1; expected log-probabilities, not logits"
+            )
         listed = torch.tensor([[token for _, token in top] for top in tops])
         return Listed(listed, logprob.float(), unlisted_mass(logprob).float())
 

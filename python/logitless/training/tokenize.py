@@ -298,5 +298,5 @@ def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _preference_hint(values: dict[str, Any]) -> str:
+def _preference_hint(values: Mapping[str, Any]) -> str:
     return " (chosen and rejected belong to a preference loss: --method dpo)" if "chosen" in values else ""
