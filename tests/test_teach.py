@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -65,9 +66,14 @@ def ids_of(row: dict[str, str]) -> tuple[list[int], int]:
     return [*prompt, *TOKENIZER(row["completion"])["input_ids"], TOKENIZER.eos_token_id], len(prompt)
 
 
+@functools.lru_cache
+def loaded(folder: str) -> LlamaForCausalLM:
+    return LlamaForCausalLM.from_pretrained(folder)
+
+
 def log_probs(teacher: str, ids: list[int]) -> torch.Tensor:
     """`[T, V]`: row t is about the token at t, the first row about none."""
-    model = LlamaForCausalLM.from_pretrained(teacher)
+    model = loaded(teacher)
     with torch.no_grad():
         logits = model(torch.tensor([ids])).logits[0].double()
     return torch.cat([torch.full_like(logits[:1], torch.nan), logits.log_softmax(-1)[:-1]])
@@ -191,6 +197,7 @@ class Server:
 
     def __init__(self, folder: str) -> None:
         self.folder, self.requests = folder, 0
+        loaded(folder)  # now, as `from_pretrained` changes state that all threads share
         self.statuses: list[int] = []
         self.change: Any = None
         server = self

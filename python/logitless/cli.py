@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from logitless.training.config import TrainOptions, field_types, options_from_mapping, read_yaml
+from logitless.training.config import TEACHER_IDS, TrainOptions, field_types, options_from_mapping, read_yaml
 from logitless.training.errors import InputError, NonFiniteLossError
 
 # --learning-rate and --learning_rate are the same flag
@@ -111,7 +111,7 @@ def _teacher_flags() -> list[inspect.Parameter]:
     """The parameters of `teach` that are no options of a training run."""
     own: list[tuple[str, Any, Any, str]] = [
         ("output", str, inspect.Parameter.empty, "File to write: .parquet or .jsonl."),
-        ("k", int, 64, "Ids a token."),
+        ("k", int, TEACHER_IDS, "Ids a token."),
         ("server", str | None, None, "Address of a server with vLLM's prompt_logprobs, in place of a model."),
     ]
     return [

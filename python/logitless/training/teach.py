@@ -20,7 +20,7 @@ from logitless.losses import NLL
 from logitless.training import files, parallel
 from logitless.training.collate import consecutive
 from logitless.training.columns import TARGET_IDS
-from logitless.training.config import TrainOptions
+from logitless.training.config import TEACHER_IDS, TrainOptions
 from logitless.training.data import Row, read_rows
 from logitless.training.errors import InputError
 from logitless.training.loader import row_tokenizer
@@ -39,7 +39,9 @@ Write = Callable[[Sequence[Row], Sequence[Taught]], None]
 LOGPROB, TAIL = "teacher_logprob", "teacher_tail"
 
 
-def write_teacher_columns(options: TrainOptions, output: str, *, k: int = 64, server: str | None = None) -> None:
+def write_teacher_columns(
+    options: TrainOptions, output: str, *, k: int = TEACHER_IDS, server: str | None = None
+) -> None:
     """Writes the rows of `options.dataset_name` with the columns `target_ids`, `teacher_logprob` and `teacher_tail`.
 
     The options are those of a training run. Rows are tokenised with the tokenizer of `model_name_or_path`, and the
@@ -48,7 +50,7 @@ def write_teacher_columns(options: TrainOptions, output: str, *, k: int = 64, se
 
     Args:
         output: the file to write, .parquet or .jsonl. It appears when it is whole.
-        k: ids a token. verl's and NeMo-RL's recipes have 32 to 512.
+        k: ids a token, 64 by default; verl's and NeMo-RL's recipes have 32 to 512.
         server: address of an OpenAI-compatible server with vLLM's `prompt_logprobs`, in place of the teacher's model.
 
     Raises:
