@@ -396,7 +396,7 @@ def test_the_command(teacher: str, data: str, tmp_path: Path, server: Server) ->
     student, config = make_model(tmp_path / "student"), tmp_path / "run.yaml"
     config.write_text(f"model_name_or_path: {student}\nmax_length: 16\nuse_cpu: true\n")
     both = ("--config", str(config), "--dataset_name", data, "--k", str(K))
-    files = [str(tmp_path / name) for name in ("model.parquet", "server.parquet")]
+    files = [str(tmp_path / "new" / name) for name in ("model.parquet", "server.parquet")]
     for output, source in zip(
         files, (("--teacher_model_name_or_path", teacher), ("--server", server.url)), strict=True
     ):

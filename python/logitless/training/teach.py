@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+from logitless.integrations.scoring import plain_head
 from logitless.losses import NLL
 from logitless.training import files, parallel
 from logitless.training.collate import consecutive
@@ -84,6 +85,7 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     size = options.per_device_eval_batch_size
     teacher = _model_teacher(options, world, tokenizer, k) if server is None else ServerTeacher(server, k, size)
     batches = consecutive(len(rows), size)
+    path.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(0, len(batches))
     try:
         progress.say(f"data: {data.summary()}")
@@ -112,7 +114,7 @@ def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer,
     engine = PatchedEngine(loss, world.device, computes_in_bf16(options, world.device))
     model = patched(load_model(source, options, world.device, frozen=True), options, loss).eval()
     confirm_patch(engine, model, options, world.device)
-    vocabulary = len(model.get_output_embeddings().weight)
+    vocabulary = len(plain_head(model).weight)
     if k > vocabulary:
         raise InputError(f"k: expected at most {vocabulary}, the vocabulary of {name}, got {k}")
     return ModelTeacher(engine, model, k, cast(BackendName, options.backend))
