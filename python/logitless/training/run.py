@@ -25,11 +25,11 @@ from logitless.training import checkpoint, files
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
-from logitless.training.estimates import ESTIMATES, Estimate
+from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
 from logitless.training.loader import Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
-from logitless.training.objective import Engine, computes_in_bf16, engine_of
+from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
@@ -81,6 +81,11 @@ class Run:
             batch = estimate.evaluation(self, batch)
         return batch
 
+    def count(self, batch: Batch) -> int:
+        """What the loss of a batch is divided by."""
+        outputs = self.loss.outputs
+        return loss_count(self.loss, batch, lambda: current_stats(self, batch.to(self.world.device), outputs))
+
     def _with_reference(self, batch: Batch) -> Batch:
         batch = batch.to(self.world.device)
         return batch if self.reference is None else batch.with_inputs(**self.reference(batch))
@@ -121,13 +126,13 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     tokenizer = load_tokenizer(source, options)
-    sources, data, eval_data = load_data(options, tokenizer, loss, ESTIMATES)
+    sources, data, eval_data = load_data(options, tokenizer, loss, ESTIMATED_INPUTS)
     identity = identity_of(options, data.fingerprint(), world)
     if resumed is not None:
         require_same(state["identity"], identity, resumed)
 
     engine = engine_of(options, loss, world.device)
-    estimates = {name: ESTIMATES[name]() for name in sources.estimates}
+    estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
     compares = bool(sources.reference or estimates) or loss.compares_distributions
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, loss, world.device, dropout=dropout)

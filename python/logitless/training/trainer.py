@@ -25,7 +25,7 @@ from logitless.training.errors import NonFiniteLossError
 from logitless.training.evaluation import PREFERENCE_METRICS, evaluate_loss
 from logitless.training.metrics import Record, peak_memory, reset_peak_memory
 from logitless.training.model import hide_progress_bars
-from logitless.training.objective import Objective, loss_count
+from logitless.training.objective import Objective
 from logitless.training.optimizer import learning_rate, peak_learning_rate, set_learning_rate
 from logitless.training.run import Run, prepare
 
@@ -89,7 +89,7 @@ def take_step(run: Run, step: int) -> Record:
     """One optimizer step, from 0; returns its metrics."""
     started, options, world = time.perf_counter(), run.options, run.world
     batches = [run.loader.batch(units) for units in run.sampler.micro_batches(step)]
-    normalizer = world.sum(sum(loss_count(run.loss, batch) for batch in batches))
+    normalizer = world.sum(sum(map(run.count, batches))) or 1.0  # where nothing counts the sum is 0
     warmup, peak = options.warmup(run.total_steps), peak_learning_rate(options, run.loss)
     rate = learning_rate(step, run.total_steps, warmup, peak, options.lr_scheduler_type)
     set_learning_rate(run.optimizer, rate)
