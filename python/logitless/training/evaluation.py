@@ -12,7 +12,7 @@ from logitless.training.loader import Loader
 from logitless.training.objective import Engine, loss_count, objective_of_stats
 
 if TYPE_CHECKING:
-    from logitless.training.run import Run
+    from logitless.training.run import Component
 
 #: A preference loss's metrics: TRL's names, and the fields of `PreferenceResult` that they average over pairs.
 PREFERENCE_METRICS = {
@@ -29,21 +29,22 @@ TOKEN_METRICS = ("nll", "mean_token_accuracy")
 
 
 @torch.no_grad()
-def evaluate_loss(run: Run, loader: Loader) -> dict[str, float]:
+def evaluate_loss(component: Component, loader: Loader) -> dict[str, float]:
     """Means over all tokens that count, or over all pairs, of a loader's data.
 
     `loss`; `nll`, the mean negative log-likelihood, which can be compared between losses; and `mean_token_accuracy`.
     For preference losses `loss` and the `PREFERENCE_METRICS`. Processes share the batches out.
     """
-    was_training, world = run.model.training, run.world
-    run.model.eval()
-    names = PREFERENCE_METRICS if isinstance(run.loss, PairLoss) else TOKEN_METRICS
+    was_training, world = component.model.training, component.world
+    component.model.eval()
+    names = PREFERENCE_METRICS if isinstance(component.loss, PairLoss) else TOKEN_METRICS
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
-    batches = consecutive(len(loader.units), run.options.per_device_eval_batch_size)
+    batches = consecutive(len(loader.units), component.options.per_device_eval_batch_size)
     for units in batches[world.rank :: world.size]:
-        for name, value in _sums(run.model, run.loss, run.engine, run.complete(loader.batch(units))).items():
+        batch = component.complete(loader.batch(units))
+        for name, value in _sums(component.model, component.loss, component.engine, batch).items():
             totals[name] += value
-    run.model.train(was_training)
+    component.model.train(was_training)
     totals = {name: world.sum(value) for name, value in totals.items()}
     weight, counted = totals.pop("weight"), totals.pop("count")
     return {name: value / (weight if name == "loss" else counted) for name, value in totals.items()}
