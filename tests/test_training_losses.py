@@ -22,6 +22,7 @@ ROWS = [
         "advantages": (-1.0) ** i * (1 + i % 3),
         "label": i % 2 == 0,
         "demonstration": i % 4 == 0,
+        "old_logprob": -5.5,
     }
     for i, row in enumerate(completion_rows())
 ]
@@ -43,6 +44,9 @@ CASES: dict[str, dict[str, Any]] = {
     "pair, lengths": {"name": "rpo"},
     "pair, a weighted sum": {"name": "weighted_sum", "terms": ["dpo", "chosen_nll"], "weights": [1.0, 0.1]},
     "unpaired": {"name": "kto", "loss_type": "apo_zero_unpaired"},
+    "unpaired, a reference point": {"name": "kto"},
+    "unpaired, a running mean": {"name": "bco"},
+    "two means": {"name": "chord"},
 }
 
 
@@ -87,6 +91,15 @@ def test_evaluation_has_the_loss_s_own_temperature(folder: Path) -> None:
     assert found[0]["eval_loss"] != pytest.approx(0.5 * found[0]["eval_nll"], rel=1e-3)
 
 
+def test_evaluation_divides_by_the_constant_length_as_training_does(folder: Path) -> None:
+    rows = str(folder / "rows.jsonl")
+    changes: dict[str, Any] = {"eval_dataset_name": rows, "max_steps": 1, "learning_rate": 0.0}
+    output = folder / "eval-constant"
+    evaluated = train(make_options(output, str(folder / "model"), rows, method="dr_grpo", **changes)).eval_metrics
+    trained = curve(folder, {"name": "dr_grpo"}, per_device_train_batch_size=len(ROWS), max_steps=1)
+    assert evaluated["eval_loss"] == pytest.approx(float(trained[0, 0]), rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
 def test_accumulation_is_normalised_over_the_whole_step(folder: Path, loss: dict[str, Any]) -> None:
     whole = curve(folder, loss, per_device_train_batch_size=4)
@@ -113,8 +126,8 @@ def test_distributions_are_compared_with_the_model_at_the_start(folder: Path, lo
 
 
 def test_a_missing_column_is_named(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"rows\.jsonl.*column reward_shift"):
-        curve(folder, {"name": "bco"})
+    with pytest.raises(InputError, match=r"rows\.jsonl: dense_path_reinforce needs a column sft_logprob"):
+        curve(folder, {"name": "dense_path_reinforce"})
 
 
 def test_a_teacher_is_another_model(folder: Path) -> None:

@@ -223,29 +223,53 @@ class Killed(Exception):
     """Stands for a process that ends between two steps."""
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"precompute_ref_log_probs": True}], ids=str)
-def test_resuming_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
-    """Dropout makes the runs depend on the random state, and the log window is open at the checkpoint."""
-    mixed = Mixed(tmp_path, dropout=0.1)
-    same = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "disable_dropout": False}
+def resume_equals_whole(
+    mixed: Mixed, monkeypatch: pytest.MonkeyPatch, components: list[dict[str, Any]], **options: Any
+) -> None:
+    """A run killed in its sixth step and continued logs what a whole one logs, to the last bit."""
 
     def limited(run: Run, number: int) -> Record:
-        if number == 5:  # in the pairs' second epoch
+        if number == 5:
             raise Killed
         return take_step(run, number)
 
-    train(mixed.options("whole", **same | changes))
+    train(mixed.options("whole", components, **options))
     with monkeypatch.context() as patched, pytest.raises(Killed):
         patched.setattr(trainer, "take_step", limited)
-        train(mixed.options("parts", **same | changes))
-    assert [path.name for path in checkpoints(tmp_path / "parts")] == ["checkpoint-2", "checkpoint-4"]
-    train(mixed.options("parts", resume=True, **same | changes))
+        train(mixed.options("parts", components, **options))
+    assert [path.name for path in checkpoints(mixed.folder / "parts")] == ["checkpoint-2", "checkpoint-4"]
+    train(mixed.options("parts", components, resume=True, **options))
     whole, parts = (
-        [{key: value for key, value in record.items() if key not in TIMES} for record in read_metrics(tmp_path / name)]
-        for name in ("whole", "parts")
+        [{key: value for key, value in record.items() if key not in TIMES} for record in read_metrics(folder)]
+        for folder in (mixed.folder / "whole", mixed.folder / "parts")
     )
     assert whole == parts and whole[-1]["step"] == 8
-    assert all("dpo/loss" in record and "sft/loss" in record for record in whole)
+    names = [component.get("name", component["method"]) for component in components]
+    assert all(f"{name}/loss" in record for record in whole for name in names)
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_peft": True}, {"precompute_ref_log_probs": True}], ids=str)
+def test_resuming_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    """Dropout makes the runs depend on the random state, and the log window is open at the checkpoint.
+
+    The run is killed in the pairs' second epoch.
+    """
+    mixed = Mixed(tmp_path, dropout=0.1)
+    same = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2, "logging_steps": 3, "disable_dropout": False}
+    resume_equals_whole(mixed, monkeypatch, mixed.components(), **same | changes)
+
+
+def test_resuming_is_exact_for_what_components_estimate(mixed: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two estimates of one kind and one of another; the old policy of four steps is in use at the checkpoint."""
+    labelled = [row | {"label": number % 3 > 0} for number, row in enumerate(completion_rows())]
+    rows = write_jsonl(mixed.folder / "labelled.jsonl", labelled)
+    components = [
+        {"method": "bco", "dataset_name": rows, "per_device_train_batch_size": 3},
+        {"method": "bco", "name": "sharp", "dataset_name": rows, "beta": 0.5},
+        {"method": "psft", "dataset_name": mixed.rows, "old_policy_steps": 4},
+    ]
+    same: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    resume_equals_whole(mixed, monkeypatch, components, **same)
 
 
 def test_what_may_not_change_is_named(mixed: Mixed) -> None:

@@ -75,6 +75,11 @@ class Loss:
         return False
 
     @property
+    def own_means(self) -> bool:
+        """Whether the paper averages demonstrations and own tokens apart, by `token_weight=own_means(...)`."""
+        return False
+
+    @property
     def batch_wide(self) -> bool:
         """Whether a value depends on the whole batch, so that no part of it can be computed alone."""
         return False

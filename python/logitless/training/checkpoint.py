@@ -5,6 +5,7 @@
         optimizer.safetensors                  AdamW's moments, named "<moment>.<parameter>"
         rng_state.safetensors                  generator states: torch's CPU and GPU generators of every process
         rng_state.json                         generator states: Python's and NumPy's
+        estimated.safetensors                  inputs of the loss that the run estimates (`estimates.py`), if any
         trainer_state.json                     step, counters, open log window, hashes of data and options
 
 Nothing is pickled, so nothing is executed on loading. A folder appears under its name when it is complete (`files.py`).
@@ -30,6 +31,7 @@ from logitless.training.errors import InputError
 from logitless.training.parallel import World
 
 STATE = "trainer_state.json"
+ESTIMATED = "estimated.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -46,6 +48,7 @@ def save(
     model: Any,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
+    estimated: dict[str, torch.Tensor],
     state: dict[str, Any],
     world: World,
     keep: int | None,
@@ -58,6 +61,8 @@ def save(
             save_model(unfinished, model, tokenizer)
             save_file(optimizer_state(model, optimizer), unfinished / "optimizer.safetensors")
             save_file(generators, unfinished / "rng_state.safetensors")
+            if estimated:
+                save_file(estimated, unfinished / ESTIMATED)
             files.write_json(unfinished / "rng_state.json", python_generators())
             files.write_json(unfinished / STATE, state)
         for old in checkpoints(output_dir)[: -keep if keep else 0]:
@@ -79,6 +84,12 @@ def load_state(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}")
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return state
+
+
+def load_estimated(folder: Path) -> dict[str, torch.Tensor]:
+    """The estimated inputs of a checkpoint; none where it has none."""
+    path = folder / ESTIMATED
+    return load_file(path) if path.is_file() else {}
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:

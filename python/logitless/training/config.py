@@ -173,8 +173,10 @@ class TrainOptions:
     )
 
     # Optimisation
-    per_device_train_batch_size: int = option(8, "Rows (pairs, packs) per device and step.", group="Optimisation")
-    per_device_eval_batch_size: int = option(8, "Rows (pairs) per device in evaluation.", group="Optimisation")
+    per_device_train_batch_size: int = option(
+        8, "Rows (pairs, packs, groups) per device and step.", group="Optimisation"
+    )
+    per_device_eval_batch_size: int = option(8, "Rows (pairs, groups) per device in evaluation.", group="Optimisation")
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", group="Optimisation")
     num_train_epochs: float = option(3.0, "Passes over the data.", group="Optimisation")
     max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.", group="Optimisation")
@@ -204,6 +206,11 @@ class TrainOptions:
         None,
         "Model that the loss compares with (a distillation's teacher); default: the trained model as the run found it. "
         "It reads the same tokens and has the same vocabulary.",
+        group="Reference",
+    )
+    old_policy_steps: int = option(
+        8,
+        "Updates for which a proximal loss keeps its old policy, where no column old_logprob gives it; 8 in PSFT.",
         group="Reference",
     )
     precompute_ref_log_probs: bool = option(
@@ -237,7 +244,7 @@ class TrainOptions:
         for spec in dataclasses.fields(self):
             _check_choice(spec, getattr(self, spec.name))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "lora_r", "lora_alpha", "logging_steps", "save_steps"):  # fmt: skip
+                     "lora_r", "lora_alpha", "logging_steps", "save_steps", "old_policy_steps"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("eval_steps", "save_total_limit"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from logitless.losses import Loss, PairLoss
+from logitless.losses import PairLoss
 from logitless.training.collate import Batch, consecutive
 from logitless.training.loader import Loader
-from logitless.training.objective import Engine, loss_count, objective_of_stats
+from logitless.training.objective import loss_count, objective_of_stats
 
 if TYPE_CHECKING:
     from logitless.training.run import Component
@@ -41,8 +41,7 @@ def evaluate_loss(component: Component, loader: Loader) -> dict[str, float]:
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
     batches = consecutive(len(loader.units), component.options.per_device_eval_batch_size)
     for units in batches[world.rank :: world.size]:
-        batch = component.complete(loader.batch(units))
-        for name, value in _sums(component.model, component.loss, component.engine, batch).items():
+        for name, value in _sums(component, component.complete_held_out(loader.batch(units))).items():
             totals[name] += value
     component.model.train(was_training)
     totals = {name: world.sum(value) for name, value in totals.items()}
@@ -50,14 +49,15 @@ def evaluate_loss(component: Component, loader: Loader) -> dict[str, float]:
     return {name: value / (weight if name == "loss" else counted) for name, value in totals.items()}
 
 
-def _sums(model: Any, loss: Loss, engine: Engine, batch: Batch) -> dict[str, float]:
+def _sums(component: Component, batch: Batch) -> dict[str, float]:
     """The loss and what it is a mean over (`weight`), the metrics and what they are means over (`count`)."""
+    model, loss, engine = component.model, component.loss, component.engine
     wanted = loss.outputs if isinstance(loss, PairLoss) else (*loss.outputs, "logprob", "correct")
     stats = engine.stats(model, batch, tuple(dict.fromkeys(wanted)))
     if loss.compares_distributions or loss.stats_temperature != 1.0:  # not a function of these statistics
         objective = engine.objective(model, batch, 1.0)
     else:
-        objective = objective_of_stats(loss, stats, batch)
+        objective = objective_of_stats(loss, stats, batch, max_length=component.options.max_length)
     weight = loss_count(loss, batch)
     sums = {"weight": weight, "loss": float(objective.loss)}
     if isinstance(loss, PairLoss):

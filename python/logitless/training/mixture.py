@@ -42,6 +42,11 @@ class ComponentOptions(NamedTuple):
         """The values under keys that begin with the component's name, as metrics and checkpoints have them."""
         return {f"{self.name}/{key}" if self.name else key: value for key, value in values.items()}
 
+    def unnamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The inverse of `named`, without the values of other components."""
+        start = f"{self.name}/" if self.name else ""
+        return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+
     @contextmanager
     def blamed(self) -> Iterator[None]:
         """Puts the component's name before the message of an InputError."""

@@ -149,17 +149,21 @@ def objective_of_stats(
     loss: Loss, stats: TokenStats, batch: Batch, normalizer: float = 1.0, max_length: int = 1
 ) -> Objective:
     """The summed loss of a batch over `normalizer`, from its statistics; `batch.loss_inputs` holds the inputs."""
-    tokens = _layout(batch)
-    settings = _inputs(loss, batch, max_length)
-    length = settings.pop("max_length", None)
-    inputs = loss_inputs(loss, settings, tokens, batch.labels.device)
-    out = loss.evaluate(stats, tokens, inputs, reduction=loss.reduction, normalizer=normalizer, max_length=length)
+    inputs, settings = batch_inputs(loss, batch, max_length)
+    out = loss.evaluate(stats, batch_layout(batch), inputs, reduction=loss.reduction, normalizer=normalizer, **settings)
     return Objective(out) if isinstance(out, torch.Tensor) else Objective(out.loss, out)
+
+
+def batch_inputs(loss: Loss, batch: Batch, max_length: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The loss's inputs as `loss.evaluate` takes them, and the settings that it takes beside them."""
+    given = _inputs(loss, batch, max_length)
+    settings: dict[str, Any] = {name: given.pop(name, None) for name in ("token_weight", "max_length")}
+    return loss_inputs(loss, given, batch_layout(batch), batch.labels.device), settings
 
 
 def loss_count(loss: Loss, batch: Batch) -> int:
     """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count."""
-    tokens = _layout(batch)
+    tokens = batch_layout(batch)
     if isinstance(loss, WholeSequenceLoss):
         return loss.count_groups(tokens.sequences)
     if loss.reduction not in reduce.OF_SEQUENCES:
@@ -168,7 +172,8 @@ def loss_count(loss: Loss, batch: Batch) -> int:
     return len(tokens.sequence[tokens.mask].unique())
 
 
-def _layout(batch: Batch) -> TokenLayout:
+def batch_layout(batch: Batch) -> TokenLayout:
+    """The tokens of a batch that count, and their sequences."""
     return token_layout(shifted(batch.labels) != IGNORED, batch.cu_seqlens)
 
 
@@ -181,8 +186,9 @@ def _inputs(loss: Loss, batch: Batch, max_length: int) -> dict[str, Any]:
     """The loss's inputs of the batch; an input of a whole sequence is taken from its first token."""
     inputs: dict[str, Any] = dict(batch.loss_inputs)
     for name in loss.sequence_inputs:
-        first = inputs[name].flatten()
-        inputs[name] = inputs[name][:, 0] if batch.cu_seqlens is None else first[batch.cu_seqlens[:-1].long()]
+        if inputs[name].dim():  # one number of the whole step stays one
+            first = inputs[name].flatten()
+            inputs[name] = inputs[name][:, 0] if batch.cu_seqlens is None else first[batch.cu_seqlens[:-1].long()]
     if loss.reduction == "constant_length":
         inputs["max_length"] = max_length
     return inputs

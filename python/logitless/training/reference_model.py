@@ -26,30 +26,12 @@ from logitless.training import files
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.inputs import REFERENCE_FIELDS
 from logitless.training.loader import Loader
 from logitless.training.model import cache_folder, load_model, locate_once, patched
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
 from logitless.training.tokenize import Item
-
-#: A loss's input and the statistic of the reference that it is. The run's start is also the policy that a proximal
-#: loss stays near.
-FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse", "old_logprob": "logprob"}
-
-
-def reference_inputs(loss: Loss) -> tuple[str, ...]:
-    """The inputs of a loss that come from a reference model."""
-    return tuple(name for name in loss.inputs if name in FIELDS)
-
-
-def needs_reference(loss: Loss) -> bool:
-    """Whether the loss compares with a reference model."""
-    return bool(reference_inputs(loss)) or loss.compares_distributions
-
-
-def column_inputs(loss: Loss) -> tuple[str, ...]:
-    """The inputs of a loss that are columns of the training data: all that no reference model gives."""
-    return tuple(name for name in (*loss.inputs, *loss.sequence_inputs) if name not in FIELDS)
 
 
 @dataclass(frozen=True)
@@ -60,16 +42,13 @@ class ReferenceModel:
         engine: how it is asked, in the precision of the run.
         model: the frozen copy, or the trained model under LoRA, whose adapter is switched off meanwhile.
         loss: the loss whose inputs it gives.
+        names: those inputs, of `REFERENCE_FIELDS`.
     """
 
     engine: Engine
     model: Any
     loss: Loss
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The loss inputs that it gives, of `FIELDS`."""
-        return reference_inputs(self.loss)
+    names: tuple[str, ...]
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Any]:
@@ -80,35 +59,34 @@ class ReferenceModel:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
                 if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
                     return self.engine.hidden(self.model, batch)
-                stats = self.engine.stats(self.model, batch, tuple(FIELDS[name] for name in self.names))
+                fields = {name: REFERENCE_FIELDS[name] for name in self.names}
+                stats = self.engine.stats(self.model, batch, tuple(fields.values()))
         finally:
             self.model.train(was_training)
-        return {name: getattr(stats, FIELDS[name]).detach() for name in self.names}
+        return {name: getattr(stats, field).detach() for name, field in fields.items()}
 
 
 def load_reference(
-    options: TrainOptions, world: World, source: str, engine: Engine, loss: Loss, trained: Any
-) -> ReferenceModel | None:
-    """The model that the loss compares with; None if it needs none.
+    options: TrainOptions, world: World, source: str, engine: Engine, loss: Loss, names: tuple[str, ...], trained: Any
+) -> ReferenceModel:
+    """The model that gives a loss the inputs of these names, or its whole distributions.
 
     It is the teacher of the options, or else the trained model as the run found it: the one without its adapter, or a
     frozen copy.
     """
     teacher = options.teacher_model_name_or_path
-    if not needs_reference(loss):
-        return None
     if loss.compares_distributions and options.precompute_ref_log_probs:
         raise InputError(f"precompute_ref_log_probs: {loss.name} compares distributions, which are not stored")
     if loss.compares_distributions and not isinstance(engine, PatchedEngine):
         raise InputError(f"backend: {loss.name} compares distributions, which 'materialised' does not")
     if options.use_peft and not options.precompute_ref_log_probs and teacher is None:
-        return ReferenceModel(engine, trained, loss)
+        return ReferenceModel(engine, trained, loss, names)
     if teacher is not None:
         source = locate_once(dataclasses.replace(options, model_name_or_path=teacher), world)
     frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
     if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
         raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
-    return ReferenceModel(engine, frozen, loss)
+    return ReferenceModel(engine, frozen, loss, names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

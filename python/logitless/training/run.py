@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +28,8 @@ from logitless.training import checkpoint, files
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.estimates import ESTIMATES, Estimate
+from logitless.training.inputs import InputSources
 from logitless.training.loader import Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
 from logitless.training.mixture import ComponentOptions, components_of
@@ -35,18 +37,12 @@ from logitless.training.model import hide_progress_bars, load_tokenizer, load_tr
 from logitless.training.objective import Engine, computes_in_bf16, engine_of
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
-from logitless.training.reference_model import (
-    ReferenceModel,
-    column_inputs,
-    load_reference,
-    needs_reference,
-    stored_values,
-)
+from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
 from logitless.training.tokenize import TokenizedData
 
-Data = tuple[TokenizedData, TokenizedData | None]  # to train on, to evaluate on
+Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
 
 
 @dataclass
@@ -61,19 +57,48 @@ class Component:
     loader: Loader
     eval_loader: Loader | None
     reference: ReferenceModel | None  # to ask at every batch; None if the loss needs none or its values are stored
+    estimates: Mapping[str, Estimate]  # the inputs that the run estimates
     sampler: Sampler
+    total_steps: int = 0  # of the run, which all components' data decide
 
     @property
     def options(self) -> TrainOptions:
         """The run's options with those of the component's own."""
         return self.made_from.options
 
-    def complete(self, batch: Batch) -> Batch:
-        """A batch on the device, with the reference's values."""
+    def complete(self, step: int, batches: list[Batch]) -> Iterable[Batch]:
+        """The micro-batches of a step on the device, with all inputs of the loss."""
+        known = map(self._with_reference, batches)
+        if not self.estimates:
+            return known  # one after the other: a reference's hidden states are large
+        batches = list(known)
+        for estimate in self.estimates.values():
+            batches = estimate.training(self, step, batches)
+        return batches
+
+    def complete_held_out(self, batch: Batch) -> Batch:
+        """A batch of evaluation rows on the device, with all inputs of the loss."""
+        batch = self._with_reference(batch)
+        for estimate in self.estimates.values():
+            batch = estimate.evaluation(self, batch)
+        return batch
+
+    def _with_reference(self, batch: Batch) -> Batch:
         batch = batch.to(self.world.device)
-        if self.reference is None:
-            return batch
-        return dataclasses.replace(batch, loss_inputs={**batch.loss_inputs, **self.reference(batch)})
+        return batch if self.reference is None else batch.with_inputs(**self.reference(batch))
+
+    def estimated(self) -> dict[str, torch.Tensor]:
+        """What the estimates keep, of all processes, for a checkpoint."""
+        states = {name: estimate.state(self) for name, estimate in self.estimates.items()}
+        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def restore_estimated(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `estimated` gave."""
+        for name, estimate in self.estimates.items():
+            start = f"{name}/"
+            own = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
+            if own:
+                estimate.restore(own)
 
 
 @dataclass
@@ -97,6 +122,19 @@ class Run:
     def output(self) -> Path:
         """The folder of checkpoints, metrics and the trained model."""
         return Path(self.options.output_dir)
+
+    def estimated(self) -> dict[str, torch.Tensor]:
+        """What the components' estimates keep, of all processes, for a checkpoint."""
+        return {
+            name: value
+            for component in self.components
+            for name, value in component.made_from.named(component.estimated()).items()
+        }
+
+    def restore_estimated(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `estimated` gave."""
+        for component in self.components:
+            component.restore_estimated(component.made_from.unnamed(saved))
 
     def trainable(self) -> Iterable[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""
@@ -129,11 +167,11 @@ def prepare(options: TrainOptions, world: World) -> Run:
         hide_progress_bars()
     tokenizer = load_tokenizer(source, options)
     data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
-    identity = identity_of(planned, [training.fingerprint() for training, _ in data], world)
+    identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
     if resumed is not None:
         require_same(state["identity"], identity, resumed)
 
-    compares = any(map(needs_reference, losses))
+    compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
     _confirm(engine_of(options, losses[0], world.device), model, options, world.device)
@@ -145,6 +183,8 @@ def prepare(options: TrainOptions, world: World) -> Run:
     steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
     epochs_of_steps = math.ceil(options.num_train_epochs * steps_per_epoch)
     total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
+    for component in components:
+        component.total_steps = total_steps
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
         options, world, components, tokenizer, model, parallel, optimizer, steps_per_epoch, total_steps, identity,
@@ -153,6 +193,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     _describe(run)
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
+        run.restore_estimated(checkpoint.load_estimated(resumed))
         reporter.say(f"resumed from {resumed}")
     return run
 
@@ -164,36 +205,63 @@ def _make_loss(component: ComponentOptions) -> Loss:
 
 def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Data:
     with component.blamed():
-        return load_data(component.options, tokenizer, loss, column_inputs(loss))
+        return load_data(component.options, tokenizer, loss, ESTIMATES)
+
+
+def _compares(loss: Loss, sources: InputSources) -> bool:
+    """Whether values of one batch under two models or at two times meet, which dropout would tell apart."""
+    return bool(sources.reference or sources.estimates) or loss.compares_distributions
 
 
 def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> Component:
-    """A component of the run: its engine, loaders, reference and sampler."""
-    options, world = planned.options, base.world
+    """A component of the run: its engine, loaders, reference, estimates and sampler."""
+    options, world, (sources, training, held_out) = planned.options, base.world, data
+    estimates = {name: ESTIMATES[name]() for name in sources.estimates}
     with planned.blamed():
         engine = engine_of(options, loss, world.device)
-        loaders = make_loaders(options, loss, base.model, base.pad_token, *data)
-        reference = _reference_of(base, options, engine, loss, loaders)
+        loaders = make_loaders(options, loss, base.model, base.pad_token, training, held_out)
+        reference = None
+        if sources.reference or loss.compares_distributions:
+            reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
+        _check_estimates(options, loss, reference, estimates)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
-    return Component(planned, world, loss, engine, base.model, *loaders, reference, sampler)
+    component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
+    del reference  # the component's alone, which may drop it
+    _store_or_share(component, base.frozen)
+    return component
 
 
-def _reference_of(
-    base: Base, options: TrainOptions, engine: Engine, loss: Loss, loaders: tuple[Loader, Loader | None]
-) -> ReferenceModel | None:
-    """The reference to ask at every batch; None if the loss needs none or its values are stored from now on."""
-    reference = load_reference(options, base.world, base.source, engine, loss, base.model)
-    if reference is not None and options.precompute_ref_log_probs:
-        for each in loaders:
-            if each is not None:
-                each.stored = stored_values(reference, each, options, base.world)
-        reference = None
-        gc.collect()
-    elif reference is not None:  # one frozen copy serves every component that has the same teacher
-        frozen = base.frozen.setdefault(options.teacher_model_name_or_path, reference.model)
-        reference = dataclasses.replace(reference, model=frozen)
-    return reference
+def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None:
+    """Stores the reference's values if the options ask for it; else components of one teacher share a frozen copy."""
+    options = component.options
+    if component.reference is None:
+        return
+    if not options.precompute_ref_log_probs:
+        shared = frozen.setdefault(options.teacher_model_name_or_path, component.reference.model)
+        component.reference = dataclasses.replace(component.reference, model=shared)
+        return
+    for each in (component.loader, component.eval_loader):
+        if each is not None:
+            each.stored = stored_values(component.reference, each, options, component.world)
+    component.reference = None
+    gc.collect()
+
+
+def _check_estimates(
+    options: TrainOptions, loss: Loss, reference: ReferenceModel | None, estimates: Mapping[str, Estimate]
+) -> None:
+    """Refuses a run in which an input cannot be estimated."""
+    for name, estimate in estimates.items():
+        if not estimate.asks_reference:
+            continue
+        rows = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        if rows < 2:
+            raise InputError(f"{loss.name}: {name} is estimated from steps of two rows at least; a column can give it")
+        if reference is None or options.precompute_ref_log_probs:
+            without = "precompute_ref_log_probs" if reference is not None else "the column ref_logprob"
+            raise InputError(f"{loss.name}: {name} is estimated with the reference model, which {without} leaves out; "
+                             f"a column {name} can give it")  # fmt: skip
 
 
 def _confirm(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:

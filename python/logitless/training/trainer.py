@@ -122,8 +122,9 @@ def _add_gradients(run: Run, component: Component, step: int) -> tuple[Record, i
     """
     batches = [component.loader.batch(units) for units in component.sampler.micro_batches(step)]
     normalizer = run.world.sum(sum(loss_count(component.loss, batch) for batch in batches))
-    last = batches[-1] if component is run.components[-1] else None
-    objectives = [_add_gradient(run, component, batch, normalizer, batch is last) for batch in batches]
+    last = len(batches) if component is run.components[-1] else None
+    complete = enumerate(component.complete(step, batches), 1)
+    objectives = [_add_gradient(run, component, batch, normalizer, number == last) for number, batch in complete]
     loss = run.world.sum(float(torch.stack([objective.loss for objective in objectives]).sum()))
     metrics: Record = {"loss": loss} | _preference_metrics(component, objectives, normalizer)
     return metrics, sum(batch.tokens for batch in batches)
@@ -131,7 +132,6 @@ def _add_gradients(run: Run, component: Component, step: int) -> tuple[Record, i
 
 def _add_gradient(run: Run, component: Component, batch: Batch, normalizer: float, last: bool) -> Objective:
     """Adds the gradient of a micro-batch; processes exchange gradients at the step's very last one only."""
-    batch = component.complete(batch)
     wait: AbstractContextManager[Any] = nullcontext() if last or run.world.size == 1 else run.parallel.no_sync()
     with wait:
         objective = component.engine.objective(run.parallel, batch, normalizer)
@@ -229,6 +229,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
         model=run.model,
         tokenizer=run.tokenizer,
         optimizer=run.optimizer,
+        estimated=run.estimated(),
         state=run.state | {"identity": run.identity, "options": run.options.to_dict()},
         world=run.world,
         keep=run.options.save_total_limit,

@@ -119,6 +119,7 @@ class CHORD(_Imitating):
     mu: float = 0.1
     imitation: str = "phi"
     name: ClassVar[str] = "chord"
+    own_means: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,6 +163,7 @@ class UFT(_Imitating):
 
     hint_weight: float = 0.001
     name: ClassVar[str] = "uft"
+    own_means: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
