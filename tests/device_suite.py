@@ -34,11 +34,11 @@ def logprobs(problem: TokenProblem, **options) -> TokenStats:
     return linear_logprobs(problem.hidden, problem.weight, problem.targets, bias=problem.bias, **options)
 
 
-def check(case: Case, outputs: tuple[str, ...], **options) -> None:
+def check(case: Case, outputs: tuple[str, ...], logit_weight=None, **options) -> None:
     with poison_empty():
         assert_matches_float64(
-            lambda p: logprobs(p, outputs=outputs, **case.options, **options),
-            lambda p: materialised(p, case.transform, outputs=outputs),
+            lambda p: logprobs(p, outputs=outputs, logit_weight=logit_weight, **case.options, **options),
+            lambda p: materialised(p, case.transform, outputs=outputs, logit_weight=logit_weight),
             case.problem,
             scale=case.scale_of(outputs),
         )
@@ -88,6 +88,15 @@ def test_single_pass(backend, data, reduction):
 def test_many_tiles(backend, dtype, transform):
     problem = make_problem(*SIZES, dtype=dtype, device=DEVICE, bias=True, ignored=0.1)
     check(Case(problem, transform, 100), DIFFERENTIABLE, backend=backend, backward="recompute")
+
+
+@pytest.mark.parametrize("backward", ["auto", "recompute"])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.3, 30.0, 0.7)], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b in HERE for d in taken(b)], ids=str)
+def test_weights_of_the_mean_logit(backend, dtype, transform, backward):
+    problem = make_problem(*SIZES, dtype=dtype, device=DEVICE, bias=True, ignored=0.1)
+    weights = torch.linspace(0.1, 3.0, SIZES[2], device=DEVICE)
+    check(Case(problem, transform, 100), DIFFERENTIABLE, logit_weight=weights, backend=backend, backward=backward)
 
 
 @pytest.mark.parametrize("kind", get_args(DivergenceKind))

@@ -94,6 +94,7 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
         ("kto", {}),
         ("bco", {}),
         ("discriminative_sft", {"per_device_train_batch_size": 1, "learning_rate": 1e-5}),
+        ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3}),
     ],
 )
 def test_resuming_is_exact(

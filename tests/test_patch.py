@@ -266,7 +266,7 @@ def test_the_reference_may_be_its_hidden_states() -> None:
 
 
 def test_a_loss_at_another_temperature_is_no_function_of_the_statistics_asked_for() -> None:
-    model, inputs = patch(llama(), loss=losses.GEM(beta=0.3)), batch()
+    model, inputs = patch(llama(), loss=losses.GEM(beta=0.3, h="linear")), batch()
     logits = model(inputs["input_ids"]).logits
     tempered = logprobs(logits / 0.3, inputs["labels"])
     counted = shifted(inputs["labels"]) != -100

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import length, loss_inputs
+from loss_cases import length, lists_of_ids, loss_inputs
 from torch import Tensor
 from training_fixtures import make_model, make_options, make_tokenizer, write_jsonl
 from transformers import LlamaForCausalLM
@@ -20,6 +20,7 @@ from transformers import LlamaForCausalLM
 from logitless import linear_loss, losses
 from logitless.losses import Loss, PairLoss
 from logitless.training import InputError
+from logitless.training.evaluation import evaluate_loss
 from logitless.training.inputs import OFF_POLICY, REFERENCE_FIELDS
 from logitless.training.parallel import World
 from logitless.training.run import prepare
@@ -66,6 +67,10 @@ class Data:
         self.columns = [
             {name: self._column(name, x, i, lengths[i], loss) for name, x in made.items()} for i in range(count)
         ]
+        if loss.lists:
+            self.targets = lists_of_ids(self.targets, 258)
+            for own, listed in zip(self.columns, self.targets, strict=True):
+                own["target_ids"] = listed[listed[:, 0] != -100].tolist()
 
     @staticmethod
     def _column(name: str, x: Tensor, i: int, tokens: int, loss: Loss) -> Any:
@@ -167,6 +172,16 @@ def test_the_first_gradient_is_that_of_the_loss_alone(models: tuple[str, str], t
         changes = {"teacher_model_name_or_path": models[1]}
     run = trained(models, tmp_path, loss, data.rows(), **changes)
     assert_same(gradients_of_first_step(run), gradients_alone(models, loss, data, inputs))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_evaluation_has_the_loss_that_is_trained(models: tuple[str, str], tmp_path: Path, name: str) -> None:
+    """On the rows of a step, before it is taken."""
+    loss = loss_of(name)
+    run = trained(models, tmp_path, loss, Data(loss).rows(), per_device_eval_batch_size=ROWS)
+    (component,) = run.components
+    evaluated = evaluate_loss(component, component.loader)["loss"]
+    assert evaluated == pytest.approx(take_step(run, 0)["loss"], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if set(loss_of(name).inputs) & REFERENCE_FIELDS.keys()])

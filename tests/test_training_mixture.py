@@ -272,6 +272,22 @@ def test_resuming_is_exact_for_what_components_estimate(mixed: Mixed, monkeypatc
     resume_equals_whole(mixed, monkeypatch, components, **same)
 
 
+def test_a_reference_that_follows_is_its_component_s_own(mixed: Mixed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A component that follows stands beside one that stays and one that follows otherwise; a checkpoint has them."""
+    stays = {"method": "dpo", "name": "stays", "dataset_name": mixed.pairs, "beta": 1.0}
+    follows = stays | {"name": "follows", "sync_ref_model": True, "ref_model_sync_steps": 3}
+    slowly = follows | {"name": "slowly", "ref_model_mixup_alpha": 0.1, "ref_model_sync_steps": 1}
+    same: dict[str, Any] = {"max_steps": 8, "save_strategy": "steps", "save_steps": 2}
+    resume_equals_whole(mixed, monkeypatch, [stays, follows, slowly], **same)
+    at = {record["step"]: record for record in read_metrics(mixed.folder / "whole") if "loss" in record}
+    assert at[3]["follows/loss"] == at[3]["stays/loss"] != at[3]["slowly/loss"]
+    assert len({at[4][f"{name}/loss"] for name in ("follows", "slowly", "stays")}) == 3
+    with pytest.raises(InputError, match=r"sync_ref_model: in .* the reference followed the trained model"):
+        train(mixed.options("whole", [stays, follows | {"sync_ref_model": False}, slowly], resume=True, **same))
+    with pytest.raises(InputError, match="mixture, sft: sync_ref_model: nll compares with no reference"):
+        train(mixed.options("run", sync_ref_model=True))
+
+
 def test_what_may_not_change_is_named(mixed: Mixed) -> None:
     saved: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
     train(mixed.options("run", **saved))

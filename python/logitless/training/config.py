@@ -213,6 +213,13 @@ class TrainOptions:
         "Updates for which a proximal loss keeps its old policy, where no column old_logprob gives it; 8 in PSFT.",
         group="Reference",
     )
+    sync_ref_model: bool = option(
+        False, "Let the reference follow the trained model (TR-DPO), as the two options below say.", group="Reference"
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6, "The trained model's share of the mixture that the reference becomes; 1 is a copy.", group="Reference"
+    )
+    ref_model_sync_steps: int = option(512, "Updates after which the reference moves.", group="Reference")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probabilities once, before training, and cache them.", group="Reference"
     )
@@ -244,7 +251,8 @@ class TrainOptions:
         for spec in dataclasses.fields(self):
             _check_choice(spec, getattr(self, spec.name))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "lora_r", "lora_alpha", "logging_steps", "save_steps", "old_policy_steps"):  # fmt: skip
+                     "lora_r", "lora_alpha", "logging_steps", "save_steps", "old_policy_steps",
+                     "ref_model_sync_steps"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("eval_steps", "save_total_limit"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
@@ -252,6 +260,7 @@ class TrainOptions:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2", "eval_fraction", "lora_dropout", "warmup_ratio"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")

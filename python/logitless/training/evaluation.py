@@ -52,12 +52,13 @@ def evaluate_loss(component: Component, loader: Loader) -> dict[str, float]:
 def _sums(component: Component, batch: Batch) -> dict[str, float]:
     """The loss and what it is a mean over (`weight`), the metrics and what they are means over (`count`)."""
     model, loss, engine = component.model, component.loss, component.engine
-    wanted = loss.outputs if isinstance(loss, PairLoss) else (*loss.outputs, "logprob", "correct")
+    of_labels = not (loss.compares_distributions or loss.lists or loss.stats_temperature != 1.0)
+    wanted = (*(loss.outputs if of_labels else ()), "logprob", *(() if isinstance(loss, PairLoss) else ("correct",)))
     stats = engine.stats(model, batch, tuple(dict.fromkeys(wanted)))
-    if loss.compares_distributions or loss.stats_temperature != 1.0:  # not a function of these statistics
-        objective = engine.objective(model, batch, 1.0)
-    else:
+    if of_labels:
         objective = objective_of_stats(loss, stats, batch, max_length=component.options.max_length)
+    else:  # not a function of these statistics
+        objective = engine.objective(model, batch, 1.0)
     weight = loss_count(loss, batch)
     sums = {"weight": weight, "loss": float(objective.loss)}
     if isinstance(loss, PairLoss):

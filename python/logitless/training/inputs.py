@@ -16,6 +16,8 @@ from logitless.training.errors import InputError
 
 #: A loss's input and the statistic of the reference model that it is.
 REFERENCE_FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse"}
+#: The column of the ids that each token lists, for a loss that reads lists of them.
+TARGET_IDS = "target_ids"
 #: What the tokens of rows that are not the policy's own need; a loss can do without it on samples of today's policy.
 OFF_POLICY = "old_logprob"
 
@@ -38,7 +40,7 @@ def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Colle
     Raises:
         InputError: an input without a source.
     """
-    needed = (*loss.inputs, *loss.sequence_inputs)
+    needed = (*loss.inputs, *loss.sequence_inputs, *((TARGET_IDS,) if loss.lists else ()))
     sides = ("chosen", "rejected") if isinstance(loss, PairLoss) else ("",)
     columns = present_columns(dict.fromkeys((*needed, *loss.optional_inputs)), rows, sides)
     missing = [name for name in needed if name not in columns]

@@ -23,6 +23,7 @@ from logitless.losses.layout import TokenLayout, token_layout
 from logitless.losses.whole_sequence import WholeSequenceLoss
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
+from logitless.training.inputs import TARGET_IDS
 from logitless.training.tokenize import IGNORED
 from logitless.types import TokenStats
 
@@ -80,13 +81,20 @@ class PatchedEngine:
             output = model(
                 **batch.model_inputs(),
                 **boundaries,
-                labels=batch.labels,
+                **self._targets(batch),
                 num_items_in_batch=torch.tensor(normalizer, device=self.device),
                 loss=self.loss,
                 loss_inputs=_inputs(self.loss, batch, self.max_length) or None,
                 skip_logits=True,
             )
         return Objective(output.loss, output.loss_result)
+
+    def _targets(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The labels; of a loss of lists each token's ids, and none where the token does not count."""
+        if not self.loss.lists:
+            return {"labels": batch.labels}
+        ignored = shifted(batch.labels) == IGNORED
+        return {"shift_labels": batch.loss_inputs[TARGET_IDS].masked_fill(ignored[..., None], IGNORED)}
 
     def stats(self, model: Any, batch: Batch, outputs: tuple[str, ...]) -> TokenStats:
         with autocast(self.device, self.bf16):
@@ -169,7 +177,9 @@ def loss_count(loss: Loss, batch: Batch) -> int:
     if loss.reduction not in reduce.OF_SEQUENCES:
         return batch.counted
     assert tokens.sequence is not None
-    return len(tokens.sequence[tokens.mask].unique())
+    divided_by = None if loss.divided_by is None else loss.divided_by(None, batch.loss_inputs)
+    counted = tokens.mask if divided_by is None else tokens.mask & divided_by
+    return len(tokens.sequence[counted].unique())
 
 
 def batch_layout(batch: Batch) -> TokenLayout:
@@ -184,7 +194,7 @@ def reads_sequences(loss: Loss) -> bool:
 
 def _inputs(loss: Loss, batch: Batch, max_length: int) -> dict[str, Any]:
     """The loss's inputs of the batch; an input of a whole sequence is taken from its first token."""
-    inputs: dict[str, Any] = dict(batch.loss_inputs)
+    inputs: dict[str, Any] = {name: x for name, x in batch.loss_inputs.items() if name != TARGET_IDS}
     for name in loss.sequence_inputs:
         if inputs[name].dim():  # one number of the whole step stays one
             first = inputs[name].flatten()

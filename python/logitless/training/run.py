@@ -136,6 +136,21 @@ class Run:
         for component in self.components:
             component.restore_estimated(component.made_from.unnamed(saved))
 
+    def follow(self, done: int) -> None:
+        """Moves the references that follow the trained model, where it is due after update `done`."""
+        for component in self.components:
+            if component.reference is not None:
+                component.reference.follow(self.model, done)
+
+    def moved_references(self) -> dict[str, torch.Tensor]:
+        """The parameters of the references that follow the trained model, by component."""
+        return {
+            name: parameter
+            for component in self.components
+            if component.reference is not None
+            for name, parameter in component.made_from.named(component.reference.moved()).items()
+        }
+
     def trainable(self) -> Iterable[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
@@ -194,6 +209,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
         run.restore_estimated(checkpoint.load_estimated(resumed))
+        checkpoint.restore_reference(resumed, run.moved_references())
         reporter.say(f"resumed from {resumed}")
     return run
 
@@ -221,6 +237,10 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> 
         engine = engine_of(options, loss, world.device)
         loaders = make_loaders(options, loss, base.model, base.pad_token, training, held_out)
         reference = None
+        if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
+            raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
+        if loss.lists and options.backend == "materialised":
+            raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
         if sources.reference or loss.compares_distributions:
             reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
         _check_estimates(options, loss, reference, estimates)
@@ -233,9 +253,12 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> 
 
 
 def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None:
-    """Stores the reference's values if the options ask for it; else components of one teacher share a frozen copy."""
+    """Stores the reference's values if the options ask for it; else components of one teacher share a frozen copy.
+
+    A reference that follows the trained model is the component's own, since it moves as the component says.
+    """
     options = component.options
-    if component.reference is None:
+    if component.reference is None or component.reference.following is not None:
         return
     if not options.precompute_ref_log_probs:
         shared = frozen.setdefault(options.teacher_model_name_or_path, component.reference.model)

@@ -170,6 +170,7 @@ NOT_AVERAGED = ("grad_norm", "learning_rate", "tokens", "seconds")
 def after_step(run: Run, done: int, record: Record) -> dict[str, float]:
     """Logs, evaluates and saves what is due after step `done`; returns the evaluation's metrics if there was one."""
     options, metrics = run.options, {}
+    run.follow(done)
     run.state["step"] = done
     run.state["num_tokens"] += record["tokens"]
     run.state["window"].append(record)
@@ -230,6 +231,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
         tokenizer=run.tokenizer,
         optimizer=run.optimizer,
         estimated=run.estimated(),
+        reference=run.moved_references(),
         state=run.state | {"identity": run.identity, "options": run.options.to_dict()},
         world=run.world,
         keep=run.options.save_total_limit,
