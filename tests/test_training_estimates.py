@@ -213,8 +213,8 @@ def test_a_step_of_one_row_has_no_mismatched_pair(folder: Path, monkeypatch: pyt
 
 
 def test_names_of_estimates_are_inputs_of_losses() -> None:
-    from logitless.training.estimates import ESTIMATES
+    from logitless.training.estimates import ESTIMATED_INPUTS
 
     every = [losses.get(name) for name in losses.names()]
     read = {name for loss in every for name in (*loss.inputs, *loss.sequence_inputs)}
-    assert ESTIMATES.keys() - {"token_weight"} <= read
+    assert ESTIMATED_INPUTS.keys() - {"token_weight"} <= read

@@ -110,7 +110,7 @@ def make_taught(folder: Path, steps: int) -> str:
     return str(folder)
 
 
-def trained(models: tuple[str, str], folder: Path, loss: Loss, rows: list[dict[str, Any]], **changes: Any) -> Any:
+def trained(models: tuple[str, str], folder: Path, loss: Loss, rows: list[dict[str, Any]], /, **changes: Any) -> Any:
     """The run of these rows, at its first step."""
     data = write_jsonl(folder / "rows.jsonl", rows)
     same = {"method": loss.name, "per_device_train_batch_size": ROWS, "max_grad_norm": 0.0}
@@ -172,6 +172,35 @@ def test_the_first_gradient_is_that_of_the_loss_alone(models: tuple[str, str], t
         changes = {"teacher_model_name_or_path": models[1]}
     run = trained(models, tmp_path, loss, data.rows(), **changes)
     assert_same(gradients_of_first_step(run), gradients_alone(models, loss, data, inputs))
+
+
+#: Settings under which a loss reads, counts or reduces otherwise than by default.
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("deformed_log", {"min_prob": 0.2}),  # tokens below do not count in the divisor
+    ("discriminative_sft", {"ref_free": True}),
+    ("f_divergence_sft", {"divergence": "squared_hellinger", "value": "lse"}),
+    ("sft_kl", {"kl": "k3"}),
+    ("gem", {"beta": 0.6}),
+    ("grpo", {"beta": 0.1, "entropy_coef": 0.01, "top_entropy": 0.5, "off_policy_threshold": 0.1}),
+    ("top_k_distillation", {"kind": "mixed_kl", "unlisted": "renormalized"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=lambda x: x if isinstance(x, str) else ",".join(x))
+def test_other_settings_are_the_loss_s_own_too(
+    models: tuple[str, str], tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    """In two micro-batches, over which the divisor is counted, where the loss can be cut."""
+    loss = losses.get(name, **settings)
+    data = Data(loss)
+    changes: dict[str, Any] = {"loss": settings}
+    if not loss.batch_wide:
+        changes |= {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2}
+    run = trained(models, tmp_path, loss, data.rows(), **changes)
+    assert_same(gradients_of_first_step(run), gradients_alone(models, loss, data, data.inputs))
+    (component,) = run.components
+    evaluated = evaluate_loss(component, component.loader)["loss"]
+    assert evaluated == pytest.approx(take_step(run, 0)["loss"], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)

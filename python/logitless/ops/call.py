@@ -23,9 +23,8 @@ class Call(NamedTuple):
     targets: Tensor | None  # [N] int64, or [N, K] with -1 for an absent place
     options: Options
 
-    @property
     def listed(self) -> bool:
-        """Whether every token lists several ids."""
+        """Whether every token lists several ids. (Dynamo of torch 2.9 has no rule for a named tuple's property.)"""
         return self.targets is not None and self.targets.dim() > 1
 
     def needs(self) -> Needs:

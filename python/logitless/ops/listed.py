@@ -67,7 +67,7 @@ def kept_statistics(call: Call, among: Tensor, outputs: tuple[str, ...]) -> Toke
     """
     assert call.targets is not None
     kept = first_places(among)
-    if call.listed:
+    if call.listed():
         counts = kept.any(-1)
     else:
         counts = call.targets != call.options.ignore_index
@@ -76,7 +76,7 @@ def kept_statistics(call: Call, among: Tensor, outputs: tuple[str, ...]) -> Toke
             checks.require((places.any(-1) | ~counts).all(), lambda: "among: expected every token's target in its list")
     z = _logits(call, among).masked_fill(~kept & counts[:, None], -torch.inf)
     z = z.masked_fill(~counts[:, None], 0.0)
-    if call.listed:
+    if call.listed():
         of_tokens = reference.statistics(z, None, tuple(name for name in outputs if name != "logprob"))
         logprob = _logits(call, among) - z.logsumexp(-1, keepdim=True)
         stats = of_tokens._replace(logprob=logprob.masked_fill(among < 0, 0.0))

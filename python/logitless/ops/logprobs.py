@@ -102,20 +102,20 @@ def linear_logprobs(
     if among is not None:
         stats = _among(call, among, targets, outputs)
     else:
-        known = LIST_OUTPUTS if call.listed else OUTPUTS
+        known = LIST_OUTPUTS if call.listed() else OUTPUTS
         outputs = checks.check_outputs(outputs, with_targets=targets is not None, known=known)
         checks.check_logit_weight(logit_weight, weight, outputs)
-        stats = _of_lists(call, outputs) if call.listed else _statistics_of_call(call, outputs)
+        stats = _of_lists(call, outputs) if call.listed() else _statistics_of_call(call, outputs)
     shape = hidden.shape[:-1]
     return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
 
 
 def _among(call: Call, among: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics of a distribution over the listed ids alone."""
-    if targets is None or (call.listed and among is not targets):
+    if targets is None or (call.listed() and among is not targets):
         raise ValueError("targets: with among, expected one id a token, or the same tensor as among")
     outputs = checks.check_outputs(
-        outputs, with_targets=not call.listed or "correct" not in outputs, known=KEPT_OUTPUTS
+        outputs, with_targets=not call.listed() or "correct" not in outputs, known=KEPT_OUTPUTS
     )
     checks.check_logit_weight(call.options.logit_weight, call.weight, outputs)
     listed = prepare_call(call.hidden, call.weight, among.reshape(-1, among.shape[-1]), call.options, lists=True)

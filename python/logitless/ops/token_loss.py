@@ -68,11 +68,11 @@ def linear_token_loss(
     if not callable(per_token_loss):
         raise TypeError(f"per_token_loss: expected a function, got {type(per_token_loss).__name__}")
     call = prepare_call(hidden, weight, targets, Options(**options, logit_weight=logit_weight), lists=True)
-    outputs = checks.check_outputs(outputs, with_targets=True, known=LIST_OUTPUTS if call.listed else OUTPUTS)
+    outputs = checks.check_outputs(outputs, with_targets=True, known=LIST_OUTPUTS if call.listed() else OUTPUTS)
     checks.check_logit_weight(logit_weight, weight, outputs)
     for i, value in enumerate(token_inputs):
-        check_token_input(f"token_inputs[{i}]", value, hidden, lists=call.listed)
-    if call.listed and call.approximates():
+        check_token_input(f"token_inputs[{i}]", value, hidden, lists=call.listed())
+    if call.listed() and call.approximates():
         raise ValueError(f"backward: {options['backward']!r} takes one target a token here; see linear_logprobs")
     counts = counted(targets, call)
     if normalizer is None:
@@ -97,7 +97,7 @@ def linear_token_loss(
 
 def counted(targets: Tensor, call: Call) -> Tensor:
     """The tokens that count, of the shape of the targets without their lists."""
-    if not call.listed:
+    if not call.listed():
         return targets != call.options.ignore_index
     assert call.targets is not None
     return (call.targets >= 0).any(-1).view(targets.shape[:-1])

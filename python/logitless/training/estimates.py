@@ -271,7 +271,7 @@ def _shown(batch: Batch) -> torch.Tensor:
     return batch.loss_inputs["demonstration"] != 0
 
 
-ESTIMATES: dict[str, Callable[[], Estimate]] = {
+ESTIMATED_INPUTS: dict[str, Callable[[], Estimate]] = {
     "old_logprob": OldPolicy,
     "reference_point": ReferencePoint,
     "reward_shift": RewardShift,

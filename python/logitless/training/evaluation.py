@@ -59,7 +59,7 @@ def _sums(component: Component, batch: Batch) -> dict[str, float]:
         objective = objective_of_stats(loss, stats, batch, max_length=component.options.max_length)
     else:  # not a function of these statistics
         objective = engine.objective(model, batch, 1.0)
-    weight = loss_count(loss, batch)
+    weight = loss_count(loss, batch, lambda: stats)
     sums = {"weight": weight, "loss": float(objective.loss)}
     if isinstance(loss, PairLoss):
         pairs = {name: float(getattr(objective.result, part).sum()) for name, part in PREFERENCE_METRICS.items()}

@@ -28,13 +28,13 @@ from logitless.training import checkpoint, files
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
-from logitless.training.estimates import ESTIMATES, Estimate
+from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
 from logitless.training.inputs import InputSources
 from logitless.training.loader import Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
 from logitless.training.mixture import ComponentOptions, components_of
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
-from logitless.training.objective import Engine, computes_in_bf16, engine_of
+from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
@@ -82,6 +82,11 @@ class Component:
         for estimate in self.estimates.values():
             batch = estimate.evaluation(self, batch)
         return batch
+
+    def count(self, batch: Batch) -> int:
+        """What the loss of a batch is divided by."""
+        outputs = self.loss.outputs
+        return loss_count(self.loss, batch, lambda: current_stats(self, batch.to(self.world.device), outputs))
 
     def _with_reference(self, batch: Batch) -> Batch:
         batch = batch.to(self.world.device)
@@ -221,7 +226,7 @@ def _make_loss(component: ComponentOptions) -> Loss:
 
 def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Data:
     with component.blamed():
-        return load_data(component.options, tokenizer, loss, ESTIMATES)
+        return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
 
 
 def _compares(loss: Loss, sources: InputSources) -> bool:
@@ -232,7 +237,7 @@ def _compares(loss: Loss, sources: InputSources) -> bool:
 def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> Component:
     """A component of the run: its engine, loaders, reference, estimates and sampler."""
     options, world, (sources, training, held_out) = planned.options, base.world, data
-    estimates = {name: ESTIMATES[name]() for name in sources.estimates}
+    estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
     with planned.blamed():
         engine = engine_of(options, loss, world.device)
         loaders = make_loaders(options, loss, base.model, base.pad_token, training, held_out)

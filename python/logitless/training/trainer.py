@@ -27,7 +27,7 @@ from logitless.training.errors import NonFiniteLossError
 from logitless.training.evaluation import PREFERENCE_METRICS, evaluate_loss
 from logitless.training.metrics import Record, peak_memory, reset_peak_memory
 from logitless.training.model import hide_progress_bars
-from logitless.training.objective import Objective, loss_count
+from logitless.training.objective import Objective
 from logitless.training.optimizer import learning_rate, peak_learning_rate, set_learning_rate
 from logitless.training.run import Component, Run, prepare
 
@@ -121,7 +121,7 @@ def _add_gradients(run: Run, component: Component, step: int) -> tuple[Record, i
     Its loss is normalised over its own micro-batches, so the weights alone say what counts how much.
     """
     batches = [component.loader.batch(units) for units in component.sampler.micro_batches(step)]
-    normalizer = run.world.sum(sum(loss_count(component.loss, batch) for batch in batches))
+    normalizer = run.world.sum(sum(map(component.count, batches))) or 1.0  # where nothing counts the sum is 0
     last = len(batches) if component is run.components[-1] else None
     complete = enumerate(component.complete(step, batches), 1)
     objectives = [_add_gradient(run, component, batch, normalizer, number == last) for number, batch in complete]
