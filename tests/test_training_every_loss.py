@@ -232,6 +232,7 @@ def test_a_column_that_nothing_stands_for_is_named(models: tuple[str, str], tmp_
     needed = [each for each in (*loss.inputs, *loss.sequence_inputs) if each not in others]
     needed = [each for each in needed if (each, name) != (OFF_POLICY, "psft")]
     needed += [OFF_POLICY] if OFF_POLICY in loss.optional_inputs else []
+    needed += ["target_ids"] if loss.lists else []
     for each in needed:
         with pytest.raises(InputError, match=rf"rows\.jsonl: {name} needs a column {each}\b"):
             trained(models, tmp_path, loss, data.rows(without=(each,)))
