@@ -198,7 +198,8 @@ def test_other_settings_are_the_loss_s_own_too(
         changes |= {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2}
     run = trained(models, tmp_path, loss, data.rows(), **changes)
     assert_same(gradients_of_first_step(run), gradients_alone(models, loss, data, data.inputs))
-    evaluated = evaluate_loss(run, run.loader)["loss"]
+    (component,) = run.components
+    evaluated = evaluate_loss(component, component.loader)["loss"]
     assert evaluated == pytest.approx(take_step(run, 0)["loss"], rel=1e-5, abs=1e-6)
 
 
@@ -207,7 +208,8 @@ def test_evaluation_has_the_loss_that_is_trained(models: tuple[str, str], tmp_pa
     """On the rows of a step, before it is taken."""
     loss = loss_of(name)
     run = trained(models, tmp_path, loss, Data(loss).rows(), per_device_eval_batch_size=ROWS)
-    evaluated = evaluate_loss(run, run.loader)["loss"]
+    (component,) = run.components
+    evaluated = evaluate_loss(component, component.loader)["loss"]
     assert evaluated == pytest.approx(take_step(run, 0)["loss"], rel=1e-5, abs=1e-6)
 
 

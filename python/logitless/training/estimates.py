@@ -31,9 +31,11 @@ from logitless.types import TokenStats
 
 
 class Running(Protocol):
-    """What the estimates read of a run."""
+    """What the estimates read of a run's component."""
 
-    options: TrainOptions
+    @property
+    def options(self) -> TrainOptions: ...
+
     world: World
     loss: Loss
     engine: Engine
