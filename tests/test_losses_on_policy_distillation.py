@@ -13,7 +13,7 @@ from logitless import linear_loss, losses
 from logitless.losses.distillation.sampled import OnPolicyDistillation
 from logitless.types import TokenStats
 
-ESTIMATES = {
+KL_ESTIMATES = {
     "k1": lambda kappa: -kappa,
     "k2": lambda kappa: kappa**2 / 2,
     "k3": lambda kappa: kappa.exp() - kappa - 1,
@@ -34,18 +34,18 @@ def measured(loss: OnPolicyDistillation, logprob: Tensor, *inputs: Tensor) -> tu
 # The formulas
 
 
-@pytest.mark.parametrize("estimator", ESTIMATES)
+@pytest.mark.parametrize("estimator", KL_ESTIMATES)
 @pytest.mark.parametrize("gradient", SLOPES)
 @pytest.mark.parametrize("old", [None, OLD])
 def test_value_and_gradient_are_those_of_the_estimators(estimator, gradient, old):
     inputs = (REF,) if old is None else (REF, old)
     value, slope = measured(OnPolicyDistillation(estimator, gradient), LOGPROB, *inputs)
     ratio = 1 if old is None else (LOGPROB - old).exp()
-    torch.testing.assert_close(value, ratio * ESTIMATES[estimator](REF - LOGPROB))
+    torch.testing.assert_close(value, ratio * KL_ESTIMATES[estimator](REF - LOGPROB))
     torch.testing.assert_close(slope, ratio * SLOPES[gradient](REF - LOGPROB))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATES)
+@pytest.mark.parametrize("estimator", KL_ESTIMATES)
 @pytest.mark.parametrize("old", [None, OLD])
 def test_gradcheck_of_the_values_own_gradient(estimator, old):
     loss = OnPolicyDistillation(estimator, gradient=None)
@@ -133,12 +133,12 @@ def test_the_other_gradients_mean_something_else():
 # Bounds and constants
 
 
-@pytest.mark.parametrize("estimator", ESTIMATES)
+@pytest.mark.parametrize("estimator", KL_ESTIMATES)
 def test_the_log_ratio_is_bounded_in_value_and_as_advantage(estimator):
     loss = OnPolicyDistillation(estimator, max_log_ratio=0.5)
     value, slope = measured(loss, LOGPROB, REF)
     kappa = (REF - LOGPROB).clamp(-0.5, 0.5)
-    torch.testing.assert_close(value, ESTIMATES[estimator](kappa))
+    torch.testing.assert_close(value, KL_ESTIMATES[estimator](kappa))
     torch.testing.assert_close(slope, -kappa)
 
 
@@ -155,7 +155,7 @@ def test_the_teacher_that_agrees_and_the_teacher_far_off():
     value, slope = measured(OnPolicyDistillation(), LOGPROB, LOGPROB)
     assert not value.any() and not slope.any()
     logprob, ref = doubles(-1e3, 0.0, -math.inf, -math.inf).float(), doubles(0.0, -1e3, -1.0, -math.inf)
-    for estimator in ESTIMATES:
+    for estimator in KL_ESTIMATES:
         value, slope = measured(OnPolicyDistillation(estimator, None), logprob, ref, OLD)
         assert value.isfinite().all() and slope.isfinite().all()
 

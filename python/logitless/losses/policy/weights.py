@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..formulas import ESTIMATES, MAX_LOG_RATIO
+from ..formulas import KL_ESTIMATES, MAX_LOG_RATIO
 from ..sequences import Sequences, wide_dtype
 
 __all__ = ["off_policy_mask", "own_means", "rejection_mask", "sampler_correction", "top_entropy_mask"]
@@ -106,13 +106,13 @@ def rejection_mask(
 
     Source: verl's correction of rollouts; seq-mask-tis as in NeMo-RL and OpenRLHF.
     """
-    if over not in SPANS or estimator not in ESTIMATES:
+    if over not in SPANS or estimator not in KL_ESTIMATES:
         got = f"{over!r} and {estimator!r}"
-        raise ValueError(f"over, estimator: expected {', '.join(SPANS)}, and {', '.join(ESTIMATES)}, got {got}")
+        raise ValueError(f"over, estimator: expected {', '.join(SPANS)}, and {', '.join(KL_ESTIMATES)}, got {got}")
     if not (math.isfinite(high) and (low is None or -math.inf < low <= high)):
         raise ValueError(f"low, high: expected finite numbers, low at most high, got {low} and {high}")
     difference, sequences = _difference(old_logprob, sampling_logprob, mask, sequence)
-    estimate = ESTIMATES[estimator](difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    estimate = KL_ESTIMATES[estimator](difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
     if over != "token":
         estimate = getattr(sequences, over)(estimate)
     kept = estimate <= high
