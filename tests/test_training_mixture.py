@@ -349,6 +349,8 @@ def test_options_that_no_component_would_read_are_refused(mixed: Mixed) -> None:
             train(mixed.options("run", **{name: value}))
     with pytest.raises(InputError, match="at least one component, got none"):
         train(mixed.options("run", []))
+    with pytest.raises(InputError, match="component 1: expected a mapping of option names to values, got 'sft'"):
+        components_of(TrainOptions(mixture=["sft", "dpo"]))  # type: ignore[list-item]
 
 
 def test_a_mixture_is_read_as_text_and_as_yaml(mixed: Mixed) -> None:

@@ -83,6 +83,8 @@ def components_of(options: TrainOptions) -> list[ComponentOptions]:
 
 
 def _component(given: Mapping[str, Any], shared: TrainOptions, source: str) -> ComponentOptions:
+    if not isinstance(given, Mapping):
+        raise InputError(f"{source}: expected a mapping of option names to values, got {given!r}")
     values = dict(given)
     weight, name = values.pop("weight", 1.0), values.pop("name", None)
     for key in values:
