@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from cases import Case, cases
 from hypothesis import strategies as st
 from torch import Tensor
 
 from logitless import TokenStats, linear_logprobs
-from logitless.testing import TokenProblem, assert_matches_float64, poison_empty
+from logitless.testing import TokenProblem, assert_matches_float64, make_problem, measure, poison_empty
 from logitless.types import LIST_OUTPUTS, LogitTransform, statistics_dtype
 
 
@@ -67,3 +68,19 @@ def check(case: Case, outputs: tuple[str, ...], **options) -> None:
             case.problem,
             scale=max(1.0, case.scale, case.bent_scale),  # the listed entries' terms cancel against one another
         )
+
+
+def check_approximate(backward: str) -> None:
+    """Log-probs and lse within what the tolerance allows; the tail is refused."""
+    p = make_problem((40,), 32, 3000, trainable=("hidden", "weight"))
+    lists = torch.randint(0, 3000, (40, 5), generator=torch.Generator().manual_seed(0))
+    lists[3, 2:], lists[4] = -1, -100
+    options = dict(outputs=("logprob", "lse"), backward=backward, tail_tolerance=0.0)
+    exact = measure(lambda q: run(q, outputs=("logprob", "lse")), p._replace(targets=lists))
+    found = measure(lambda q: run(q, **options), p._replace(targets=lists))
+    close = measure(lambda q: run(q, **{**options, "tail_tolerance": 2**-13}), p._replace(targets=lists))
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+        assert (close[name] - value).norm() <= 2**-6 * value.norm()
+    with pytest.raises(ValueError, match=r"outputs: backward='.*' cannot give 'tail'"):
+        run(p._replace(targets=lists), outputs=("tail",), backward=backward)
