@@ -20,6 +20,7 @@ import torch
 from cuda_build import ROOT, build, ctype, needs_compiler, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from list_cases import check_approximate
 from loss_cases import B, LossBatch, T, loss_inputs, run_loss
 from tail_cases import check_compiled, exact_of, gradients, peaked_problem, relative, tail_calls
 from torch import Tensor
@@ -502,6 +503,10 @@ def peaked_batch(loss: Loss) -> LossBatch:
     targets[torch.arange(T) >= torch.tensor([5, 3, 4, 1, 5, 2])[:, None]] = -100
     inputs = loss_inputs(loss, B, T, 16, torch.Generator().manual_seed(3), dtype=torch.float32)
     return LossBatch(made["hidden"].view(B, T, -1), made["weight"], targets, inputs)
+
+
+def test_lists_of_ids() -> None:
+    check_approximate("screened")
 
 
 def takes_it(loss: losses.Loss) -> bool:

@@ -348,6 +348,7 @@ def test_an_interrupted_run_leaves_the_old_file(
         ({"server": "http://x"}, {"teacher_model_name_or_path": "y"}, "two teachers"),
         ({}, {"backend": "materialised"}, "backend: .*'materialised'"),
         ({}, {"dataset_name": ""}, "--dataset_name is required"),
+        ({}, {"dataset_name": "", "mixture": [{"dataset_name": "x"}]}, "mixture: a teacher reads"),
         ({}, {"teacher_model_name_or_path": "no-such-folder/x/y"}, "no-such-folder/x/y"),
     ],
 )

@@ -59,14 +59,15 @@ class Step(NamedTuple):
 
 def steps_of(run: Run, count: int, monkeypatch: pytest.MonkeyPatch) -> list[Step]:
     steps: list[Step] = []
-    complete = run.complete
+    (component,) = run.components
+    complete = component.complete
 
     def keep(step: int, batches: list[Batch]) -> list[Batch]:
         weights = {name: x.detach().clone() for name, x in run.model.state_dict().items()}
         steps.append(Step(list(complete(step, batches)), weights))
         return steps[-1].batches
 
-    monkeypatch.setattr(run, "complete", keep)
+    monkeypatch.setattr(component, "complete", keep)
     for step in range(count):
         take_step(run, step)
     return steps
@@ -195,7 +196,8 @@ def test_what_cannot_be_estimated_is_refused(folder: Path, tmp_path: Path) -> No
     with pytest.raises(InputError, match="which the column ref_logprob leaves out; a column reference_point"):
         prepare(options(folder, "kto", dataset_name=rows), WORLD)
     given = write_jsonl(tmp_path / "given.jsonl", [row | {"reference_point": 0.25} for row in ROWS])
-    assert not prepare(options(folder, "kto", dataset_name=given, precompute_ref_log_probs=True), WORLD).estimates
+    run = prepare(options(folder, "kto", dataset_name=given, precompute_ref_log_probs=True), WORLD)
+    assert not run.components[0].estimates
 
 
 def test_a_step_of_one_row_has_no_mismatched_pair(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +213,8 @@ def test_a_step_of_one_row_has_no_mismatched_pair(folder: Path, monkeypatch: pyt
 
 
 def test_names_of_estimates_are_inputs_of_losses() -> None:
-    from logitless.training.estimates import ESTIMATES
+    from logitless.training.estimates import ESTIMATED_INPUTS
 
     every = [losses.get(name) for name in losses.names()]
     read = {name for loss in every for name in (*loss.inputs, *loss.sequence_inputs)}
-    assert ESTIMATES.keys() - {"token_weight"} <= read
+    assert ESTIMATED_INPUTS.keys() - {"token_weight"} <= read

@@ -110,7 +110,7 @@ def make_taught(folder: Path, steps: int) -> str:
     return str(folder)
 
 
-def trained(models: tuple[str, str], folder: Path, loss: Loss, rows: list[dict[str, Any]], **changes: Any) -> Any:
+def trained(models: tuple[str, str], folder: Path, loss: Loss, rows: list[dict[str, Any]], /, **changes: Any) -> Any:
     """The run of these rows, at its first step."""
     data = write_jsonl(folder / "rows.jsonl", rows)
     same = {"method": loss.name, "per_device_train_batch_size": ROWS, "max_grad_norm": 0.0}
@@ -174,12 +174,42 @@ def test_the_first_gradient_is_that_of_the_loss_alone(models: tuple[str, str], t
     assert_same(gradients_of_first_step(run), gradients_alone(models, loss, data, inputs))
 
 
+#: Settings under which a loss reads, counts or reduces otherwise than by default.
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("deformed_log", {"min_prob": 0.2}),  # tokens below do not count in the divisor
+    ("discriminative_sft", {"ref_free": True}),
+    ("f_divergence_sft", {"divergence": "squared_hellinger", "value": "lse"}),
+    ("sft_kl", {"kl": "k3"}),
+    ("gem", {"beta": 0.6}),
+    ("grpo", {"beta": 0.1, "entropy_coef": 0.01, "top_entropy": 0.5, "off_policy_threshold": 0.1}),
+    ("top_k_distillation", {"kind": "mixed_kl", "unlisted": "renormalized"}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), SETTINGS, ids=lambda x: x if isinstance(x, str) else ",".join(x))
+def test_other_settings_are_the_loss_s_own_too(
+    models: tuple[str, str], tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    """In two micro-batches, over which the divisor is counted, where the loss can be cut."""
+    loss = losses.get(name, **settings)
+    data = Data(loss)
+    changes: dict[str, Any] = {"loss": settings}
+    if not loss.batch_wide:
+        changes |= {"per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2}
+    run = trained(models, tmp_path, loss, data.rows(), **changes)
+    assert_same(gradients_of_first_step(run), gradients_alone(models, loss, data, data.inputs))
+    (component,) = run.components
+    evaluated = evaluate_loss(component, component.loader)["loss"]
+    assert evaluated == pytest.approx(take_step(run, 0)["loss"], rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_evaluation_has_the_loss_that_is_trained(models: tuple[str, str], tmp_path: Path, name: str) -> None:
     """On the rows of a step, before it is taken."""
     loss = loss_of(name)
     run = trained(models, tmp_path, loss, Data(loss).rows(), per_device_eval_batch_size=ROWS)
-    evaluated = evaluate_loss(run, run.loader)["loss"]
+    (component,) = run.components
+    evaluated = evaluate_loss(component, component.loader)["loss"]
     assert evaluated == pytest.approx(take_step(run, 0)["loss"], rel=1e-5, abs=1e-6)
 
 
@@ -202,6 +232,7 @@ def test_a_column_that_nothing_stands_for_is_named(models: tuple[str, str], tmp_
     needed = [each for each in (*loss.inputs, *loss.sequence_inputs) if each not in others]
     needed = [each for each in needed if (each, name) != (OFF_POLICY, "psft")]
     needed += [OFF_POLICY] if OFF_POLICY in loss.optional_inputs else []
+    needed += ["target_ids"] if loss.lists else []
     for each in needed:
         with pytest.raises(InputError, match=rf"rows\.jsonl: {name} needs a column {each}\b"):
             trained(models, tmp_path, loss, data.rows(without=(each,)))

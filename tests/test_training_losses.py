@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from logitless.training import InputError, train
 from logitless.training.collate import Batch
 from logitless.training.metrics import read_metrics
 from logitless.training.objective import loss_count, stats_of_logits
-from logitless.types import OUTPUTS
+from logitless.types import OUTPUTS, TokenStats
 
 ROWS = [
     {
@@ -196,15 +197,18 @@ def test_the_engines_agree_on_ties_and_on_masked_entries(masked: bool) -> None:
 
 
 def test_a_step_is_divided_by_what_the_loss_counts() -> None:
-    """Discriminative SFT counts demonstrated answers, padded or packed; thresholds need statistics, and count all."""
+    """Discriminative SFT counts demonstrated answers, padded or packed; thresholds count by statistics."""
+    count = functools.partial(loss_count, stats=TokenStats)
     labels = torch.tensor([[1, 2, 3], [1, 2, -100], [1, -100, -100], [1, 2, 3]])
     negative = torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None].expand(4, 3)
     batch = Batch(labels, labels, loss_inputs={"negative": negative})
-    assert loss_count(losses.get("discriminative_sft"), batch) == 1  # the third row has no token that counts
+    assert count(losses.get("discriminative_sft"), batch) == 1  # the third row has no token that counts
     flat = labels.reshape(1, 12).clone()
     flat[0, ::3] = -100  # a sequence's first token is predicted by none
     inputs = {"negative": negative.reshape(1, 12).roll(-1)}
     packed = Batch(flat, flat, cu_seqlens=torch.arange(0, 13, 3, dtype=torch.int32), loss_inputs=inputs)
-    assert loss_count(losses.get("discriminative_sft"), packed) == 1
-    assert loss_count(losses.get("minor_sft"), batch) == 3
-    assert loss_count(losses.get("deformed_log", min_prob=0.5), batch) == batch.counted == 5
+    assert count(losses.get("discriminative_sft"), packed) == 1
+    assert count(losses.get("minor_sft"), batch) == 3
+    logprob = torch.log(torch.tensor([[0.6, 0.1, 0.0], [0.9, 0.9, 0.0], [0.9, 0.9, 0.0], [0.4, 0.9, 0.0]]))
+    assert batch.counted == 5
+    assert loss_count(losses.get("deformed_log", min_prob=0.5), batch, lambda: TokenStats(logprob=logprob)) == 3

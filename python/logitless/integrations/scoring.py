@@ -220,10 +220,9 @@ class _HeadCall:
 
     @property
     def _reads_them(self) -> bool:
-        """Whether the loss is a function of the call's statistics and of its inputs, without a reference to score."""
-        scores_reference = "ref_hidden" in (self.request.loss_inputs or {})
+        """Whether the loss is a function of the call's own statistics and of its inputs."""
         plain = self.loss.token_wise and not self.loss.lists and self.loss.stats_temperature == 1.0
-        return plain and not scores_reference
+        return plain and not {"ref_hidden", "among"} & set(self.request.loss_inputs or ())
 
     def _token_stats(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
         """The statistics that the call and the loss ask for, from one product."""

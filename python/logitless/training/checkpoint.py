@@ -112,8 +112,9 @@ def restore_reference(folder: Path, reference: dict[str, torch.Tensor]) -> None:
         InputError: the checkpoint has one and the run does not, or the other way round: it would begin anew.
     """
     saved = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
-    if bool(saved) != bool(reference):
-        was, now = ("followed the trained model", "stays") if saved else ("stayed", "follows it")
+    if saved.keys() != reference.keys():
+        more = len(saved) > len(reference)
+        was, now = ("followed the trained model", "stays") if more else ("stayed", "follows it")
         raise InputError(f"sync_ref_model: in {folder} the reference {was}, and now it {now}")
     for name, tensor in reference.items():
         tensor.copy_(saved[name])

@@ -31,9 +31,11 @@ from logitless.types import TokenStats
 
 
 class Running(Protocol):
-    """What the estimates read of a run."""
+    """What the estimates read of a run's component."""
 
-    options: TrainOptions
+    @property
+    def options(self) -> TrainOptions: ...
+
     world: World
     loss: Loss
     engine: Engine
@@ -269,7 +271,7 @@ def _shown(batch: Batch) -> torch.Tensor:
     return batch.loss_inputs["demonstration"] != 0
 
 
-ESTIMATES: dict[str, Callable[[], Estimate]] = {
+ESTIMATED_INPUTS: dict[str, Callable[[], Estimate]] = {
     "old_logprob": OldPolicy,
     "reference_point": ReferencePoint,
     "reward_shift": RewardShift,

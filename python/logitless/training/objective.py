@@ -9,6 +9,7 @@ Runs train with `PatchedEngine`: the patched model computes both from hidden sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -169,16 +170,23 @@ def batch_inputs(loss: Loss, batch: Batch, max_length: int = 1) -> tuple[dict[st
     return loss_inputs(loss, given, batch_layout(batch), batch.labels.device), settings
 
 
-def loss_count(loss: Loss, batch: Batch) -> int:
-    """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count."""
+def loss_count(loss: Loss, batch: Batch, stats: Callable[[], TokenStats]) -> int:
+    """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count.
+
+    `stats` is asked by a loss that counts by its statistics.
+    """
     tokens = batch_layout(batch)
     if isinstance(loss, WholeSequenceLoss):
         return loss.count_groups(tokens.sequences)
+    counted = tokens.mask
+    if loss.divided_by is not None:
+        kept = loss.divided_by(None, batch.loss_inputs)
+        kept = loss.divided_by(stats(), batch.loss_inputs) if kept is None else kept
+        assert kept is not None
+        counted = counted & kept.to(counted.device)
     if loss.reduction not in reduce.OF_SEQUENCES:
-        return batch.counted
+        return int(counted.sum())
     assert tokens.sequence is not None
-    divided_by = None if loss.divided_by is None else loss.divided_by(None, batch.loss_inputs)
-    counted = tokens.mask if divided_by is None else tokens.mask & divided_by
     return len(tokens.sequence[counted].unique())
 
 

@@ -64,6 +64,8 @@ def write_teacher_columns(
         raise InputError(f"k must be at least 1, got {k}")
     if server is not None and options.teacher_model_name_or_path is not None:
         raise InputError("server and teacher_model_name_or_path are two teachers: give one of them")
+    if options.mixture is not None:
+        raise InputError("mixture: a teacher reads the rows of one dataset_name; teach each data set by itself")
     options.require_inputs()
     world = parallel.start(options.use_cpu)
     try:

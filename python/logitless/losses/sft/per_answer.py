@@ -343,7 +343,8 @@ class IFT(SequenceLoss):
     alone; an answer without any loss has weights 1.
 
     The method's other half is outside of a loss: the log-probs come from a second forward pass whose input embeddings
-    are mixed with those of the model's own greedy predictions (0.2 of them).
+    are mixed with those of the model's own greedy predictions (0.2 of them). `logitless train` makes no such pass: it
+    trains with the weights alone.
 
     Detached: the weights by default. The authors' code lets the gradient flow through them (`detach=False`).
 
