@@ -15,6 +15,8 @@ from logitless.training.errors import InputError
 
 ABSENT = -100  # fills the lists of tokens that have fewer ids, or log-probabilities, than others
 OTHER_NAMES = {"desirable": "label"}  # TRL's
+#: The column of the ids that each token lists, for a loss that reads lists of them.
+TARGET_IDS = "target_ids"
 
 
 def present_columns(names: Iterable[str], rows: Sequence[Row], sides: Sequence[str] = ("",)) -> tuple[str, ...]:

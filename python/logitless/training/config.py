@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from logitless.losses import Loss
 
 METHODS = {"sft": "nll", "dft": "dft", "f-divergence": "f_divergence_sft", "dpo": "dpo"}
+TEACHER_IDS = 64  # ids a token that `logitless teach` writes
 LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
 PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
 

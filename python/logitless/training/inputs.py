@@ -10,14 +10,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from logitless.losses import Loss, PairLoss
-from logitless.training.columns import present_columns
+from logitless.training.columns import TARGET_IDS, present_columns
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 
 #: A loss's input and the statistic of the reference model that it is.
 REFERENCE_FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse"}
-#: The column of the ids that each token lists, for a loss that reads lists of them.
-TARGET_IDS = "target_ids"
 #: What the tokens of rows that are not the policy's own need; a loss can do without it on samples of today's policy.
 OFF_POLICY = "old_logprob"
 

@@ -34,15 +34,7 @@ def load_data(
     """
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     sources = input_sources(loss, rows, options.dataset_name, estimated)
-    tokenize = RowTokenizer(
-        tokenizer,
-        options.max_length,
-        options.truncation_mode,
-        completion_only=options.completion_only_loss is not False,
-        text_field=options.dataset_text_field,
-        columns=sources.columns,
-        single=(*loss.sequence_inputs, TOGETHER),
-    )
+    tokenize = row_tokenizer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
     read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
@@ -51,6 +43,21 @@ def load_data(
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
                          "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
     return sources, read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
+
+
+def row_tokenizer(
+    options: TrainOptions, tokenizer: object, columns: tuple[str, ...] = (), single: tuple[str, ...] = ()
+) -> RowTokenizer:
+    """How the options have rows tokenised; see `RowTokenizer` for the columns."""
+    return RowTokenizer(
+        tokenizer,
+        options.max_length,
+        options.truncation_mode,
+        completion_only=options.completion_only_loss is not False,
+        text_field=options.dataset_text_field,
+        columns=columns,
+        single=single,
+    )
 
 
 def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:

@@ -23,8 +23,8 @@ from logitless.losses import NLL, Loss
 from logitless.losses.layout import TokenLayout, token_layout
 from logitless.losses.whole_sequence import WholeSequenceLoss
 from logitless.training.collate import Batch
+from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TrainOptions
-from logitless.training.inputs import TARGET_IDS
 from logitless.training.tokenize import IGNORED
 from logitless.types import TokenStats
 

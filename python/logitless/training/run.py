@@ -194,7 +194,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
-    _confirm(engine_of(options, losses[0], world.device), model, options, world.device)
+    confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     base = Base(world, source, tokenizer.pad_token_id, model, {})
     components = tuple(_prepared(base, *each) for each in zip(planned, losses, data, strict=True))
@@ -292,7 +292,7 @@ def _check_estimates(
                              f"a column {name} can give it")  # fmt: skip
 
 
-def _confirm(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
+def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
     """Has the patch compare itself with the model's logits now, before data and time are spent."""
     ids = torch.tensor([[1, 2, 3]], device=device)
     try:

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from logitless.training.columns import read_columns
+from logitless.training.columns import TARGET_IDS, read_columns
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 
@@ -49,6 +49,7 @@ class TokenizedData:
     rows: int
     dropped: int  # nothing that counts was left
     truncated: int
+    kept: tuple[int, ...]  # the numbers of the rows that the items are, from 0
 
     @property
     def tokens(self) -> int:
@@ -102,7 +103,7 @@ class RowTokenizer:
 
     def sequences(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Rows of text, prompt-completion or messages, as one example each."""
-        return self._collect(rows, origin, lambda row: (self._with_columns(self._sequence(row), row),))
+        return self._collect(rows, origin, lambda row: (self._with_columns(self.whole(row), row),))
 
     def pairs(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Preference rows, as (chosen, rejected)."""
@@ -110,7 +111,7 @@ class RowTokenizer:
 
     def _collect(self, rows: Iterable[Row], origin: str, tokenize: Callable[[Row], Item]) -> TokenizedData:
         """Tokenises and cuts every row; a row of which an example has nothing left that counts is dropped whole."""
-        items, total, truncated = [], 0, 0
+        items, kept, total, truncated = [], [], 0, 0
         for row in rows:
             whole = tokenize(row)
             item = tuple(self._cut(example) for example in whole)
@@ -118,11 +119,13 @@ class RowTokenizer:
             truncated += any(len(a.labels) != len(b.labels) for a, b in zip(item, whole, strict=True))
             if all((example.labels != IGNORED).any() for example in item):
                 items.append(item)
+                kept.append(total - 1)
+                _require_ids(item, row)
         if not items:
             raise InputError(
                 f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}"
             )
-        return TokenizedData(items, total, total - len(items), truncated)
+        return TokenizedData(items, total, total - len(items), truncated, tuple(kept))
 
     def _cut(self, example: Example) -> Example:
         keep = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
@@ -135,7 +138,8 @@ class RowTokenizer:
         counts = example.labels != IGNORED
         return example._replace(inputs=read_columns(self.columns, row, counts, single=self.single, side=side))
 
-    def _sequence(self, row: Row) -> Example:
+    def whole(self, row: Row) -> Example:
+        """A row of text, prompt-completion or messages, before it is cut to `max_length`."""
         values = row.values
         if values.get("messages") is not None:
             return self._conversation(_turns(values["messages"], "messages", row), row)
@@ -237,6 +241,20 @@ class RowTokenizer:
         return text if text.endswith(end) else text + end
 
 
+def _require_ids(item: Item, row: Row) -> None:
+    """Raises where a token counts that lists no ids: the mean would count it, and nothing would be learnt from it."""
+    for example in item:
+        listed = example.inputs.get(TARGET_IDS)
+        if listed is None:
+            continue
+        without = (listed[:-1] < 0).flatten(1).all(1) & (example.labels[1:] != IGNORED)
+        if without.any():
+            raise InputError(
+                f"{row.origin}: {int(without.sum())} tokens that count list no {TARGET_IDS}; expected one id at least "
+                "(a file of `logitless teach` has them where its own max_length and truncation_mode left the token)"
+            )
+
+
 def _string(value: Any, name: str, row: Row) -> str:
     if not isinstance(value, str):
         raise InputError(f"{row.origin}: {name} must be a string, got {type(value).__name__}")
@@ -280,5 +298,5 @@ def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _preference_hint(values: dict[str, Any]) -> str:
+def _preference_hint(values: Mapping[str, Any]) -> str:
     return " (chosen and rejected belong to a preference loss: --method dpo)" if "chosen" in values else ""

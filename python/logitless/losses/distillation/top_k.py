@@ -112,7 +112,7 @@ class TopKDistillation(TokenLoss):
         log_q = log_q.masked_fill(log_p.isneginf(), -math.inf)
         if self.unlisted == "bucket":
             own = statistic(self, stats, "tail")
-            tail = _tail(log_p) if teacher_tail is None else constant(self, "teacher_tail", teacher_tail, own)
+            tail = unlisted_mass(log_p) if teacher_tail is None else constant(self, "teacher_tail", teacher_tail, own)
             tail = tail.masked_fill(own.isneginf(), -math.inf)  # a list of the whole vocabulary has no tail
             log_p, log_q = torch.cat([log_p, tail[..., None]], -1), torch.cat([log_q, own[..., None]], -1)
         elif self.unlisted == "renormalized":
@@ -125,8 +125,8 @@ class TopKDistillation(TokenLoss):
         return reverse if self.kind == "reverse_kl" else self.mixture * _kl(log_p, log_q) + (1 - self.mixture) * reverse
 
 
-def _tail(log_p: Tensor) -> Tensor:
-    """`log(1 - sum_k p_k)`, at least log `LEAST_TAIL`."""
+def unlisted_mass(log_p: Tensor) -> Tensor:
+    """The logarithm of the mass that no listed id has, `log(1 - sum_k p_k)`, at least log `LEAST_TAIL`."""
     return torch.log((-torch.expm1(log_p.logsumexp(-1))).clamp(min=LEAST_TAIL))
 
 
