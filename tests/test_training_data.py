@@ -321,12 +321,11 @@ def test_a_list_of_turns_goes_with_the_turns() -> None:
     assert values[:-1][~counts].abs().max() == 0
 
 
-def test_the_sides_of_a_pair_have_columns_of_their_own_or_share_one() -> None:
+def test_the_sides_of_a_pair_have_columns_of_their_own() -> None:
     row = {"prompt": "p", "chosen": "ab", "rejected": "c", "chosen_weight": [1, 2, 3], "rejected_weight": [4, 5]}
-    read = renderer(columns=("weight", "shared"))
-    ((chosen, rejected),) = read.pairs([Row(row | {"shared": 0.5}, "x")], "x").items
+    read = renderer(columns=("weight",))
+    ((chosen, rejected),) = read.pairs([Row(row | {"weight": 0.5}, "x")], "x").items
     assert chosen.inputs["weight"].tolist() == [1, 2, 3, 0] and rejected.inputs["weight"].tolist() == [4, 5, 0]
-    assert chosen.inputs["shared"].unique().tolist() == [0.5] == rejected.inputs["shared"].unique().tolist()
 
 
 @pytest.mark.parametrize(

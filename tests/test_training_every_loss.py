@@ -234,5 +234,6 @@ def test_a_column_that_nothing_stands_for_is_named(models: tuple[str, str], tmp_
     needed += [OFF_POLICY] if OFF_POLICY in loss.optional_inputs else []
     needed += ["target_ids"] if loss.lists else []
     for each in needed:
-        with pytest.raises(InputError, match=rf"rows\.jsonl: {name} needs a column {each}\b"):
+        column = f"columns chosen_{each} and rejected_{each}" if isinstance(loss, PairLoss) else f"a column {each}"
+        with pytest.raises(InputError, match=rf"rows\.jsonl: {name} needs {column}\b"):
             trained(models, tmp_path, loss, data.rows(without=(each,)))

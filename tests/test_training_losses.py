@@ -153,6 +153,15 @@ def test_a_missing_column_is_named(folder: Path) -> None:
         )
 
 
+def test_one_column_for_both_sides_of_a_pair_is_refused(folder: Path) -> None:
+    """A reward of both would train every pair towards a difference of 0."""
+    rows = [{**row, "reward": row["chosen_reward"]} for row in PAIRS]
+    data = folder / "pairs-of-a-reward.jsonl"
+    write_jsonl(data, rows)
+    with pytest.raises(InputError, match=r"rebel reads reward of either side .* got one for both"):
+        train(make_options(folder / "x", str(folder / "model"), str(data), method="rebel"))
+
+
 def test_each_side_of_a_pair_has_columns_of_its_own(folder: Path) -> None:
     """Before the first step the model is its reference, so that the columns alone make the loss."""
     whole = {"per_device_train_batch_size": len(PAIRS), "max_steps": 1}

@@ -32,7 +32,7 @@ def read_columns(
     Args:
         counts: `[T]` bool, the tokens that count.
         single: those of the names that belong to a whole row, so that they have one value.
-        side: "chosen" or "rejected" of a pair, whose column `<side>_<name>` comes before `<name>`.
+        side: "chosen" or "rejected" of a pair, whose columns are `<side>_<name>`.
 
     Raises:
         InputError: a column that this row lacks, holds something else, or has another number of values than the row
@@ -49,7 +49,7 @@ def read_columns(
 
 
 def _value(row: Row, name: str, side: str) -> Any:
-    names = (f"{side}_{name}", name, OTHER_NAMES.get(name, name)) if side else (name, OTHER_NAMES.get(name, name))
+    names = (f"{side}_{name}",) if side else (name, OTHER_NAMES.get(name, name))
     return next((value for n in names if (value := row.values.get(n)) is not None), None)
 
 

@@ -36,11 +36,17 @@ def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Colle
         estimated: the inputs that a run can estimate.
 
     Raises:
-        InputError: an input without a source.
+        InputError: an input without a source, or one column for both sides of a pair.
     """
     needed = (*loss.inputs, *loss.sequence_inputs, *((TARGET_IDS,) if loss.lists else ()))
     sides = ("chosen", "rejected") if isinstance(loss, PairLoss) else ("",)
-    columns = present_columns(dict.fromkeys((*needed, *loss.optional_inputs)), rows, sides)
+    names = dict.fromkeys((*needed, *loss.optional_inputs))
+    columns = present_columns(names, rows, sides)
+    if isinstance(loss, PairLoss) and (shared := present_columns(names, rows)):
+        raise InputError(
+            f"{origin}: {loss.name} reads {shared[0]} of either side of a pair; expected columns chosen_{shared[0]} "
+            f"and rejected_{shared[0]}, got one for both"
+        )
     missing = [name for name in needed if name not in columns]
     reference = tuple(name for name in missing if name in REFERENCE_FIELDS)
     estimates = tuple(name for name in missing if name in estimated)
@@ -58,8 +64,8 @@ def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Colle
 def _require(loss: Loss, missing: Collection[str], given: Collection[str], origin: str) -> None:
     for name in missing:
         if name not in given:
-            sides = f" (or chosen_{name} and rejected_{name})" if isinstance(loss, PairLoss) else ""
+            columns = f"columns chosen_{name} and rejected_{name}" if isinstance(loss, PairLoss) else f"a column {name}"
             raise InputError(
-                f"{origin}: {loss.name} needs a column {name}{sides}: one number (true, false) a row, or a list with "
+                f"{origin}: {loss.name} needs {columns}: one number (true, false) a row, or a list with "
                 "one for each token that counts"
             )
