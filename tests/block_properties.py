@@ -228,6 +228,24 @@ def the_other_statistics(backend: Backend, output: str) -> None:
         assert relative(x, y) < backend.rounding + (LIMIT if output == "lse" else 0)
 
 
+def a_weighted_mean_logit(backend: Backend) -> None:
+    """Exact apart, in another order of the vocabulary too; a softcap makes the call exact."""
+    flipped = {"vocabulary_order": torch.arange(2000, device=backend.device).flip(0)}
+    weight_of = torch.linspace(0.0, 2.0, 2000, device=backend.device)
+    for softcap in (None, 20.0):
+        found = []
+        ways = (backend.options(), {**backend.options(), **flipped})
+        for problem, options in beside_the_reference(backend, peaked_problem(), *ways):
+            hidden, weight = (leaf(problem[name]) for name in ("hidden", "weight"))
+            call = dict(outputs=("mean_logit",), logit_weight=weight_of, softcap=softcap)
+            mean = linear_logprobs(hidden, weight, problem["targets"], **call, **options).mean_logit
+            assert mean is not None
+            (mean * problem["coefficient"]).sum().backward()
+            found.append([double(x) for x in (mean, hidden.grad, weight.grad)])
+        for other in found[1:]:
+            assert all(relative(x, y) < backend.rounding for x, y in zip(other, found[0], strict=True))
+
+
 def per_token_losses(backend: Backend) -> None:
     """One sweep, here in another order of the vocabulary, and the loss on the statistics: close gradients."""
     made = peaked_problem()
@@ -357,7 +375,18 @@ def the_op_is_well_formed(backend: Backend) -> None:
     problem = {name: backend.cast(x) for name, x in peaked_problem(count=6).items()}
     hidden, weight = (leaf(problem[name]) for name in ("hidden", "weight"))
     execution = Execution(backend.name, "tail_corrected", TOLERANCE, None, None)
-    arguments = (hidden, weight, None, problem["targets"], None, LogitTransform().packed(), -100, "logprob", *execution)
+    arguments = (
+        hidden,
+        weight,
+        None,
+        problem["targets"],
+        None,
+        None,
+        LogitTransform().packed(),
+        -100,
+        "logprob",
+        *execution,
+    )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=tests)
 
@@ -384,6 +413,7 @@ PROPERTIES: tuple[Callable[[Backend], None], ...] = (
     a_softcap_is_exact,
     a_tolerance_of_0_is_exact,
     a_tiny_tolerance_leaves_rounding,
+    a_weighted_mean_logit,
     per_token_losses,
     settled_tokens_keep_nothing,
     ignored_tokens_and_none,

@@ -8,16 +8,40 @@ from __future__ import annotations
 
 from typing import get_args
 
+import list_cases
 import pytest
 import torch
 from cases import DEVICE, DTYPES, HERE, Case, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from logitless import TokenStats, linear_cross_entropy, linear_divergence, linear_logprobs, linear_token_loss, reference
+from logitless import (
+    TokenStats,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_logprobs,
+    linear_token_loss,
+    linear_top_k,
+    reference,
+)
 from logitless.backends import BACKENDS
-from logitless.testing import TokenProblem, assert_matches_float64, make_problem, materialised, measure, poison_empty
-from logitless.types import DIFFERENTIABLE, OUTPUTS, DivergenceKind, LogitTransform
+from logitless.testing import (
+    TokenProblem,
+    assert_matches_float64,
+    assert_within_budget,
+    make_problem,
+    materialised,
+    measure,
+    poison_empty,
+)
+from logitless.types import (
+    DIFFERENTIABLE,
+    LIST_OUTPUTS,
+    OUTPUTS,
+    DivergenceKind,
+    LogitTransform,
+    statistics_dtype,
+)
 
 outputs_subset = st.sets(st.sampled_from(OUTPUTS), min_size=1).map(lambda s: tuple(x for x in OUTPUTS if x in s))
 #: Examples of a property. On a GPU Triton compiles for most of them, a second or so each.
@@ -34,11 +58,11 @@ def logprobs(problem: TokenProblem, **options) -> TokenStats:
     return linear_logprobs(problem.hidden, problem.weight, problem.targets, bias=problem.bias, **options)
 
 
-def check(case: Case, outputs: tuple[str, ...], **options) -> None:
+def check(case: Case, outputs: tuple[str, ...], logit_weight=None, **options) -> None:
     with poison_empty():
         assert_matches_float64(
-            lambda p: logprobs(p, outputs=outputs, **case.options, **options),
-            lambda p: materialised(p, case.transform, outputs=outputs),
+            lambda p: logprobs(p, outputs=outputs, logit_weight=logit_weight, **case.options, **options),
+            lambda p: materialised(p, case.transform, outputs=outputs, logit_weight=logit_weight),
             case.problem,
             scale=case.scale_of(outputs),
         )
@@ -88,6 +112,57 @@ def test_single_pass(backend, data, reduction):
 def test_many_tiles(backend, dtype, transform):
     problem = make_problem(*SIZES, dtype=dtype, device=DEVICE, bias=True, ignored=0.1)
     check(Case(problem, transform, 100), DIFFERENTIABLE, backend=backend, backward="recompute")
+
+
+@pytest.mark.parametrize("backward", ["auto", "recompute"])
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.3, 30.0, 0.7)], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b in HERE for d in taken(b)], ids=str)
+def test_weights_of_the_mean_logit(backend, dtype, transform, backward):
+    problem = make_problem(*SIZES, dtype=dtype, device=DEVICE, bias=True, ignored=0.1)
+    weights = torch.linspace(0.1, 3.0, SIZES[2], device=DEVICE)
+    check(Case(problem, transform, 100), DIFFERENTIABLE, logit_weight=weights, backend=backend, backward=backward)
+
+
+@pytest.mark.parametrize("backend", HERE)
+@settings(max_examples=MANY)
+@given(data=st.data(), outputs=st.sampled_from([("logprob",), ("logprob", "tail"), LIST_OUTPUTS]))
+def test_lists_of_ids(backend, data, outputs):
+    list_cases.check(data.draw(list_cases.listed_cases(dtypes=taken(backend))), outputs, backend=backend)
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(1.3, 30.0, 0.7)], ids=["plain", "softcap"])
+@pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b in HERE for d in taken(b)], ids=str)
+def test_long_lists_over_many_tiles(backend, dtype, transform):
+    problem = make_problem(*SIZES, dtype=dtype, device=DEVICE, bias=True)
+    lists = torch.randint(0, SIZES[2], (*SIZES[0], 70), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    list_cases.check(Case(problem._replace(targets=lists), transform, 100), LIST_OUTPUTS, backend=backend)
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [(b, d) for b in HERE for d in taken(b)], ids=str)
+def test_the_likeliest_ids(backend, dtype):
+    problem = make_problem(*SIZES, dtype=dtype, device=DEVICE, trainable=())
+    found = linear_top_k(problem.hidden, problem.weight, 9, backend=backend, chunk_bytes=100 * 4 * SIZES[2])
+    logp = (problem.hidden.double() @ problem.weight.double().T).log_softmax(-1)
+    assert all(len(set(row)) == 9 for row in found.ids.tolist())
+    assert_within_budget(found.logprob, found.logprob, logp.gather(-1, found.ids), dtype=dtype)
+    assert_within_budget(logp.gather(-1, found.ids), found.logprob, logp.topk(9).values, dtype=dtype)  # but for ties
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_kept_set(dtype):
+    problem = make_problem(*SIZES, dtype=dtype, device=DEVICE)
+    kept = torch.stack([problem.targets, problem.targets.flip(0), (problem.targets + 1) % SIZES[2]], -1)
+
+    def baseline(p):
+        z = (p.hidden @ p.weight.T).to(statistics_dtype(dtype)).gather(-1, kept)
+        again = (kept[:, 1] == kept[:, 0])[:, None] & torch.tensor([False, True, False], device=DEVICE)
+        again |= (kept[:, 2] == kept[:, 1])[:, None] & torch.tensor([False, False, True], device=DEVICE)
+        return z.masked_fill(again, -torch.inf).log_softmax(-1)[:, 0]
+
+    def ours(p):
+        return linear_logprobs(p.hidden, p.weight, p.targets, among=kept).logprob
+
+    assert_matches_float64(ours, baseline, problem, scale=problem.weight.abs().max().item())
 
 
 @pytest.mark.parametrize("kind", get_args(DivergenceKind))

@@ -129,10 +129,12 @@ def assert_right(
         assert_within_budget(value, nearest, exact[name], dtype=x.hidden.dtype, scale=1.0, name=name)
 
 
+PARAMETRIC = ("js", "symmetric_kl", "skew_forward_kl", "skew_reverse_kl", "alpha")
 parameters = st.one_of(
-    st.sampled_from([k for k in KINDS if k not in ("js", "alpha") and not k.startswith("skew")]).map(DivergenceOptions),
+    st.sampled_from([k for k in KINDS if k not in PARAMETRIC]).map(DivergenceOptions),
     st.builds(DivergenceOptions, st.just("js"), mixture=st.sampled_from([0.5, 0.1, 0.9]), normalized=st.booleans()),
     st.builds(DivergenceOptions, st.just("js"), mixture=st.sampled_from([0.0, 1.0]), normalized=st.just(True)),
+    st.builds(DivergenceOptions, st.just("symmetric_kl"), mixture=st.sampled_from([0.5, 0.1, 0.9, 0.0, 1.0])),
     st.builds(DivergenceOptions, st.sampled_from(["skew_forward_kl", "skew_reverse_kl"]),
               skew=st.sampled_from([0.0, 0.1, 0.6])),
     st.builds(DivergenceOptions, st.just("alpha"), alpha=st.sampled_from([-0.7, 0.0, 0.25, 0.5, 0.8, 1.0, 1.6])),
@@ -205,6 +207,7 @@ INF = -torch.inf
 ABSENT = {  # kind -> value where the model, and where the reference, lacks an entry that the other has
     "forward_kl": (True, False),
     "reverse_kl": (False, True),
+    "symmetric_kl": (True, True),
     "cross_entropy": (True, False),
     "pearson_chi2": (False, True),
     "neyman_chi2": (True, False),

@@ -78,6 +78,22 @@ def loss_inputs(
     return inputs
 
 
+#: Ids that a token lists, for a loss of lists.
+LISTED = 3
+
+
+def lists_of_ids(targets: Tensor, vocabulary: int) -> Tensor:
+    """Three different ids for each token that counts, its target the first."""
+    others = torch.stack([(targets + 1 + k) % vocabulary for k in range(LISTED - 1)], -1)
+    return torch.cat([targets[..., None], others], -1).masked_fill((targets == -100)[..., None], -100)
+
+
+def counted(targets: Tensor, hidden: Tensor) -> Tensor:
+    """The tokens that count, of targets or of lists of them."""
+    counts = targets != -100
+    return counts.any(-1) if targets.dim() == hidden.dim() else counts
+
+
 def _per_token(name: str, rows: int, width: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     if name == "demonstration":
         return (torch.arange(rows) % 3 == 0)[:, None].expand(rows, width).clone()
@@ -85,16 +101,22 @@ def _per_token(name: str, rows: int, width: int, generator: torch.Generator, dty
         return torch.rand(rows, width, generator=generator) < 0.4
     if name == "group":
         return (torch.arange(rows) // 2)[:, None].expand(rows, width).clone()
+    if name == "teacher_logprob":
+        return torch.randn(rows, width, LISTED, generator=generator, dtype=dtype).log_softmax(-1) - 0.2
+    if name == "teacher_tail":
+        return -1 - torch.rand(rows, width, generator=generator, dtype=dtype)
     if name.endswith("logprob"):
         return -2 * torch.rand(rows, width, generator=generator, dtype=dtype)
-    if name in ("policy_weight", "quality", "token_power"):
+    if name in ("policy_weight", "quality", "token_power", "draw", "nll_weight"):
         return torch.rand(rows, width, generator=generator, dtype=dtype)
     return torch.randn(rows, width, generator=generator, dtype=dtype)
 
 
 def _per_sequence(name: str, rows: int, dtype: torch.dtype) -> Tensor:
-    if name == "desirable":
+    if name in ("desirable", "from_reference"):
         return torch.arange(rows) % 3 != 1
+    if name in ("advantages", "reward"):
+        return torch.linspace(-1, 1, rows, dtype=dtype).square()
     return torch.tensor(0.1, dtype=dtype)  # a reference point, a shift of the reward: one for the batch
 
 
@@ -130,6 +152,8 @@ def batch_of(loss: Loss) -> LossBatch:
     targets = torch.randint(V, (B, T), generator=generator)
     targets[torch.arange(T) >= torch.tensor([5, 3, 4, 1, 5, 2])[:, None]] = -100
     inputs = loss_inputs(loss, B, T, H, generator)
+    if loss.lists:
+        targets = lists_of_ids(targets, V)
     return LossBatch(hidden, weight, targets, inputs)
 
 

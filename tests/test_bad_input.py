@@ -227,6 +227,27 @@ def test_per_token_loss_that_closes_over_a_parameter(leaf):
     )
 
 
+@pytest.mark.parametrize("function", ["linear_logprobs", "linear_token_loss"])
+@pytest.mark.parametrize(
+    ("error", "change"),
+    [
+        (ValueError, dict(logit_weight=torch.ones(8))),
+        (ValueError, dict(logit_weight=torch.ones(9, 1))),
+        (ValueError, dict(logit_weight=torch.ones(9, requires_grad=True))),
+        (ValueError, dict(logit_weight=torch.ones(9, device=META))),
+        (TypeError, dict(logit_weight=[1.0] * 9)),
+        (ValueError, dict(logit_weight=ONES, outputs=("logprob",))),
+    ],
+    ids=str,
+)
+def test_weights_of_the_mean_logit(function, error, change):
+    refused(FUNCTIONS[function], "logit_weight", error, **{**base(), "outputs": ("logprob", "mean_logit"), **change})
+
+
+def test_a_loss_takes_no_weights_of_the_mean_logit():
+    refused(FUNCTIONS[CE], "logit_weight", TypeError, **base(), label_smoothing=0.1, logit_weight=ONES)
+
+
 def test_per_token_loss_that_is_nothing_to_call():
     refused(logitless.linear_token_loss, "per_token_loss", TypeError, **base(), per_token_loss="nll")
 
@@ -289,7 +310,6 @@ def test_inputs_of_losses(loss, name, error, change):
         (CE, "class_weight", ValueError, dict(class_weight=torch.ones(9, requires_grad=True))),
         (CE, "class_weight", ValueError, dict(class_weight=torch.ones(9, device=META))),
         (CE, "class_weight", TypeError, dict(class_weight=[1.0] * 9)),
-        (CE, "class_weight", ValueError, dict(class_weight=ONES, softcap=3.0, label_smoothing=0.1)),
         (CE, "token_weight", ValueError, dict(token_weight=torch.ones(3))),
         (CE, "token_weight", ValueError, dict(token_weight=torch.ones(3), shift=True)),
         (CE, "token_weight", ValueError, dict(token_weight=torch.ones(3), class_weight=ONES)),

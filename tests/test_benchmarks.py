@@ -102,7 +102,7 @@ def test_a_loss_and_its_metrics_add_no_pass_over_the_vocabulary(counted: Any) ->
 
 def test_a_distribution_loss_costs_a_sweep_of_each_of_its_parts(counted: Any) -> None:
     products = {name: found["products"] for name, found in counted["losses-distribution"].items()}
-    assert products == {"distillation": 4, "js": 4, "asft": 7, "sft_kl": 7, "distillation and nll": 7}
+    assert products == {"distillation": 4, "gkd": 4, "js": 4, "asft": 7, "sft_kl": 7, "distillation and nll": 7}
 
 
 def test_floors_of_one_problem_are_the_same_products() -> None:
@@ -226,7 +226,7 @@ def test_a_suite_saves_resumes_and_keeps_the_parts_it_does_not_measure(tmp_path:
     assert (tmp_path / "cpu.md").read_text() == cpu.SUITE.markdown(results)
     assert "materialised DPO" in capsys.readouterr().out
     cpu.main([*where, "--minutes", "0"])
-    assert "goes on with: nll frozen dpo bf16\n" in capsys.readouterr().err
+    assert "goes on with: nll frozen dpo lists bf16\n" in capsys.readouterr().err
 
 
 def test_tables_are_made_again_without_measuring(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None
     needs = [True, True, False]
     recompute = Execution(backend, "recompute", 0.0, chunk_bytes, None)
     single = recompute._replace(strategy="single_pass")
-    tensors = (hidden, weight, None, targets, None)
+    tensors = (hidden, weight, None, targets, None, None)
     sides = (*tensors[:3], *tensors[:3], mask, "js", [0.5, 0.1, 0.5], False, no_cap * 2)
     both = ("chunked" if backend == "cuda" else backend, chunk_bytes)
     return {
@@ -229,7 +229,19 @@ def test_a_refusal_comes_before_any_work(captured):
     with Calls() as calls, pytest.raises(RuntimeError, match="whole pairs or sequences"):
         groups = torch.zeros(12, dtype=torch.long)
         token_loss._init_fn(
-            *(p.hidden.view(12, 4), p.weight, None, p.targets.view(12), None, [], groups, 0, [], [1.0, 30.0, 1.0]),
+            *(
+                p.hidden.view(12, 4),
+                p.weight,
+                None,
+                p.targets.view(12),
+                None,
+                None,
+                [],
+                groups,
+                0,
+                [],
+                [1.0, 30.0, 1.0],
+            ),
             *(-100, "logprob", [True, True, False], "chunked", "single_pass", 0.0, None, None),
         )
     assert set(calls.found) <= {"zeros", "view"}
@@ -256,7 +268,7 @@ class Calls(TorchDispatchMode):
 def test_an_eager_op_waits_once(device_assertion, recomputes, ignored):
     """Whether there are ignored tokens or not."""
     p = make_problem((8,), 4, 9, ignored=ignored, trainable=())
-    problem = (p.hidden, p.weight, None, p.targets, None, LogitTransform().packed(), -100)
+    problem = (p.hidden, p.weight, None, p.targets, None, None, LogitTransform().packed(), -100)
     execution = Execution("chunked", "recompute", 0.0, 100, None)
     known = [torch.zeros(8), torch.zeros(8), None]
     with Calls() as calls:

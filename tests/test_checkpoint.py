@@ -35,7 +35,9 @@ class Runs:
     def __init__(self, folder: Path, method: str) -> None:
         self.folder, self.method = folder, method
         self.model = make_model(folder / "model", dropout=0.1)
-        rows = preference_rows() if method == "dpo" else completion_rows()
+        columns = [{"desirable": i % 2 == 0, "group": i // 3, "negative": i % 3 > 0} for i in range(12)]
+        answers = [row | own for row, own in zip(completion_rows(), columns, strict=True)]
+        rows = preference_rows() if method == "dpo" else answers
         self.data = write_jsonl(folder / "rows.jsonl", rows)
 
     def options(self, name: str, **changes: Any) -> TrainOptions:
@@ -88,6 +90,11 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
         ("dft", {"optim": "adamw_torch_fused", "lr_scheduler_type": "cosine", "warmup_steps": 0.5}),
         ("dpo", {}),
         ("dpo", {"precompute_ref_log_probs": True}),
+        ("psft", {"old_policy_steps": 4}),  # a checkpoint stands between two renewals
+        ("kto", {}),
+        ("bco", {}),
+        ("discriminative_sft", {"per_device_train_batch_size": 1, "learning_rate": 1e-5}),
+        ("dpo", {"sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.3}),
     ],
 )
 def test_resuming_is_exact(

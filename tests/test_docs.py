@@ -58,7 +58,9 @@ def test_every_loss_has_its_row_and_section() -> None:
 PUBLISHED = """
     label smoothing, z-loss, CFT, SFT(Q), SA-DFT, DEFT, Cayley, "beyond log-likelihood", CHORD-mu, sft_is, LUFFY, ASFT,
     sft+kl, iw-SFT, PSFT, IDFT, MinorSFT, EAFT, SED-SFT, GEM, ProFiT, PoFT, DFT2, IFT, Focal, Unlikelihood, focal loss,
-    total_variation, pearson_chi2, neyman_chi2, squared_hellinger, reverse_kl, forward_kl, js, alpha
+    total_variation, pearson_chi2, neyman_chi2, squared_hellinger, reverse_kl, forward_kl, js, alpha, online DPO, SPIN,
+    SPPO, TPO, TPO-L, TR-DPO, Nash-MD, REBEL, A*-PO, XPO, MPO, pref_bco_weight, Bradley-Terry, process reward model,
+    symmetric_kl, GKD, SDFT, on-policy distillation, MiniLLM, ULD, verl, NeMo-RL
 """
 
 

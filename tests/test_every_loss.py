@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from loss_cases import B, LossBatch, T, V, batch_of, length, pad, run_loss
+from loss_cases import B, LossBatch, T, V, batch_of, counted, length, pad, run_loss
 from torch import Tensor
 
 from logitless import Head, linear_divergence, linear_logprobs, linear_loss, losses
@@ -29,12 +29,12 @@ def total(parts: list[Any]) -> list[Tensor]:
     return [sum(values) for values in zip(*parts, strict=True)]  # type: ignore[misc]
 
 
-def count_of(loss: Loss, targets: Tensor) -> float:
+def count_of(loss: Loss, batch: LossBatch) -> float:
     """The divisor of the loss's own reduction, for the whole batch."""
     if isinstance(loss, WHOLE):
-        return loss.count_groups(len(targets))
-    counted = targets != -100
-    return float((counted.any(-1) if loss.reduction in OF_SEQUENCES else counted).sum())
+        return loss.count_groups(len(batch.targets))
+    counts = counted(batch.targets, batch.hidden)
+    return float((counts.any(-1) if loss.reduction in OF_SEQUENCES else counts).sum())
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -55,7 +55,7 @@ def test_compiles_without_a_graph_break(name):
 
     compiled = torch.compile(value, backend="aot_eager", fullgraph=True)
     hidden, weight = (x.clone().requires_grad_() for x in (batch.hidden, batch.weight))
-    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of `discriminative_sft`, on torch 2.9
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # of groups, on torch 2.9
         found = compiled(hidden, weight)
     close((found.detach(), *torch.autograd.grad(found, (hidden, weight))), run_loss(loss, batch))
 
@@ -81,7 +81,7 @@ def test_against_the_loss_of_full_logits(name):
             backend="reference",
             **loss.linear_divergence,
         )
-    tokens = token_layout(batch.targets != -100, None)
+    tokens = token_layout(counted(batch.targets, hidden), None)
     length = 8 if loss.reduction == "constant_length" else None
     out = loss.evaluate(stats, tokens, inputs, reduction=loss.reduction, max_length=length, divergence=divergence)
     value = out if isinstance(out, Tensor) else out.loss
@@ -132,7 +132,7 @@ def test_micro_batches_of_any_size_add_up(name):
     loss = losses.get(name)
     batch = batch_of(loss)
     parts = [[0, 3], [1, 2, 4, 5]] if isinstance(loss, PairLoss) else [[0], [1, 2, 3], [4, 5]]
-    normalizer = count_of(loss, batch.targets)
+    normalizer = count_of(loss, batch)
     found = []
     for rows in parts:
         value, d_hidden, d_weight = run_loss(loss, batch.rows(torch.tensor(rows)), normalizer=normalizer)
@@ -147,7 +147,7 @@ def test_flat_sequences_are_rows(name):
     """`[N, H]` with boundaries gives what `[B, T, H]` gives."""
     loss = losses.get(name)
     batch = batch_of(loss)
-    keep = batch.targets != -100
+    keep = counted(batch.targets, batch.hidden)
     lengths = keep.sum(-1)
     boundaries = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     inputs = {k: x[keep] if x.dim() >= 2 else x for k, x in batch.inputs.items()}
@@ -278,7 +278,8 @@ def test_hidden_states_of_the_reference_compile_without_a_graph_break(loss):
     ids=lambda loss: loss.name,
 )
 def test_a_reference_that_is_not_read_is_refused(loss):
-    batch, reference, _ = of_reference(batch_of(loss))
+    batch = batch_of(loss)
+    reference = {"ref_hidden": torch.zeros(B, T, 3, dtype=torch.float64), "ref_head": Head(torch.zeros(V, 3).double())}
     for argument, value in reference.items():
         with pytest.raises(ValueError, match=rf"{argument}: '{loss.name}' reads nothing of a reference"):
             run_loss(loss, batch, **{argument: value})

@@ -14,6 +14,7 @@ from logitless.ops.registered.shared import Execution
 from logitless.testing import TokenProblem, make_problem
 from logitless.types import DIFFERENTIABLE, OUTPUTS, LogitTransform
 
+WEIGHTS = torch.linspace(0.1, 2.0, 9)
 TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
@@ -30,11 +31,12 @@ def problem(trainable=("hidden", "weight", "bias"), **options) -> TokenProblem:
     ("outputs", "softcap"),
     [("logprob", None), ("lse entropy", 3.0), (" ".join(DIFFERENTIABLE), 3.0), (" ".join(OUTPUTS), None)],
 )
+@pytest.mark.parametrize("logit_weight", [None, WEIGHTS], ids=["", "weighted"])
 @pytest.mark.parametrize("trainable", [("hidden", "weight", "bias"), ("weight",), ()], ids=str)
-def test_opcheck_logprobs(trainable, softcap, outputs, dtype):
+def test_opcheck_logprobs(trainable, logit_weight, softcap, outputs, dtype):
     hidden, weight, bias, targets = problem(trainable, dtype=dtype)
     transform = LogitTransform(1.5, softcap, 0.7).packed()
-    arguments = (hidden, weight, bias, targets, None, transform, -100, outputs, *execution())
+    arguments = (hidden, weight, bias, targets, None, logit_weight, transform, -100, outputs, *execution())
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
@@ -42,24 +44,26 @@ def test_opcheck_logprobs(trainable, softcap, outputs, dtype):
 @pytest.mark.parametrize("outputs", ["logprob", "logprob lse mean_logit correct"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_opcheck_logprobs_of_a_frozen_head(transposed, bias, outputs, dtype):
+@pytest.mark.parametrize("logit_weight", [None, WEIGHTS], ids=["", "weighted"])
+def test_opcheck_logprobs_of_a_frozen_head(logit_weight, transposed, bias, outputs, dtype):
     hidden, weight, bias, targets = problem(("hidden",), dtype=dtype, bias=bias)
     if transposed:
         hidden = hidden.detach().T.contiguous().T.requires_grad_()
     transform = LogitTransform(1.5, None, 0.7).packed()
-    arguments = (hidden, weight, bias, targets, None, transform, -100, outputs, *execution("single_pass"))
+    arguments = (hidden, weight, bias, targets, None, logit_weight, transform, -100, outputs, *execution("single_pass"))
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, True), (False, True, False)], ids=str)
 @pytest.mark.parametrize("entropy", [False, True])
-def test_opcheck_logprobs_backward(needs, entropy):
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_opcheck_logprobs_backward(softcap, needs, entropy):
     hidden, weight, bias, targets = (x.detach() for x in problem())
     outputs = "logprob lse entropy" if entropy else "logprob"
-    head = (hidden, weight, bias, targets, None, LogitTransform().packed(), -100)
+    head = (hidden, weight, bias, targets, None, WEIGHTS, LogitTransform(1.0, softcap).packed(), -100)
     stats = logprobs_op.logprobs(*head, outputs, *execution(chunk_bytes=None))
     known = [*stats[:2], stats[2] if entropy else None]
-    upstream = [torch.randn(6), None, torch.randn(6) if entropy else None, None]
+    upstream = [torch.randn(6), None, torch.randn(6) if entropy else None, torch.randn(6)]
     arguments = (upstream, known, [], list(needs), *head, *execution())
     torch.library.opcheck(torch.ops.logitless.logprobs_backward.default, arguments, test_utils=TESTS)
 
@@ -75,10 +79,10 @@ def test_opcheck_token_loss(monkeypatch, softcap, trainable, dtype):
     needs = [name in trainable for name in ("hidden", "weight", "bias")]
     transform = LogitTransform(1.5, softcap, 0.7).packed()
     strategy = "single_chunk" if dtype == torch.bfloat16 else "single_pass"
-    with functions.handle_of(lambda stats, x: x * stats.logprob * stats.entropy) as handle:
+    with functions.handle_of(lambda stats, x: x * stats.logprob * stats.entropy - stats.mean_logit) as handle:
         arguments = (
-            hidden, weight, bias, targets, None, [torch.rand(6)], None, handle, [], transform, -100,
-            "logprob entropy", needs, *execution(strategy, 200),
+            hidden, weight, bias, targets, None, WEIGHTS, [torch.rand(6)], None, handle, [], transform, -100,
+            "logprob entropy mean_logit", needs, *execution(strategy, 200),
         )  # fmt: skip
         torch.library.opcheck(torch.ops.logitless.token_loss.default, arguments, test_utils=TESTS)
 
@@ -115,6 +119,12 @@ CALLS = {
     ),
     "class weights": lambda p, ref: logitless.linear_cross_entropy(
         p.hidden, p.weight, p.targets, bias=p.bias, label_smoothing=0.1, class_weight=torch.linspace(0.1, 1, 9)
+    ),
+    "class weights under a softcap": lambda p, ref: logitless.linear_cross_entropy(
+        p.hidden, p.weight, p.targets, label_smoothing=0.1, class_weight=torch.linspace(0.1, 1, 9), softcap=3.0
+    ),
+    "class weights, none": lambda p, ref: logitless.linear_cross_entropy(
+        p.hidden, p.weight, p.targets, label_smoothing=0.1, class_weight=torch.linspace(0.1, 1, 9), reduction="none"
     ),
     "normalizer": lambda p, ref: logitless.linear_cross_entropy(
         p.hidden, p.weight, p.targets, normalizer=torch.tensor(7.0)

@@ -216,6 +216,20 @@ def test_js_is_continuous_at_its_ends_where_normalised(end, kind):
         assert (vanishing <= step * limit["value"] * 1.01 + 1e-6).all()
 
 
+def test_symmetric_kl_is_the_weighted_sum_of_both_kls():
+    """The gradient too; at the ends it is one of them alone, which may be finite where the other is not."""
+    x = make((40,), (4, 4), 30, dtype=torch.float64, trainable=SIDES)
+    forward, reverse = (measure(lambda y, kind=kind: value(y, kind), x) for kind in ("forward_kl", "reverse_kl"))
+    for mixture in (0.0, 0.1, 0.5, 0.9, 1.0):
+        found = measure(lambda y, w=mixture: value(y, "symmetric_kl", mixture=w), x)
+        for name, mixed in found.items():
+            close(mixed, (1 - mixture) * forward[name] + mixture * reverse[name])
+    close(value(X, "symmetric_kl"), value(exchanged(X), "symmetric_kl"))
+    z, ref = torch.tensor([[0.5, INF]]), torch.tensor([[0.2, 0.4]])
+    assert of_logits(z, ref, kind="symmetric_kl", mixture=1.0)[0].isfinite().all()
+    assert of_logits(ref, z, kind="symmetric_kl", mixture=0.0)[0].isfinite().all()
+
+
 def test_no_skew_is_plain_kl():
     close(value(X, "skew_forward_kl", skew=0.0), value(X, "forward_kl"))
     close(value(X, "skew_reverse_kl", skew=0.0), value(X, "reverse_kl"))

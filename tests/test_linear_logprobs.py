@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from logitless import TokenStats, linear_logprobs
 from logitless.backends import BACKENDS
+from logitless.reference import transformed
 from logitless.testing import (
     TokenProblem,
     assert_matches_float64,
@@ -31,11 +32,11 @@ def run(problem: TokenProblem, **options) -> TokenStats:
     return linear_logprobs(problem.hidden, problem.weight, problem.targets, bias=problem.bias, **options)
 
 
-def check(case: Case, outputs: tuple[str, ...], **options) -> None:
+def check(case: Case, outputs: tuple[str, ...], logit_weight=None, **options) -> None:
     with poison_empty():
         assert_matches_float64(
-            lambda p: run(p, outputs=outputs, **case.options, **options),
-            lambda p: materialised(p, case.transform, outputs=outputs),
+            lambda p: run(p, outputs=outputs, logit_weight=logit_weight, **case.options, **options),
+            lambda p: materialised(p, case.transform, outputs=outputs, logit_weight=logit_weight),
             case.problem,
             scale=case.scale_of(outputs),
         )
@@ -51,15 +52,42 @@ def test_any_options_against_float64(backend, case, outputs, backward):
     check(case, outputs, backend=backend, backward=backward)
 
 
+@pytest.mark.parametrize("backend", ALL_BACKENDS)
+@given(case=cases(), others=outputs_subset, backward=st.sampled_from(["auto", "recompute"]), data=st.data())
+def test_weights_of_the_mean_logit(backend, case, others, backward, data):
+    outputs = tuple(name for name in OUTPUTS if name in (*others, "mean_logit"))
+    vocabulary = len(case.problem.weight)
+    weights = torch.tensor(
+        data.draw(st.lists(st.sampled_from([0.5, 1.0, 3.0]), min_size=vocabulary, max_size=vocabulary))
+    )
+    with poison_empty():
+        assert_matches_float64(
+            lambda p: run(p, outputs=outputs, logit_weight=weights, backend=backend, backward=backward, **case.options),
+            lambda p: weighted(p, case.transform, outputs, weights),
+            case.problem,
+            scale=max(case.scale_of(outputs), case.bent_scale),
+        )
+
+
+def weighted(problem: TokenProblem, transform: LogitTransform, outputs: tuple[str, ...], weights) -> TokenStats:
+    """Statistics by plain PyTorch, the mean logit as its definition says."""
+    stats = materialised(problem, transform, outputs=outputs)
+    z = torch.nn.functional.linear(problem.hidden, problem.weight, problem.bias)
+    z = transformed(z.to(torch.promote_types(z.dtype, torch.float32)), transform)
+    mean = (z * weights.to(z)).sum(-1) / len(weights)
+    return stats._replace(mean_logit=torch.where(problem.targets == -100, 0, mean))
+
+
 @given(case=cases(trainable=st.just(("hidden",))), outputs=st.sampled_from(["logprob", "logprob lse", "lse"]))
 def test_frozen_head_keeps_one_vector_per_token(case, outputs):
     check(case, tuple(outputs.split()), backward="single_pass")
 
 
-@given(case=cases(trainable=st.just(("hidden",))))
-def test_frozen_head_mean_logit(case):
+@given(case=cases(trainable=st.just(("hidden",))), weighted=st.booleans())
+def test_frozen_head_mean_logit(case, weighted):
     if case.transform.softcap is None and case.problem.bias is None:
-        check(case, ("logprob", "lse", "mean_logit"), backward="single_pass")
+        weights = torch.linspace(0.2, 3.0, len(case.problem.weight)) if weighted else None
+        check(case, ("logprob", "lse", "mean_logit"), logit_weight=weights, backward="single_pass")
 
 
 @pytest.mark.slow
@@ -163,7 +191,7 @@ def test_fields_not_asked_for_are_none():
 def test_shapes_and_dtypes(shape, dtype):
     problem = make_problem(shape, 4, 5, dtype=dtype)
     stats = run(problem, outputs=OUTPUTS)
-    for value in stats:
+    for value in (getattr(stats, name) for name in OUTPUTS):
         assert value.shape == shape
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     stats.logprob.sum().backward()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -41,10 +42,11 @@ def logits(p: TokenProblem) -> torch.Tensor:
     return F.linear(p.hidden, p.weight, p.bias).to(torch.promote_types(p.hidden.dtype, torch.float32))
 
 
-def torch_cross_entropy(p: TokenProblem, class_weight=None, **options) -> torch.Tensor:
+def torch_cross_entropy(p: TokenProblem, class_weight=None, softcap=None, **options) -> torch.Tensor:
     """torch's own, on flat logits; 0 where it gives NaN for a mean of nothing."""
     weight = None if class_weight is None else class_weight.to(logits(p))
-    out = F.cross_entropy(logits(p).reshape(-1, len(p.weight)), p.targets.reshape(-1), weight, **options)
+    z = logits(p) if softcap is None else softcap * torch.tanh(logits(p) / softcap)
+    out = F.cross_entropy(z.reshape(-1, len(p.weight)), p.targets.reshape(-1), weight, **options)
     return out.reshape(p.targets.shape) if options.get("reduction") == "none" else out
 
 
@@ -53,52 +55,61 @@ def ours(p: TokenProblem, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("with_classes", [False, True])
-@settings(max_examples=40)
+@settings(max_examples=80)
 @given(
     case=cases(),
     label_smoothing=st.sampled_from([0.0, 0.1, 1.0]),
     reduction=st.sampled_from(["mean", "sum", "none"]),
     backward=st.sampled_from(["auto", "recompute"]),
+    softcap=st.sampled_from([None, 2.0]),
+    backend=st.sampled_from(["auto", "auto", "reference"]),
 )
-def test_any_options_are_torchs(with_classes, case, label_smoothing, reduction, backward):
+def test_any_options_are_torchs(with_classes, case, label_smoothing, reduction, backward, softcap, backend):
+    case = replace(case, transform=LogitTransform(softcap=softcap))
     problem = case.problem
     masked = problem.bias is not None and bool(problem.bias.isinf().any())
-    if (masked and label_smoothing) or ((problem.targets == -100).all() and reduction == "mean"):
-        return  # refused; NaN in torch
+    if (masked and (label_smoothing or softcap)) or ((problem.targets == -100).all() and reduction == "mean"):
+        return  # refused, and no mask beneath torch's tanh; NaN in torch
     classes = torch.rand(len(problem.weight)) + 0.1 if with_classes else None
-    options = dict(label_smoothing=label_smoothing, reduction=reduction)
-    budget = case.options["chunk_bytes"]
+    options = dict(label_smoothing=label_smoothing, reduction=reduction, softcap=softcap)
+    call = dict(chunk_bytes=case.options["chunk_bytes"], backend=backend, backward=backward)
     with poison_empty():
         assert_matches_float64(
-            lambda p: ours(p, **options, class_weight=classes, chunk_bytes=budget, backward=backward),
+            lambda p: ours(p, **options, class_weight=classes, **call),
             lambda p: torch_cross_entropy(p, classes, **options),
             problem,
             # The smoothed part is a difference of two terms of the logits' size: rounding, not 0, where V is 1.
-            scale=max(case.scale, 1.0 if label_smoothing else 0.0),
+            scale=max(case.scale, case.bent_scale, 1.0 if label_smoothing else 0.0),
         )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_class_weights_with_smoothing_keep_float32_accuracy(dtype):
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_class_weights_with_smoothing_keep_float32_accuracy(softcap, dtype):
     problem = make_problem((64,), 48, 200, dtype=dtype, bias=True)
     classes = torch.rand(200) * 5
     assert_matches_float64(
-        lambda p: ours(p, class_weight=classes, label_smoothing=0.5),
-        lambda p: torch_cross_entropy(p, classes, label_smoothing=0.5),
+        lambda p: ours(p, class_weight=classes, label_smoothing=0.5, softcap=softcap, chunk_bytes=4 * 200 * 48),
+        lambda p: torch_cross_entropy(p, classes, label_smoothing=0.5, softcap=softcap),
         problem,
     )
 
 
-def test_class_weights_under_scale_and_temperature():
-    problem = make_problem((6,), 4, 9, dtype=torch.float64, bias=True, ignored=0.3)
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("trainable", [("hidden",), ("weight", "bias"), ("hidden", "weight", "bias")], ids=str)
+def test_class_weights_under_scale_and_temperature(trainable, reduction, softcap):
+    problem = make_problem((6,), 4, 9, dtype=torch.float64, bias=True, ignored=0.3, trainable=trainable)
     classes = torch.rand(9)
+    options = dict(label_smoothing=0.2, reduction=reduction)
 
     def expected(p):
-        z = logits(p) * 1.7 / 0.6
-        return F.cross_entropy(z, p.targets, classes.to(z), label_smoothing=0.2)
+        z = logits(p) * 1.7
+        z = (z if softcap is None else softcap * torch.tanh(z / softcap)) / 0.6
+        return F.cross_entropy(z, p.targets, classes.to(z), **options)
 
     assert_matches_float64(
-        lambda p: ours(p, class_weight=classes, label_smoothing=0.2, logit_scale=1.7, temperature=0.6),
+        lambda p: ours(p, class_weight=classes, logit_scale=1.7, temperature=0.6, softcap=softcap, **options),
         expected,
         problem,
     )
@@ -217,12 +228,12 @@ def test_any_ignore_index_and_nothing_of_the_callers_changes(reduction):
 def test_gradcheck_of_cross_entropy():
     problem = make_problem((5,), 3, 8, dtype=torch.float64, bias=True, ignored=0.3)
     classes, tokens = torch.rand(8), torch.rand(5)
-    for class_weight, reduction in itertools.product([None, classes], ["mean", "none"]):
+    for class_weight, reduction, softcap in itertools.product([None, classes], ["mean", "none"], [None, 1.5]):
 
-        def function(hidden, weight, bias, class_weight=class_weight, reduction=reduction):
+        def function(hidden, weight, bias, class_weight=class_weight, reduction=reduction, softcap=softcap):
             return linear_cross_entropy(
                 hidden, weight, problem.targets, bias=bias, label_smoothing=0.1, z_loss=0.01, token_weight=tokens,
-                class_weight=class_weight, reduction=reduction, chunk_bytes=100,
+                class_weight=class_weight, reduction=reduction, softcap=softcap, chunk_bytes=100,
             )  # fmt: skip
 
         assert torch.autograd.gradcheck(function, (problem.hidden, problem.weight, problem.bias))

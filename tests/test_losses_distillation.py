@@ -1,4 +1,4 @@
-"""The distillation loss: its definition, `linear_loss` against full logits, peers, temperature, what is constant."""
+"""Distillation by distributions: definitions, `linear_loss` against full logits, peers, temperature, constants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless import Head, linear_divergence, linear_logprobs, linear_loss, losses
-from logitless.losses.distillation import Distillation
+from logitless.losses.distillation.distribution import GKD, Distillation
 from logitless.reference import divergence
 from logitless.types import DivergenceKind, DivergenceOptions, TokenStats
 
@@ -47,6 +47,7 @@ def gradients(value: Tensor, x: dict[str, Tensor]) -> list[Tensor]:
 
 LOSSES = [
     *(Distillation(kind) for kind in KINDS),
+    Distillation("symmetric_kl", mixture=0.9),
     Distillation("js", mixture=0.2),
     Distillation("js", mixture=0.9, normalized=True),
     Distillation("skew_reverse_kl", skew=0.5),
@@ -111,7 +112,7 @@ def test_a_split_into_micro_batches_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("loss", [Distillation("js"), Distillation("reverse_kl", nll_weight=0.3)], ids=str)
+@pytest.mark.parametrize("loss", [Distillation("js"), Distillation("reverse_kl", nll_weight=0.3), GKD(1.0)], ids=str)
 def test_gradcheck(loss):
     x = problem()
 
@@ -134,10 +135,10 @@ def test_no_token_that_counts(nll_weight):
 # What is constant
 
 
-@pytest.mark.parametrize("nll_weight", [0.0, 0.5])
-def test_the_teacher_is_a_constant(nll_weight):
+@pytest.mark.parametrize("loss", [Distillation("js"), Distillation("js", nll_weight=0.5), GKD(1.0)], ids=str)
+def test_the_teacher_is_a_constant(loss):
     x = problem(trainable=("hidden", "weight", "ref_hidden", "ref_head"))
-    linear_loss(Distillation("js", nll_weight=nll_weight), **x).backward()
+    linear_loss(loss, **x).backward()
     assert x["hidden"].grad is not None and x["weight"].grad is not None
     assert x["ref_hidden"].grad is None and x["ref_head"].grad is None
 
@@ -216,6 +217,69 @@ def test_torchs_kl_div():
     torch.testing.assert_close(linear_loss(Distillation("reverse_kl"), **x), reverse.mean())
 
 
+def test_distillms_symmetric_kl():
+    """`(1 - lam) forward + lam reverse` with lam 0.9, whose forward part is a cross-entropy."""
+    x = problem()
+    log_q = (x["hidden"] @ x["weight"].T).log_softmax(-1)
+    log_p = (x["ref_hidden"] @ x["ref_head"].T).log_softmax(-1)
+    forward, reverse = -(log_p.exp() * log_q).sum(-1), (log_q.exp() * (log_q - log_p)).sum(-1)
+    kept = x["targets"] != -100
+    theirs = (0.1 * forward + 0.9 * reverse)[kept].mean()
+    ours = linear_loss(Distillation("symmetric_kl", mixture=0.9), **x)
+    entropy = -(log_p.exp() * log_p).sum(-1)[kept].mean()
+    torch.testing.assert_close(ours, theirs - 0.1 * entropy)
+    for a, b in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# GKD and SDFT
+
+
+def gkd(x: dict[str, Tensor], beta: float) -> Tensor:
+    """Per token, from the paper's definition on probabilities, with TRL's ends."""
+    q, p = ((x[h] @ x[w].T).softmax(-1) for h, w in (("hidden", "weight"), ("ref_hidden", "ref_head")))
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a * (a / b).log()).sum(-1)
+
+    if beta in (0, 1):
+        return kl(q, p) if beta else kl(p, q)
+    mixture = beta * p + (1 - beta) * q
+    return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
+
+
+@pytest.mark.parametrize("beta", [0, 0.0, 0.01, 0.3, 0.5, 1.0])
+def test_gkd_is_its_definition(beta):
+    x = problem()
+    expected = gkd(x, beta)[x["targets"] != -100].mean()
+    found = linear_loss(GKD(beta), **x, chunk_bytes=700)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(gradients(found, x), gradients(expected, x), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(("end", "inside", "kind"), [(0, 1e-4, "forward_kl"), (1, 1 - 1e-4, "reverse_kl")])
+def test_gkd_jumps_at_its_ends(end, inside, kind):
+    x = problem(trainable=())
+    torch.testing.assert_close(linear_loss(GKD(end), **x), linear_loss(Distillation(kind), **x))
+    torch.testing.assert_close(linear_loss(GKD(inside), **x), 1e-4 * linear_loss(GKD(end), **x), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 1.0])
+def test_trl_sdft(alpha, monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    sdft = pytest.importorskip("trl.experimental.sdft.loss_utils")
+    x = problem()
+    student, teacher = (x[h] @ x[w].T for h, w in (("hidden", "weight"), ("ref_hidden", "ref_head")))
+    each = sdft.compute_full_logit_self_distillation_loss(student, teacher, distillation_alpha=alpha)
+    theirs = each[x["targets"] != -100].mean()
+    ours = linear_loss(GKD(alpha), **x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-8)
+    for a, b in zip(gradients(ours, x), gradients(theirs, x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss itself
 
@@ -256,6 +320,12 @@ WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
 def test_hyper_parameters_are_checked(fields, error, message):
     with pytest.raises(error, match=message):
         Distillation(**fields)
+
+
+@pytest.mark.parametrize(("beta", "error"), [(-0.1, ValueError), (1.1, ValueError), ("half", TypeError)])
+def test_gkds_beta_is_checked(beta, error):
+    with pytest.raises(error, match="GKD: beta must be a"):
+        GKD(beta)
 
 
 def test_the_teachers_states_are_needed():

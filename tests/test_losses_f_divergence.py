@@ -77,7 +77,7 @@ def test_continuation_keeps_value_slope_and_concavity(row: RewardTransform) -> N
     if row.low is not None:
         low = doubles(row.low)
         assert row.low_slope == pytest.approx(row.slope(low).item(), rel=1e-14)
-        assert row.low_slope <= math.exp(5) * (1 + 1e-12)
+        assert row.low_slope <= (math.exp(5) * (1 + 1e-12) if row.low > -1e4 else 5001)
         torch.testing.assert_close(row.value(low), row.phi(low))
         torch.testing.assert_close(row.value(low - 7), row.phi(low) - 7 * row.low_slope)
 
@@ -188,7 +188,7 @@ def test_f_divergence_is_finite_for_finite_input(loss: FDivergenceSFT, dtype: to
     torch.testing.assert_close(weight[[2, 5, 6]], torch.ones(3, dtype=dtype))
 
 
-@pytest.mark.parametrize("loss", [loss for loss in SFT_LOSSES if loss.divergence != "pearson_chi2"], ids=ident)
+@pytest.mark.parametrize("loss", SFT_LOSSES, ids=ident)
 def test_f_divergence_of_an_impossible_target(loss: FDivergenceSFT) -> None:
     logprob, reference = torch.tensor([-math.inf]), torch.tensor([-3.0])
     assert loss(TokenStats(logprob=logprob), reference).item() == math.inf

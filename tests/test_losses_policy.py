@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_cases import length
 from torch import Tensor
 
 from logitless import linear_loss, losses
@@ -21,34 +22,47 @@ from logitless.losses import (
     CISPO,
     DAPO,
     DPPO,
+    DPPOKL,
     DRO,
     GMPO,
     GRPO,
     GSPO,
+    GVPO,
     LUSPO,
     PPO,
     RLOO,
     SAPO,
+    TOPR,
+    VAPO,
     VESPO,
+    ClipCov,
     DrGRPO,
     GSPOToken,
+    KLCov,
     PolicyLoss,
     Reinforce,
     kl_estimate,
     off_policy_mask,
     own_means,
+    rejection_mask,
     sampler_correction,
     top_entropy_mask,
+    value_loss,
 )
 from logitless.losses.formulas import bounded_exp, k3
 from logitless.losses.policy.policy_loss import LEAST_LOGPROB, Samples
 from logitless.types import TokenStats
 
 TOKEN_LOSSES = [Reinforce(), PPO(), PPO(delta=3.0), GRPO(), DrGRPO(), DAPO(), BNPO(), CISPO(), SAPO(), DPPO(), DRO()]
+TOKEN_LOSSES += [DPPOKL(), TOPR(per="token")]
 SEQUENCE_LOSSES = [RLOO(), GSPO(), GSPO(epsilon_low=0.1, epsilon_high=0.2), GSPOToken(), LUSPO(), GMPO(), VESPO()]
+SEQUENCE_LOSSES += [TOPR(), KLCov(share=0.3)]
 LOSSES = TOKEN_LOSSES + SEQUENCE_LOSSES
+#: Losses that at ratio 1 are something else than REINFORCE.
+APART = [VAPO(), ClipCov(share=0.3, covariance_low=-1.0), GVPO()]
 #: Losses whose gradient is that of their value: nothing of the model is detached in them.
 WHOLE = [*TOKEN_LOSSES[:7], SAPO(), DRO(), RLOO(), GSPO(), GSPO(epsilon_low=0.1, epsilon_high=0.2), LUSPO(), GMPO()]
+WHOLE += [KLCov(share=0.3), *APART]
 MAX_LENGTH = 9
 
 
@@ -58,6 +72,7 @@ def ident(loss: PolicyLoss) -> str:
 
 
 EVERY = pytest.mark.parametrize("loss", LOSSES, ids=ident)
+ALL = pytest.mark.parametrize("loss", LOSSES + APART, ids=ident)
 
 
 class PolicyBatch(SimpleNamespace):
@@ -77,6 +92,9 @@ class PolicyBatch(SimpleNamespace):
         self.ref_logprob = self.logprob.detach() + 0.5 * torch.randn(shape, generator=draw, dtype=dtype)
         self.sampling_logprob = self.old_logprob + 0.2 * torch.randn(shape, generator=draw, dtype=dtype)
         self.advantages = self.per_sequence[:, None].expand(shape)
+        self.draw = torch.rand(shape, generator=draw, dtype=dtype)
+        self.nll_weight = 1.7 * (self.advantages > 0)
+        self.group = torch.tensor([5, 2, 5, 2])[:, None].expand(shape)
 
     @property
     def stats(self) -> TokenStats:
@@ -367,7 +385,10 @@ def test_weights_of_single_tokens(logprob: float, old: float, advantage: float) 
     gate = sigmoid(tau * (r - 1))
     k, lam = (2, 3) if advantage >= 0 else (3, 2)
     phi = r**k * math.exp(lam * (1 - r))
-    kept = change <= 0.2 if up else change >= -0.2
+    kept = change <= 0.15 if up else change >= -0.15
+    rest, old_rest = 1 - math.exp(logprob) + 1e-8, 1 - math.exp(old) + 1e-8
+    divergence = math.exp(old) * (old - logprob) + old_rest * math.log(old_rest / rest)
+    within = divergence <= 0.05 or (change <= 0 if up else change >= 0)
     expected = {
         Reinforce(): (-advantage * logprob, advantage),
         PPO(): (
@@ -378,6 +399,7 @@ def test_weights_of_single_tokens(logprob: float, old: float, advantage: float) 
         CISPO(ratio_cap=None): (-r * advantage * logprob, r * advantage),
         SAPO(): (-4 / tau * gate * advantage, 4 * r * gate * (1 - gate) * advantage),
         DPPO(): (-min(r, 20) * advantage * logprob * kept, min(r, 20) * advantage * kept),
+        DPPOKL(): (-min(r, 20) * advantage * logprob * within, min(r, 20) * advantage * within),
         DRO(strength=0.3): (
             -advantage * logprob + 0.15 * (logprob - old) ** 2,
             advantage - 0.3 * (logprob - old),
@@ -405,11 +427,11 @@ def test_gradcheck(loss: PolicyLoss, extra: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(value, (batch.logprob, batch.entropy))
 
 
-@EVERY
+@ALL
 def test_constants_get_no_gradient(loss: PolicyLoss) -> None:
     batch = PolicyBatch()
     loss = dataclasses.replace(loss, beta=0.1)
-    names = [name for name in (*loss.inputs, *loss.optional_inputs) if name != "policy_weight"]
+    names = [name for name in (*loss.inputs, *loss.optional_inputs) if name not in ("policy_weight", "group")]
     leaves = {name: getattr(batch, name).clone().requires_grad_() for name in names}
     total = batch.call(loss, **leaves).sum()
     assert torch.autograd.grad(total, list(leaves.values()), allow_unused=True) == (None,) * len(leaves)
@@ -499,19 +521,26 @@ def test_names_of_the_clip_share_its_formula(seed: int) -> None:
 
 def test_reductions_are_those_of_the_papers() -> None:
     wanted = {
-        "mean_of_means": "grpo sapo gspo gspo_token gmpo rloo",
-        "constant_length": "dr_grpo",
-        "mean": "reinforce ppo dapo bnpo cispo dppo dro vespo",
-        "sequence_mean": "luspo",
+        "mean_of_means": "grpo sapo gspo gspo_token gmpo rloo gvpo",
+        "constant_length": "dr_grpo prefix_rft",
+        "mean": "reinforce ppo dapo bnpo cispo dppo dppo_kl dro vespo luffy chord uft srft clip_cov kl_cov vapo",
+        "sequence_mean": "luspo topr",
     }
     for reduction, those in wanted.items():
         assert {losses.get(name).reduction for name in those.split()} == {reduction}
 
 
+def test_defaults_are_those_of_the_papers() -> None:
+    assert (LUSPO().epsilon_low, LUSPO().epsilon_high) == (2e-3, 2.5e-3)
+    assert (GSPO().epsilon_low, GSPO().epsilon_high) == (3e-4, 4e-4)
+    assert (DPPO().threshold_low, DPPO().threshold_high) == (0.15, 0.15)
+    assert (DPPOKL().threshold_low, DPPOKL().threshold_high) == (0.05, 0.05)
+
+
 # Extremes
 
 
-@EVERY
+@ALL
 @pytest.mark.parametrize("extra", [{}, {"beta": 0.1}, {"beta": 0.1, "kl": "k2", "kl_importance": True}], ids=str)
 def test_extreme_log_probabilities_stay_finite(loss: PolicyLoss, extra: dict[str, Any]) -> None:
     """Every pair of -1e4, 0 and -inf, in float32: ratios of e^10000 among them."""
@@ -521,6 +550,7 @@ def test_extreme_log_probabilities_stay_finite(loss: PolicyLoss, extra: dict[str
     logprob, old, reference, advantages = (x[:, None].contiguous() for x in grid.T)
     logprob.requires_grad_()
     inputs = {"advantages": advantages, "old_logprob": old, "ref_logprob": reference}
+    inputs |= {"nll_weight": (advantages > 0).float(), "draw": torch.rand_like(old), "group": torch.zeros_like(old)}
     given = {k: v for k, v in inputs.items() if k in (*loss.inputs, *loss.optional_inputs)}
     value = loss(TokenStats(logprob=logprob), **given)
     (gradient,) = torch.autograd.grad(value.sum(), logprob)
@@ -551,7 +581,7 @@ def test_bounded_exp_follows_exp_and_then_its_tangent() -> None:
     assert bounded_exp(torch.tensor([math.nan])).isnan().all()
 
 
-@pytest.mark.parametrize("loss", SEQUENCE_LOSSES, ids=ident)
+@pytest.mark.parametrize("loss", [*SEQUENCE_LOSSES, *APART[1:]], ids=ident)
 def test_empty_sequences_and_masked_garbage(loss: PolicyLoss) -> None:
     """An empty sequence adds nothing; NaN and inf behind the mask reach neither value nor gradient."""
     loss = dataclasses.replace(loss, beta=0.1, entropy_coef=0.1)
@@ -566,7 +596,9 @@ def test_empty_sequences_and_masked_garbage(loss: PolicyLoss) -> None:
     assert (batch.call(loss, mask=torch.zeros_like(batch.mask)) == 0).all()
 
 
-@pytest.mark.parametrize("loss", [*SEQUENCE_LOSSES, DAPO(top_entropy=0.3), DAPO(off_policy_threshold=0.1)], ids=ident)
+@pytest.mark.parametrize(
+    "loss", [*SEQUENCE_LOSSES, *APART[1:], DAPO(top_entropy=0.3), DAPO(off_policy_threshold=0.1)], ids=ident
+)
 def test_padded_and_packed_agree(loss: PolicyLoss) -> None:
     batch = PolicyBatch(drift=0.5)
     loss = dataclasses.replace(loss, beta=0.1)
@@ -580,6 +612,134 @@ def test_padded_and_packed_agree(loss: PolicyLoss) -> None:
     torch.testing.assert_close(packed, batch.call(loss)[keep])
     gradient = torch.autograd.grad(packed.sum(), batch.logprob)[0]
     torch.testing.assert_close(gradient, torch.autograd.grad(batch.call(loss).sum(), batch.logprob)[0])
+
+
+# Covariances, tapers, groups, imitation
+
+
+def covariances(batch: PolicyBatch) -> list[tuple[float, int, int]]:
+    """(A - mean A) (logprob - mean logprob) of the tokens that count, with their places."""
+    places = batch.mask.nonzero().tolist()
+    advantages, logprobs = ([x[i, j].item() for i, j in places] for x in (batch.advantages, batch.logprob))
+    means = sum(advantages) / len(places), sum(logprobs) / len(places)
+    pairs = zip(advantages, logprobs, places, strict=True)
+    return [((a - means[0]) * (lp - means[1]), i, j) for a, lp, (i, j) in pairs]
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.26, 1.0])
+@pytest.mark.parametrize("delta", [None, 1.3])
+def test_clip_cov_leaves_out_random_tokens_of_high_covariance(share: float, delta: float | None) -> None:
+    batch = PolicyBatch(drift=0.2)
+    low, high = -1.0, 0.4
+    ratio = (batch.logprob - batch.old_logprob).exp()
+    candidates = []
+    for c, i, j in covariances(batch):
+        r, up = ratio[i, j].item(), batch.advantages[i, j].item() > 0
+        clipped = r > 1.2 if up else r < 0.8 or (delta is not None and r > delta)
+        if low < c < high and not clipped:
+            candidates.append((batch.draw[i, j].item(), i, j))
+    wanted = max(int(share * batch.mask.sum()), 1)
+    assert 4 < len(candidates) < batch.mask.sum()
+    keep = torch.ones_like(batch.mask)
+    for _, i, j in sorted(candidates)[:wanted]:
+        keep[i, j] = False
+    loss = ClipCov(share=share, covariance_low=low, covariance_high=high, delta=delta)
+    expected = torch.where(batch.mask & keep, batch.call(PPO(delta=delta)), 0.0)
+    torch.testing.assert_close(batch.call(loss), expected)
+    (gradient,) = torch.autograd.grad(expected.sum() / batch.mask.sum(), batch.logprob)
+    torch.testing.assert_close(batch.gradient(loss), gradient)
+    assert loss.outputs == ("logprob",) and ClipCov(top_entropy=0.5).outputs == ("logprob", "entropy")
+
+
+@pytest.mark.parametrize("share", [1e-6, 0.26, 1.0])
+def test_kl_cov_penalises_the_tokens_of_greatest_covariance(share: float) -> None:
+    batch = PolicyBatch(drift=0.5)
+    chosen = sorted(covariances(batch), reverse=True)[: max(int(share * batch.mask.sum()), 1)]
+    log_ratio = (batch.logprob - batch.old_logprob).detach()
+    value = torch.where(batch.mask, -batch.advantages * log_ratio.exp(), 0.0)
+    slope = value.clone()
+    for _, i, j in chosen:
+        value[i, j] += 0.7 * log_ratio[i, j].abs()
+        slope[i, j] += 0.7 * log_ratio[i, j].sign()
+    loss = KLCov(share=share, kl_coef=0.7)
+    torch.testing.assert_close(batch.call(loss), value)
+    torch.testing.assert_close(batch.gradient(loss), slope / batch.mask.sum())
+
+
+def test_of_equal_covariances_no_more_are_penalised_than_wanted() -> None:
+    """Sure tokens have a logprob of 0, and with it one covariance."""
+    logprob = torch.zeros(2, 4)
+    advantages = torch.tensor([[1.0] * 4, [-1.0] * 4])
+    inputs = {"advantages": advantages, "old_logprob": torch.full((2, 4), -0.5)}
+    extra = KLCov(share=0.5)(TokenStats(logprob=logprob), **inputs) + advantages * math.exp(0.5)
+    assert (extra > 0.4).sum() == 4
+
+
+@pytest.mark.parametrize("per", ["sequence", "token"])
+def test_topr_tapers_wrong_answers_alone(per: str) -> None:
+    batch = PolicyBatch(seed=1, drift=0.3)
+    log_ratio = torch.where(batch.mask, batch.logprob - batch.old_logprob, 0.0).detach()
+    ratio = log_ratio.sum(-1, keepdim=True).exp() if per == "sequence" else log_ratio.exp()
+    weight = torch.where(batch.advantages > 0, torch.ones_like(ratio), ratio.clamp(max=1.0))
+    wrong = weight[batch.mask & (batch.advantages < 0)]
+    assert (wrong == 1).any() and (wrong < 1).any(), "both sides of the taper are met"
+    expected = torch.where(batch.mask, -weight * batch.advantages * batch.logprob, 0.0)
+    torch.testing.assert_close(torch.where(batch.mask, batch.call(TOPR(per=per)), 0.0), expected)
+    slope = torch.where(batch.mask, -weight * batch.advantages, 0.0)
+    torch.testing.assert_close(batch.gradient(TOPR(per=per)), slope / 4)
+    low, high = batch_metrics(batch, TOPR(per=per))
+    assert not low.any() and torch.equal(high[batch.mask], ((batch.advantages < 0) & (ratio > 1))[batch.mask])
+
+
+def batch_metrics(batch: PolicyBatch, loss: PolicyLoss) -> tuple[Tensor, Tensor]:
+    found = loss.metrics(batch.stats, **batch.inputs(loss))
+    return found.clipped_low > 0, found.clipped_high > 0
+
+
+def test_gvpo_is_its_authors_loss() -> None:
+    """Half the squared distance of centred `0.3 log w` and centred rewards, over n - 1 and averaged over the groups;
+    their group means are constants, whose gradient adds up to 0."""
+    batch = PolicyBatch(drift=0.5)
+    batch.advantages = torch.tensor([0.8, -0.3, -0.8, 0.3], dtype=torch.float64)[:, None].expand(4, 6)
+    log_w = torch.where(batch.mask, batch.logprob - batch.old_logprob, 0.0).sum(-1)
+    expected = torch.zeros((), dtype=torch.float64)
+    for rows in ([0, 2], [1, 3]):
+        centred = 0.3 * log_w[rows] - (0.3 * log_w[rows]).mean().detach()
+        expected = expected + (centred - batch.advantages[rows, 0]).square().sum() / 2 / (2 - 1) / 2
+    loss = GVPO(ratio_scale=0.3)
+    torch.testing.assert_close(batch.reduced(loss), expected)
+    torch.testing.assert_close(batch.gradient(loss), torch.autograd.grad(expected, batch.logprob)[0])
+    shifted = batch.advantages + torch.tensor([7.0, 1.0, 7.0, 1.0])[:, None]  # a number a group, as rewards have it
+    torch.testing.assert_close(batch.reduced(loss, advantages=shifted), batch.reduced(loss))
+    torch.testing.assert_close(batch.gradient(loss, advantages=shifted), batch.gradient(loss))
+
+
+def test_gvpo_is_0_at_its_optimum_and_in_groups_of_one() -> None:
+    batch = PolicyBatch(drift=0.5)
+    log_w = torch.where(batch.mask, batch.logprob - batch.old_logprob, 0.0).sum(-1, keepdim=True).detach()
+    reward = 0.1 * log_w.expand(4, 6) + torch.tensor([7.0, 1.0, 7.0, 1.0])[:, None]
+    assert batch.reduced(GVPO(), advantages=reward).item() == pytest.approx(0, abs=1e-24)
+    assert batch.gradient(GVPO(), advantages=reward).abs().max() < 1e-12
+    alone = torch.arange(4)[:, None].expand(4, 6)
+    assert not batch.call(GVPO(), group=alone).any() and not batch.gradient(GVPO(), group=alone).any()
+
+
+def test_gvpo_tells_groups_of_large_numbers_apart() -> None:
+    batch = PolicyBatch(dtype=torch.float32)
+    expected = batch.call(GVPO())
+    assert torch.equal(batch.call(GVPO(), group=batch.group + 2**40), expected)
+
+
+@pytest.mark.parametrize("extra", [{}, {**KL, "entropy_coef": 0.2}], ids=["alone", "with"])
+def test_vapo_adds_the_mean_nll_of_right_answers(extra: dict[str, Any]) -> None:
+    batch = PolicyBatch(drift=0.5)
+    right = batch.mask & (batch.advantages > 0)
+    weight = torch.where(right, batch.mask.sum() / right.sum(), 0.0)
+    silent = torch.zeros_like(batch.logprob)  # for the policy's own term alone
+    for inputs in ({}, {"policy_weight": silent}):
+        expected = batch.reduced(DAPO(**extra), **inputs) - 0.3 * batch.logprob[right].mean()
+        got = batch.reduced(VAPO(nll_coef=0.3, **extra), nll_weight=weight, **inputs)
+        assert_same(got, expected, batch)
 
 
 # KL
@@ -681,6 +841,78 @@ def test_sampler_correction(mode: str) -> None:
     assert extreme.tolist() == [inside]
 
 
+K_ESTIMATES = {"k1": lambda d: -d, "k2": lambda d: d * d / 2, "k3": lambda d: math.exp(d) - d - 1}
+
+
+@pytest.mark.parametrize("over", ["token", "sum", "mean", "max"])
+@pytest.mark.parametrize("estimator", list(K_ESTIMATES))
+def test_rejection_mask(over: str, estimator: str) -> None:
+    """By plain loops, for bounds between all of the values that are met."""
+    difference = [[0.5, -0.2, None], [-0.8, 0.1, 9.0], [0.3, 0.0, -0.4], [50.0, 0.0, 0.0]]
+    old = torch.tensor([[0.0 if d is None else d for d in row] for row in difference], dtype=torch.float64)
+    sampling = torch.tensor([[math.nan if d is None else 0.0 for d in row] for row in difference], dtype=torch.float64)
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    mask[1, 2] = False
+    each = [[K_ESTIMATES[estimator](min(d or 0.0, 20.0)) for d in row] for row in difference]
+    counted = [[x for x, m in zip(row, kept, strict=True) if m] for row, kept in zip(each, mask.tolist(), strict=True)]
+    whole = {"sum": sum, "mean": lambda x: sum(x) / len(x), "max": max}
+    found = each if over == "token" else [[whole[over](row)] * 3 for row in counted]
+    bounds = sorted({x for row in found for x in row})
+    for low, high in [(None, bounds[0] - 1), *((a - 1e-3, b + 1e-3) for a in bounds for b in bounds if a <= b)]:
+        options = {"over": over, "estimator": estimator, "low": low, "high": high}
+        got = rejection_mask(old, sampling, mask=mask, **options)
+        expected = [[(low is None or x >= low) and x <= high for x in row] for row in found]
+        assert torch.equal(got, torch.tensor(expected) & mask)
+        sequence = torch.arange(4).repeat_interleave(3) * 2
+        flat = rejection_mask(old.flatten(), sampling.flatten(), mask=mask.flatten(), sequence=sequence, **options)
+        assert torch.equal(flat, got.flatten())
+
+
+def test_a_mask_by_the_geometric_mean_of_the_ratio() -> None:
+    """NeMo-RL's and OpenRLHF's seq-mask-tis: whole sequences go, what stays keeps the weight of its own token."""
+    batch = PolicyBatch(drift=0.3)
+    low, high = 0.95, 1.1
+    ratio = (batch.old_logprob - batch.sampling_logprob).exp()
+    geometric = torch.stack([row[m].log().mean().exp() for row, m in zip(ratio, batch.mask, strict=True)])
+    expected = ratio * ((geometric >= low) & (geometric <= high))[:, None] * batch.mask
+    given = (batch.old_logprob, batch.sampling_logprob)
+    weight = sampler_correction(*given, mode="token_truncate", high=1e4, mask=batch.mask)
+    options = {"over": "mean", "estimator": "k1", "low": -math.log(high), "high": -math.log(low)}
+    keep = rejection_mask(*given, mask=batch.mask, **options)
+    torch.testing.assert_close(weight * keep, expected)
+    assert 0 < keep.any(-1).sum() < 4
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_value_loss(clip: float | None) -> None:
+    """Value and gradient by hand, value by value: inside, past the bound towards the return, past it away from it."""
+    values = torch.tensor([[0.1, 0.5, -0.5, 5.0], [1.0, 0.2, -3.0, math.nan]], dtype=torch.float64, requires_grad=True)
+    returns = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.2, -2.0, math.nan]], dtype=torch.float64)
+    old = torch.zeros_like(returns) if clip else None
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[1, 3] = False
+    expected, slopes = 0.0, []
+    for v, r in zip(values.flatten().tolist()[:7], returns.flatten().tolist(), strict=False):
+        held = v if clip is None else min(max(v, -clip), clip)
+        outside = held != v and (held - r) ** 2 > (v - r) ** 2
+        expected += max((v - r) ** 2, (held - r) ** 2) / 2 / 7
+        slopes.append(0.0 if outside else (v - r) / 7)
+    found = value_loss(values, returns, old, clip=clip, mask=mask)
+    (gradient,) = torch.autograd.grad(found, values, retain_graph=True)
+    assert found.item() == pytest.approx(expected) and gradient.flatten().tolist() == pytest.approx([*slopes, 0.0])
+    assert value_loss(values, returns, old, clip=clip, mask=mask, normalizer=14).item() == pytest.approx(expected / 2)
+    nothing = value_loss(values, returns, old, clip=clip, mask=torch.zeros_like(mask))
+    assert nothing == 0 and not torch.autograd.grad(nothing, values)[0].any()
+
+
+def test_value_loss_has_the_gradient_of_its_value_and_detaches_the_rest() -> None:
+    draw = torch.Generator().manual_seed(0)
+    values, returns, old = (torch.randn(3, 5, generator=draw).double().requires_grad_() for _ in range(3))
+    assert torch.autograd.gradcheck(lambda v: value_loss(v, returns, old), values)
+    found = value_loss(values, returns, old)
+    assert torch.autograd.grad(found, (returns, old), allow_unused=True) == (None, None)
+
+
 @given(st.lists(st.floats(0, 3, width=32), min_size=1, max_size=12), st.floats(0.05, 1), st.integers(0, 2**12))
 def test_top_entropy_mask_is_the_quantile_s(values: list[float], share: float, seed: int) -> None:
     entropy = torch.tensor(values, dtype=torch.float64)
@@ -731,6 +963,11 @@ def test_own_means_make_one_mean_of_two() -> None:
 # Errors
 
 
+def rejected(**changed: Any) -> Tensor:
+    options: dict[str, Any] = {"over": "mean", "estimator": "k1", "high": 1.0, **changed}
+    return rejection_mask(torch.zeros(2, 3), torch.zeros(2, 3), **options)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "words"),
     [
@@ -753,13 +990,28 @@ def test_own_means_make_one_mean_of_two() -> None:
         (lambda: DRO(strength=-1.0), ValueError, "DRO: strength"),
         (lambda: GMPO(epsilon_low=-0.4), ValueError, "GMPO: epsilon_low"),
         (lambda: VESPO(k_negative=0.0), ValueError, "VESPO: k_negative"),
-        (lambda: losses.get("ppo_clip"), ValueError, "did you mean 'ppo'"),
+        (lambda: ClipCov(share=0.0), ValueError, "ClipCov: share"),
+        (lambda: ClipCov(covariance_low=6.0), ValueError, "ClipCov: covariance_high"),
+        (lambda: KLCov(kl_coef=-1.0), ValueError, "KLCov: kl_coef"),
+        (lambda: TOPR(per="row"), ValueError, "TOPR: per must be one of sequence, token"),
+        (lambda: GVPO(ratio_scale=0.0), ValueError, "GVPO: ratio_scale"),
+        (lambda: VAPO(nll_coef=-0.1), ValueError, "VAPO: nll_coef"),
+        (lambda: losses.get("ppo_clip"), ValueError, "did you mean .*'ppo'"),
         (lambda: losses.get("cispo", epsilon_high=5.0), TypeError, "cispo has no hyper-parameter 'epsilon_high'"),
         (lambda: top_entropy_mask(torch.zeros(2), 0.0), ValueError, "share"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), mode="truncate"), ValueError, "mode"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), low=4.0), ValueError, "low, high"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(2), high=math.inf), ValueError, "low, high"),
         (lambda: sampler_correction(torch.zeros(2), torch.zeros(3)), ValueError, "sampling_logprob"),
+        (lambda: rejected(over="row"), ValueError, "over, estimator: .*'row'"),
+        (lambda: rejected(estimator="k4"), ValueError, "over, estimator: .*'k4'"),
+        (lambda: rejected(high=math.inf), ValueError, "low, high"),
+        (lambda: rejected(low=2.0), ValueError, "low, high"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2)), ValueError, "old_values absent"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), clip=None), ValueError, "old_values given"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2), torch.zeros(2), clip=-1.0), ValueError, "clip: .*-1.0"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(3), clip=None), ValueError, "returns: expected shape"),
+        (lambda: value_loss(torch.zeros(2), torch.zeros(2), clip=None, normalizer=0.0), ValueError, "normalizer"),
     ],
 )
 def test_bad_hyper_parameters(make: Any, error: type[Exception], words: str) -> None:
@@ -809,7 +1061,7 @@ def test_one_graph_under_torch_compile(name: str) -> None:
     known = {key: x for key, x in inputs.items() if key in (*loss.inputs, *loss.optional_inputs)}
 
     def value(hidden: Tensor, weight: Tensor) -> Tensor:
-        out: Tensor = linear_loss(loss, hidden, weight, targets, backend="chunked", **known)
+        out: Tensor = linear_loss(loss, hidden, weight, targets, backend="chunked", **known, **length(loss))
         return out
 
     eager, compiled = value(hidden, weight), torch.compile(value, backend="aot_eager", fullgraph=True)(hidden, weight)

@@ -445,14 +445,16 @@ def test_alphapo_far_below_where_the_probability_underflows() -> None:
 def test_weights_of_wpo_multiply_and_are_those_of_the_pair() -> None:
     inputs = some_pairs(2)
     weights = dict(chosen_weight=doubles(0.5, 0.0), rejected_weight=doubles(3.0, 2.0))
-    found = DPO(use_weighting=True)(*inputs, **weights)
-    torch.testing.assert_close(found.loss, DPO()(*inputs).loss * doubles(1.5, 0.0))
+    for cap, weight in ((1.0, 1.0), (None, 1.5), (1.2, 1.2), (2.0, 1.5)):
+        found = DPO(use_weighting=True, weight_cap=cap)(*inputs, **weights)
+        torch.testing.assert_close(found.loss, DPO()(*inputs).loss * doubles(weight, 0.0))
+    assert DPO(use_weighting=True).weight_cap == 1
     assert torch.equal(found.margin, DPO()(*inputs).margin)
     chosen = doubles(-math.inf, -math.inf, grad=True)
     loss = DPO(use_weighting=True)(chosen, *inputs[1:], **weights).loss
     assert loss.tolist() == [math.inf, 0.0]
     (gradient,) = torch.autograd.grad(loss.sum(), chosen)
-    torch.testing.assert_close(gradient, doubles(-0.15, 0.0))
+    torch.testing.assert_close(gradient, doubles(-0.1, 0.0))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -794,6 +796,8 @@ EXO = dict(loss_type="exo_pair", label_smoothing=0.1)
         (lambda: DPO(tail_weight=-0.1), ValueError, "DPO: tail_weight"),
         (lambda: DPO(tail_weight=1.1), ValueError, "DPO: tail_weight"),
         (lambda: losses.get("dpo", use_weighting=1), TypeError, "DPO: use_weighting must be a bool"),
+        (lambda: DPO(weight_cap=2.0), ValueError, "weight_cap belongs to use_weighting=True"),
+        (lambda: DPO(weight_cap=0.0, use_weighting=True), ValueError, "DPO: weight_cap"),
         (lambda: DPO(loss_type="apo_zer"), ValueError, "did you mean 'apo_zero'"),
         (lambda: DPO(**EXO, alpha=0.3), ValueError, "alpha belongs to"),
         (lambda: DPOP(beta=0), ValueError, "DPOP: beta"),

@@ -166,10 +166,13 @@ DPO_CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
         for x in (0.0, 0.4, 1.0)
     ),
     *(
-        (dict(loss_type=kind, use_weighting=True), dict(loss_types=[kind], use_weighting=True))
+        (dict(loss_type=kind, use_weighting=True, weight_cap=None), dict(loss_types=[kind], use_weighting=True))
         for kind in ("sigmoid", "ipo", "apo_zero", "sigmoid_norm")
     ),
-    (dict(use_weighting=True, tail_weight=0.4), dict(use_weighting=True, ld_alpha=0.4)),
+    (
+        dict(use_weighting=True, weight_cap=None, tail_weight=0.4),
+        dict(use_weighting=True, ld_alpha=0.4),
+    ),
     (
         dict(loss_type="discopop", discopop_tau=0.5),
         dict(loss_types=["discopop"], args=SimpleNamespace(discopop_tau=0.5)),

@@ -11,6 +11,7 @@ from loss_cases import SFT_LOSSES, doubles, ident, random_stats, reference_like,
 from torch import Tensor
 
 from logitless import losses
+from logitless.arguments import LossArguments
 from logitless.losses import DFT, DPO, NLL, FDivergenceSFT, Loss, sequence_logprob
 from logitless.types import TokenStats
 
@@ -164,3 +165,9 @@ def test_registry_errors() -> None:
         losses.register(DFT)
     with pytest.raises(TypeError, match="frozen dataclass"):
         losses.register(type("Plain", (Loss,), {"name": "plain"}))
+
+
+def test_type_checkers_know_every_input() -> None:
+    every = [losses.get(name) for name in losses.names()]
+    inputs = {name for x in every for name in (*x.inputs, *x.optional_inputs, *x.sequence_inputs)}
+    assert inputs <= set(LossArguments.__annotations__)

@@ -119,15 +119,16 @@ WEIGHTS: list[tuple[Loss, Tensor | float]] = [
     (EAFT(), (ENTROPY / math.log(20)).clamp(max=1)),
     (EAFT(alpha=2.0, k=5), (ENTROPY / math.log(5)).clamp(max=1) ** 2),
     (EAFT(alpha=0.0), 1.0),
-    (SEDSFT(), 1 - 0.4 * (ENTROPY > 2.2) * P * (P - 0.5)),
-    (SEDSFT(scale=1.0, min_entropy=0.0), 1 - 2 * P * (P - 0.5)),
+    (SEDSFT(), 1 - 2 * (ENTROPY > 2.2) * P * (P - 0.5)),
+    (SEDSFT(scale=0.2, min_entropy=0.0), 1 - 0.4 * P * (P - 0.5)),
     (IDFT(beta=0.7), P**POWER),
     (IDFT(beta=0.7, mix=0.25), P ** (1 + 0.25 * (POWER - 1))),
     (IDFT(beta=0.7, detach=False), P**POWER * (1 + POWER * LOGPROB)),
     (IDFT(mix=0.0), P),
-    (ProFiT(), 1.0 * (P > 0.5)),
+    (ProFiT(), 1.0 * (P > 0.1)),
     (ProFiT(threshold=0.0), 1.0),
-    (GEM(), 0.7),
+    (GEM(), 0.7 * torch.sigmoid(-0.7 * (LOGPROB + ENTROPY) / 100)),
+    (GEM(h="linear"), 0.7),
     (ASFT(), P),
     (SFTKL(), 1.0),
     (ASFT(kl="k3", kl_weight=0.2), P + 0.2 * torch.expm1(-RHO)),
@@ -135,8 +136,8 @@ WEIGHTS: list[tuple[Loss, Tensor | float]] = [
     (PSFT(), RATIO * (RATIO <= 1.28)),
     (PSFT(epsilon=0.01), RATIO * (RATIO <= 1.01)),
     (FDivergenceSFT(value="one_step", divergence="total_variation"), 1.0),
-    (MinorSFT(), 0.1 * torch.sigmoid(-0.1 * RHO.sum())),
-    (MinorSFT(beta=2.0), 2 * torch.sigmoid(-2 * RHO.sum())),
+    (MinorSFT(), 2 * torch.sigmoid(-0.1 * RHO.sum()) / 7),
+    (MinorSFT(beta=2.0), 2 * torch.sigmoid(-2 * RHO.sum()) / 7),
     (PoFT(), torch.sigmoid(-MEAN_RHO) / 7),
     (IWSFT(), MEAN_RHO.exp().clamp(0, 16)),
     (IWSFT(temperature=3.0, low=0.9, high=1.1), (3 * MEAN_RHO).exp().clamp(0.9, 1.1)),
@@ -165,7 +166,7 @@ DETACHED = (DFT, CHORDPhi, EAFT, IDFT, ProFiT, ASFT, IWSFT, DiscriminativeSFT)
 @pytest.mark.parametrize(
     "loss",
     [x for x in ALL if not isinstance(x, DETACHED) and getattr(x, "form", "constant") == "constant"
-     and getattr(x, "detach", False) is False],
+     and getattr(x, "detach", False) is False and getattr(x, "h", "linear") == "linear"],
     ids=ident,
 )  # fmt: skip
 def test_gradcheck_where_nothing_of_the_model_is_detached(loss: Loss) -> None:
@@ -183,14 +184,14 @@ def test_every_detached_weight_is_one() -> None:
 
 @EVERY
 def test_only_the_logprob_gets_a_gradient(loss: Loss) -> None:
-    """Entropies, collision probabilities and every constant are detached."""
+    """Entropies, collision probabilities and every constant are detached, but for GEM's entropy."""
     leaves = {name: value.clone().requires_grad_() for name, value in INPUTS.items()}
     statistics = [None if x is None else x.clone().requires_grad_() for x in STATS]
     known = {name: leaves[name] for name in loss.inputs}
     call(loss, statistics[0], TokenStats(*statistics), **known).sum().backward()  # type: ignore[arg-type]
     assert statistics[0] is not None and statistics[0].grad is not None
     assert all(value.grad is None for value in leaves.values())
-    if getattr(loss, "value", "none") == "none":
+    if getattr(loss, "value", "none") == "none" and loss != GEM():
         assert all(x is None or x.grad is None for x in statistics[1:])
 
 
@@ -224,16 +225,19 @@ def test_values_by_hand() -> None:
     check(Unlikelihood(alpha=2.0), -quarter, -2 * math.log(0.5), negative=doubles(0, 1))
     check(EAFT(), math.log(2) / math.log(20) * -quarter, -half)
     check(SEDSFT(), -quarter, -half)
-    check(SEDSFT(min_entropy=0.5), -quarter + 0.2 / 16, -half)
+    check(SEDSFT(min_entropy=0.5), -quarter + 1 / 16, -half)
     phi = quarter + math.log(2)
     check(IDFT(), 0.25 ** min(math.exp(-phi), 2.0) * -quarter, 0.5**0.1 * -half)
     check(ProFiT(threshold=0.4), 0.0, -half)
-    check(GEM(), 0.7 * -quarter, 0.7 * -half)
+    check(GEM(h="linear"), 0.7 * -quarter, 0.7 * -half)
+    first, second = (1 / (1 + math.exp(0.007 * x)) for x in (quarter + math.log(2), half + 3))
+    spread = [0.0049 * s * (1 - s) * h for s, h in ((first, math.log(2)), (second, 3.0))]
+    check(GEM(), 0.7 * first * -quarter - spread[0], 0.7 * second * -half - spread[1])
     check(ASFT(), 0.25 * -quarter + 0.05 * 3, 0.5 * -half + 0.05 * 4, divergence=doubles(3, 4))
     check(SFTKL(kl_weight=1.0), -quarter + 3, -half + 4, divergence=doubles(3, 4))
     check(SFTKL(kl="k3", kl_weight=1.0), -quarter + 1 - math.log(2), -half + math.log(2) - 0.5, ref_logprob=other)
     check(PSFT(), -0.5, -1.28, old_logprob=other)
-    check(MinorSFT(), math.log(2) / 2, math.log(2) / 2, ref_logprob=other)
+    check(MinorSFT(), 5 * math.log(2), 5 * math.log(2), ref_logprob=other)
     check(PoFT(), math.log(2) / 2, math.log(2) / 2, ref_logprob=other)
     check(IWSFT(), -quarter, -half, ref_logprob=other)
     check(IWSFT(per="token"), 0.5 * -quarter, 1.8 * -half, ref_logprob=other)
@@ -333,7 +337,7 @@ def test_limits() -> None:
         DeformedLog(exponent=1e-9),
         Focal(gamma=0.0),
         EAFT(alpha=0.0),
-        GEM(beta=1.0),
+        GEM(beta=1.0, h="linear"),
     ):
         torch.testing.assert_close(call(loss), nll, rtol=1e-7, atol=0)
     torch.testing.assert_close(call(IDFT(mix=0.0)), call(DFT()))
@@ -346,13 +350,31 @@ def test_limits() -> None:
     torch.testing.assert_close(weights(PSFT(), old_logprob=LOGPROB), torch.ones_like(LOGPROB))
     for loss in (IWSFT(), IWSFT(per="token")):
         torch.testing.assert_close(call(loss, ref_logprob=LOGPROB), nll)
-    torch.testing.assert_close(weights(MinorSFT(beta=0.4), ref_logprob=LOGPROB), torch.full_like(LOGPROB, 0.2))
+    torch.testing.assert_close(weights(MinorSFT(beta=0.4), ref_logprob=LOGPROB), torch.full_like(LOGPROB, 1 / 7))
 
 
 def test_minor_sft_is_dpo_without_a_rejected_answer() -> None:
+    """Times `2 / (beta T)`."""
     zero = doubles(0.0)
     pair = losses.DPO(beta=0.3)(LOGPROB.sum()[None], zero, INPUTS["ref_logprob"].sum()[None], zero)
-    torch.testing.assert_close(call(MinorSFT(beta=0.3)).sum()[None], pair.loss)
+    torch.testing.assert_close(call(MinorSFT(beta=0.3)).sum()[None], 2 / (0.3 * 7) * pair.loss)
+
+
+def test_minor_sft_has_the_paper_s_gradient() -> None:
+    """`-2 / m sigmoid(-beta R) grad log pi` of an answer of m tokens, averaged over answers of different lengths."""
+    generator = torch.Generator().manual_seed(5)
+    hidden = torch.randn(3, 6, 4, generator=generator, dtype=F64, requires_grad=True)
+    weight = torch.randn(9, 4, generator=generator, dtype=F64)
+    targets = torch.randint(9, (3, 6), generator=generator)
+    targets[0, 4:] = targets[1, 1:] = -100
+    ref = -2 * torch.rand(3, 6, generator=generator, dtype=F64)
+    found = linear_loss(MinorSFT(beta=0.3), hidden, weight, targets, ref_logprob=ref)
+    logprob = (hidden @ weight.T).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    surrogate = torch.zeros((), dtype=F64)
+    for row, length in enumerate((4, 1, 6)):
+        answer, before = logprob[row, :length].sum(), ref[row, :length].sum()
+        surrogate = surrogate - 2 / length / (1 + (0.3 * (answer - before)).exp()).detach() * answer / 3
+    torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(surrogate, hidden))
 
 
 def test_luffy_s_weight_peaks_at_gamma() -> None:
@@ -380,7 +402,7 @@ def test_cayley_reads_the_counted_tokens_alone() -> None:
     assert value[~mask].eq(0).all() and poisoned.grad is not None and poisoned.grad[~mask].eq(0).all()
 
 
-def test_gem_s_gradient_is_the_tempered_distribution_less_the_target() -> None:
+def test_linear_gem_s_gradient_is_the_tempered_distribution_less_the_target() -> None:
     """Through `linear_loss` on a head. The paper's form `-logprob + sum_v sg(q_v) log p_v` has this gradient too."""
     hidden = torch.randn(6, 4, dtype=F64, requires_grad=True)
     weight = torch.randn(9, 4, dtype=F64, requires_grad=True)
@@ -389,10 +411,33 @@ def test_gem_s_gradient_is_the_tempered_distribution_less_the_target() -> None:
     log_p = (hidden @ weight.T / 1.3).log_softmax(-1)
     tempered = (hidden @ weight.T / 1.3 / 0.7).softmax(-1).detach()
     paper = -log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0] + (tempered * log_p).sum(-1)
-    ours = linear_loss("gem", hidden, weight, targets, temperature=1.3, reduction="sum")
+    ours = linear_loss(GEM(h="linear"), hidden, weight, targets, temperature=1.3, reduction="sum")
     expected = torch.autograd.grad(paper[counted].sum(), (hidden, weight))
     torch.testing.assert_close(torch.autograd.grad(ours, (hidden, weight)), expected)
     assert GEM(beta=0.4).stats_temperature == 0.4
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0, 12.0])
+@pytest.mark.parametrize("beta", [0.3, 0.7, 1.0])
+def test_gem_s_gradient_is_that_of_its_weighted_form(scale: float, beta: float) -> None:
+    """`sum_v sg(q_v sigmoid((z_v - z_y) / 100)) (log p_v - log p_y)`, to the bound of the docstring, entry by entry."""
+    logits = (scale * torch.randn(40, 30, generator=torch.Generator().manual_seed(1), dtype=F64)).requires_grad_()
+    targets = torch.arange(40) % 30
+    z = logits.detach()
+    gap, q = z - z.gather(1, targets[:, None]), (z / beta).softmax(-1)
+    log_p = logits.log_softmax(-1)
+    theirs = (q * torch.sigmoid(gap / 100) * (log_p - log_p.gather(1, targets[:, None]))).sum()
+    (expected,) = torch.autograd.grad(theirs, logits)
+    ours = linear_loss(GEM(beta=beta), logits, torch.eye(30, dtype=F64), targets, reduction="sum")
+    (found,) = torch.autograd.grad(ours, logits)
+    mean = (q * gap).sum(-1, keepdim=True)
+    bound = 4.9e-6 * q * (gap - mean).square()
+    bound = bound.scatter(1, targets[:, None], bound.sum(-1, keepdim=True))
+    assert ((found - expected).abs() <= bound + 1e-14).all()
+    assert (found - expected).abs().max() < 0.002 * expected.abs().max()
+    flat = torch.autograd.grad(linear_loss(GEM(beta, "linear"), logits, torch.eye(30, dtype=F64), targets), logits)[0]
+    if scale >= 1:
+        assert (40 * flat / 2 - expected).abs().max() > 0.002 * expected.abs().max(), "h is no constant"
 
 
 @pytest.mark.parametrize("kl", ["forward_kl", "reverse_kl"])
@@ -540,14 +585,15 @@ def test_discriminative_sft_is_its_formula(loss: DiscriminativeSFT) -> None:
     value = loss(TokenStats(logprob), **inputs, mask=mask)
     lengths = mask.sum(-1)
     scores = torch.where(mask, logprob, 0.0).sum(-1) / (lengths if loss.ref_free else 1)
-    d = scores.detach() / loss.temperature - (0 if loss.ref_free else torch.where(mask, ref, 0.0).sum(-1))
+    temperature, decay = loss.recipe
+    d = scores.detach() / temperature - (0 if loss.ref_free else torch.where(mask, ref, 0.0).sum(-1))
     expected = torch.zeros((), dtype=F64)
     kept = {}
     for prompt, chosen, sampled in ((2**40, 0, [1, 2, 3]), (2**40 + 1, 4, [5])):
         mean = d[sampled].exp().mean()
-        kept[prompt] = ((1 - loss.decay) * KEPT[chosen].exp() + loss.decay * mean).log()
+        kept[prompt] = ((1 - decay) * KEPT[chosen].exp() + decay * mean).log()
         weight = (d[sampled] - kept[prompt]).exp()
-        assert weight.max() <= len(sampled) / loss.decay * (1 + 1e-12)
+        assert weight.max() <= len(sampled) / decay * (1 + 1e-12)
         expected = expected - scores[chosen] + (weight * scores[sampled]).mean()
     torch.testing.assert_close(value.sum(), expected)
     torch.testing.assert_close(torch.autograd.grad(value.sum(), logprob), torch.autograd.grad(expected, logprob))
@@ -556,6 +602,11 @@ def test_discriminative_sft_is_its_formula(loss: DiscriminativeSFT) -> None:
     assert not updated.requires_grad
     per_answer = torch.stack([kept[int(prompt)] for prompt in GROUP])
     torch.testing.assert_close(updated, per_answer[:, None].expand(6, 5))
+
+
+def test_discriminative_sft_has_the_authors_recipes() -> None:
+    assert DiscriminativeSFT().recipe == (1.0, 0.85) and DiscriminativeSFT(ref_free=True).recipe == (0.3, 0.9)
+    assert DiscriminativeSFT(temperature=0.5, decay=0.2, ref_free=True).recipe == (0.5, 0.2)
 
 
 def test_discriminative_sft_matches_the_gradient_of_its_objective() -> None:
@@ -611,26 +662,98 @@ def test_discriminative_sft_tells_prompts_apart_that_are_one_number_in_float32()
 
 
 def test_discriminative_sft_through_a_head() -> None:
-    """Numbers per answer are spread over its tokens; `normalizer` is the number of prompts."""
+    """Numbers per answer are spread over its tokens; the mean is over prompts, of which there are two."""
     hidden, weight = torch.randn(6, 5, 4, dtype=F64, requires_grad=True), torch.randn(9, 4, dtype=F64)
     targets = torch.randint(9, (6, 5))
     ref = -2 * torch.rand(6, 5, dtype=F64)
     loss = DiscriminativeSFT()
-    found = linear_loss(
-        loss,
-        hidden,
-        weight,
-        targets,
-        ref_logprob=ref,
-        group=GROUP,
-        negative=NEGATIVE,
-        log_normalizer=KEPT,
-        normalizer=2,
-    )
+    inputs = {"ref_logprob": ref, "group": GROUP, "negative": NEGATIVE, "log_normalizer": KEPT}
+    found = linear_loss(loss, hidden, weight, targets, **inputs)
     logprob = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     expected = loss(TokenStats(logprob), **discriminative(loss, logprob, ref)).sum() / 2
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
+    torch.testing.assert_close(linear_loss(loss, hidden, weight, targets, **inputs, normalizer=8), expected / 4)
+
+
+# Means whose divisor the loss decides
+
+
+def thresholded(reduction: str, p: Tensor, counted: Tensor) -> Tensor:
+    """`1 - p` of the tokens with 0.1 <= p <= 0.5, over the number of these, or of the sequences that hold one."""
+    kept = counted & (p >= 0.1) & (p <= 0.5)
+    rows = torch.where(kept, 1 - p, 0.0).sum(-1)
+    if reduction == "mean":
+        return rows.sum() / kept.sum()
+    if reduction == "mean_of_means":
+        rows = rows / counted.sum(-1).clamp(min=1)
+    return rows.sum() / kept.any(-1).sum()
+
+
+@pytest.mark.parametrize("form", ["constant", "deft", "cayley"])
+def test_thresholds_leave_the_mean_s_divisor(form: str) -> None:
+    """The mean over kept tokens, as the authors' code has it, in value and gradient; a row keeps none."""
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randn(4, 5, 6, generator=generator, dtype=F64, requires_grad=True)
+    weight = torch.randn(6, 6, generator=generator, dtype=F64, requires_grad=True)
+    targets = torch.randint(6, (4, 5), generator=generator)
+    targets[0, 3:] = -100
+    logprob = (hidden @ weight.T).log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    p, counted = logprob.exp(), targets >= 0
+    kept = counted & (p >= 0.1) & (p <= 0.5)
+    assert 0 < kept.sum() < counted.sum()
+    loss = DeformedLog(form=form, min_prob=0.1, max_prob=0.5)
+    found = linear_loss(loss, hidden, weight, targets)
+    total = linear_loss(loss, hidden, weight, targets, reduction="sum")
+    torch.testing.assert_close(found, total / kept.sum())
+    torch.testing.assert_close(linear_loss(loss, hidden, weight, targets, normalizer=7), total / 7)
+    if form == "constant":
+        for reduction in ("mean", "sequence_mean", "mean_of_means"):
+            found = linear_loss(loss, hidden, weight, targets, reduction=reduction)
+            expected = thresholded(reduction, p, counted)
+            torch.testing.assert_close(found, expected)
+            ours, theirs = (torch.autograd.grad(x, (hidden, weight), retain_graph=True) for x in (found, expected))
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_thresholds_compile_without_a_graph_break() -> None:
+    loss, targets = DeformedLog(min_prob=0.1, max_prob=0.5), torch.tensor([[0, 1, -100], [2, 2, 3]])
+    hidden, weight = torch.randn(2, 3, 4, dtype=F64, requires_grad=True), torch.randn(5, 4, dtype=F64)
+    torch._dynamo.reset()
+    traced = torch.compile(lambda x: linear_loss(loss, x, weight, targets), fullgraph=True, backend="aot_eager")
+    found, expected = traced(hidden), linear_loss(loss, hidden, weight, targets)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.autograd.grad(found, hidden), torch.autograd.grad(expected, hidden))
+
+
+def test_thresholds_that_keep_nothing() -> None:
+    hidden = torch.zeros(2, 3, 4, requires_grad=True)
+    loss = DeformedLog(min_prob=0.9)
+    value = linear_loss(loss, hidden, torch.randn(5, 4), torch.zeros(2, 3, dtype=torch.int64))
+    value.backward()
+    assert value == 0 and hidden.grad is not None and not hidden.grad.any()
+
+
+@pytest.mark.parametrize("name", ["nll", "iw_sft"])
+def test_mean_of_means_has_all_digits_of_float64(name: str) -> None:
+    """Three tokens of logprob -log 5 each, and seven: the mean of means is log 5, in one sweep and from statistics."""
+    targets = torch.zeros(2, 7, dtype=torch.int64)
+    targets[0, 3:] = -100
+    inputs = {"ref_logprob": torch.full((2, 7), -math.log(5), dtype=F64)} if name == "iw_sft" else {}
+    hidden, weight = torch.zeros(2, 7, 4, dtype=F64, requires_grad=True), torch.zeros(5, 4, dtype=F64)
+    found = linear_loss(name, hidden, weight, targets, reduction="mean_of_means", **inputs)
+    torch.testing.assert_close(found.item(), math.log(5), rtol=1e-14, atol=0)
+
+
+def test_sed_sft_min_entropy_marks_the_share_of_tokens_that_the_authors_mark() -> None:
+    """A mass below `sorted(mass)[-int(0.7 n)]` is marked by their code; here an entropy above its own threshold."""
+    for n in (1, 2, 9, 10, 101, 1000):
+        mass = torch.rand(n, generator=torch.Generator().manual_seed(n), dtype=F64)
+        marked = (mass < sorted(mass.tolist())[-max(int(0.7 * n), 1)]).sum()
+        assert (1 - mass > losses.sed_sft_min_entropy(1 - mass)).sum() == marked
+    for bad, words in (((torch.zeros(0), 0.3), "entropy"), ((torch.zeros(3), 1.0), "share")):
+        with pytest.raises(ValueError, match=words):
+            losses.sed_sft_min_entropy(bad[0], share=bad[1])
 
 
 # Extreme values
@@ -669,16 +792,19 @@ IMPOSSIBLE: list[tuple[Loss, float, float]] = [
     (IDFT(detach=False), 0.0, 0.0),
     (ProFiT(), 0.0, 0.0),
     (GEM(), math.inf, 0.7),
+    (GEM(h="linear"), math.inf, 0.7),
     (ASFT(), 0.0, 0.0),
     (SFTKL(), math.inf, 1.0),
     (SFTKL(kl="k3", kl_weight=1.0), math.inf, math.exp(20)),
     (PSFT(), 0.0, 0.0),
-    (MinorSFT(beta=0.4), math.inf, 0.4),
+    (MinorSFT(beta=0.4), math.inf, 1.0),
     (PoFT(), math.inf, 0.5),
     (IWSFT(), 0.0, 0.0),
     (IWSFT(per="token"), math.inf, 0.2),
     (IWSFT(temperature=0.0), math.inf, 1.0),
     (FDivergenceSFT(divergence="squared_hellinger", per="sequence"), math.inf, 4.0),
+    (FDivergenceSFT(per="sequence"), math.inf, 5001.0),
+    (FDivergenceSFT(saturate=True, per="sequence"), math.inf, 5001.0),
     (IFT(), math.inf, 2e6 / (2e6 + 1)),
 ]
 
@@ -757,6 +883,7 @@ def test_idft_mix() -> None:
         ("profit", {"threshold": 1.0}, "ProFiT: threshold"),
         ("gem", {"beta": 0.0}, "GEM: beta"),
         ("gem", {"beta": 1.5}, "GEM: beta"),
+        ("gem", {"h": "sigmoid"}, "GEM: h"),
         ("asft", {"kl_weight": -0.1}, "ASFT: kl_weight"),
         ("sft_kl", {"kl": "k1"}, "SFTKL: kl"),
         ("psft", {"epsilon": 0}, "PSFT: epsilon"),

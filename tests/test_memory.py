@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_cases import loss_inputs
+from loss_cases import lists_of_ids, loss_inputs
 
 import logitless
 from logitless import losses
@@ -59,6 +59,9 @@ CALLS = {
     ),
     "class weights": lambda p, **o: logitless.linear_cross_entropy(
         **arguments(p), label_smoothing=0.1, class_weight=torch.ones(V), **o
+    ),
+    "class weights under a softcap": lambda p, **o: logitless.linear_cross_entropy(
+        **arguments(p), label_smoothing=0.1, class_weight=torch.ones(V), softcap=5.0, **o
     ),
     "dft": lambda p, **o: logitless.linear_dft(**arguments(p), **o),
     "f-divergence": lambda p, **o: logitless.linear_f_divergence_sft(**arguments(p), ref_logprob=REF, **o),
@@ -195,7 +198,10 @@ def test_every_registered_loss_is_watched(name):
         inputs["max_length"] = N
 
     def call(p, **options):
-        out = logitless.linear_loss(loss, **pairs(p, 4), **inputs, **options)
+        batch = pairs(p, 4)
+        if loss.lists:
+            batch["targets"] = lists_of_ids(batch["targets"], len(batch["weight"]))
+        out = logitless.linear_loss(loss, **batch, **inputs, **options)
         return out if isinstance(out, torch.Tensor) else out.loss
 
     assert largest(call, problem(), chunk_bytes=CHUNK) <= LARGEST

@@ -265,8 +265,21 @@ def test_the_reference_may_be_its_hidden_states() -> None:
         torch.testing.assert_close(found.loss, expected)
 
 
+def test_a_loss_within_the_ids_that_a_sampler_kept() -> None:
+    model, inputs = patch(llama()), batch()
+    targets = shifted(inputs["labels"])
+    kept = torch.stack([targets, (targets + 1) % V, (targets + 7) % V], -1).masked_fill((targets < 0)[..., None], -1)
+    hidden = model(**inputs, hidden_only=True).logits.detach()
+    scored = linear_logprobs(hidden, model.lm_head.weight, targets, among=kept).logprob.detach()
+    given = {"among": kept, "old_logprob": scored, "advantages": torch.ones(B, T)}
+    for asked in ((), ("logprob",)):
+        found = model(**inputs, loss=losses.PPO(), loss_inputs=given, token_outputs=asked)
+        torch.testing.assert_close(found.loss, torch.tensor(-1.0))  # the ratio is 1
+        assert all(x.isfinite().all() for x in grads(model, found.loss).values())
+
+
 def test_a_loss_at_another_temperature_is_no_function_of_the_statistics_asked_for() -> None:
-    model, inputs = patch(llama(), loss=losses.GEM(beta=0.3)), batch()
+    model, inputs = patch(llama(), loss=losses.GEM(beta=0.3, h="linear")), batch()
     logits = model(inputs["input_ids"]).logits
     tempered = logprobs(logits / 0.3, inputs["labels"])
     counted = shifted(inputs["labels"]) != -100

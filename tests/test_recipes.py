@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import random
 import subprocess
 import sys
@@ -275,6 +277,24 @@ def test_configurations_are_valid(name: str) -> None:
     options, notes = options_from_mapping(read_yaml(RECIPES / f"{name}.yaml"), name)
     assert notes == []
     assert options.make_loss().name == name
+
+
+def test_both_losses_at_once(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On files of the names that the first run leaves, in its folder."""
+    from reasoning_data import make_questions, preference_rows, sft_row, write_jsonl
+
+    from logitless.training.metrics import read_metrics
+
+    questions = make_questions(2, 6)
+    rows = {"sft": [sft_row(question) for question in questions], "pairs": preference_rows(questions, [""] * 6)[0]}
+    for name, part in itertools.product(rows, ("train", "held_out")):
+        write_jsonl(tmp_path / "runs" / "first-run" / "data" / f"{name}-{part}.jsonl", rows[name])
+    monkeypatch.chdir(tmp_path)
+    train_here(RECIPES / "sft_dpo.yaml", {"model_name_or_path": str(tiny_model), "cache_dir": "cache"})
+    first, *_, last = read_metrics(tmp_path / "runs" / "sft-dpo")
+    assert first["loss"] == pytest.approx(first["sft/loss"] + first["dpo/loss"])
+    assert first["dpo/loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert last["eval_loss"] == pytest.approx(last["eval_sft/loss"] + last["eval_dpo/loss"])
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -20,11 +20,12 @@ import torch
 from cuda_build import ROOT, build, ctype, needs_compiler, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from list_cases import check_approximate
 from loss_cases import B, LossBatch, T, loss_inputs, run_loss
 from tail_cases import check_compiled, exact_of, gradients, peaked_problem, relative, tail_calls
 from torch import Tensor
 
-from logitless import linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
+from logitless import linear_cross_entropy, linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
 from logitless.backends import BACKENDS
 from logitless.backends.approximate.screened import Screened
 from logitless.kernels.cpu import library as cpu_library
@@ -356,6 +357,23 @@ def test_a_loss_of_statistics() -> None:
         assert relative(x, y) < 0.03
 
 
+@pytest.mark.parametrize("classes", [None, torch.linspace(0.5, 2.0, 2000)], ids=["", "weighted"])
+def test_smoothed_labels(classes: Tensor | None) -> None:
+    """The mean logit, linear in the hidden states, is added apart."""
+    problem = peaked_problem(dtype=torch.float32, count=50)
+    found = []
+    for options in ({}, SCREENED):
+        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        with tail_report() as report:
+            call = dict(label_smoothing=0.1, class_weight=classes)
+            loss = linear_cross_entropy(hidden, weight, problem["targets"], **call, **options)
+            loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    assert len(report.left) == 50 and report.exact_tokens == 0
+    for x, y in zip(*found, strict=True):
+        assert relative(x, y) < 0.03
+
+
 def test_pairs_longer_than_a_chunk() -> None:
     """No group is cut, and none is too long."""
     problem = peaked_problem(dtype=torch.float32, count=64)
@@ -487,8 +505,16 @@ def peaked_batch(loss: Loss) -> LossBatch:
     return LossBatch(made["hidden"].view(B, T, -1), made["weight"], targets, inputs)
 
 
+def test_lists_of_ids() -> None:
+    check_approximate("screened")
+
+
+def takes_it(loss: losses.Loss) -> bool:
+    return not (loss.compares_distributions or loss.lists)
+
+
 @pytest.mark.parametrize("backward", ["tail_corrected", "screened"])
-@pytest.mark.parametrize("name", [name for name in losses.names() if not losses.get(name).compares_distributions])
+@pytest.mark.parametrize("name", [name for name in losses.names() if takes_it(losses.get(name))])
 def test_every_loss_takes_it(name: str, backward: str) -> None:
     batch = peaked_batch(losses.get(name))
     exact = run_loss(name, batch)

@@ -15,7 +15,7 @@ from tail_cases import check_compiled, exact_of, gradients, peaked_problem, rela
 from torch import Tensor
 
 import logitless
-from logitless import linear_logprobs, linear_token_loss, tail_report
+from logitless import linear_cross_entropy, linear_logprobs, linear_token_loss, tail_report
 from logitless.backends.approximate import entries
 from logitless.backends.approximate.select import SHARE
 from logitless.ops.registered.shared import Execution
@@ -206,6 +206,25 @@ def test_a_loss_that_mixes_statistics_by_both_paths() -> None:
         assert all(relative(x, y) < 0.03 for x, y in zip(other, found[0], strict=True))
 
 
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_class_weights_of_smoothed_labels(reduction: str, softcap: float | None) -> None:
+    """Corrected but for the mean logit's part, which is exact; under a softcap all of it is exact."""
+    problem = peaked_problem()
+    classes = torch.linspace(0.5, 2.0, len(problem["weight"]))
+    call = dict(class_weight=classes, label_smoothing=0.1, reduction=reduction, softcap=softcap)
+    found, exact_tokens = [], []
+    for options in ({}, TAIL):
+        hidden, weight = (problem[name].clone().requires_grad_() for name in ("hidden", "weight"))
+        with tail_report() as report:
+            linear_cross_entropy(hidden, weight, problem["targets"], **call, **options).sum().backward()
+        found.append((hidden.grad, weight.grad))
+        exact_tokens.append(report.exact_tokens)
+    assert exact_tokens == [0, 0 if softcap is None else len(problem["targets"])]
+    for x, y in zip(*found, strict=True):
+        assert relative(x, y) < (0.03 if softcap is None else 1e-12)
+
+
 def test_ignored_tokens_give_nothing_and_are_not_reported() -> None:
     problem = peaked_problem()
     problem["targets"][::3] = -100
@@ -305,7 +324,18 @@ def test_the_ops_are_well_formed() -> None:
     problem = peaked_problem(count=6, dtype=torch.float32)
     hidden, weight = (problem[name].requires_grad_() for name in ("hidden", "weight"))
     execution = Execution("chunked", "tail_corrected", 2e-4, None, None)
-    arguments = (hidden, weight, None, problem["targets"], None, LogitTransform().packed(), -100, "logprob", *execution)
+    arguments = (
+        hidden,
+        weight,
+        None,
+        problem["targets"],
+        None,
+        None,
+        LogitTransform().packed(),
+        -100,
+        "logprob",
+        *execution,
+    )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=tests)
 

@@ -189,10 +189,11 @@ def test_a_gguf_file_is_converted_once(bench: Bench) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["dft", "dpo"])
+@pytest.mark.parametrize("method", ["dft", "dpo", "psft", "bco"])
 def test_two_processes_take_the_same_steps(bench: Bench, method: str) -> None:
-    alone = bench.curve(method=method, gradient_accumulation_steps=2, save_strategy="steps", max_steps=3)
-    data = bench.pairs if method == "dpo" else bench.rows
+    marked = [{**row, "desirable": i % 2 == 0} for i, row in enumerate(completion_rows())]
+    data = bench.pairs if method == "dpo" else write_jsonl(bench.folder / "marked.jsonl", marked)
+    alone = bench.curve(method=method, data=data, gradient_accumulation_steps=2, save_strategy="steps", max_steps=3)
     output = bench.folder / "together"
     options = make_options(output, bench.model, data, method=method, save_strategy="steps", max_steps=3)
     (bench.folder / "options.json").write_text(json.dumps(options.to_dict()))

@@ -286,3 +286,91 @@ def test_a_pair_batch_has_all_chosen_first() -> None:
     lengths = [len(data.items[i][part].input_ids) for part in (0, 1) for i in (2, 0)]
     assert batch.attention_mask is not None and batch.attention_mask.sum(1).tolist() == lengths
     assert consecutive(5, 2) == [[0, 1], [2, 3], [4]]
+
+
+# Columns that are inputs of the loss
+
+
+def column(values: Any, **changes: Any) -> torch.Tensor:
+    """The column `weight` of a row, as it goes with the predictions of its tokens."""
+    row = {"prompt": "ab", "completion": "cde", "weight": values} | changes.pop("row", {})
+    return one(row, columns=("weight",), **changes).inputs["weight"]
+
+
+def test_a_number_is_every_token_s_and_a_list_goes_with_what_the_tokens_are_predicted_from() -> None:
+    assert column(0.5).tolist() == [0.5] * 6  # a b c d e and the end
+    assert column(True).dtype == torch.bool and column(3).tolist() == [3] * 6
+    assert column([1.5, 2.0, 3.0, 4.0]).tolist() == [0.0, 1.5, 2.0, 3.0, 4.0, 0.0]
+    assert column([True, False, True, True]).tolist() == [False, True, False, True, True, False]
+    assert column([1, 2, 3, 4], row={"prompt": "", "completion": "cde"}).tolist() == [2, 3, 4, 0]
+
+
+def test_a_cut_keeps_the_values_of_the_tokens_that_it_keeps() -> None:
+    assert column([1, 2, 3, 4], max_length=4).tolist() == [0, 1, 2, 3]  # the 3 goes with a prediction that is cut
+    assert column([1, 2, 3, 4], max_length=3, truncation_mode="keep_end").tolist() == [3, 4, 0]
+
+
+def test_a_list_of_turns_goes_with_the_turns() -> None:
+    turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "So?"), ("assistant", "Fine")]
+    row = {"messages": [{"role": role, "content": content} for role, content in turns], "weight": [0.25, 4.0]}
+    example = one(row, columns=("weight",))
+    values = example.inputs["weight"]
+    counts = (example.labels != IGNORED)[1:]
+    first, second = len("Yo") + 2, len("Fine") + 2  # with the end of a turn and its line feed
+    assert values[:-1][counts].tolist() == [0.25] * first + [4.0] * second
+    assert values[:-1][~counts].abs().max() == 0
+
+
+def test_the_sides_of_a_pair_have_columns_of_their_own() -> None:
+    row = {"prompt": "p", "chosen": "ab", "rejected": "c", "chosen_weight": [1, 2, 3], "rejected_weight": [4, 5]}
+    read = renderer(columns=("weight",))
+    ((chosen, rejected),) = read.pairs([Row(row | {"weight": 0.5}, "x")], "x").items
+    assert chosen.inputs["weight"].tolist() == [1, 2, 3, 0] and rejected.inputs["weight"].tolist() == [4, 5, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1, 2, 3], "the column weight has 3 values; expected one, or one for each of the 4 tokens that count"),
+        ("high", "a number, true or false, or a list of them; got 'high'"),
+        ([0.5, None, 1, 2], r"got \[0.5, None, 1, 2\]"),
+        ([], r"got \[\]"),
+        (None, "got None"),
+    ],
+)
+def test_a_column_of_another_length_or_kind_is_reported_with_its_line(values: Any, message: str) -> None:
+    with pytest.raises(InputError, match=r"data.jsonl, line 7: .*" + message):
+        column(values)
+
+
+def test_a_side_without_its_column_is_named() -> None:
+    row = {"prompt": "p", "chosen": "ab", "rejected": "c", "chosen_weight": 1.0}
+    with pytest.raises(InputError, match=r"line 7: the loss reads the column rejected_weight, .* got None"):
+        renderer(columns=("weight",)).pairs([Row(row, "line 7")], "x")
+
+
+def test_a_column_of_whole_rows_has_one_value() -> None:
+    with pytest.raises(InputError, match=r"line 7: the column weight has 4 values; expected one for the row"):
+        column([1, 2, 3, 4], single=("weight",))
+
+
+def test_lists_of_lists_are_padded_to_one_width_in_rows_and_batches() -> None:
+    short, long = [[5], [6, 7], [8], [9]], [[1, 2, 3], [1, 2, 3]]
+    rows = [
+        Row({"prompt": "ab", "completion": "cde", "ids": short}, "x"),
+        Row({"prompt": "a", "completion": "b", "ids": long}, "x"),
+    ]
+    data = renderer(columns=("ids",)).sequences(rows, "x")
+    assert data.items[0][0].inputs["ids"].tolist() == [[0, 0], [5, -100], [6, 7], [8, -100], [9, -100], [0, 0]]
+    ids = Loader(data, pad_token=1, flat=False).batch([0, 1]).loss_inputs["ids"]
+    assert ids.shape == (2, 6, 3) and ids[0, 2].tolist() == [6, 7, -100] and ids[1, 0].tolist() == [1, 2, 3]
+    flat = Loader(data, pad_token=1, flat=True).batch([0, 1]).loss_inputs["ids"]
+    assert flat.shape == (1, 9, 3) and flat[0, 6].tolist() == [1, 2, 3]
+
+
+def test_rows_of_one_group_are_read_together() -> None:
+    rows = [Row({"prompt": "a", "completion": "b", "group": group}, "x") for group in (7, 3, 7, 3, 9)]
+    data = renderer(columns=("group",)).sequences(rows, "x")
+    loader = Loader(data, pad_token=1, flat=False, together="group")
+    assert loader.units == [[0, 2], [1, 3], [4]]
+    assert loader.batch([2, 0]).loss_inputs["group"][:, 0].tolist() == [9, 7, 7]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import torch
 from training_fixtures import completion_rows, make_model, make_options, preference_rows, write_jsonl
 from transformers import LlamaForCausalLM
 
-from logitless import linear_logprobs
+from logitless import linear_logprobs, losses
 from logitless.training import InputError, train
+from logitless.training.collate import Batch
 from logitless.training.metrics import read_metrics
-from logitless.training.objective import stats_of_logits
-from logitless.types import OUTPUTS
+from logitless.training.objective import loss_count, stats_of_logits
+from logitless.types import OUTPUTS, TokenStats
 
 ROWS = [
     {
@@ -22,8 +25,22 @@ ROWS = [
         "advantages": (-1.0) ** i * (1 + i % 3),
         "label": i % 2 == 0,
         "demonstration": i % 4 == 0,
+        "old_logprob": -5.5,
     }
     for i, row in enumerate(completion_rows())
+]
+
+PAIRS = [
+    {
+        **row,
+        "chosen_reward": 1.0 + i % 2,
+        "rejected_reward": -0.5 * (i % 3),
+        "chosen_reward_shift": 0.5 * (i % 3),
+        "rejected_reward_shift": -0.25,
+        "chosen_from_reference": i % 2 == 0,
+        "rejected_from_reference": i % 2 == 1,
+    }
+    for i, row in enumerate(preference_rows())
 ]
 
 #: One or more losses of every level, and what is special about their inputs.
@@ -42,7 +59,12 @@ CASES: dict[str, dict[str, Any]] = {
     "pair, no reference": {"name": "simpo"},
     "pair, lengths": {"name": "rpo"},
     "pair, a weighted sum": {"name": "weighted_sum", "terms": ["dpo", "chosen_nll"], "weights": [1.0, 0.1]},
+    "pair, a reward of each side": {"name": "rebel", "eta": 0.5},
+    "pair, a mark of each side": {"name": "xpo", "alpha": 0.1},
     "unpaired": {"name": "kto", "loss_type": "apo_zero_unpaired"},
+    "unpaired, a reference point": {"name": "kto"},
+    "unpaired, a running mean": {"name": "bco"},
+    "two means": {"name": "chord"},
 }
 
 
@@ -51,13 +73,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("losses")
     make_model(folder / "model")
     write_jsonl(folder / "rows.jsonl", ROWS)
-    write_jsonl(folder / "pairs.jsonl", preference_rows())
+    write_jsonl(folder / "pairs.jsonl", PAIRS)
     return folder
 
 
 def curve(folder: Path, loss: dict[str, Any], **changes: Any) -> torch.Tensor:
     """[steps, 2] losses and gradient norms."""
-    pairs = loss["name"] in ("simpo", "rpo", "weighted_sum")
+    pairs = losses.get(loss["name"]).level == "pair"
     data = folder / ("pairs.jsonl" if pairs else "rows.jsonl")
     output = folder / f"run-{len(list(folder.iterdir()))}"
     result = train(make_options(output, str(folder / "model"), str(data), method=loss["name"], loss=loss, **changes))
@@ -87,6 +109,15 @@ def test_evaluation_has_the_loss_s_own_temperature(folder: Path) -> None:
     assert found[0]["eval_loss"] != pytest.approx(0.5 * found[0]["eval_nll"], rel=1e-3)
 
 
+def test_evaluation_divides_by_the_constant_length_as_training_does(folder: Path) -> None:
+    rows = str(folder / "rows.jsonl")
+    changes: dict[str, Any] = {"eval_dataset_name": rows, "max_steps": 1, "learning_rate": 0.0}
+    output = folder / "eval-constant"
+    evaluated = train(make_options(output, str(folder / "model"), rows, method="dr_grpo", **changes)).eval_metrics
+    trained = curve(folder, {"name": "dr_grpo"}, per_device_train_batch_size=len(ROWS), max_steps=1)
+    assert evaluated["eval_loss"] == pytest.approx(float(trained[0, 0]), rel=1e-5)
+
+
 @pytest.mark.parametrize("loss", CASES.values(), ids=CASES.keys())
 def test_accumulation_is_normalised_over_the_whole_step(folder: Path, loss: dict[str, Any]) -> None:
     whole = curve(folder, loss, per_device_train_batch_size=4)
@@ -113,8 +144,36 @@ def test_distributions_are_compared_with_the_model_at_the_start(folder: Path, lo
 
 
 def test_a_missing_column_is_named(folder: Path) -> None:
-    with pytest.raises(InputError, match=r"rows\.jsonl.*column reward_shift"):
-        curve(folder, {"name": "bco"})
+    with pytest.raises(InputError, match=r"rows\.jsonl: dense_path_reinforce needs a column sft_logprob"):
+        curve(folder, {"name": "dense_path_reinforce"})
+    write_jsonl(folder / "pairs-of-one-reward.jsonl", [{**row, "rejected_reward": None} for row in PAIRS])
+    with pytest.raises(InputError, match=r"line 1: the loss reads the column rejected_reward, .*got None"):
+        train(
+            make_options(folder / "x", str(folder / "model"), str(folder / "pairs-of-one-reward.jsonl"), method="rebel")
+        )
+
+
+def test_one_column_for_both_sides_of_a_pair_is_refused(folder: Path) -> None:
+    """A reward of both would train every pair towards a difference of 0."""
+    rows = [{**row, "reward": row["chosen_reward"]} for row in PAIRS]
+    data = folder / "pairs-of-a-reward.jsonl"
+    write_jsonl(data, rows)
+    with pytest.raises(InputError, match=r"rebel reads reward of either side .* got one for both"):
+        train(make_options(folder / "x", str(folder / "model"), str(data), method="rebel"))
+
+
+def test_each_side_of_a_pair_has_columns_of_its_own(folder: Path) -> None:
+    """Before the first step the model is its reference, so that the columns alone make the loss."""
+    whole = {"per_device_train_batch_size": len(PAIRS), "max_steps": 1}
+    rebel = [(0.5 * (row["chosen_reward"] - row["rejected_reward"])) ** 2 for row in PAIRS]
+    found = curve(folder, {"name": "rebel", "eta": 0.5}, **whole)[0, 0]
+    assert found.item() == pytest.approx(sum(rebel) / len(PAIRS), rel=1e-5)
+    bco = [
+        math.log1p(math.exp(row["chosen_reward_shift"])) + math.log1p(math.exp(-row["rejected_reward_shift"]))
+        for row in PAIRS
+    ]
+    found = curve(folder, {"name": "bco_pair"}, **whole)[0, 0]
+    assert found.item() == pytest.approx(sum(bco) / len(PAIRS), rel=1e-5)
 
 
 def test_a_teacher_is_another_model(folder: Path) -> None:
@@ -144,3 +203,21 @@ def test_the_engines_agree_on_ties_and_on_masked_entries(masked: bool) -> None:
         assert found.isfinite().all(), name
         torch.testing.assert_close(found, getattr(ours, name), rtol=1e-6, atol=1e-6)
     assert theirs.correct is not None and theirs.correct.tolist() == [[1.0, 1.0, 0.0]]
+
+
+def test_a_step_is_divided_by_what_the_loss_counts() -> None:
+    """Discriminative SFT counts demonstrated answers, padded or packed; thresholds count by statistics."""
+    count = functools.partial(loss_count, stats=TokenStats)
+    labels = torch.tensor([[1, 2, 3], [1, 2, -100], [1, -100, -100], [1, 2, 3]])
+    negative = torch.tensor([0.0, 1.0, 0.0, 1.0])[:, None].expand(4, 3)
+    batch = Batch(labels, labels, loss_inputs={"negative": negative})
+    assert count(losses.get("discriminative_sft"), batch) == 1  # the third row has no token that counts
+    flat = labels.reshape(1, 12).clone()
+    flat[0, ::3] = -100  # a sequence's first token is predicted by none
+    inputs = {"negative": negative.reshape(1, 12).roll(-1)}
+    packed = Batch(flat, flat, cu_seqlens=torch.arange(0, 13, 3, dtype=torch.int32), loss_inputs=inputs)
+    assert count(losses.get("discriminative_sft"), packed) == 1
+    assert count(losses.get("minor_sft"), batch) == 3
+    logprob = torch.log(torch.tensor([[0.6, 0.1, 0.0], [0.9, 0.9, 0.0], [0.9, 0.9, 0.0], [0.4, 0.9, 0.0]]))
+    assert batch.counted == 5
+    assert loss_count(losses.get("deformed_log", min_prob=0.5), batch, lambda: TokenStats(logprob=logprob)) == 3

@@ -26,6 +26,11 @@ else:
         run_suite("triton_suite", "slow")
 
     @needs_triton
+    @pytest.mark.slow
+    def test_lists_of_ids_in_the_interpreter():
+        run_suite("test_lists", "not slow")
+
+    @needs_triton
     def test_a_cpu_is_refused_without_the_interpreter():
         hidden = torch.zeros(2, 3)
         assert "interpreter is off" in TRITON.supports(hidden.device, hidden.dtype)

@@ -8,7 +8,7 @@ from triton_code import ARCHITECTURES, ASTSource, resources, triton
 from logitless.kernels.triton import configs
 from logitless.kernels.triton.divergence import divergence_kernel
 
-FORMS = ("reverse_kl", "power", "js", "skew_forward_kl", "total_variation", "cross_entropy")
+FORMS = ("reverse_kl", "power", "symmetric_kl", "js", "skew_forward_kl", "total_variation", "cross_entropy")
 #: The largest forms with everything there is, all forms with the least.
 CASES = [(name, form, rich) for name in ARCHITECTURES for form in FORMS for rich in (False, form in ("power", "js"))]
 FAST = [("hopper", "js", False)]

@@ -49,12 +49,12 @@ def run(problem: TokenProblem, **options) -> TokenStats:
     )
 
 
-def check(case: Case, outputs: tuple[str, ...], **options) -> None:
+def check(case: Case, outputs: tuple[str, ...], logit_weight=None, **options) -> None:
     problem = on_device(case.problem)
     with poison_empty():
         assert_matches_float64(
-            lambda p: run(p, outputs=outputs, **case.options, **options),
-            lambda p: materialised(p, case.transform, outputs=outputs),
+            lambda p: run(p, outputs=outputs, logit_weight=logit_weight, **case.options, **options),
+            lambda p: materialised(p, case.transform, outputs=outputs, logit_weight=logit_weight),
             problem,
             scale=max(case.scale_of(outputs), case.bent_scale),
         )
@@ -93,6 +93,15 @@ def test_a_frozen_head_keeps_one_vector_per_token(case, outputs):
 def test_several_tiles_each_way(dtype, transform):
     problem = several_tiles(dtype=dtype, bias=True, ignored=0.2)
     check(Case(problem, transform, 20), DIFFERENTIABLE, backward="recompute")
+
+
+@pytest.mark.parametrize("backward", ["auto", "recompute"])
+@pytest.mark.parametrize("trainable", [("hidden",), ("hidden", "weight", "bias")], ids=["frozen", "trainable"])
+@pytest.mark.parametrize("transform", [PLAIN, BENT], ids=["plain", "softcap"])
+def test_weights_of_the_mean_logit(transform, trainable, backward):
+    problem = several_tiles(bias=True, ignored=0.2, trainable=trainable)
+    weights = torch.linspace(0.1, 3.0, 75, device=DEVICE)
+    check(Case(problem, transform, 20), ("logprob", "lse", "mean_logit"), logit_weight=weights, backward=backward)
 
 
 @pytest.mark.slow

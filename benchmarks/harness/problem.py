@@ -20,6 +20,8 @@ SPREAD = 2.0
 #: Mean and standard deviation of a peaked target's lead over all others together, in nats: an NLL of about 1 on
 #: average, and half of the tokens under 0.15.
 LEAD, LEAD_SPREAD = 2.0, 4.0
+#: Ids that each token lists for a loss of lists: its target, and others.
+LISTED = 64
 #: Tokens of a first call, and of the comparison with float64.
 FEW = 256
 
@@ -32,6 +34,11 @@ class Inputs(NamedTuple):
     targets: Tensor  # [N]
     ref_logprob: Tensor  # [N] float32; of a uniform reference, which cancels between sequences of equal length
     problem: Problem
+
+    def lists(self) -> Tensor:
+        """`[N, LISTED]` different ids for each token, its target the first."""
+        steps = torch.arange(LISTED, device=self.targets.device) * (self.problem.vocabulary // LISTED)
+        return (self.targets[:, None] + steps) % self.problem.vocabulary
 
     def to(self, dtype: torch.dtype) -> Inputs:
         return self._replace(

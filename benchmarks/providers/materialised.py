@@ -18,7 +18,7 @@ from logitless.losses import Loss as RegisteredLoss
 from logitless.testing import TokenProblem, materialised
 from logitless.types import LogitTransform
 
-from ..harness.problem import Inputs, Problem
+from ..harness.problem import LISTED, Inputs, Problem
 from ..harness.provider import Loss, Provider
 from ..internals import evaluate_rows
 
@@ -53,7 +53,7 @@ def dpo_of_logprob(logprob: Tensor, inputs: Inputs) -> Tensor:
 
 def materialised_loss(loss: RegisteredLoss, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     """A loss of the registry from the statistics of full logits."""
-    problem = TokenProblem(hidden, weight, None, inputs.targets)
+    problem = TokenProblem(hidden, weight, None, targets_of(loss, inputs).view(len(hidden), -1).squeeze(-1))
     stats = materialised(problem, LogitTransform(temperature=loss.stats_temperature), outputs=loss.outputs)
     divergence = None
     if isinstance(loss, losses.DistributionLoss) and loss.compares_distributions:
@@ -67,10 +67,17 @@ def materialised_loss(loss: RegisteredLoss, hidden: Tensor, weight: Tensor, inpu
 def of_stats(loss: RegisteredLoss, stats: TokenStats, inputs: Inputs, divergence: Tensor | None = None) -> Tensor:
     """A loss of the registry from the tokens' statistics `[N]`, as its paper reduces it."""
     shape = inputs.problem.shape
-    rows = TokenStats(*(None if x is None else x.view(shape) for x in stats))
+    rows = TokenStats(*(None if x is None else x.view(*shape, *x.shape[1:]) for x in stats))
     length = inputs.problem.length if loss.reduction == "constant_length" else None
     divergence = None if divergence is None else divergence.view(shape)
     return reduced(evaluate_rows(loss, rows, constants(loss, inputs.problem), length, divergence))
+
+
+def targets_of(loss: RegisteredLoss, inputs: Inputs) -> Tensor:
+    """`[sequences, length]` targets, or `[sequences, length, LISTED]` ids for a loss of lists."""
+    return (
+        inputs.lists().view(*inputs.problem.shape, LISTED) if loss.lists else inputs.targets.view(inputs.problem.shape)
+    )
 
 
 def reduced(out: Any) -> Tensor:
@@ -109,14 +116,17 @@ def _per_token(name: str, problem: Problem, draw: torch.Generator) -> Tensor:
         return noise[:, :1].expand(shape)
     if name == "negative":
         return noise < -0.5
+    if name == "teacher_logprob":
+        return torch.randn((*shape, LISTED), generator=draw).log_softmax(-1) - 0.1
     if name.endswith("logprob"):
         return uniform - 2 + noise / 2  # of logits with a standard deviation of 2 nats
     return noise
 
 
 def _per_sequence(name: str, problem: Problem) -> Tensor:
-    """Constants of an unpaired loss: every other completion is desirable; one number shifts the rewards."""
-    return torch.arange(problem.shape[0]) % 2 == 0 if name == "desirable" else torch.tensor(0.1)
+    """Constants of a loss of whole sequences: marks of every other one; else one number for all."""
+    marks = name in ("desirable", "from_reference")
+    return torch.arange(problem.shape[0]) % 2 == 0 if marks else torch.tensor(0.1)
 
 
 @cache
@@ -138,3 +148,4 @@ NLL = Provider("materialised", "materialised", materialised_nll)
 COMPILED_NLL = Provider("materialised, compiled", "materialised", compiled_nll, compared="")
 DPO = Provider("materialised DPO", "materialised", materialised_dpo, "dpo")
 JS = Provider("materialised js", "materialised", DEFINITIONS["js"], "js")
+TOP_K = Provider("materialised top-k", "materialised", DEFINITIONS["top_k_distillation"], "top_k_distillation")

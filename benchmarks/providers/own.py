@@ -16,7 +16,7 @@ from logitless.types import BackendName, BackwardName
 
 from ..harness.problem import Inputs
 from ..harness.provider import Provider
-from .materialised import BETA, LOSSES, constants, reduced, ref_hidden
+from .materialised import BETA, LOSSES, constants, reduced, ref_hidden, targets_of
 
 
 def nll(
@@ -65,7 +65,7 @@ def registered_loss(
             loss,
             hidden.view(*shape, -1),
             weight,
-            inputs.targets.view(shape),
+            targets_of(loss, inputs),
             backward=backward,
             chunk_bytes=inputs.problem.chunk_bytes,
             **given,

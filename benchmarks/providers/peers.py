@@ -48,6 +48,18 @@ def trl_dpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     return dpo_of_logprob(trl_logprob(hidden, weight, inputs), inputs)
 
 
+def trl_top_k(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """Forward KL on a teacher's listed ids with a bucket for the rest, as TRL's server distillation has it."""
+    from trl.experimental.server_distillation import server_distillation_trainer as trl
+
+    loss = LOSSES["top_k_distillation"]
+    teacher = constants(loss, inputs.problem)["teacher_logprob"].flatten(0, 1).to(hidden.dtype)
+    logprob = F.log_softmax(hidden @ weight.T, dim=-1).gather(-1, inputs.lists())
+    valid = torch.ones_like(logprob, dtype=torch.bool)
+    student, support = trl._add_tail_bucket(logprob, valid)
+    return trl._jsd_divergence(student, trl._add_tail_bucket(teacher, valid)[0], 0, support).sum(-1).mean()
+
+
 def liger_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     """The per-token primitive; off a GPU it takes its PyTorch fallback of 512-token chunks."""
     module = import_without_parents("liger_kernel.ops.fused_linear_scaled_cross_entropy")
@@ -213,6 +225,7 @@ def _peer(name: str, loss: Loss, compared: str = "nll") -> Provider:
 
 TORCH = _peer("torch F.linear_cross_entropy", torch_nll)
 TRL = _peer("TRL ChunkedLogProbFunction", trl_nll)
+TRL_TOP_K = _peer("TRL top-k", trl_top_k, "top_k_distillation")
 TRL_DPO = _peer(TRL.name, trl_dpo, "dpo")
 LIGER = _peer("Liger scaled cross-entropy", liger_nll)
 LIGER_DPO = _peer("Liger chunked DPO", liger_dpo, "dpo")

@@ -45,7 +45,7 @@ def against(provider: Provider, *others: Provider) -> tuple[Target, ...]:
     return tuple(Target(provider.name, "seconds", other.name, 1.0) for other in others)
 
 
-_NLL, _DPO = own.NLL, own.DPO
+_NLL, _DPO, _TOP_K = own.NLL, own.DPO, "top_k_distillation"
 PARTS = (
     _part(
         "nll",
@@ -80,6 +80,14 @@ PARTS = (
         (materialised.DPO, floors.GEMMS, _DPO),
         Target(_DPO.name, "seconds", materialised.DPO.name, 1.0),
         Target(_DPO.name, "memory", materialised.DPO.name, 0.05),
+    ),
+    _part(
+        "lists",
+        Problem(2048),
+        (materialised.TOP_K, floors.GEMMS, own.of_registry("nll"), own.of_registry(_TOP_K), peers.TRL_TOP_K),
+        Target(_TOP_K, "seconds", "nll", 1.1),
+        Target(_TOP_K, "memory", LOGITS, 0.1),
+        *against(own.of_registry(_TOP_K), peers.TRL_TOP_K),
     ),
     _part(
         "bf16",

@@ -150,7 +150,7 @@ def measure_chunk(
     if count:
         with configs.on_device(raw):
             measure_kernel[(triton.cdiv(count, config.BLOCK_N),)](
-                raw, bias, targets, *stats, parts, count, vocabulary, *raw.stride(), *bends(transform),
+                raw, bias, targets, *stats[: len(OUTPUTS)], parts, count, vocabulary, *raw.stride(), *bends(transform),
                 BLOCK=part, **config.blocks,
             )  # fmt: skip
     return stats, joined(parts, part, block)

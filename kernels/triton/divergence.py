@@ -75,6 +75,12 @@ def summands(log_p, log_q, x, scale, FORM: tl.constexpr):
         v = e / (x - 1.0)
         u = -e
         w = (scale * q + x * e) / (x - 1.0)
+    elif FORM == "symmetric_kl":
+        e = times(q, r) * x
+        w = times(p, r) * (1.0 - x)
+        v = w - e
+        u = (x - 1.0) * p - e
+        w -= x * q
     elif FORM == "js":
         u = times(q, log_mixture(x, r)) * ((x - 1.0) * scale)
         w = times(p, log_mixture(1.0 - x, -r)) * (-x * scale)
@@ -112,7 +118,9 @@ def form(options: DivergenceOptions) -> Form:
         case "js" if options.mixture not in (0, 1):
             w = options.mixture
             return Form("js", False, w, 1 / (w * (1 - w)) if options.normalized else 1.0)
-        case "js":
+        case "symmetric_kl" if options.mixture not in (0, 1):
+            return Form("symmetric_kl", False, options.mixture)
+        case "js" | "symmetric_kl":
             return _power(1 - options.mixture)
         case "skew_forward_kl" | "skew_reverse_kl" if options.skew != 0:
             return Form("skew_forward_kl", options.kind == "skew_reverse_kl", options.skew)

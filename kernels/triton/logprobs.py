@@ -261,7 +261,7 @@ def fused_forward(
             BLOCK=part, PRECISION=configs.precision(hidden.dtype), **config.blocks,
         )  # fmt: skip
         merge_kernel[(triton.cdiv(tokens, 128),)](
-            *parts, target_logit, *stats, tokens, vocabulary, splits, BLOCK_N=128, **configs.FUSED
+            *parts, target_logit, *stats[: len(OUTPUTS)], tokens, vocabulary, splits, BLOCK_N=128, **configs.FUSED
         )  # fmt: skip
     return stats, joined(part_lse, part, block)
 

@@ -6,13 +6,14 @@ from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_d
 from .info import info
 from .integrations.transformers import patch, unpatch
 from .linear import linear_loss
-from .ops import TailReport, linear_divergence, linear_logprobs, linear_token_loss, tail_report
+from .ops import TailReport, TopK, linear_divergence, linear_logprobs, linear_token_loss, linear_top_k, tail_report
 from .types import Head, TokenStats
 
 __all__ = [
     "Head",
     "TailReport",
     "TokenStats",
+    "TopK",
     "info",
     "linear_cross_entropy",
     "linear_dft",
@@ -22,6 +23,7 @@ __all__ = [
     "linear_logprobs",
     "linear_loss",
     "linear_token_loss",
+    "linear_top_k",
     "losses",
     "nn",
     "patch",

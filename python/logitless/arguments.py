@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ class LossArguments(OptionKeywords, total=False):
     reduction: LossReduction | None
     normalizer: Tensor | float | None
     max_length: int | None
+    among: Tensor | None
     ref_hidden: Tensor | None
     ref_head: Tensor | Head | None
     # The losses' own inputs.
@@ -36,18 +38,24 @@ class LossArguments(OptionKeywords, total=False):
     demonstration: Tensor | None
     density_ratio: Tensor | None
     desirable: Tensor | None
+    draw: Tensor | None
+    from_reference: Tensor | None
     group: Tensor | None
     log_normalizer: Tensor | None
     negative: Tensor | None
+    nll_weight: Tensor | None
     old_logprob: Tensor | None
     policy_weight: Tensor | None
     quality: Tensor | None
     ref_logprob: Tensor | None
     ref_lse: Tensor | None
     reference_point: Tensor | None
+    reward: Tensor | None
     reward_shift: Tensor | None
     sampling_logprob: Tensor | None
     sft_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+    teacher_tail: Tensor | None
     token_power: Tensor | None
 
 
@@ -61,8 +69,29 @@ def check_level(loss: Loss, token_weight: Tensor | None, reduction: str) -> None
         raise ValueError(f"reduction: a {loss.level} loss ({loss.name}) has no per-token losses, got {reduction!r}")
 
 
-def loss_inputs(loss: Loss, given: Mapping[str, Any], tokens: TokenLayout, device: torch.device) -> dict[str, Tensor]:
+def check_lists(loss: Loss, hidden: Tensor, targets: Tensor, among: Tensor | None, ref_hidden: Tensor | None) -> None:
+    """Raises unless the targets are lists where the loss reads lists, and it can be had `among` listed ids."""
+    if loss.lists != (targets.dim() == hidden.dim()):
+        expected = "[..., K], several ids a token" if loss.lists else "[...], one id a token"
+        raise ValueError(f"targets: {loss.name!r} expects shape {expected}, got {list(targets.shape)}")
+    if among is None:
+        return
+    if loss.lists or loss.compares_distributions:
+        raise ValueError(f"among: {loss.name!r} reads more than the targets' log-probs, and does not take it")
+    if ref_hidden is not None:
+        raise ValueError("among: goes with ref_logprob, which says what it is renormalised over, not with ref_hidden")
+
+
+def loss_inputs(
+    loss: Loss,
+    given: Mapping[str, Any],
+    tokens: TokenLayout,
+    device: torch.device,
+    listed: Tensor | None = None,
+) -> dict[str, Tensor]:
     """The loss's inputs, checked and spread to one value a token; `sequence_inputs` stay as they are.
+
+    `listed [..., K]`, of a loss of lists, has the places that hold an id; its `inputs` are -inf elsewhere.
 
     Raises:
         TypeError, ValueError: an unknown input, a missing one that is not optional, or one of a wrong type or shape;
@@ -84,10 +113,25 @@ def loss_inputs(loss: Loss, given: Mapping[str, Any], tokens: TokenLayout, devic
             raise ValueError(f"{name}: {loss.name!r} needs it, a tensor {shapes[name]}{other}, got None")
     present = [name for name in known if given.get(name) is not None]
     constants = {name: _constant(name, given[name], shapes[name], device) for name in present}
-    inputs = {name: x if name in loss.sequence_inputs else spread(name, x, tokens) for name, x in constants.items()}
+    inputs = {}
+    for name, x in constants.items():
+        if listed is not None and name in loss.inputs:
+            inputs[name] = _of_list(name, x, listed)
+        else:
+            inputs[name] = x if name in loss.sequence_inputs else spread(name, x, tokens)
     if loss.of_sequences:
         need_sequences(tokens, f"a loss of whole sequences ({loss.name})")
+    for name in loss.sequence_inputs:
+        if inputs[name].shape not in ((), (tokens.sequences,)):
+            raise ValueError(f"{name}: expected {per_sequence}, or [], one for all, got {list(inputs[name].shape)}")
     return inputs
+
+
+def _of_list(name: str, value: Tensor, listed: Tensor) -> Tensor:
+    """An input with one value for each listed id, -inf at an absent place."""
+    if value.shape != listed.shape:
+        raise ValueError(f"{name}: expected shape {list(listed.shape)} like targets, got {list(value.shape)}")
+    return value.masked_fill(~listed, -math.inf)
 
 
 def _constant(name: str, value: object, shape: str, device: torch.device) -> Tensor:

@@ -1,7 +1,7 @@
 """`linear_loss`: any loss of the registry on hidden states and a head, by the cheapest exact strategy for its level.
 
 level              strategy
-token              one sweep, three GEMMs (`linear_token_loss`)
+token              one sweep, three GEMMs (`linear_token_loss`); as a sequence loss where its own divisor is wanted
 sequence           the statistics of all tokens, the loss, and recomputation for the gradient: four GEMMs
 pair, unpaired     one sweep over whole pairs (sequences) if the logits of each fit a chunk; else as a sequence loss
 distribution       one sweep of `linear_divergence`, and one of the per-token part if there is such a part
@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from . import reduce
-from .arguments import REFERENCE_STATISTICS, LossArguments, ReferenceStates, check_level, loss_inputs, reference_of
+from .arguments import (
+    REFERENCE_STATISTICS,
+    LossArguments,
+    ReferenceStates,
+    check_level,
+    check_lists,
+    loss_inputs,
+    reference_of,
+)
 from .losses import (
     DistributionLoss,
     Loss,
@@ -39,7 +47,7 @@ from .ops.call import Call, prepare_call
 from .ops.checks import check_ignore_index, check_tokens
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
-from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats
+from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats, statistics_dtype
 
 
 @overload
@@ -73,6 +81,7 @@ def linear_loss(
     reduction: LossReduction | None = None,
     normalizer: Tensor | float | None = None,
     max_length: int | None = None,
+    among: Tensor | None = None,
     ref_hidden: Tensor | None = None,
     ref_head: Tensor | Head | None = None,
     **inputs_and_options: Any,
@@ -82,7 +91,8 @@ def linear_loss(
     Args:
         loss: a loss, `losses.DPO(beta=0.2)`, or its name for its defaults, `"dft"`.
         hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]`, aligned (no shift), as in `linear_logprobs`. A pair loss
-            takes `[2B, T, H]`, the first half chosen and the second rejected, or flat `[N, H]` with `cu_seqlens`.
+            takes `[2B, T, H]`, the first half chosen and the second rejected, or flat `[N, H]` with `cu_seqlens`. A
+            loss of lists (`TopKDistillation`) takes targets `[..., K]`.
         token_weight: `[...]` constants that multiply the per-token losses (not of a loss of whole sequences).
         cu_seqlens: `[S + 1]` boundaries, 0 first and N last, of S sequences that lie behind one another in flat inputs;
             for a pair loss S = 2B, the chosen ones first. Without it the rows of `[..., T, H]` are the sequences.
@@ -90,8 +100,12 @@ def linear_loss(
             (of pairs, or of sequences, where the loss has one value for each); "sequence_mean", "mean_of_means" and
             "constant_length" as in the table of `logitless.reduce`; "sum"; "none" gives `[...]` (`[B]`, `[S]`).
         normalizer: number, or tensor of one: the count to divide by instead of this batch's own (tokens for "mean",
-            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism.
+            sequences for the three others, pairs), the global one under gradient accumulation or data parallelism. A
+            loss that counts fewer (`Loss.divided_by`) says what the number has to be.
         max_length: of "constant_length": what stands for every sequence's length.
+        among: `[..., K]` ids, the set that the distribution is renormalised over, as in `linear_logprobs`: what a
+            sampler's top-k or top-p kept, so that a policy loss's ratio is that of the distribution sampled from
+            (`old_logprob` must be, too). Not of a loss that compares distributions, and not with `ref_hidden`.
         ref_hidden: `[..., H']` hidden states of the reference (teacher), for a loss that compares whole distributions,
             or in place of `ref_logprob` (and `ref_lse`), which are then computed here, without a gradient.
         ref_head: the reference's head, a weight `[V, H']` with the options of the model's head, or a `Head` with its
@@ -118,21 +132,28 @@ def linear_loss(
     reduce.check(reduction, normalizer, max_length)
     ignore_index = Options(**options).ignore_index
     check_ignore_index(ignore_index)
-    tokens = token_layout(targets != ignore_index, cu_seqlens)
+    check_lists(loss, hidden, targets, among, ref_hidden)
+    listed = (targets != ignore_index) & (targets != -1) if loss.lists else None
+    tokens = token_layout(targets != ignore_index if listed is None else listed.any(-1), cu_seqlens)
     names = [name for name in (*loss.inputs, *loss.optional_inputs) if name in REFERENCE_STATISTICS]
     reference = reference_of(loss, names, given, weight, ref_hidden, ref_head, options)
     if reference is not None and names:
         given |= reference.statistics(names, targets, options)
-    inputs = loss_inputs(loss, given, tokens, hidden.device)
+    inputs = loss_inputs(loss, given, tokens, hidden.device, listed)
     if token_weight is not None:
         check_token_input("token_weight", token_weight, hidden)
-    batch = _Batch(hidden, weight, targets, tokens, inputs, options, token_weight, reduction, normalizer, max_length)
+    among = targets if loss.within_list else among
+    settings = token_weight, reduction, normalizer, max_length
+    batch = _Batch(hidden, weight, targets, tokens, inputs, options, *settings, among)
+    if among is not None:
+        return _of_statistics(loss, batch)
     if isinstance(loss, WholeSequenceLoss):
         return _of_whole_sequences(loss, batch)
     if isinstance(loss, DistributionLoss) and loss.compares_distributions:
         assert reference is not None
         return _of_distributions(loss, batch, reference)
-    return _in_one_sweep(loss, batch) if loss.token_wise else _of_statistics(loss, batch)
+    one_sweep = loss.token_wise and not (batch.counts() and loss.divided_by is not None)
+    return _in_one_sweep(loss, batch) if one_sweep else _of_statistics(loss, batch)
 
 
 @dataclass(frozen=True)
@@ -149,14 +170,20 @@ class _Batch:
     reduction: LossReduction
     normalizer: Tensor | float | None
     max_length: int | None
+    among: Tensor | None
 
     def rule(self) -> reduce.Rule:
         """The reduction of the tokens' losses."""
         return reduction_rule(self.tokens, self.reduction, self.normalizer, self.max_length)
 
+    def counts(self) -> bool:
+        """Whether the losses are divided by a count of this batch."""
+        return self.normalizer is None and self.reduction not in ("none", "sum")
+
     def weights(self, rule: reduce.Rule) -> list[Tensor]:
         """The constants that multiply the tokens' losses before they are summed."""
-        return [x for x in (self.token_weight, rule.token_weight) if x is not None]
+        of_rule = rule.token_weight(statistics_dtype(self.hidden.dtype))
+        return [x for x in (self.token_weight, of_rule) if x is not None]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +243,8 @@ def _of_statistics(loss: Loss, batch: _Batch, divergence: Tensor | None = None) 
     """A loss of the statistics of all tokens, which come first."""
     stats = TokenStats()
     if loss.outputs:
-        stats = linear_logprobs(batch.hidden, batch.weight, batch.targets, outputs=loss.outputs, **batch.options)
+        tensors = batch.hidden, batch.weight, batch.targets
+        stats = linear_logprobs(*tensors, among=batch.among, outputs=loss.outputs, **batch.options)
     return loss.evaluate(
         stats,
         batch.tokens,

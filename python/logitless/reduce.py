@@ -10,6 +10,9 @@
 m_t is 1 for a token that counts, else 0. A sequence without a token that counts does not count either, so padding of
 any width changes nothing. Z may be given from outside, because under gradient accumulation and data parallelism it is
 the number of the global batch.
+
+A loss may take tokens out of Z (`Loss.divided_by`). Z is then the number of the tokens left, or of the sequences that
+hold one of them; |y| stays the length of the sequence.
 """
 
 from __future__ import annotations
@@ -28,8 +31,12 @@ OF_SEQUENCES = ("sequence_mean", "mean_of_means", "constant_length")
 class Rule(NamedTuple):
     """A named reduction of one batch."""
 
-    token_weight: Tensor | None  # a_t, of the mask's shape; None: 1
+    length: Tensor | None  # |y| of each token's sequence, float32 of the mask's shape; None: a_t is 1
     normalizer: Tensor | float  # Z
+
+    def token_weight(self, dtype: torch.dtype) -> Tensor | None:
+        """The factors a_t; None: 1. In the losses' own dtype, as 1 / |y| of float32 has no digits for float64."""
+        return None if self.length is None else self.length.to(dtype).reciprocal()
 
 
 def check(reduction: str, normalizer: object, max_length: object = None) -> None:
@@ -66,6 +73,7 @@ def rule(
     num_sequences: int = 0,
     normalizer: Tensor | float | None = None,
     max_length: int | None = None,
+    divided_by: Tensor | None = None,
 ) -> Rule:
     """The tokens' factors a_t and the divisor Z of a reduction.
 
@@ -78,17 +86,24 @@ def rule(
             parallelism it is the global number of tokens, or of sequences.
         max_length: for "constant_length", the constant in place of every sequence's length (Dr. GRPO: the longest
             completion that may be generated).
+        divided_by: bool of the mask's shape, the tokens that Z counts where these are fewer than those of the mask.
     """
     if reduction in ("none", "sum"):
         return Rule(None, 1.0)
+    counted = mask if divided_by is None else mask & divided_by
     if reduction == "mean":
-        return Rule(None, mask.sum().float() if normalizer is None else normalizer)
+        return Rule(None, counted.sum().float() if normalizer is None else normalizer)
     assert sequence is not None
-    lengths = torch.zeros(num_sequences, device=mask.device).index_add_(0, sequence.flatten(), mask.flatten().float())
-    sequences = (lengths > 0).sum().float() if normalizer is None else normalizer
+    if normalizer is None:
+        normalizer = (sequence_lengths(counted, sequence, num_sequences) > 0).sum().float()
     if reduction == "mean_of_means":
-        return Rule(lengths.clamp(min=1).reciprocal()[sequence], sequences)
-    return Rule(None, sequences if max_length is None else sequences * max_length)
+        return Rule(sequence_lengths(mask, sequence, num_sequences).clamp(min=1)[sequence], normalizer)
+    return Rule(None, normalizer if max_length is None else normalizer * max_length)
+
+
+def sequence_lengths(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
+    """The number of the mask's tokens in each sequence, `[num_sequences]` float32, which counts to 2^24."""
+    return torch.zeros(num_sequences, device=mask.device).index_add_(0, sequence.flatten(), mask.flatten().float())
 
 
 def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
@@ -99,11 +114,17 @@ def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
     return total / normalizer
 
 
+def zero_outside(mask: Tensor, x: Tensor) -> Tensor:
+    """`x [..., *]` with 0 where the mask `[...]` is False."""
+    return torch.where(mask.view((*mask.shape, *[1] * (x.dim() - mask.dim()))), x, torch.zeros_like(x))
+
+
 def apply(per_token: Tensor, mask: Tensor, rule: Rule, *, keep_tokens: bool = False) -> Tensor:
     """`sum_t m_t a_t loss_t / Z`. With `keep_tokens`, for reduction "none", the tokens' `m_t loss_t`."""
-    per_token = torch.where(mask, per_token, torch.zeros_like(per_token))
+    per_token = zero_outside(mask, per_token)
     if keep_tokens:
         return per_token
-    if rule.token_weight is not None:
-        per_token = per_token * rule.token_weight.to(per_token.dtype)
+    weight = rule.token_weight(per_token.dtype)
+    if weight is not None:
+        per_token = per_token * weight
     return mean(per_token.sum(), rule.normalizer)

@@ -35,9 +35,27 @@ def transformed(z: Tensor, transform: LogitTransform) -> Tensor:
     return z / transform.temperature
 
 
-def statistics(z: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
-    """`TokenStats` of logits `z [N, V]` and targets `[N]`."""
-    return TokenStats(**{name: _STATISTICS[name](z, targets) for name in outputs})
+def statistics(
+    z: Tensor, targets: Tensor | None, outputs: tuple[str, ...], logit_weight: Tensor | None = None
+) -> TokenStats:
+    """`TokenStats` of logits `z [N, V]` and targets `[N]`; `logit_weight [V]` weights the logits of their mean."""
+    found = {name: _STATISTICS[name](z, targets) for name in outputs}
+    if logit_weight is not None and "mean_logit" in found:
+        found["mean_logit"] = (z * logit_weight.to(z.dtype)).mean(-1)
+    return TokenStats(**found)
+
+
+def list_statistics(z: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> TokenStats:
+    """`TokenStats` of logits `z [N, V]` and listed ids `[N, K]`, -1 for an absent place."""
+    present, logp = ids >= 0, z.log_softmax(-1)
+    listed = torch.zeros_like(z).scatter_add(1, ids.clamp(min=0), present.to(z.dtype)) > 0
+    stats = statistics(z, None, tuple(name for name in outputs if name in ("lse", "entropy")))
+    logprob = logp.gather(1, ids.clamp(min=0)).masked_fill(~present, 0.0)
+    others = logp.masked_fill(listed, -math.inf)
+    nothing = others.isneginf().all(-1, keepdim=True)  # of nothing but -inf, logsumexp's gradient would be NaN
+    tail = others.masked_fill(nothing, 0).logsumexp(-1).masked_fill(nothing[:, 0], -math.inf)
+    known = stats._replace(logprob=logprob, tail=tail)
+    return TokenStats(**{name: getattr(known, name) for name in outputs})
 
 
 def _logprob(z: Tensor, targets: Tensor) -> Tensor:
@@ -73,13 +91,31 @@ def linear_logprobs(
     transform: LogitTransform,
     ignore_index: int,
     outputs: tuple[str, ...],
+    logit_weight: Tensor | None = None,
 ) -> TokenStats:
     """`TokenStats` of `hidden [N, H]`, `weight [V, H]` and `targets [N]`; see `logitless.linear_logprobs`."""
     if targets is None:
-        return statistics(logits(hidden, weight, bias, transform), None, outputs)
+        return statistics(logits(hidden, weight, bias, transform), None, outputs, logit_weight)
     kept = (targets != ignore_index).nonzero()[:, 0]
-    compact = statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs)
+    compact = statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs, logit_weight)
     return TokenStats(*(None if x is None else x.new_zeros(len(targets)).index_add(0, kept, x) for x in compact))
+
+
+def linear_list_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    transform: LogitTransform,
+    outputs: tuple[str, ...],
+) -> TokenStats:
+    """`TokenStats` of `hidden [N, H]`, `weight [V, H]` and targets `[N, K]`, -1 for an absent place."""
+    kept = (targets >= 0).any(-1).nonzero()[:, 0]
+    compact = list_statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs)
+    return TokenStats(
+        *(None if x is None else x.new_zeros(len(targets), *x.shape[1:]).index_add(0, kept, x) for x in compact)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -131,9 +167,14 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
             return kl(log_p, log_q) if a else kl(log_q, log_p)
         return (1 - total((a * log_p + (1 - a) * log_q).exp())) / (a * (1 - a))
 
+    def symmetric_kl(w: float) -> Tensor:
+        if w in (0, 1):
+            return kl(log_q, log_p) if w else kl(log_p, log_q)
+        return (1 - w) * kl(log_p, log_q) + w * kl(log_q, log_p)
+
     def js(w: float) -> Tensor:
         if options.normalized and w in (0, 1):
-            return kl(log_q, log_p) if w else kl(log_p, log_q)
+            return symmetric_kl(w)
         value = w * kl(log_p, mix(w)) + (1 - w) * kl(log_q, mix(w))
         return value / (w * (1 - w)) if options.normalized else value
 
@@ -142,6 +183,8 @@ def divergence(log_p: Tensor, log_q: Tensor, options: DivergenceOptions) -> Tens
             return kl(log_p, log_q)
         case "reverse_kl":
             return kl(log_q, log_p)
+        case "symmetric_kl":
+            return symmetric_kl(options.mixture)
         case "js":
             return js(options.mixture)
         case "skew_forward_kl":

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,20 +112,23 @@ def materialised(
     *,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
 ) -> TokenStats:
     """`TokenStats` by plain PyTorch, the baseline: logits in the model's dtype, softmax in float32."""
     hidden, weight, bias, targets = problem
     transform = transform or LogitTransform()
-    shape = targets.shape
-    flat = targets.reshape(-1)
-    kept = (flat != ignore_index).nonzero()[:, 0]
+    shape = hidden.shape[:-1]
+    listed = targets.shape[len(shape) :]  # [K], or nothing
+    flat = targets.reshape(-1, *listed)
+    counts = flat != ignore_index
+    kept = (counts.any(-1) if listed else counts).nonzero()[:, 0]
     rows = hidden.reshape(-1, hidden.shape[-1])[kept]
     z = torch.nn.functional.linear(rows, weight, bias).to(statistics_dtype(hidden.dtype))
     z = reference.transformed(z, transform)
-    stats = reference.statistics(z, flat[kept], outputs)
-    return TokenStats(
-        *(None if x is None else x.new_zeros(len(flat)).index_add(0, kept, x).reshape(shape) for x in stats)
-    )
+    formulas = partial(reference.statistics, logit_weight=logit_weight)
+    compact = (reference.list_statistics if listed else formulas)(z, flat[kept].masked_fill(~counts[kept], -1), outputs)
+    spread = (None if x is None else x.new_zeros(len(flat), *x.shape[1:]).index_add(0, kept, x) for x in compact)
+    return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in spread))
 
 
 def measure(function: Callable[[TokenProblem], TokenStats | Tensor], problem: TokenProblem) -> dict[str, Tensor]:

@@ -24,6 +24,8 @@ TAIL_TOLERANCE = 2**-12
 #: The fields of `TokenStats`, in order; the first four carry gradients.
 OUTPUTS = ("logprob", "lse", "entropy", "mean_logit", "correct", "log_sum_sq")
 DIFFERENTIABLE = OUTPUTS[:4]
+#: The fields of `TokenStats` for tokens that list several ids, all of them differentiable.
+LIST_OUTPUTS = ("logprob", "lse", "entropy", "tail")
 #: Vocabulary entries in the block of a (token, block) pair: the width of a tile of the tensor-core kernels.
 PAIR_BLOCK = 128
 #: Tokens in a span of a block's list of pairs: the height of that tile.
@@ -34,7 +36,8 @@ class TokenStats(NamedTuple):
     """Statistics of a token's next-token distribution `p = softmax(z)` over V logits `z`; no loss knows more of it.
 
     Every field has the leading shape of `hidden`, float32 (float64 for float64 inputs), and is `None` where it was not
-    asked for. Natural logarithms throughout; 0 where the target is ignored.
+    asked for; `logprob` has the shape of the targets, which may be `[..., K]`. Natural logarithms throughout; 0 where
+    the target is ignored.
     """
 
     logprob: Tensor | None = None
@@ -44,11 +47,13 @@ class TokenStats(NamedTuple):
     entropy: Tensor | None = None
     """`-sum_j p_j log p_j`, in nats. Differentiable."""
     mean_logit: Tensor | None = None
-    """`mean_j z_j`; label smoothing is linear in it. Differentiable."""
+    """`mean_j z_j`, or `mean_j w_j z_j` with weights w; label smoothing is linear in it. Differentiable."""
     correct: Tensor | None = None
     """1 where no logit exceeds the target's (ties count as correct), else 0. Not differentiable."""
     log_sum_sq: Tensor | None = None
     """`log sum_j p_j^2`, the logarithm of the collision probability. Not differentiable."""
+    tail: Tensor | None = None
+    """`log(1 - sum_k p_k)`, the logarithm of the mass that no listed id has, of targets `[..., K]`. Differentiable."""
 
 
 class Head(NamedTuple):
@@ -137,6 +142,7 @@ def _transform(logit_scale: float, softcap: float | None, temperature: float) ->
 DivergenceKind = Literal[
     "forward_kl",
     "reverse_kl",
+    "symmetric_kl",
     "js",
     "skew_forward_kl",
     "skew_reverse_kl",
@@ -176,7 +182,7 @@ class DivergenceOptions:
                 "normalized=True it is forward_kl at 0 and reverse_kl at 1"
             )
         unread = {
-            "mixture": self.kind != "js" and self.mixture != 0.5,
+            "mixture": self.kind not in ("js", "symmetric_kl") and self.mixture != 0.5,
             "normalized": self.kind != "js" and self.normalized,
             "skew": not self.kind.startswith("skew") and self.skew != 0.1,
             "alpha": self.kind != "alpha" and self.alpha != 0.5,
@@ -188,7 +194,11 @@ class DivergenceOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """The options of the head and of the backend that every op of the library takes, with their defaults."""
+    """The options of the head and of the backend that every op of the library takes, with their defaults.
+
+    `logit_weight` is an argument of `linear_logprobs` and `linear_token_loss` alone: a loss that smooths labels reads
+    the plain mean.
+    """
 
     bias: Tensor | None = None
     logit_scale: float = 1.0
@@ -201,6 +211,7 @@ class Options:
     chunk_dtype: torch.dtype | None = None
     tail_tolerance: float = TAIL_TOLERANCE
     vocabulary_order: Tensor | None = None
+    logit_weight: Tensor | None = None
 
     @property
     def transform(self) -> LogitTransform:

@@ -11,6 +11,8 @@ from .approximate.entries import Entries
 from .exact import sweep
 from .exact.chunks import chunk_tokens
 from .exact.divergence import divergence_sweep, torch_divergence_rows
+from .exact.listed import ListedRows
+from .exact.torch_rows import TorchRows
 from .interface import (
     Approximate,
     DivergenceEngine,
@@ -31,7 +33,7 @@ class Backend:
     """A way to run the ops: a row engine is all it needs, and a subclass overrides what it does otherwise.
 
     Attributes:
-        rows: the row engine of every sweep over chunks.
+        rows: the row engine of every sweep over chunks that its kernels can serve (`row_engine`).
         divergence_rows: the row engine of divergences.
         blocks: kernels for a tail-corrected backward by pairs of a token and a block; None: entry by entry.
         finishes_gradients: whether the row engine leaves a finished gradient, without a factor for each row, so that
@@ -54,22 +56,36 @@ class Backend:
         """None, or the reason why the backend cannot take tensors of this device and dtype."""
         return None
 
+    def row_engine(self, problem: Problem) -> RowEngine:
+        """The row engine of a sweep: the backend's own, where its kernels know the task.
+
+        For targets `[N, K]` one that knows of lists stands on it. PyTorch's operations, on every device, serve weights
+        of capped logits, which only class weights with label smoothing under a softcap ask for.
+        """
+        if problem.targets.dim() > 1:
+            return ListedRows(self.rows)
+        return self._rows(problem.head, problem.logit_weight)
+
+    def _rows(self, head: Head, logit_weight: Tensor | None) -> RowEngine:
+        weighs = logit_weight is not None and head.softcap is not None
+        return TorchRows(logit_weight) if weighs else self.rows
+
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
         """The longest group of tokens that `single_pass` keeps whole."""
-        buffers = self.rows.buffers(head, options.chunk_dtype)
+        buffers = self._rows(head, options.logit_weight).buffers(head, options.chunk_dtype)
         return chunk_tokens(hidden, head.weight, options, buffers, trainable=head.weight.requires_grad)
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
         """`TokenStats` of every token and, for a frozen head, `d logprob / d hidden`."""
-        return sweep.forward(self.rows, problem, outputs, unit_gradient)
+        return sweep.forward(self.row_engine(problem), problem, outputs, unit_gradient)
 
     def backward(self, problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
         """Gradients from `upstream`, the logits computed again."""
-        return sweep.backward(self.rows, problem, stats, upstream, needs)
+        return sweep.backward(self.row_engine(problem), problem, stats, upstream, needs)
 
     def single_pass(self, problem: Problem, losses: SummedLosses) -> SinglePass:
         """The sum of a loss and its gradients in one sweep."""
-        return sweep.single_pass(self.rows, problem, losses)
+        return sweep.single_pass(self.row_engine(problem), problem, losses)
 
     def divergence(
         self, problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]

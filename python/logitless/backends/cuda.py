@@ -42,7 +42,7 @@ from ..types import OUTPUTS, PAIR_BLOCK, PAIR_SPAN, Head, LogitTransform, TokenS
 from .approximate.blocks import BlockEngine, Routed, has_aligned_rows
 from .approximate.select import block_count
 from .backend import Backend
-from .exact.chunks import Chunks, chunk_budget
+from .exact.chunks import Chunks, chunk_budget, weighted_mean
 from .exact.products import spans
 from .exact.sweep import concatenate
 from .interface import Forward, Problem, RowEngine, RowGradient, Tile, Upstream
@@ -92,11 +92,12 @@ class Cuda(Backend):
         return None if code == 0 else f"{device}: {loaded.explain(code)}"
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
-        """One fused GEMM where a kernel takes the operands; a unit gradient wants chunks of logits."""
-        kernel = None if unit_gradient else fused_kernel(problem.hidden, problem.head.weight)
+        """One fused GEMM where a kernel takes the operands; unit gradients, and tasks of other rows, want chunks."""
+        chunks = unit_gradient or self.row_engine(problem) is not self.rows
+        kernel = None if chunks else fused_kernel(problem.hidden, problem.head.weight)
         if kernel is None:
             return super().forward(problem, outputs, unit_gradient)
-        return Forward(_fused_forward(kernel, problem, _wanted(outputs), None), None)
+        return Forward(weighted_mean(problem, _fused_forward(kernel, problem, _wanted(outputs), None)), None)
 
 
 def _library() -> Library:
@@ -192,7 +193,7 @@ class CudaRows(RowEngine):
         _library().launch(
             "gradient",
             *_chunk(raw, head, tile.targets),
-            *(None if x is None else x.to(dtype).contiguous() for x in (*stats, *upstream)),
+            *(None if x is None else x.to(dtype).contiguous() for x in (*stats, *upstream[:4])),
             *(target, written),
             on=raw.device,
         )

@@ -21,11 +21,12 @@ class Problem:
 
     hidden: Tensor  # [N, H]
     head: Head
-    targets: Tensor  # [N] int64 in [0, V)
+    targets: Tensor  # [N] int64 in [0, V), or [N, K] with -1 for an absent place
     chunk_bytes: int | None = None  # budget for a chunk of logits; None: the backend's default
     chunk_dtype: torch.dtype | None = None  # of a chunk's logits; None: the statistics'
     vocabulary_order: Tensor | None = None  # [V] int64, of the tail's blocks (`order`); None: the head's own
     rounds_head: bool = False  # the head's gradient may come in the head's dtype, where one product makes it
+    logit_weight: Tensor | None = None  # [V] in the statistics' dtype: mean_logit is `mean_j w_j z_j`; None: w = 1
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,13 @@ class Needs(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """Gradients that reach the differentiable statistics, `[N]` each; None means zero."""
+    """Gradients that reach the differentiable statistics, of their shapes; None means zero."""
 
     logprob: Tensor | None = None
     lse: Tensor | None = None
     entropy: Tensor | None = None
     mean_logit: Tensor | None = None
+    tail: Tensor | None = None
 
     def by_probability(self, like: Tensor) -> Tensor:
         """`lse - logprob`, `[N]`: the gradient that reaches entries by their probability, without the entropy's."""
@@ -112,7 +114,7 @@ class SinglePass(NamedTuple):
     """The result of a single pass."""
 
     loss: Tensor  # [] the sum of the per-token losses
-    logprob: Tensor  # [N]
+    logprob: Tensor  # of the targets' shape
     gradients: Gradients  # of that sum
 
 
@@ -170,13 +172,13 @@ class Tile(NamedTuple):
 class RowGradient(NamedTuple):
     """`dL / d(raw product)` of a chunk: `row_scale[:, None] * matrix`, plus `target` at each row's target entry.
 
-    The target's entry of the matrix is 0. Without a softcap the mean logit's part, the same for every entry of a row,
-    is not in it: the sums add it by two products with one vector.
+    The target's entry of the matrix is 0, unless `target` is None. Without a softcap the mean logit's part is not in
+    it: the sums add it by two products with one vector.
     """
 
     matrix: Tensor  # [n, V] in the operands' dtype
     row_scale: Tensor | None  # [n]; None means 1
-    target: Tensor  # [n]
+    target: Tensor | None  # [n]; None where the targets' entries are in the matrix
 
 
 class RowEngine(Protocol):
@@ -241,7 +243,9 @@ class DivergenceEngine(Protocol):
 class ExactPasses(Protocol):
     """The exact passes of a backend, which its approximate strategies stand on and fall back to."""
 
-    rows: RowEngine
+    def row_engine(self, problem: Problem) -> RowEngine:
+        """The row engine of a sweep."""
+        ...
 
     def tokens_at_once(self, hidden: Tensor, head: Head, options: Options) -> int:
         """The longest group of tokens that a single pass keeps whole."""

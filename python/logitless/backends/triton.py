@@ -33,7 +33,7 @@ from torch import Tensor
 from ..types import PAIR_BLOCK, DivergenceOptions, Head, TokenStats
 from .approximate.blocks import BlockEngine, Routed
 from .backend import Backend
-from .exact.chunks import Operands
+from .exact.chunks import Operands, weighted_mean
 from .exact.gradients import Accumulators, target_entry
 from .exact.products import float16_products, multiply, spans
 from .interface import Forward, Gradients, Needs, Problem, RawSide, RowEngine, RowGradient, Tile, Upstream
@@ -78,13 +78,15 @@ class Triton(Backend):
         return None if _kernels().tile.INTERPRETED.value else "TRITON_INTERPRET was set after Triton had been imported"
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
-        """One fused kernel; a unit gradient wants chunks of logits."""
-        if unit_gradient:
+        """One fused kernel; a unit gradient, and a task of other rows, want chunks of logits."""
+        if unit_gradient or self.row_engine(problem) is not self.rows:
             return super().forward(problem, outputs, unit_gradient)
-        return Forward(measure_blocks(problem, outputs, None)[0], None)
+        return Forward(weighted_mean(problem, measure_blocks(problem, outputs, None)[0]), None)
 
     def backward(self, problem: Problem, stats: TokenStats, upstream: Upstream, needs: Needs) -> Gradients:
         """Gradients from `upstream`: each part of `dL/ds` once, for the products that are needed."""
+        if self.row_engine(problem) is not self.rows:
+            return super().backward(problem, stats, upstream, needs)
         operands = Operands(problem)
         gradients = Accumulators(operands, needs)
         sums, rows = gradients.begin(), _rows_of_tokens(problem.head, stats, upstream)

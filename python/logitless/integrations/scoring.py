@@ -108,7 +108,7 @@ def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip:
     if not request.scored:
         return output
     head = find_head(model)
-    targets = _targets(request, hidden)
+    targets = _targets(request, hidden, loss)
     with_logits = not skip and not request.hidden_only
     work = _HeadCall(state, request, loss, head, head_rule(model), targets, with_logits)
     results = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
@@ -143,21 +143,24 @@ def _kept(hidden: Tensor, logits_to_keep: int | Tensor) -> Tensor:
     return hidden[:, logits_to_keep, :]
 
 
-def _targets(request: Request, hidden: Tensor) -> Tensor:
-    """The targets of the positions of `hidden`, on its device."""
+def _targets(request: Request, hidden: Tensor, loss: Loss) -> Tensor:
+    """The targets of the positions of `hidden`, on its device; lists of them for a loss of lists."""
     name = "labels" if request.shift_labels is None else "shift_labels"
     labels = request.labels if request.shift_labels is None else request.shift_labels
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.is_complex():
         got = str(labels.dtype) if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name}: expected a tensor of integer token ids, got {got}")
-    if labels.shape != hidden.shape[:-1]:
-        expected = list(hidden.shape[:-1])
+    positions = hidden.shape[:-1]
+    if loss.lists and name == "labels":
+        raise ValueError(f"labels: {loss.name!r} reads lists of ids [..., K], which are not shifted: shift_labels")
+    if (labels.shape[:-1] if loss.lists else labels.shape) != positions:
+        expected = [*positions, "K"] if loss.lists else list(positions)
         raise ValueError(f"{name}: expected shape {expected} like the hidden states, got {list(labels.shape)}")
     targets = labels.to(hidden.device).long()
     if name == "labels":
         targets = F.pad(targets, (0, 1), value=request.ignore_index)[..., 1:]
     if request.cu_seqlens is not None:
-        check_boundaries(request.cu_seqlens, targets.numel())
+        check_boundaries(request.cu_seqlens, positions.numel())
         if name == "labels":
             last = (request.cu_seqlens[1:] - 1).to(hidden.device).long()
             targets = targets.flatten().index_fill(0, last, request.ignore_index).view_as(targets)
@@ -217,9 +220,9 @@ class _HeadCall:
 
     @property
     def _reads_them(self) -> bool:
-        """Whether the loss is a function of the call's statistics and of its inputs, without a reference to score."""
-        scores_reference = "ref_hidden" in (self.request.loss_inputs or {})
-        return self.loss.token_wise and self.loss.stats_temperature == 1.0 and not scores_reference
+        """Whether the loss is a function of the call's own statistics and of its inputs."""
+        plain = self.loss.token_wise and not self.loss.lists and self.loss.stats_temperature == 1.0
+        return plain and not {"ref_hidden", "among"} & set(self.request.loss_inputs or ())
 
     def _token_stats(self, hidden: Tensor, weight: Tensor, options: OptionKeywords) -> dict[str, Tensor]:
         """The statistics that the call and the loss ask for, from one product."""
@@ -259,7 +262,8 @@ class _HeadCall:
 
     def _inputs(self) -> dict[str, Any]:
         """The loss's inputs on the targets' device, and the call's settings (such as a reduction) unchanged."""
-        inputs, expected = self.request.loss_inputs or {}, self.targets.shape
+        inputs = self.request.loss_inputs or {}
+        expected = self.targets.shape[:-1] if self.loss.lists else self.targets.shape
         for name, value in inputs.items():
             if name in CALL_SETTINGS:
                 continue

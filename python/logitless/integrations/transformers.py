@@ -51,8 +51,9 @@ def patch(
 
     The patched forward takes, beside the model's own arguments:
 
-    - `labels` `[B, T]`, which are shifted inside as Transformers does, or `shift_labels` `[B, T]`, which are not. A
-      position with `ignore_index` (an argument too, -100 by default) does not count. The loss is the mean over the
+    - `labels` `[B, T]`, which are shifted inside as Transformers does, or `shift_labels` `[B, T]`, which are not;
+      `[B, T, K]` for a loss that reads lists of ids, such as `TopKDistillation`. A position with `ignore_index` (an
+      argument too, -100 by default) does not count. The loss is the mean over the
       tokens that count, or their sum over `num_items_in_batch` if that is passed (an int or a tensor). For a pair loss
       it is the number of pairs, and for a loss whose reduction counts sequences the number of sequences. If all
       positions are ignored the loss is 0, where Transformers gives NaN. The terms that the model itself adds (a

@@ -1,7 +1,8 @@
 """Losses as pure functions of per-token or per-sequence vectors, each a frozen dataclass of its hyper-parameters.
 
 docs/losses.md lists them all, with formula, inputs, defaults and sources. Each family has a folder: `sft`,
-`preference`, `policy`, `distillation`. `Loss` and the five levels that derive from it say how a loss is called.
+`preference`, `policy`, `distillation`. `Loss` and the five levels that derive from it say how a loss is called. The
+losses of reward models, plain functions of scores, are in `rewards`.
 
 `get("dft")` makes one by name, `names()` lists them, `register` adds one. `sequence_logprob` turns token
 log-probabilities into those of sequences, which is what pair losses take.
@@ -15,7 +16,10 @@ from .sequences import sequence_logprob
 from .whole_sequence import PairLoss, PreferenceResult, UnpairedLoss, UnpairedResult
 
 if TYPE_CHECKING:  # At run time the modules are found. A name that is missing here is `Any` for a type checker.
-    from .distillation import *  # noqa: F403
+    from .distillation.cross_tokenizer import *  # noqa: F403
+    from .distillation.distribution import *  # noqa: F403
+    from .distillation.sampled import *  # noqa: F403
+    from .distillation.top_k import *  # noqa: F403
     from .formulas import *  # noqa: F403
     from .policy.advantages import *  # noqa: F403
     from .policy.demonstrations import *  # noqa: F403
@@ -24,12 +28,15 @@ if TYPE_CHECKING:  # At run time the modules are found. A name that is missing h
     from .policy.schedules import *  # noqa: F403
     from .policy.sequence_ratio import *  # noqa: F403
     from .policy.token_ratio import *  # noqa: F403
+    from .policy.values import *  # noqa: F403
     from .policy.weights import *  # noqa: F403
     from .preference.dpo import *  # noqa: F403
     from .preference.reference_free import *  # noqa: F403
+    from .preference.sampled import *  # noqa: F403
     from .preference.sums import *  # noqa: F403
     from .preference.unpaired import *  # noqa: F403
     from .preference.unpaired_statistics import *  # noqa: F403
+    from .rewards import *  # noqa: F403
     from .sft.anchored import *  # noqa: F403
     from .sft.f_divergence import *  # noqa: F403
     from .sft.likelihood import *  # noqa: F403

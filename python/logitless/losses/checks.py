@@ -91,3 +91,10 @@ def constant(loss: Loss, name: str, value: Tensor | None, like: Tensor) -> Tenso
     if value.shape != like.shape:
         raise ValueError(f"{loss.name}: {name} must have shape {tuple(like.shape)}, got {tuple(value.shape)}")
     return value.detach().to(like.dtype)
+
+
+def shared_constant(loss: Loss, name: str, value: Tensor | None, like: Tensor) -> Tensor:
+    """A constant that all of a batch's sequences share, `[]`, or one each."""
+    if value is not None and value.dim() == 0:
+        value = value.expand(like.shape)
+    return constant(loss, name, value, like)

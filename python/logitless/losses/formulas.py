@@ -56,7 +56,7 @@ def k3(kappa: Tensor) -> Tensor:
     return torch.where(small, series, far)
 
 
-_ESTIMATES = {"k1": k1, "k2": k2, "k3": k3}
+KL_ESTIMATES = {"k1": k1, "k2": k2, "k3": k3}
 
 
 def kl_estimate(
@@ -86,10 +86,10 @@ def kl_estimate(
         if choice not in ESTIMATORS:
             raise ValueError(f"{name}: expected one of {', '.join(ESTIMATORS)}, got {choice!r}")
     kappa = ref_logprob.detach() - logprob
-    value = _ESTIMATES[estimator](kappa)
+    value = KL_ESTIMATES[estimator](kappa)
     value = value if ratio is None else ratio * value
     if gradient is None or (gradient == estimator and ratio is None):
         return value
-    slope = _ESTIMATES[gradient](kappa)
+    slope = KL_ESTIMATES[gradient](kappa)
     slope = slope if ratio is None else ratio.detach() * slope
     return slope + (value - slope).detach()

@@ -67,8 +67,9 @@ def reduction_rule(
     reduction: LossReduction,
     normalizer: Tensor | float | None,
     max_length: int | None,
+    divided_by: Tensor | None = None,
 ) -> reduce.Rule:
-    """The reduction of this batch's tokens."""
+    """The reduction of this batch's tokens; `divided_by` as in `reduce.rule`."""
     sequence = None
     if reduction in reduce.OF_SEQUENCES:
         sequence = need_sequences(tokens, f"reduction={reduction!r}")
@@ -79,6 +80,7 @@ def reduction_rule(
         num_sequences=tokens.sequences,
         normalizer=normalizer,
         max_length=max_length,
+        divided_by=divided_by,
     )
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import reduce
@@ -56,13 +55,23 @@ class Loss:
 
     @property
     def sequence_inputs(self) -> tuple[str, ...]:
-        """Constants per sequence, `[S]`, or of one number, `[]`, that an unpaired loss needs."""
+        """Constants per sequence, `[S]`, or of one number, `[]`, that a loss of whole sequences needs."""
         return ()
 
     @property
     def outputs(self) -> tuple[str, ...]:
         """The fields of `TokenStats` that the loss reads."""
         return ("logprob",)
+
+    @property
+    def lists(self) -> bool:
+        """Whether a token's target is a list of ids, so that `stats.logprob` and `inputs` are `[..., K]`."""
+        return False
+
+    @property
+    def within_list(self) -> bool:
+        """Whether log-probs renormalised over the list will do, so that no other logit is computed."""
+        return False
 
     @property
     def token_wise(self) -> bool:
@@ -72,6 +81,11 @@ class Loss:
     @property
     def of_sequences(self) -> bool:
         """Whether a value depends on where sequences begin."""
+        return False
+
+    @property
+    def own_means(self) -> bool:
+        """Whether the paper averages demonstrations and own tokens apart, by `token_weight=own_means(...)`."""
         return False
 
     @property
@@ -94,6 +108,17 @@ class Loss:
         """The reduction of the paper, by its name in `logitless.reduce`."""
         return "mean"
 
+    @property
+    def divided_by(self) -> Callable[[TokenStats | None, Mapping[str, Tensor]], Tensor | None] | None:
+        """Which tokens the reduction's divisor counts: a function of statistics and inputs to bool `[...]`.
+
+        None, the usual case: all that count. It concerns the divisor of a batch's own, not a `normalizer` from outside.
+        A divisor that depends on the statistics is known after them alone, so that a sweep cannot have it: where it is
+        wanted, a loss of tokens costs four GEMMs. A count over several batches is made before any statistics; the
+        function is then called with None for these, and gives None where it needs them.
+        """
+        return None
+
     def evaluate(
         self,
         stats: TokenStats,
@@ -113,7 +138,8 @@ class Loss:
         Args:
             stats: of the mask's shape, with the fields that `outputs` names.
             tokens: which tokens count, and their sequences.
-            inputs: the loss's inputs of the mask's shape; of an unpaired loss also its sequence inputs, `[S]` or `[]`.
+            inputs: the loss's inputs of the mask's shape; of a loss of whole sequences also its sequence inputs, `[S]`
+                or `[]`.
             token_weight, reduction, normalizer, max_length: see `linear_loss`.
             divergence: per token, for a loss that compares distributions.
         """
@@ -138,11 +164,12 @@ class _TensorLoss(Loss):
         divergence: Tensor | None = None,
     ) -> Tensor:
         """The reduced loss, or for "none" one value a token, 0 where it does not count."""
-        known = {name: torch.where(tokens.mask, x, torch.zeros_like(x)) for name, x in inputs.items()}
+        known = {name: reduce.zero_outside(tokens.mask, x) for name, x in inputs.items()}
         losses = self._values(stats, tokens, known, divergence)
         if token_weight is not None:
             losses = losses * token_weight.to(losses.dtype)
-        rule = reduction_rule(tokens, reduction, normalizer, max_length)
+        divided_by = None if self.divided_by is None else self.divided_by(stats, known)
+        rule = reduction_rule(tokens, reduction, normalizer, max_length, divided_by)
         return reduce.apply(losses, tokens.mask, rule, keep_tokens=reduction == "none")
 
     def _values(

@@ -57,14 +57,24 @@ class Sequences:
         """`[...]`: for every token the mean of its sequence's counted values; 0 where none counts."""
         return self.sum(values) / self.count(values.dtype)
 
+    def max(self, values: Tensor) -> Tensor:
+        """`[...]`: for every token the greatest of its sequence's counted values; -inf where none counts."""
+        values = torch.where(self.mask, values, -torch.inf)
+        if self._run is None:
+            padded = torch.nn.functional.pad(values, (0, 1), value=-torch.inf)  # a row may have no places at all
+            return padded.amax(-1, keepdim=True).expand_as(values)
+        flat = values.reshape(-1)
+        most = torch.full_like(flat, -torch.inf).scatter_reduce(0, self._run, flat, "amax")
+        return most[self._run].reshape(values.shape)
+
     def first(self) -> Tensor:
         """`[...]` bool: the first counted token of every sequence."""
         one = self.mask.to(wide_dtype(self.mask.device))
         return self.mask & (self.discounted(one, 1.0) == self.sum(one))
 
-    def discounted(self, values: Tensor, factor: float) -> Tensor:
-        """`y_t = values_t + factor y_next`, next the following counted token of the sequence; 0 where not counted."""
-        carry = torch.ones_like(values).masked_fill(self.mask, factor)
+    def discounted(self, values: Tensor, factor: float | Tensor) -> Tensor:
+        """`y_t = values_t + factor_t y_next`, next the following counted token of the sequence; 0 where not counted."""
+        carry = torch.where(self.mask, factor * torch.ones_like(values), 1.0)
         return torch.where(self.mask, self._scan(torch.where(self.mask, values, 0.0), carry), 0.0)
 
     def following(self, values: Tensor) -> Tensor:

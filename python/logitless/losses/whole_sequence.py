@@ -152,7 +152,8 @@ class PairLoss(WholeSequenceLoss):
     """A loss of pairs of sequences: `loss(chosen, rejected, ref_chosen, ref_rejected, **extras)`, `[B]` each.
 
     Of a batch's 2B sequences, sequence i is chosen over sequence B + i. A loss whose `inputs` are empty has no
-    reference, and is called as `loss(chosen, rejected, **extras)`.
+    reference, and is called as `loss(chosen, rejected, **extras)`. Its sequence inputs reach it as extras do, one of
+    each side: `chosen_reward`, `rejected_reward`.
     """
 
     level: ClassVar[str] = "pair"
@@ -171,7 +172,7 @@ class PairLoss(WholeSequenceLoss):
     def _token_weights(self, sequence: Tensor, count: int, mask: Tensor) -> Tensor | None:
         if self.tail_weight == 1.0:
             return None
-        lengths = _lengths(sequence, count, mask)
+        lengths = _wide_lengths(sequence, count, mask)
         shorter = torch.minimum(lengths[: count // 2], lengths[count // 2 :]).repeat(2)
         place = mask.cumsum(0)  # tokens of a sequence stand together, in their order
         before = place.new_full((count,), len(mask)).scatter_reduce_(0, sequence, place - mask.long(), "amin")
@@ -186,7 +187,8 @@ class PairLoss(WholeSequenceLoss):
         groups: Tensor,
     ) -> PreferenceResult:
         sides = {"chosen": groups, "rejected": groups + len(scores[0]) // 2}
-        by_side = {f"{side}_{name}": x[rows] for side, rows in sides.items() for name, x in extras.items()}
+        known = {name: x.expand(len(scores[0])) if x.dim() == 0 else x for name, x in sequence_inputs.items()}
+        by_side = {f"{side}_{name}": x[rows] for side, rows in sides.items() for name, x in {**extras, **known}.items()}
         return self(*(x[rows] for x in scores for rows in sides.values()), **by_side)
 
 
@@ -219,17 +221,16 @@ def reduce_groups(
     return type(result)(total, *result[1:])  # `_replace` makes an object that Dynamo of torch 2.9 to 2.11 cannot return
 
 
-def _lengths(sequence: Tensor, count: int, mask: Tensor) -> Tensor:
+def _wide_lengths(sequence: Tensor, count: int, mask: Tensor) -> Tensor:
     """Counted tokens of each sequence, `[count]` float64."""
-    zeros = torch.zeros(count, dtype=wide_dtype(mask.device), device=mask.device)
-    return zeros.index_add_(0, sequence, mask.to(zeros.dtype))
+    return reduce.sequence_lengths(mask, sequence, count).to(wide_dtype(mask.device))
 
 
 def _extras(names: tuple[str, ...], stats: TokenStats, sequence: Tensor, count: int, mask: Tensor) -> dict[str, Tensor]:
     """The properties of the sequences that `WholeSequenceLoss.extras` names, `[count]` each."""
     extras: dict[str, Tensor] = {}
     if "length" in names:
-        extras["length"] = _lengths(sequence, count, mask)
+        extras["length"] = _wide_lengths(sequence, count, mask)
     if "weight" in names:
         assert stats.logprob is not None and stats.log_sum_sq is not None
         surplus = (stats.logprob - stats.log_sum_sq).detach().to(wide_dtype(mask.device))

@@ -20,8 +20,12 @@ class Call(NamedTuple):
 
     hidden: Tensor  # [N, H]
     weight: Tensor  # [V, H]
-    targets: Tensor | None  # [N] int64
+    targets: Tensor | None  # [N] int64, or [N, K] with -1 for an absent place
     options: Options
+
+    def listed(self) -> bool:
+        """Whether every token lists several ids. (Dynamo of torch 2.9 has no rule for a named tuple's property.)"""
+        return self.targets is not None and self.targets.dim() > 1
 
     def needs(self) -> Needs:
         """Which of hidden, weight and bias want a gradient here and now."""
@@ -72,11 +76,15 @@ def prepare_call(
     weight: Tensor,
     targets: Tensor | None,
     options: Options,
+    *,
+    lists: bool = False,
     names: tuple[str, str, str] = ("hidden", "weight", "bias"),
 ) -> Call:
     """Checks and normalises the arguments that every op shares, and follows autocast as `F.linear` does.
 
-    `names`: the caller's names of the tensors, for messages.
+    Args:
+        lists: the targets may be `[..., K]`.
+        names: the caller's names of the tensors, for messages.
     """
     if isinstance(hidden, Tensor) and _autocasts(hidden.device.type):
         device = hidden.device.type
@@ -84,8 +92,11 @@ def prepare_call(
         options = replace(options, bias=None if options.bias is None else _autocast(options.bias, device))
     checks.check_head(hidden, weight, options, names)
     if targets is not None:
-        checks.check_targets("targets", targets, hidden)
-        targets = targets.reshape(-1).long()
+        checks.check_targets("targets", targets, hidden, lists=lists)
+        listed = targets.shape[hidden.dim() - 1 :]  # [K], or nothing
+        targets = targets.reshape(-1, *listed).long()
+        if listed:
+            targets = targets.masked_fill(targets == options.ignore_index, -1)
     return Call(hidden.reshape(-1, hidden.shape[-1]), weight, targets, options)
 
 

@@ -122,6 +122,23 @@ def check_constant(name: str, value: Tensor, device: torch.device, like: str = "
         raise ValueError(f"{name}: expected device {device} like {like}, got {value.device}")
 
 
+def check_entry_weight(name: str, value: Tensor, weight: Tensor) -> None:
+    """Raises unless the value is one constant for each vocabulary entry of a head's `weight`."""
+    check_tensor(name, value, f"[{weight.shape[0]}]", 1)
+    if len(value) != weight.shape[0]:
+        raise ValueError(f"{name}: expected shape [{weight.shape[0]}], got {list(value.shape)}")
+    check_constant(name, value, weight.device, like="weight")
+
+
+def check_logit_weight(value: Tensor | None, weight: Tensor, outputs: tuple[str, ...]) -> None:
+    """Raises unless the weights of the mean logit fit the head, and the mean logit is asked for."""
+    if value is None:
+        return
+    check_entry_weight("logit_weight", value, weight)
+    if "mean_logit" not in outputs:
+        raise ValueError(f"logit_weight: is read by 'mean_logit' alone, got outputs={list(outputs)}")
+
+
 def check_ignore_index(value: object) -> None:
     """Raises unless the value is an int."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -140,11 +157,17 @@ def _same_device(name: str, value: Any, hidden: Any) -> None:
         raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {value.device}")
 
 
-def check_targets(name: str, targets: Tensor, hidden: Tensor) -> None:
-    """Raises unless the targets are integers of the tokens' shape, on the device of `hidden`."""
-    check_tensor(name, targets, f"{list(hidden.shape[:-1])}")
-    if targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like hidden, got {list(targets.shape)}")
+def check_targets(name: str, targets: Tensor, hidden: Tensor, *, lists: bool = False) -> None:
+    """Raises unless the targets are integers of the tokens' shape, on the device of `hidden`.
+
+    `lists`: they may have one axis more, of several ids a token.
+    """
+    shape = list(hidden.shape[:-1])
+    expected = f"{shape}, or {[*shape, 'K']}," if lists else str(shape)
+    check_tensor(name, targets, expected)
+    listed = lists and targets.dim() == len(shape) + 1 and targets.shape[-1] > 0
+    if list(targets.shape[:-1] if listed else targets.shape) != shape:
+        raise ValueError(f"{name}: expected shape {expected} like hidden, got {list(targets.shape)}")
     if targets.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 (or int32) token ids, got {targets.dtype}")
     _same_device(name, targets, hidden)
@@ -157,13 +180,19 @@ def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: in
     require(~outside.any(), lambda: f"{expected}, got {int(targets[outside][0])}")
 
 
-def check_outputs(outputs: Iterable[str], *, with_targets: bool) -> tuple[str, ...]:
-    """The names asked for; raises unless each is known and can be computed from what the caller gives."""
+def check_outputs(outputs: Iterable[str], *, with_targets: bool, known: tuple[str, ...] = OUTPUTS) -> tuple[str, ...]:
+    """The names asked for; raises unless each is `known` and can be computed from what the caller gives."""
     if isinstance(outputs, str) or not isinstance(outputs, Iterable):
-        raise TypeError(f"outputs: expected a tuple of names of {list(OUTPUTS)}, got {outputs!r}")
+        raise TypeError(f"outputs: expected a tuple of names of {list(known)}, got {outputs!r}")
     names = tuple(outputs)
     for name in names:
-        check_choice("outputs", name, OUTPUTS)
+        if known is not OUTPUTS and name in OUTPUTS and name not in known:
+            raise ValueError(f"outputs: tokens that list several ids have {list(known)}, got {name!r}")
+        if known is OUTPUTS and name == "tail":
+            raise ValueError(
+                "outputs: 'tail' is of targets [..., K], several ids a token; targets[..., None] has K = 1"
+            )
+        check_choice("outputs", name, known)
         if not with_targets and name in ("logprob", "correct"):
             raise ValueError(f"targets: expected token ids, as outputs asks for {name!r}, got None")
     return names

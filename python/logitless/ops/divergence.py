@@ -42,7 +42,8 @@ def linear_divergence(
 
         forward_kl          KL(P|Q)
         reverse_kl          KL(Q|P)
-        js                  w KL(P|M) + (1-w) KL(Q|M),  M = w P + (1-w) Q,  w = mixture
+        symmetric_kl        (1-w) KL(P|Q) + w KL(Q|P),  w = mixture
+        js                  w KL(P|M) + (1-w) KL(Q|M),  M = w P + (1-w) Q
         skew_forward_kl     KL(P | (1-l) Q + l P),  l = skew
         skew_reverse_kl     KL(Q | (1-l) P + l Q)
         total_variation     1/2 sum |P - Q|
@@ -58,7 +59,8 @@ def linear_divergence(
         kind: see above.
         mask: `[...]` bool, the tokens that count; the others give 0 and no gradient, and cost nothing. None: all.
         mixture: weight of the *reference* in `js`, as in GKD; 1/2 is the symmetric one. The divergence vanishes
-            towards both ends, so 0 and 1 are refused unless `normalized`.
+            towards both ends, so 0 and 1 are refused unless `normalized`. In `symmetric_kl` it weights the reverse KL,
+            as DistiLLM's lambda does; 1/2 is half of Jeffreys' divergence.
         normalized: divides `js` by w (1-w), which makes it continuous: forward KL at 0, reverse KL at 1.
         skew: in [0, 1), the weight of the divergence's own first argument in the mixture; 0.1 as in DistiLLM.
         alpha: any number; 1/2 is 4 times the squared Hellinger distance, 2 half of Neyman's chi2, -1 of Pearson's.
@@ -88,12 +90,13 @@ def linear_divergence(
     Infinite results: `forward_kl` and `cross_entropy` are inf where P has mass and Q has none (-inf logits), their
     gradient for the model is finite there; `reverse_kl` where Q has mass and P has none, `pearson_chi2` and
     `neyman_chi2` also where `q^2 / p` (`p^2 / q`) overflows, at log-ratios of about 88 in float32, and `alpha` outside
-    (0, 1) likewise: there the gradient is NaN. The others are bounded: js by the entropy of the mixture (log 2 at 1/2),
-    skew by -log skew, total variation and squared Hellinger by 1. An entry whose probability underflows counts as
-    absent.
+    (0, 1) likewise: there the gradient is NaN. `symmetric_kl` is inf where either of its KLs is; its gradient is finite
+    or NaN as that one's. The others are bounded: js by the entropy of the mixture (log 2 at 1/2), skew by -log skew,
+    total variation and squared Hellinger by 1. An entry whose probability underflows counts as absent.
 
-    Source: GKD, arXiv 2306.13649 (js: its JSD(beta) with beta = mixture); DistiLLM, arXiv 2402.03898 (skews); the
-    others are textbook f-divergences. Gradients derived; see `logitless.backends.exact.divergence`.
+    Source: GKD, arXiv 2306.13649 (js: its JSD(beta) with beta = mixture); DistiLLM, arXiv 2402.03898 and its code
+    (skews, symmetric_kl); the others are textbook f-divergences. Gradients derived; see
+    `logitless.backends.exact.divergence`.
     """
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))
@@ -195,7 +198,7 @@ def _side(prefix: str, hidden: Tensor, head: Tensor | Head, options: Options) ->
     weight, bias, logit_scale, softcap, temperature = head
     options = replace(options, bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     names = (f"{prefix}hidden", f"{prefix}head.weight", f"{prefix}head.bias")
-    return prepare_call(hidden, weight, None, options, names)
+    return prepare_call(hidden, weight, None, options, names=names)
 
 
 def _strategy(pair: _Pair, reduction: str) -> str:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..types import OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
+from ..types import LIST_OUTPUTS, OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
 from . import checks
 from .call import Call, prepare_call
+from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, statistics_from_lse
 from .registered.logprobs import logprobs
 
 
@@ -17,12 +18,14 @@ def linear_logprobs(
     weight: Tensor,
     targets: Tensor | None,
     *,
+    among: Tensor | None = None,
     bias: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
@@ -37,11 +40,20 @@ def linear_logprobs(
         hidden: `[..., H]`, any strides; float64, float32, bfloat16 or float16. Under autocast, cast as `F.linear` does.
         weight: `[V, H]`, the dtype and device of `hidden`.
         targets: `[...]` int64 or int32 ids in [0, V), aligned with `hidden` (no shift), or `ignore_index`. None where
-            `outputs` asks only for `lse`, `entropy`, `mean_logit` or `log_sum_sq`.
+            `outputs` asks only for `lse`, `entropy`, `mean_logit` or `log_sum_sq`. Or `[..., K]`, several ids a token,
+            -1 or `ignore_index` for an absent place, at the price of one: `logprob` is `[..., K]` then, and `outputs`
+            are of logprob, lse, entropy and `tail`, the logarithm of the mass not listed. An id listed twice counts
+            once. A token without an id gives 0; an absent place, 0.
+        among: `[..., K]` ids, -1 or `ignore_index` for an absent place: the distribution is renormalised over each
+            token's own list, as a sampler's top-k and top-p do, and every target must be in it. No product with the
+            vocabulary is made: 2 N K H flops. `outputs` are of logprob, lse, entropy, correct and log_sum_sq. With
+            `among=targets`, both `[..., K]`: the log-probs of the whole list.
         bias: `[V]`; -inf masks a vocabulary entry.
         logit_scale, softcap, temperature: see `LogitTransform`. The defaults leave the logits as they are.
         ignore_index: tokens with this target give 0 and no gradient, and cost nothing. -100 as in PyTorch.
         outputs: which fields of `TokenStats` to compute. The differentiable ones may all be used together.
+        logit_weight: `[V]` constants w, with which `mean_logit` is `mean_j w_j z_j` (NaN where w is 0 and the logit
+            -inf). Under a softcap a chunk's rows are then PyTorch's operations, whatever the backend.
         backend: "reference" (full logits, plain autograd), "cuda", "triton", "chunked", or "auto": the first of the
             last three that takes these tensors (`python -m logitless info` says which, and why not the others).
         backward: "recompute" computes each chunk's logits again (1 + 3 GEMMs of 2 N H V flops); "single_pass" keeps
@@ -64,7 +76,8 @@ def linear_logprobs(
             side, which a corrected tail is much nearer to. None: the head's own order.
 
     Returns:
-        `TokenStats`, each field of `hidden`'s leading shape in float32 (float64 for float64); None where not asked for.
+        `TokenStats`, each field of `hidden`'s leading shape (logprob: of the targets') in float32 (float64 for
+        float64); None where not asked for.
 
     Raises:
         TypeError, ValueError: a wrong type, shape, dtype, device or value, before anything is computed, and a target
@@ -83,12 +96,42 @@ def linear_logprobs(
         chunk_dtype,
         tail_tolerance,
         vocabulary_order,
+        logit_weight,
     )
-    outputs = checks.check_outputs(outputs, with_targets=targets is not None)
-    call = prepare_call(hidden, weight, targets, options)
+    call = prepare_call(hidden, weight, targets, options, lists=True)
+    if among is not None:
+        stats = _among(call, among, targets, outputs)
+    else:
+        known = LIST_OUTPUTS if call.listed() else OUTPUTS
+        outputs = checks.check_outputs(outputs, with_targets=targets is not None, known=known)
+        checks.check_logit_weight(logit_weight, weight, outputs)
+        stats = _of_lists(call, outputs) if call.listed() else _statistics_of_call(call, outputs)
     shape = hidden.shape[:-1]
-    stats = _statistics_of_call(call, outputs)
-    return TokenStats(*(None if x is None else x.reshape(shape) for x in stats))
+    return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
+
+
+def _among(call: Call, among: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
+    """The statistics of a distribution over the listed ids alone."""
+    if targets is None or (call.listed() and among is not targets):
+        raise ValueError("targets: with among, expected one id a token, or the same tensor as among")
+    outputs = checks.check_outputs(
+        outputs, with_targets=not call.listed() or "correct" not in outputs, known=KEPT_OUTPUTS
+    )
+    checks.check_logit_weight(call.options.logit_weight, call.weight, outputs)
+    listed = prepare_call(call.hidden, call.weight, among.reshape(-1, among.shape[-1]), call.options, lists=True)
+    assert listed.targets is not None
+    return kept_statistics(call, listed.targets, outputs)
+
+
+def _of_lists(call: Call, outputs: tuple[str, ...]) -> TokenStats:
+    """The statistics of targets `[N, K]`; an approximate strategy has those of the whole distribution."""
+    if not call.approximates():
+        return exact_statistics(call, outputs)
+    assert call.targets is not None
+    some_id = call.targets.amax(-1)
+    one = call._replace(targets=some_id.masked_fill(some_id < 0, call.options.ignore_index))
+    names = ("lse", *(name for name in outputs if name == "entropy"))
+    return statistics_from_lse(call, outputs, _statistics_of_call(one, names))
 
 
 def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
@@ -104,6 +147,7 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.bias,
         targets,
         options.vocabulary_order,
+        options.logit_weight,
         options.transform.packed(),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
@@ -127,6 +171,7 @@ def _reference(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         transform=options.transform,
         ignore_index=options.ignore_index,
         outputs=outputs,
+        logit_weight=options.logit_weight,
     )
 
 

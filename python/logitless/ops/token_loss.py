@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import reduce
-from ..types import OptionKeywords, Options, Reduction
+from ..types import LIST_OUTPUTS, OUTPUTS, OptionKeywords, Options, Reduction
 from . import checks, functions
 from .call import Call, prepare_call
 from .functions import PerTokenLoss
@@ -26,6 +26,7 @@ def linear_token_loss(
     *,
     token_inputs: Sequence[Tensor] = (),
     outputs: tuple[str, ...] = ("logprob",),
+    logit_weight: Tensor | None = None,
     reduction: Reduction = "mean",
     normalizer: Tensor | float | None = None,
     **options: Unpack[OptionKeywords],
@@ -36,13 +37,15 @@ def linear_token_loss(
     chunk's logits become its gradient at once: three GEMMs of 2 N H V flops in all, two where the head is frozen.
 
     Args:
-        hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]`, as in `linear_logprobs`.
+        hidden, weight, targets: `[..., H]`, `[V, H]`, `[...]` (or `[..., K]`), as in `linear_logprobs`.
         per_token_loss: any function of `(TokenStats of [n] vectors, *[n] token inputs)` that returns `[n]` losses, of
             differentiable PyTorch operations. It is called chunk by chunk, or once with all tokens, so it must be
             elementwise along them; what it gives for tokens that do not count is left out. What it closes over gets no
             gradient. Without any gradient wanted the forward alone is computed.
-        token_inputs: constants of shape `[...]` (such as a reference's log-probs), cut into chunks with the tokens.
+        token_inputs: constants of shape `[...]` (such as a reference's log-probs), cut into chunks with the tokens; of
+            shape `[..., K]` where the targets have lists.
         outputs: the fields of `TokenStats` that the function reads.
+        logit_weight: `[V]` constants, the weights of `mean_logit`, as in `linear_logprobs`.
         reduction: "mean" divides by the number of tokens that count, or by `normalizer` (a number or a tensor of one:
             the global count under gradient accumulation or data parallelism); all ignored gives 0, connected to the
             graph. "sum"; "none" returns `[...]`, 0 where ignored.
@@ -61,15 +64,19 @@ def linear_token_loss(
     """
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)
-    outputs = checks.check_outputs(outputs, with_targets=True)
     checks.check_tokens(hidden, targets)
     if not callable(per_token_loss):
         raise TypeError(f"per_token_loss: expected a function, got {type(per_token_loss).__name__}")
-    call = prepare_call(hidden, weight, targets, Options(**options))
+    call = prepare_call(hidden, weight, targets, Options(**options, logit_weight=logit_weight), lists=True)
+    outputs = checks.check_outputs(outputs, with_targets=True, known=LIST_OUTPUTS if call.listed() else OUTPUTS)
+    checks.check_logit_weight(logit_weight, weight, outputs)
     for i, value in enumerate(token_inputs):
-        check_token_input(f"token_inputs[{i}]", value, hidden)
+        check_token_input(f"token_inputs[{i}]", value, hidden, lists=call.listed())
+    if call.listed() and call.approximates():
+        raise ValueError(f"backward: {options['backward']!r} takes one target a token here; see linear_logprobs")
+    counts = counted(targets, call)
     if normalizer is None:
-        normalizer = reduce.count_tokens(targets, call.options.ignore_index)
+        normalizer = counts.sum().float()
     by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
     if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
         if reduction == "none" and call.options.backward == "single_pass" and call.trains_head():
@@ -77,23 +84,30 @@ def linear_token_loss(
                 "backward: 'single_pass' cannot serve reduction='none' with a trainable head, whose upstream gradients "
                 "come after the pass; use backward='auto' or 'recompute'"
             )
-        stats = linear_logprobs(hidden, weight, targets, outputs=outputs, **options)
-        counts = targets != call.options.ignore_index
+        stats = linear_logprobs(hidden, weight, targets, outputs=outputs, logit_weight=logit_weight, **options)
         # What stands behind an ignored token may be anything; a function's derivative there must not be NaN.
-        known = [torch.where(counts, x, torch.zeros_like(x)) for x in token_inputs]
-        losses = check_losses(per_token_loss(stats, *known), tuple(targets.shape))
+        known = [reduce.zero_outside(counts, x) for x in token_inputs]
+        losses = check_losses(per_token_loss(stats, *known), tuple(counts.shape))
         rule = reduce.Rule(None, 1.0 if reduction == "sum" else normalizer)
         return reduce.apply(losses, counts, rule, keep_tokens=reduction == "none")
-    flat = [x.reshape(-1) for x in token_inputs]
+    flat = [x.reshape(len(call.hidden), *x.shape[hidden.dim() - 1 :]) for x in token_inputs]
     total = sum_in_one_sweep(call, per_token_loss, flat, outputs).loss
     return total if reduction == "sum" else reduce.mean(total, normalizer)
+
+
+def counted(targets: Tensor, call: Call) -> Tensor:
+    """The tokens that count, of the shape of the targets without their lists."""
+    if not call.listed():
+        return targets != call.options.ignore_index
+    assert call.targets is not None
+    return (call.targets >= 0).any(-1).view(targets.shape[:-1])
 
 
 class SweepResult(NamedTuple):
     """The results of one sweep."""
 
     loss: Tensor  # [] sum of the losses, differentiable
-    logprob: Tensor  # [N], a constant
+    logprob: Tensor  # of the flat targets' shape, a constant
 
 
 def sum_in_one_sweep(
@@ -127,6 +141,7 @@ def _total(
         options.bias,
         call.targets,
         options.vocabulary_order,
+        options.logit_weight,
         list(inputs),
         groups,
         function,
@@ -140,9 +155,9 @@ def _total(
     return SweepResult(loss, logprob)
 
 
-def check_token_input(name: str, value: Tensor, hidden: Tensor) -> None:
-    """Raises unless the value is a constant of the tokens' shape."""
+def check_token_input(name: str, value: Tensor, hidden: Tensor, *, lists: bool = False) -> None:
+    """Raises unless the value is a constant of the tokens' shape; with `lists`, of some numbers a token."""
     checks.check_tensor(name, value, f"{list(hidden.shape[:-1])}")
-    if value.shape != hidden.shape[:-1]:
+    if (value.shape[: hidden.dim() - 1] if lists else value.shape) != hidden.shape[:-1]:
         raise ValueError(f"{name}: expected shape {list(hidden.shape[:-1])} like targets, got {list(value.shape)}")
     checks.check_constant(name, value, hidden.device)

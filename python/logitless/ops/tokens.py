@@ -59,10 +59,13 @@ class Tokens(NamedTuple):
 
 
 def of_targets(targets: Tensor, ignore_index: int, vocabulary: int) -> Tokens:
-    """The tokens whose target is not `ignore_index`; a target outside the vocabulary is an error."""
-    counts = targets != ignore_index
+    """The tokens whose target is not `ignore_index`, or of targets `[N, K]` those that list an id (-1: none).
+
+    An id outside the vocabulary is an error.
+    """
+    counts = targets != (ignore_index if targets.dim() == 1 else -1)
     check_ids(targets, counts, ignore_index, vocabulary)
-    return of_mask(counts)
+    return of_mask(counts if targets.dim() == 1 else counts.any(-1))
 
 
 def of_mask(mask: Tensor | None) -> Tokens:

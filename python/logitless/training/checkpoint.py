@@ -5,6 +5,8 @@
         optimizer.safetensors                  AdamW's moments, named "<moment>.<parameter>"
         rng_state.safetensors                  generator states: torch's CPU and GPU generators of every process
         rng_state.json                         generator states: Python's and NumPy's
+        estimated.safetensors                  inputs of the loss that the run estimates (`estimates.py`), if any
+        reference.safetensors                  the reference model's parameters, where it follows the trained model
         trainer_state.json                     step, counters, open log window, hashes of data and options
 
 Nothing is pickled, so nothing is executed on loading. A folder appears under its name when it is complete (`files.py`).
@@ -30,6 +32,8 @@ from logitless.training.errors import InputError
 from logitless.training.parallel import World
 
 STATE = "trainer_state.json"
+ESTIMATED = "estimated.safetensors"
+REFERENCE = "reference.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -46,6 +50,8 @@ def save(
     model: Any,
     tokenizer: Any,
     optimizer: torch.optim.Optimizer,
+    estimated: dict[str, torch.Tensor],
+    reference: dict[str, torch.Tensor],
     state: dict[str, Any],
     world: World,
     keep: int | None,
@@ -58,6 +64,10 @@ def save(
             save_model(unfinished, model, tokenizer)
             save_file(optimizer_state(model, optimizer), unfinished / "optimizer.safetensors")
             save_file(generators, unfinished / "rng_state.safetensors")
+            if estimated:
+                save_file(estimated, unfinished / ESTIMATED)
+            if reference:
+                save_file(reference, unfinished / REFERENCE)
             files.write_json(unfinished / "rng_state.json", python_generators())
             files.write_json(unfinished / STATE, state)
         for old in checkpoints(output_dir)[: -keep if keep else 0]:
@@ -81,11 +91,33 @@ def load_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+def load_estimated(folder: Path) -> dict[str, torch.Tensor]:
+    """The estimated inputs of a checkpoint; none where it has none."""
+    path = folder / ESTIMATED
+    return load_file(path) if path.is_file() else {}
+
+
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Puts back the optimizer's and the generators' states."""
     load_optimizer_state(model, optimizer, load_file(folder / "optimizer.safetensors"), folder)
     set_generator_states(load_file(folder / "rng_state.safetensors"), world)
     set_python_generators(json.loads((folder / "rng_state.json").read_text(encoding="utf-8")))
+
+
+@torch.no_grad()
+def restore_reference(folder: Path, reference: dict[str, torch.Tensor]) -> None:
+    """Puts back a reference that follows the trained model, parameter by parameter.
+
+    Raises:
+        InputError: the checkpoint has one and the run does not, or the other way round: it would begin anew.
+    """
+    saved = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
+    if saved.keys() != reference.keys():
+        more = len(saved) > len(reference)
+        was, now = ("followed the trained model", "stays") if more else ("stayed", "follows it")
+        raise InputError(f"sync_ref_model: in {folder} the reference {was}, and now it {now}")
+    for name, tensor in reference.items():
+        tensor.copy_(saved[name])
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -13,12 +13,15 @@ Labels of a sequence's first token are always -100 (`tokenize.py`), so the shift
 from __future__ import annotations
 
 import bisect
-import operator
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
+from torch.nn import functional
 
+from logitless.training.columns import ABSENT
 from logitless.training.tokenize import IGNORED, Example
 
 Inputs = Mapping[str, torch.Tensor]  # per-token inputs of the loss, [T] each, aligned with an example's tokens
@@ -32,10 +35,6 @@ class Piece:
     example: Example
     loss_inputs: Inputs = field(default_factory=dict)
 
-    def input(self, name: str) -> torch.Tensor:
-        """One of the loss inputs, `[T]`."""
-        return self.loss_inputs[name]
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -46,8 +45,9 @@ class Batch:
     attention_mask: torch.Tensor | None = None  # [B, T] int64; padded batches only
     position_ids: torch.Tensor | None = None  # [B, T] int64; packed and padding-free batches only
     cu_seqlens: torch.Tensor | None = None  # [sequences + 1] int32, in the flattened rows; packed and padding-free
-    loss_inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # [B, T] each
+    loss_inputs: dict[str, torch.Tensor] = field(default_factory=dict)  # [B, T] or [B, T, K] each
     tokens: int = 0  # without padding
+    examples: tuple[Example, ...] = ()  # the sequences, in their order
 
     @property
     def counted(self) -> int:
@@ -69,6 +69,10 @@ class Batch:
             cu_seqlens=move(self.cu_seqlens),
             loss_inputs={name: tensor.to(device, non_blocking=True) for name, tensor in self.loss_inputs.items()},
         )
+
+    def with_inputs(self, **inputs: Any) -> Batch:
+        """A copy of the batch with further inputs of the loss."""
+        return replace(self, loss_inputs={**self.loss_inputs, **inputs})
 
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """What the model's forward is given, labels apart."""
@@ -102,8 +106,9 @@ def packed(packs: Sequence[Sequence[Piece]], pad_token: int) -> Batch:
         labels=rows(IGNORED, lambda piece: piece.example.labels.long()),
         position_ids=torch.stack([torch.cat([torch.arange(span) for span in row]) for row in spans]),
         cu_seqlens=torch.tensor([0, *(span for row in spans for span in row)]).cumsum(0).int(),
-        loss_inputs={name: rows(0.0, operator.methodcaller("input", name)) for name in packs[0][0].loss_inputs},
+        loss_inputs={name: rows(0.0, _same_width(name, packs)) for name in packs[0][0].loss_inputs},
         tokens=sum(map(sum, lengths)),
+        examples=tuple(piece.example for pack in packs for piece in pack),
     )
 
 
@@ -114,7 +119,18 @@ def padding_free(pieces: Sequence[Piece]) -> Batch:
 
 def _row(parts: list[torch.Tensor], width: int, fill: float) -> torch.Tensor:
     used = sum(len(part) for part in parts)
-    return torch.cat([*parts, torch.full((width - used,), fill, dtype=parts[0].dtype)])
+    return torch.cat([*parts, torch.full((width - used, *parts[0].shape[1:]), fill, dtype=parts[0].dtype)])
+
+
+def _same_width(name: str, packs: Sequence[Sequence[Piece]]) -> Callable[[Piece], torch.Tensor]:
+    """One of the loss inputs, `[T]`, or `[T, K]` with the K of the piece that has most."""
+    width = max(math.prod(piece.loss_inputs[name].shape[1:]) for pack in packs for piece in pack)
+
+    def values(piece: Piece) -> torch.Tensor:
+        own = piece.loss_inputs[name]
+        return own if own.dim() == 1 else functional.pad(own, (0, width - own.shape[1]), value=ABSENT)
+
+    return values
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

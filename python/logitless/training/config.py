@@ -11,7 +11,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from logitless.losses import Loss
 
 METHODS = {"sft": "nll", "dft": "dft", "f-divergence": "f_divergence_sft", "dpo": "dpo"}
-LEARNING_RATE = 2e-5
+TEACHER_IDS = 64  # ids a token that `logitless teach` writes
+LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
 PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
 
 # The same option under the name another tool gives it.
@@ -91,6 +92,11 @@ class TrainOptions:
     label_smoothing: float | None = option(None, "The loss's label smoothing.", group="Method")
     divergence: str | None = option(None, "The loss's f-divergence.", group="Method")
     alpha: float | None = option(None, "The order of the alpha divergence.", group="Method")
+    mixture: Sequence[Mapping[str, Any]] | None = option(
+        None,
+        "Several losses, each over data of its own: a list of {method, dataset_name, weight, ...}.",
+        group="Method",
+    )
     backend: str = option(
         "auto",
         "auto, cuda, triton, chunked, reference (full logits, through the patch), or materialised (the unpatched "
@@ -168,13 +174,17 @@ class TrainOptions:
     )
 
     # Optimisation
-    per_device_train_batch_size: int = option(8, "Rows (pairs, packs) per device and step.", group="Optimisation")
-    per_device_eval_batch_size: int = option(8, "Rows (pairs) per device in evaluation.", group="Optimisation")
+    per_device_train_batch_size: int = option(
+        8, "Rows (pairs, packs, groups) per device and step.", group="Optimisation"
+    )
+    per_device_eval_batch_size: int = option(8, "Rows (pairs, groups) per device in evaluation.", group="Optimisation")
     gradient_accumulation_steps: int = option(1, "Micro-batches per optimizer step.", group="Optimisation")
     num_train_epochs: float = option(3.0, "Passes over the data.", group="Optimisation")
     max_steps: int = option(-1, "Optimizer steps; overrides num_train_epochs when positive.", group="Optimisation")
     learning_rate: float | None = option(
-        None, f"Default: {LEARNING_RATE}, {PREFERENCE_LEARNING_RATE} for preference losses.", group="Optimisation"
+        None,
+        f"Default: {LEARNING_RATE}; {PREFERENCE_LEARNING_RATE} with a preference loss. LoRA needs more.",
+        group="Optimisation",
     )
     lr_scheduler_type: str = option(
         "linear",
@@ -199,6 +209,18 @@ class TrainOptions:
         "It reads the same tokens and has the same vocabulary.",
         group="Reference",
     )
+    old_policy_steps: int = option(
+        8,
+        "Updates for which a proximal loss keeps its old policy, where no column old_logprob gives it; 8 in PSFT.",
+        group="Reference",
+    )
+    sync_ref_model: bool = option(
+        False, "Let the reference follow the trained model (TR-DPO), as the two options below say.", group="Reference"
+    )
+    ref_model_mixup_alpha: float = option(
+        0.6, "The trained model's share of the mixture that the reference becomes; 1 is a copy.", group="Reference"
+    )
+    ref_model_sync_steps: int = option(512, "Updates after which the reference moves.", group="Reference")
     precompute_ref_log_probs: bool = option(
         False, "Compute the reference's log-probabilities once, before training, and cache them.", group="Reference"
     )
@@ -230,7 +252,8 @@ class TrainOptions:
         for spec in dataclasses.fields(self):
             _check_choice(spec, getattr(self, spec.name))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "lora_r", "lora_alpha", "logging_steps", "save_steps"):  # fmt: skip
+                     "lora_r", "lora_alpha", "logging_steps", "save_steps", "old_policy_steps",
+                     "ref_model_sync_steps"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("eval_steps", "save_total_limit"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
@@ -238,6 +261,7 @@ class TrainOptions:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2", "eval_fraction", "lora_dropout", "warmup_ratio"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
@@ -253,7 +277,7 @@ class TrainOptions:
 
     def require_inputs(self) -> None:
         """Raises InputError where the model or the data is not named (checked when a run starts, not when made)."""
-        for name in ("model_name_or_path", "dataset_name"):
+        for name in ("model_name_or_path", "dataset_name") if self.mixture is None else ("model_name_or_path",):
             if not getattr(self, name):
                 raise InputError(f"--{name} is required (on the command line or in the --config file)")
 
@@ -323,13 +347,16 @@ def options_from_mapping(values: Mapping[str, Any], source: str) -> tuple[TrainO
     `source` names where the values come from in error messages. Numbers may come as text (YAML 1.1 reads 2e-5 as a
     string). Raises InputError for an unknown key, with the nearest known name, or a value of the wrong type.
     """
+    notes = [f"{source}: {key} changes nothing here: {INERT_KEYS[key]}" for key in values if key in INERT_KEYS]
+    given = convert({key: value for key, value in values.items() if key not in INERT_KEYS}, source)
+    return TrainOptions(**given), notes
+
+
+def convert(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Arguments of `TrainOptions` from string keys, under whatever name and as text or not; raises as above."""
     hints = field_types()
     given: dict[str, Any] = {}
-    notes: list[str] = []
     for key, value in values.items():
-        if key in INERT_KEYS:
-            notes.append(f"{source}: {key} changes nothing here: {INERT_KEYS[key]}")
-            continue
         if key in UNSUPPORTED_KEYS:
             _require_unused(key, value, source)
             continue
@@ -346,7 +373,7 @@ def options_from_mapping(values: Mapping[str, Any], source: str) -> tuple[TrainO
         if given.get(name, converted) != converted:
             raise InputError(f"{source}: {name} is given twice with different values ({key!r} is another name of it)")
         given[name] = converted
-    return TrainOptions(**given), notes
+    return given
 
 
 def _require_unused(key: str, value: Any, source: str) -> None:
@@ -432,6 +459,15 @@ def _to_mapping(value: Any) -> dict[str, Any]:
     return {key: _number(item) for key, item in content.items()}
 
 
+def _to_mappings(value: Any) -> list[dict[str, Any]]:
+    import yaml
+
+    items = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or not all(isinstance(item, Mapping) for item in items):
+        raise TypeError(value)
+    return [dict(item) for item in items]
+
+
 def _number(value: Any) -> Any:
     """Text such as 1e-1, which YAML 1.1 leaves a string, as a number."""
     try:
@@ -447,4 +483,5 @@ _CONVERT: dict[Any, Any] = {
     str: _to_str,
     tuple: _to_names,
     Mapping: _to_mapping,
+    Sequence: _to_mappings,
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from logitless.training.errors import InputError
 class Row(NamedTuple):
     """One row of data and where it stands."""
 
-    values: dict[str, Any]
+    values: Mapping[str, Any]
     origin: str
 
 
@@ -114,11 +114,30 @@ def _parquet(path: Path) -> Iterator[Row]:
     except ImportError as error:
         raise InputError(f"{path}: reading Parquet needs pyarrow (pip install pyarrow)") from error
     try:
-        batches = parquet.ParquetFile(path).iter_batches()
-        values = (value for batch in batches for value in batch.to_pylist())
+        batches = parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        values = (_ArrowRow(batch, index) for batch in batches for index in range(len(batch)))
         yield from (Row(value, f"{path}, row {number}") for number, value in enumerate(values, 1))
     except ArrowInvalid as error:
         raise InputError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+class _ArrowRow(Mapping[str, Any]):
+    """A row of an Arrow table, of which a value becomes Python's when it is read.
+
+    Lists of numbers, such as a teacher's ids, take less than half of the memory that they take as Python's.
+    """
+
+    def __init__(self, batch: Any, index: int) -> None:
+        self._batch, self._index = batch, index
+
+    def __getitem__(self, name: str) -> Any:
+        return self._batch.column(name)[self._index].as_py()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._batch.schema.names)
+
+    def __len__(self) -> int:
+        return int(self._batch.num_columns)
 
 
 def _from_datasets(name: str, split: str, config: str | None) -> Iterator[Row]:

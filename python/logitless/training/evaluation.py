@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from logitless.losses import Loss, PairLoss
+from logitless.losses import PairLoss
 from logitless.training.collate import Batch, consecutive
 from logitless.training.loader import Loader
-from logitless.training.objective import Engine, loss_count, objective_of_stats
+from logitless.training.objective import loss_count, objective_of_stats
 
 if TYPE_CHECKING:
-    from logitless.training.run import Run
+    from logitless.training.run import Component
 
 #: A preference loss's metrics: TRL's names, and the fields of `PreferenceResult` that they average over pairs.
 PREFERENCE_METRICS = {
@@ -29,35 +29,37 @@ TOKEN_METRICS = ("nll", "mean_token_accuracy")
 
 
 @torch.no_grad()
-def evaluate_loss(run: Run, loader: Loader) -> dict[str, float]:
+def evaluate_loss(component: Component, loader: Loader) -> dict[str, float]:
     """Means over all tokens that count, or over all pairs, of a loader's data.
 
     `loss`; `nll`, the mean negative log-likelihood, which can be compared between losses; and `mean_token_accuracy`.
     For preference losses `loss` and the `PREFERENCE_METRICS`. Processes share the batches out.
     """
-    was_training, world = run.model.training, run.world
-    run.model.eval()
-    names = PREFERENCE_METRICS if isinstance(run.loss, PairLoss) else TOKEN_METRICS
+    was_training, world = component.model.training, component.world
+    component.model.eval()
+    names = PREFERENCE_METRICS if isinstance(component.loss, PairLoss) else TOKEN_METRICS
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
-    batches = consecutive(len(loader.units), run.options.per_device_eval_batch_size)
+    batches = consecutive(len(loader.units), component.options.per_device_eval_batch_size)
     for units in batches[world.rank :: world.size]:
-        for name, value in _sums(run.model, run.loss, run.engine, run.complete(loader.batch(units))).items():
+        for name, value in _sums(component, component.complete_held_out(loader.batch(units))).items():
             totals[name] += value
-    run.model.train(was_training)
+    component.model.train(was_training)
     totals = {name: world.sum(value) for name, value in totals.items()}
     weight, counted = totals.pop("weight"), totals.pop("count")
     return {name: value / (weight if name == "loss" else counted) for name, value in totals.items()}
 
 
-def _sums(model: Any, loss: Loss, engine: Engine, batch: Batch) -> dict[str, float]:
+def _sums(component: Component, batch: Batch) -> dict[str, float]:
     """The loss and what it is a mean over (`weight`), the metrics and what they are means over (`count`)."""
-    wanted = loss.outputs if isinstance(loss, PairLoss) else (*loss.outputs, "logprob", "correct")
+    model, loss, engine = component.model, component.loss, component.engine
+    of_labels = not (loss.compares_distributions or loss.lists or loss.stats_temperature != 1.0)
+    wanted = (*(loss.outputs if of_labels else ()), "logprob", *(() if isinstance(loss, PairLoss) else ("correct",)))
     stats = engine.stats(model, batch, tuple(dict.fromkeys(wanted)))
-    if loss.compares_distributions or loss.stats_temperature != 1.0:  # not a function of these statistics
+    if of_labels:
+        objective = objective_of_stats(loss, stats, batch, max_length=component.options.max_length)
+    else:  # not a function of these statistics
         objective = engine.objective(model, batch, 1.0)
-    else:
-        objective = objective_of_stats(loss, stats, batch)
-    weight = loss_count(loss, batch)
+    weight = loss_count(loss, batch, lambda: stats)
     sums = {"weight": weight, "loss": float(objective.loss)}
     if isinstance(loss, PairLoss):
         pairs = {name: float(getattr(objective.result, part).sum()) for name, part in PREFERENCE_METRICS.items()}

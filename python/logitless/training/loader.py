@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,36 +13,51 @@ from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, p
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
+from logitless.training.inputs import InputSources, input_sources
 from logitless.training.model import check_packing, uses_flash_attention
 from logitless.training.objective import reads_sequences
-from logitless.training.tokenize import Example, RowTokenizer, TokenizedData
+from logitless.training.tokenize import RowTokenizer, TokenizedData
+
+TOGETHER = "group"  # the input that says which rows a loss compares, so that they must be in one batch
 
 
 def load_data(
-    options: TrainOptions, tokenizer: object, loss: Loss, columns: tuple[str, ...]
-) -> tuple[TokenizedData, TokenizedData | None]:
-    """Training and evaluation data (None where there is none), tokenised.
+    options: TrainOptions, tokenizer: object, loss: Loss, estimated: Collection[str]
+) -> tuple[InputSources, TokenizedData, TokenizedData | None]:
+    """Where the loss's inputs come from; training and evaluation data (None where there is none), tokenised.
+
+    Args:
+        estimated: the inputs that the run can estimate.
 
     Raises:
-        InputError: see `read_rows` and `RowTokenizer`; evaluation asked for without data for it.
+        InputError: see `read_rows`, `input_sources` and `RowTokenizer`; evaluation asked for without data for it.
     """
-    tokenize = RowTokenizer(
-        tokenizer,
-        options.max_length,
-        options.truncation_mode,
-        completion_only=options.completion_only_loss is not False,
-        text_field=options.dataset_text_field,
-        columns=columns,
-    )
-    read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
+    sources = input_sources(loss, rows, options.dataset_name, estimated)
+    tokenize = row_tokenizer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
+    read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
         rows, held_out = split_rows(rows, options.eval_fraction, options.seed)
     if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
                          "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
-    return read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
+    return sources, read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
+
+
+def row_tokenizer(
+    options: TrainOptions, tokenizer: object, columns: tuple[str, ...] = (), single: tuple[str, ...] = ()
+) -> RowTokenizer:
+    """How the options have rows tokenised; see `RowTokenizer` for the columns."""
+    return RowTokenizer(
+        tokenizer,
+        options.max_length,
+        options.truncation_mode,
+        completion_only=options.completion_only_loss is not False,
+        text_field=options.dataset_text_field,
+        columns=columns,
+        single=single,
+    )
 
 
 def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
@@ -88,19 +104,21 @@ def make_loaders(
     pad_token = 0 if pad_token is None else pad_token
     capacity = options.max_length if options.packing else None
     # Flash attention finds boundaries in a single row only.
-    train = Loader(data, pad_token, flat or (options.packing and flash), capacity)
-    return train, None if eval_data is None else Loader(eval_data, pad_token, flat)
+    together = TOGETHER if TOGETHER in loss.inputs else None
+    train = Loader(data, pad_token, flat or (options.packing and flash), capacity, together=together)
+    return train, None if eval_data is None else Loader(eval_data, pad_token, flat, together=together)
 
 
 @dataclass
 class Loader:
-    """Builds batches of units; a unit is one item, or with `capacity` one pack of items.
+    """Builds batches of units; a unit is one item, or all items with one value of `together`, or a pack of items.
 
     Args:
         data: tokenised rows.
         pad_token: what fills short rows; never read by attention or loss.
         flat: one row per batch instead of padding.
         capacity: tokens per pack, or None for no packing.
+        together: column whose equal values must be in one batch, such as the prompt that several answers share.
         stored: the reference's values per item, where they were computed before.
     """
 
@@ -109,11 +127,14 @@ class Loader:
     flat: bool
     capacity: int | None = None
     stored: Stored | None = None
+    together: str | None = None
     units: list[list[int]] = field(init=False)
 
     def __post_init__(self) -> None:
         items = self.data.items
-        if self.capacity is None:
+        if self.together is not None:
+            self.units = _by_value([float(item[0].inputs[self.together][0]) for item in items])
+        elif self.capacity is None:
             self.units = [[index] for index in range(len(items))]
         else:
             self.units = best_fit([len(example.input_ids) for (example,) in items], self.capacity)
@@ -123,11 +144,13 @@ class Loader:
         packs = [[self._pieces(item) for item in self.units[unit]] for unit in units]
         parts = range(len(packs[0][0]))
         pieces = [pieces[part] for part in parts for pack in packs for pieces in pack]
-        if self.flat:
-            return padding_free(pieces)
-        if self.capacity is not None:
+        if self.capacity is not None and not self.flat:
             return packed([[pieces[0] for pieces in pack] for pack in packs], self.pad_token)
-        return padded(pieces, self.pad_token)
+        return self.collate(pieces)
+
+    def collate(self, pieces: list[Piece]) -> Batch:
+        """A batch of sequences of any origin, in one row or padded."""
+        return padding_free(pieces) if self.flat else padded(pieces, self.pad_token)
 
     def without_packs(self) -> Loader:
         """A loader of the same items, each a unit of its own."""
@@ -136,11 +159,14 @@ class Loader:
     def _pieces(self, item: int) -> list[Piece]:
         stored = self.stored[item] if self.stored is not None else ({},) * len(self.data.items[item])
         return [
-            Piece(example, {**inputs, **_per_token(example)})
+            Piece(example, {**inputs, **example.inputs})
             for example, inputs in zip(self.data.items[item], stored, strict=True)
         ]
 
 
-def _per_token(example: Example) -> dict[str, torch.Tensor]:
-    """A row's constants, one for every token."""
-    return {name: torch.full(example.labels.shape, value) for name, value in example.constants.items()}
+def _by_value(values: list[float]) -> list[list[int]]:
+    """Indices of equal values together, in the order in which the values appear."""
+    found: dict[float, list[int]] = {}
+    for index, value in enumerate(values):
+        found.setdefault(value, []).append(index)
+    return list(found.values())

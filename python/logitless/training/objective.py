@@ -9,6 +9,7 @@ Runs train with `PatchedEngine`: the patched model computes both from hidden sta
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +23,7 @@ from logitless.losses import NLL, Loss
 from logitless.losses.layout import TokenLayout, token_layout
 from logitless.losses.whole_sequence import WholeSequenceLoss
 from logitless.training.collate import Batch
+from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TrainOptions
 from logitless.training.tokenize import IGNORED
 from logitless.types import TokenStats
@@ -80,13 +82,20 @@ class PatchedEngine:
             output = model(
                 **batch.model_inputs(),
                 **boundaries,
-                labels=batch.labels,
+                **self._targets(batch),
                 num_items_in_batch=torch.tensor(normalizer, device=self.device),
                 loss=self.loss,
                 loss_inputs=_inputs(self.loss, batch, self.max_length) or None,
                 skip_logits=True,
             )
         return Objective(output.loss, output.loss_result)
+
+    def _targets(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """The labels; of a loss of lists each token's ids, and none where the token does not count."""
+        if not self.loss.lists:
+            return {"labels": batch.labels}
+        ignored = shifted(batch.labels) == IGNORED
+        return {"shift_labels": batch.loss_inputs[TARGET_IDS].masked_fill(ignored[..., None], IGNORED)}
 
     def stats(self, model: Any, batch: Batch, outputs: tuple[str, ...]) -> TokenStats:
         with autocast(self.device, self.bf16):
@@ -149,26 +158,40 @@ def objective_of_stats(
     loss: Loss, stats: TokenStats, batch: Batch, normalizer: float = 1.0, max_length: int = 1
 ) -> Objective:
     """The summed loss of a batch over `normalizer`, from its statistics; `batch.loss_inputs` holds the inputs."""
-    tokens = _layout(batch)
-    settings = _inputs(loss, batch, max_length)
-    length = settings.pop("max_length", None)
-    inputs = loss_inputs(loss, settings, tokens, batch.labels.device)
-    out = loss.evaluate(stats, tokens, inputs, reduction=loss.reduction, normalizer=normalizer, max_length=length)
+    inputs, settings = batch_inputs(loss, batch, max_length)
+    out = loss.evaluate(stats, batch_layout(batch), inputs, reduction=loss.reduction, normalizer=normalizer, **settings)
     return Objective(out) if isinstance(out, torch.Tensor) else Objective(out.loss, out)
 
 
-def loss_count(loss: Loss, batch: Batch) -> int:
-    """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count."""
-    tokens = _layout(batch)
+def batch_inputs(loss: Loss, batch: Batch, max_length: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The loss's inputs as `loss.evaluate` takes them, and the settings that it takes beside them."""
+    given = _inputs(loss, batch, max_length)
+    settings: dict[str, Any] = {name: given.pop(name, None) for name in ("token_weight", "max_length")}
+    return loss_inputs(loss, given, batch_layout(batch), batch.labels.device), settings
+
+
+def loss_count(loss: Loss, batch: Batch, stats: Callable[[], TokenStats]) -> int:
+    """What the loss of a batch is divided by: its pairs, its sequences, or its tokens that count.
+
+    `stats` is asked by a loss that counts by its statistics.
+    """
+    tokens = batch_layout(batch)
     if isinstance(loss, WholeSequenceLoss):
         return loss.count_groups(tokens.sequences)
+    counted = tokens.mask
+    if loss.divided_by is not None:
+        kept = loss.divided_by(None, batch.loss_inputs)
+        kept = loss.divided_by(stats(), batch.loss_inputs) if kept is None else kept
+        assert kept is not None
+        counted = counted & kept.to(counted.device)
     if loss.reduction not in reduce.OF_SEQUENCES:
-        return batch.counted
+        return int(counted.sum())
     assert tokens.sequence is not None
-    return len(tokens.sequence[tokens.mask].unique())
+    return len(tokens.sequence[counted].unique())
 
 
-def _layout(batch: Batch) -> TokenLayout:
+def batch_layout(batch: Batch) -> TokenLayout:
+    """The tokens of a batch that count, and their sequences."""
     return token_layout(shifted(batch.labels) != IGNORED, batch.cu_seqlens)
 
 
@@ -179,10 +202,11 @@ def reads_sequences(loss: Loss) -> bool:
 
 def _inputs(loss: Loss, batch: Batch, max_length: int) -> dict[str, Any]:
     """The loss's inputs of the batch; an input of a whole sequence is taken from its first token."""
-    inputs: dict[str, Any] = dict(batch.loss_inputs)
+    inputs: dict[str, Any] = {name: x for name, x in batch.loss_inputs.items() if name != TARGET_IDS}
     for name in loss.sequence_inputs:
-        first = inputs[name].flatten()
-        inputs[name] = inputs[name][:, 0] if batch.cu_seqlens is None else first[batch.cu_seqlens[:-1].long()]
+        if inputs[name].dim():  # one number of the whole step stays one
+            first = inputs[name].flatten()
+            inputs[name] = inputs[name][:, 0] if batch.cu_seqlens is None else first[batch.cu_seqlens[:-1].long()]
     if loss.reduction == "constant_length":
         inputs["max_length"] = max_length
     return inputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -28,11 +29,11 @@ def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW
     )
 
 
-def peak_learning_rate(options: TrainOptions, loss: Loss) -> float:
-    """The learning rate after the warm-up; by default TRL's for pair losses or for all others."""
+def peak_learning_rate(options: TrainOptions, losses: Iterable[Loss]) -> float:
+    """The learning rate after the warm-up; by default that of preference losses if one of the losses is of pairs."""
     if options.learning_rate is not None:
         return options.learning_rate
-    return PREFERENCE_LEARNING_RATE if isinstance(loss, PairLoss) else LEARNING_RATE
+    return PREFERENCE_LEARNING_RATE if any(isinstance(loss, PairLoss) for loss in losses) else LEARNING_RATE
 
 
 def learning_rate(step: int, total: int, warmup: int, peak: float, schedule: str) -> float:

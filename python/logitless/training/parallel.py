@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,14 @@ class World:
         total = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return float(total)
+
+    def gather(self, tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """The tensors of every process, on the CPU, in the order of their ranks."""
+        if self.size == 1:
+            return [tensors]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, {name: tensor.cpu() for name, tensor in tensors.items()})
+        return gathered
 
     def wait(self) -> None:
         """Returns when every process has come here."""

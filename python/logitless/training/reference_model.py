@@ -1,8 +1,9 @@
 """Per-token values of the reference model, for the losses that compare with one.
 
-The reference is the model as the run found it. Its values are computed batch by batch while training (from a frozen
-copy, or from the model itself with its LoRA adapter switched off), or once before training and kept in a file whose
-name is a hash of everything they depend on: weights, tokens, precision and the values asked for.
+The reference is the model as the run found it, or follows the trained one (`Following`). Its values are computed batch
+by batch while training (from a frozen copy, or from the model itself with its LoRA adapter switched off), or once
+before training and kept in a file whose name is a hash of everything they depend on: weights, tokens, precision and the
+values asked for.
 """
 
 from __future__ import annotations
@@ -26,30 +27,33 @@ from logitless.training import files
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.inputs import REFERENCE_FIELDS
 from logitless.training.loader import Loader
 from logitless.training.model import cache_folder, load_model, locate_once, patched
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
 from logitless.training.tokenize import Item
 
-#: A loss's input and the statistic of the reference that it is. The run's start is also the policy that a proximal
-#: loss stays near.
-FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse", "old_logprob": "logprob"}
 
+@dataclass(frozen=True)
+class Following:
+    """TR-DPO's moving reference: after every `steps` updates `alpha trained + (1 - alpha) reference`.
 
-def reference_inputs(loss: Loss) -> tuple[str, ...]:
-    """The inputs of a loss that come from a reference model."""
-    return tuple(name for name in loss.inputs if name in FIELDS)
+    alpha = 1 copies the trained model, and a small alpha after every update is an exponential moving average. The
+    latter needs float32 weights: bfloat16 loses a change below half a unit of a weight's last place.
 
+    Source: arXiv 2404.09656; its authors' code (turbo-llm/turbo-alignment) and TRL's `SyncRefModelCallback` agree.
+    """
 
-def needs_reference(loss: Loss) -> bool:
-    """Whether the loss compares with a reference model."""
-    return bool(reference_inputs(loss)) or loss.compares_distributions
+    alpha: float
+    steps: int
 
-
-def column_inputs(loss: Loss) -> tuple[str, ...]:
-    """The inputs of a loss that are columns of the training data: all that no reference model gives."""
-    return tuple(name for name in (*loss.inputs, *loss.sequence_inputs) if name not in FIELDS)
+    @torch.no_grad()
+    def move(self, reference: nn.Module, trained: nn.Module, done: int) -> None:
+        """Moves the reference if it is due after update `done`; both models have the same parameters, in one order."""
+        if done % self.steps == 0:
+            for ours, theirs in zip(reference.parameters(), trained.parameters(), strict=True):
+                ours.lerp_(theirs.to(ours), self.alpha)
 
 
 @dataclass(frozen=True)
@@ -60,16 +64,24 @@ class ReferenceModel:
         engine: how it is asked, in the precision of the run.
         model: the frozen copy, or the trained model under LoRA, whose adapter is switched off meanwhile.
         loss: the loss whose inputs it gives.
+        names: those inputs, of `REFERENCE_FIELDS`.
+        following: how it follows the trained model; None, the default, where it stays.
     """
 
     engine: Engine
     model: Any
     loss: Loss
+    names: tuple[str, ...]
+    following: Following | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The loss inputs that it gives, of `FIELDS`."""
-        return reference_inputs(self.loss)
+    def follow(self, trained: nn.Module, done: int) -> None:
+        """Moves towards the trained model, if it follows it and update `done` is one after which it does."""
+        if self.following is not None:
+            self.following.move(self.model, trained, done)
+
+    def moved(self) -> dict[str, torch.Tensor]:
+        """The parameters of a reference that follows, which a checkpoint holds; none of one that stays."""
+        return {} if self.following is None else {name: x.detach() for name, x in self.model.named_parameters()}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Any]:
@@ -80,35 +92,53 @@ class ReferenceModel:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
                 if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
                     return self.engine.hidden(self.model, batch)
-                stats = self.engine.stats(self.model, batch, tuple(FIELDS[name] for name in self.names))
+                fields = {name: REFERENCE_FIELDS[name] for name in self.names}
+                stats = self.engine.stats(self.model, batch, tuple(fields.values()))
         finally:
             self.model.train(was_training)
-        return {name: getattr(stats, FIELDS[name]).detach() for name in self.names}
+        return {name: getattr(stats, field).detach() for name, field in fields.items()}
 
 
 def load_reference(
-    options: TrainOptions, world: World, source: str, engine: Engine, loss: Loss, trained: Any
-) -> ReferenceModel | None:
-    """The model that the loss compares with; None if it needs none.
+    options: TrainOptions, world: World, source: str, engine: Engine, loss: Loss, names: tuple[str, ...], trained: Any
+) -> ReferenceModel:
+    """The model that gives a loss the inputs of these names, or its whole distributions.
 
     It is the teacher of the options, or else the trained model as the run found it: the one without its adapter, or a
     frozen copy.
     """
-    teacher = options.teacher_model_name_or_path
-    if not needs_reference(loss):
-        return None
+    teacher, following = options.teacher_model_name_or_path, _following(options)
     if loss.compares_distributions and options.precompute_ref_log_probs:
         raise InputError(f"precompute_ref_log_probs: {loss.name} compares distributions, which are not stored")
     if loss.compares_distributions and not isinstance(engine, PatchedEngine):
         raise InputError(f"backend: {loss.name} compares distributions, which 'materialised' does not")
     if options.use_peft and not options.precompute_ref_log_probs and teacher is None:
-        return ReferenceModel(engine, trained, loss)
+        return ReferenceModel(engine, trained, loss, names)
     if teacher is not None:
         source = locate_once(dataclasses.replace(options, model_name_or_path=teacher), world)
     frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
     if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
         raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
-    return ReferenceModel(engine, frozen, loss)
+    return ReferenceModel(engine, frozen, loss, names, following)
+
+
+def _following(options: TrainOptions) -> Following | None:
+    """How the reference follows the trained model; None where it is not asked to.
+
+    Raises:
+        InputError: the run compares with a reference that must not move.
+    """
+    if not options.sync_ref_model:
+        return None
+    reasons = {
+        "use_peft: the reference is the model without its adapter": options.use_peft,
+        "precompute_ref_log_probs: the values are those of the start": options.precompute_ref_log_probs,
+        "teacher_model_name_or_path: a teacher stays as it is": options.teacher_model_name_or_path is not None,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"sync_ref_model: {reason}")
+    return Following(options.ref_model_mixup_alpha, options.ref_model_sync_steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from logitless.training import checkpoint
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.mixture import ComponentOptions
 from logitless.training.parallel import World
 
 #: Options that a resumed run must share with the one that wrote the checkpoint, or its data position means nothing.
@@ -57,9 +59,14 @@ def first_state(resumed: Path | None) -> dict[str, Any]:
     return {"step": 0, "num_tokens": 0, "window": []} if resumed is None else checkpoint.load_state(resumed)
 
 
-def identity_of(options: TrainOptions, fingerprint: str, world: World) -> dict[str, Any]:
-    """The values that `require_same` compares."""
-    return {name: getattr(options, name) for name in FIXED} | {"data": fingerprint, "processes": world.size}
+def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[str], world: World) -> dict[str, Any]:
+    """The values that `require_same` compares, those of a mixture's components under their names."""
+    names = [component.name for component in components if component.name]
+    identity: dict[str, Any] = {"processes": world.size, "mixture": names or None}
+    for component, fingerprint in zip(components, fingerprints, strict=True):
+        own = {name: getattr(component.options, name) for name in FIXED}
+        identity |= component.named(own | {"data": fingerprint})
+    return identity
 
 
 def require_same(saved: dict[str, Any], now: dict[str, Any], source: Path) -> None:

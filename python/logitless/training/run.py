@@ -1,11 +1,13 @@
 """Everything that a training run needs, put together from its options.
 
-    options ──> loss
-       ├─────> model's folder ──> tokenizer ──> rows ──> tokens ──> loaders ──> sampler ──> number of steps
+    options ──> components ──> loss of each
+       ├─────> model's folder ──> tokenizer ──> rows ──> tokens
        ├─────> checkpoint to go on from ──> state
-       └─────> engine, model to train, reference, optimizer, reporter
+       ├─────> model to train ──> engine, loaders, reference and sampler of each component ──> number of steps
+       └─────> optimizer, reporter
 
-A loader collates any batch on demand, and the sampler says which batches a step reads.
+A component is one loss over its own data, and a run without a mixture has one. Its loader collates any batch on demand,
+and its sampler says which batches a step reads.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -26,21 +28,82 @@ from logitless.training import checkpoint, files
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
+from logitless.training.inputs import InputSources
 from logitless.training.loader import Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
+from logitless.training.mixture import ComponentOptions, components_of
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
-from logitless.training.objective import Engine, computes_in_bf16, engine_of
+from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
-from logitless.training.reference_model import (
-    ReferenceModel,
-    column_inputs,
-    load_reference,
-    needs_reference,
-    stored_values,
-)
+from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
+from logitless.training.tokenize import TokenizedData
+
+Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
+
+
+@dataclass
+class Component:
+    """One loss of a run, over data of its own; the model is the run's."""
+
+    made_from: ComponentOptions
+    world: World
+    loss: Loss
+    engine: Engine
+    model: Any
+    loader: Loader
+    eval_loader: Loader | None
+    reference: ReferenceModel | None  # to ask at every batch; None if the loss needs none or its values are stored
+    estimates: Mapping[str, Estimate]  # the inputs that the run estimates
+    sampler: Sampler
+    total_steps: int = 0  # of the run, which all components' data decide
+
+    @property
+    def options(self) -> TrainOptions:
+        """The run's options with those of the component's own."""
+        return self.made_from.options
+
+    def complete(self, step: int, batches: list[Batch]) -> Iterable[Batch]:
+        """The micro-batches of a step on the device, with all inputs of the loss."""
+        known = map(self._with_reference, batches)
+        if not self.estimates:
+            return known  # one after the other: a reference's hidden states are large
+        batches = list(known)
+        for estimate in self.estimates.values():
+            batches = estimate.training(self, step, batches)
+        return batches
+
+    def complete_held_out(self, batch: Batch) -> Batch:
+        """A batch of evaluation rows on the device, with all inputs of the loss."""
+        batch = self._with_reference(batch)
+        for estimate in self.estimates.values():
+            batch = estimate.evaluation(self, batch)
+        return batch
+
+    def count(self, batch: Batch) -> int:
+        """What the loss of a batch is divided by."""
+        outputs = self.loss.outputs
+        return loss_count(self.loss, batch, lambda: current_stats(self, batch.to(self.world.device), outputs))
+
+    def _with_reference(self, batch: Batch) -> Batch:
+        batch = batch.to(self.world.device)
+        return batch if self.reference is None else batch.with_inputs(**self.reference(batch))
+
+    def estimated(self) -> dict[str, torch.Tensor]:
+        """What the estimates keep, of all processes, for a checkpoint."""
+        states = {name: estimate.state(self) for name, estimate in self.estimates.items()}
+        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+
+    def restore_estimated(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `estimated` gave."""
+        for name, estimate in self.estimates.items():
+            start = f"{name}/"
+            own = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
+            if own:
+                estimate.restore(own)
 
 
 @dataclass
@@ -49,16 +112,12 @@ class Run:
 
     options: TrainOptions
     world: World
-    loss: Loss
+    components: tuple[Component, ...]
     tokenizer: Any
-    engine: Engine
     model: Any
     parallel: Any  # the model, in DistributedDataParallel where there are several processes
-    loader: Loader
-    eval_loader: Loader | None
-    reference: ReferenceModel | None  # to ask at every batch; None if the loss needs none or its values are stored
     optimizer: torch.optim.Optimizer
-    sampler: Sampler
+    steps_per_epoch: int  # until the component of the most steps has read its data; the others begin again meanwhile
     total_steps: int
     identity: dict[str, Any]  # of the data position, which a resumed run must share
     state: dict[str, Any]  # step, counters, open log window
@@ -69,16 +128,47 @@ class Run:
         """The folder of checkpoints, metrics and the trained model."""
         return Path(self.options.output_dir)
 
-    def complete(self, batch: Batch) -> Batch:
-        """A batch on the device, with the reference's values."""
-        batch = batch.to(self.world.device)
-        if self.reference is None:
-            return batch
-        return dataclasses.replace(batch, loss_inputs={**batch.loss_inputs, **self.reference(batch)})
+    def estimated(self) -> dict[str, torch.Tensor]:
+        """What the components' estimates keep, of all processes, for a checkpoint."""
+        return {
+            name: value
+            for component in self.components
+            for name, value in component.made_from.named(component.estimated()).items()
+        }
+
+    def restore_estimated(self, saved: Mapping[str, torch.Tensor]) -> None:
+        """Takes back what `estimated` gave."""
+        for component in self.components:
+            component.restore_estimated(component.made_from.unnamed(saved))
+
+    def follow(self, done: int) -> None:
+        """Moves the references that follow the trained model, where it is due after update `done`."""
+        for component in self.components:
+            if component.reference is not None:
+                component.reference.follow(self.model, done)
+
+    def moved_references(self) -> dict[str, torch.Tensor]:
+        """The parameters of the references that follow the trained model, by component."""
+        return {
+            name: parameter
+            for component in self.components
+            if component.reference is not None
+            for name, parameter in component.made_from.named(component.reference.moved()).items()
+        }
 
     def trainable(self) -> Iterable[torch.nn.Parameter]:
         """The parameters that the optimizer updates."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+class Base(NamedTuple):
+    """What all components of a run are made with."""
+
+    world: World
+    source: str  # of the model
+    pad_token: int | None
+    model: Any
+    frozen: dict[str | None, Any]  # reference models by teacher
 
 
 def prepare(options: TrainOptions, world: World) -> Run:
@@ -87,7 +177,8 @@ def prepare(options: TrainOptions, world: World) -> Run:
     Raises:
         InputError: options, data, model or checkpoint that can not be used.
     """
-    loss, resumed = options.make_loss(), find_checkpoint(options)
+    planned, resumed = components_of(options), find_checkpoint(options)
+    losses = [_make_loss(component) for component in planned]
     state = first_state(resumed)
     seed_generators(options.seed)
 
@@ -95,43 +186,113 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     tokenizer = load_tokenizer(source, options)
-    data, eval_data = load_data(options, tokenizer, loss, column_inputs(loss))
-    identity = identity_of(options, data.fingerprint(), world)
+    data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
+    identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
     if resumed is not None:
         require_same(state["identity"], identity, resumed)
 
-    engine = engine_of(options, loss, world.device)
-    dropout = not (needs_reference(loss) if options.disable_dropout is None else options.disable_dropout)
-    model = load_trained(options, source, resumed, loss, world.device, dropout=dropout)
-    _confirm(engine, model, options, world.device)
+    compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
+    dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
+    model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
+    confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    loader, eval_loader = make_loaders(options, loss, model, tokenizer.pad_token_id, data, eval_data)
-    reference = load_reference(options, world, source, engine, loss, model)
-    if reference is not None and options.precompute_ref_log_probs:
-        for each in (loader, eval_loader):
-            if each is not None:
-                each.stored = stored_values(reference, each, options, world)
-        reference = None
-        gc.collect()
+    base = Base(world, source, tokenizer.pad_token_id, model, {})
+    components = tuple(_prepared(base, *each) for each in zip(planned, losses, data, strict=True))
 
     optimizer = make_optimizer(model, options)
-    batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
-    sampler = Sampler(len(loader.units), batch_size, accumulation, options.seed, world.rank, world.size)
-    epochs_of_steps = math.ceil(options.num_train_epochs * sampler.steps_per_epoch)
+    steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
+    epochs_of_steps = math.ceil(options.num_train_epochs * steps_per_epoch)
     total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
+    for component in components:
+        component.total_steps = total_steps
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
-        options, world, loss, tokenizer, engine, model, parallel, loader, eval_loader, reference, optimizer, sampler,
-        total_steps, identity, state, reporter,
+        options, world, components, tokenizer, model, parallel, optimizer, steps_per_epoch, total_steps, identity,
+        state, reporter,
     )  # fmt: skip
     _describe(run)
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
+        run.restore_estimated(checkpoint.load_estimated(resumed))
+        checkpoint.restore_reference(resumed, run.moved_references())
         reporter.say(f"resumed from {resumed}")
     return run
 
 
-def _confirm(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
+def _make_loss(component: ComponentOptions) -> Loss:
+    with component.blamed():
+        return component.options.make_loss()
+
+
+def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Data:
+    with component.blamed():
+        return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
+
+
+def _compares(loss: Loss, sources: InputSources) -> bool:
+    """Whether values of one batch under two models or at two times meet, which dropout would tell apart."""
+    return bool(sources.reference or sources.estimates) or loss.compares_distributions
+
+
+def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> Component:
+    """A component of the run: its engine, loaders, reference, estimates and sampler."""
+    options, world, (sources, training, held_out) = planned.options, base.world, data
+    estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
+    with planned.blamed():
+        engine = engine_of(options, loss, world.device)
+        loaders = make_loaders(options, loss, base.model, base.pad_token, training, held_out)
+        reference = None
+        if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
+            raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
+        if loss.lists and options.backend == "materialised":
+            raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
+        if sources.reference or loss.compares_distributions:
+            reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
+        _check_estimates(options, loss, reference, estimates)
+    batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
+    component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
+    del reference  # the component's alone, which may drop it
+    _store_or_share(component, base.frozen)
+    return component
+
+
+def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None:
+    """Stores the reference's values if the options ask for it; else components of one teacher share a frozen copy.
+
+    A reference that follows the trained model is the component's own, since it moves as the component says.
+    """
+    options = component.options
+    if component.reference is None or component.reference.following is not None:
+        return
+    if not options.precompute_ref_log_probs:
+        shared = frozen.setdefault(options.teacher_model_name_or_path, component.reference.model)
+        component.reference = dataclasses.replace(component.reference, model=shared)
+        return
+    for each in (component.loader, component.eval_loader):
+        if each is not None:
+            each.stored = stored_values(component.reference, each, options, component.world)
+    component.reference = None
+    gc.collect()
+
+
+def _check_estimates(
+    options: TrainOptions, loss: Loss, reference: ReferenceModel | None, estimates: Mapping[str, Estimate]
+) -> None:
+    """Refuses a run in which an input cannot be estimated."""
+    for name, estimate in estimates.items():
+        if not estimate.asks_reference:
+            continue
+        rows = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        if rows < 2:
+            raise InputError(f"{loss.name}: {name} is estimated from steps of two rows at least; a column can give it")
+        if reference is None or options.precompute_ref_log_probs:
+            without = "precompute_ref_log_probs" if reference is not None else "the column ref_logprob"
+            raise InputError(f"{loss.name}: {name} is estimated with the reference model, which {without} leaves out; "
+                             f"a column {name} can give it")  # fmt: skip
+
+
+def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
     """Has the patch compare itself with the model's logits now, before data and time are spent."""
     ids = torch.tensor([[1, 2, 3]], device=device)
     try:
@@ -159,15 +320,29 @@ def _reporter(options: TrainOptions, world: World, resumed_step: int, total_step
 def _describe(run: Run) -> None:
     """Tells the reader of the terminal what is trained, how, and with what."""
     options, model, device = run.options, run.model, run.world.device
+    loss = " + ".join(_weighted(component) for component in run.components)
     trainable = sum(parameter.numel() for parameter in run.trainable())
     total = sum(parameter.numel() for parameter in model.parameters())
     precision = "bfloat16 autocast" if computes_in_bf16(options, device) else str(model.dtype).split(".")[-1]
     run.reporter.say(
-        f"training {options.model_name_or_path}: {trainable} of {total} parameters, loss {run.loss}, backend "
+        f"training {options.model_name_or_path}: {trainable} of {total} parameters, loss {loss}, backend "
         f"{options.backend}, {precision} on {device}, {model.config._attn_implementation} attention"
     )
-    run.reporter.say(f"training data: {run.loader.data.summary()}")
-    if run.eval_loader is not None:
-        run.reporter.say(f"evaluation data: {run.eval_loader.data.summary()}")
-    if run.loader.capacity is not None:
-        run.reporter.say(f"packing: {len(run.loader.data.items)} rows in {len(run.loader.units)} packs")
+    for component in run.components:
+        _describe_data(run.reporter, component)
+
+
+def _weighted(component: Component) -> str:
+    name, weight, _ = component.made_from
+    return f"{weight:g} * {component.loss}" if name else str(component.loss)
+
+
+def _describe_data(reporter: Reporter, component: Component) -> None:
+    """Tells what data a loss is trained and evaluated on."""
+    name, loader = component.made_from.name, component.loader
+    start = f"{name}: " if name else ""
+    reporter.say(f"{start}training data: {loader.data.summary()}")
+    if component.eval_loader is not None:
+        reporter.say(f"{start}evaluation data: {component.eval_loader.data.summary()}")
+    if loader.capacity is not None:
+        reporter.say(f"{start}packing: {len(loader.data.items)} rows in {len(loader.units)} packs")

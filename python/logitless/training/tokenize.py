@@ -16,7 +16,6 @@ the completion and the model reads the same tokens in training as in a later con
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from logitless.training.columns import TARGET_IDS, read_columns
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 
@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
     input_ids: torch.Tensor  # [T] int32
     labels: torch.Tensor  # [T] int32
-    constants: Mapping[str, float] = MappingProxyType({})  # the loss's inputs that are columns of the row
+    inputs: Mapping[str, torch.Tensor] = MappingProxyType({})  # [T] each: the loss's inputs that are columns of the row
 
 
 Item = tuple[Example, ...]  # (example,) of a token loss, (chosen, rejected) of a preference loss
@@ -49,6 +49,7 @@ class TokenizedData:
     rows: int
     dropped: int  # nothing that counts was left
     truncated: int
+    kept: tuple[int, ...]  # the numbers of the rows that the items are, from 0
 
     @property
     def tokens(self) -> int:
@@ -64,11 +65,10 @@ class TokenizedData:
         """A hash of every token and label in order: equal for equal training data only."""
         digest = hashlib.sha256()
         for example in (example for item in self.items for example in item):
-            for tensor in (example.input_ids, example.labels):
+            for tensor in (example.input_ids, example.labels, *example.inputs.values()):
                 digest.update(len(tensor).to_bytes(8, "little"))
                 digest.update(tensor.numpy().tobytes())
-            if example.constants:
-                digest.update(json.dumps(dict(example.constants), sort_keys=True).encode())
+            digest.update("".join(example.inputs).encode())
         return digest.hexdigest()
 
     def summary(self) -> str:
@@ -89,7 +89,8 @@ class RowTokenizer:
         truncation_mode: "keep_start" or "keep_end".
         completion_only: False makes every token count, prompts too (preference rows excepted).
         text_field: column of plain text.
-        columns: columns with one number, or true and false, per row, that are inputs of the loss.
+        columns: columns that are inputs of the loss, which every row must have.
+        single: those of them that have one value a row.
     """
 
     tokenizer: Any
@@ -98,10 +99,11 @@ class RowTokenizer:
     completion_only: bool = True
     text_field: str = "text"
     columns: tuple[str, ...] = ()
+    single: tuple[str, ...] = ()
 
     def sequences(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Rows of text, prompt-completion or messages, as one example each."""
-        return self._collect(rows, origin, lambda row: (self._sequence(row)._replace(constants=self._constants(row)),))
+        return self._collect(rows, origin, lambda row: (self._with_columns(self.whole(row), row),))
 
     def pairs(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Preference rows, as (chosen, rejected)."""
@@ -109,7 +111,7 @@ class RowTokenizer:
 
     def _collect(self, rows: Iterable[Row], origin: str, tokenize: Callable[[Row], Item]) -> TokenizedData:
         """Tokenises and cuts every row; a row of which an example has nothing left that counts is dropped whole."""
-        items, total, truncated = [], 0, 0
+        items, kept, total, truncated = [], [], 0, 0
         for row in rows:
             whole = tokenize(row)
             item = tuple(self._cut(example) for example in whole)
@@ -117,32 +119,27 @@ class RowTokenizer:
             truncated += any(len(a.labels) != len(b.labels) for a, b in zip(item, whole, strict=True))
             if all((example.labels != IGNORED).any() for example in item):
                 items.append(item)
+                kept.append(total - 1)
+                _require_ids(item, row)
         if not items:
             raise InputError(
                 f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}"
             )
-        return TokenizedData(items, total, total - len(items), truncated)
+        return TokenizedData(items, total, total - len(items), truncated, tuple(kept))
 
     def _cut(self, example: Example) -> Example:
         keep = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
         labels = example.labels[keep].clone()
         labels[:1] = IGNORED  # nothing comes before the first token to predict it from
-        return example._replace(input_ids=example.input_ids[keep], labels=labels)
+        inputs = {name: values[keep] for name, values in example.inputs.items()}
+        return Example(example.input_ids[keep], labels, inputs)
 
-    def _constants(self, row: Row) -> dict[str, float]:
-        constants: dict[str, float] = {}
-        for name in self.columns:
-            value = row.values.get(name)
-            if name == "desirable" and value is None:
-                value = row.values.get("label")  # TRL's name
-            if not isinstance(value, (bool, int, float)):
-                raise InputError(
-                    f"{row.origin}: the loss needs a column {name} of numbers, or of true and false; got {value!r}"
-                )
-            constants[name] = value
-        return constants
+    def _with_columns(self, example: Example, row: Row, side: str = "") -> Example:
+        counts = example.labels != IGNORED
+        return example._replace(inputs=read_columns(self.columns, row, counts, single=self.single, side=side))
 
-    def _sequence(self, row: Row) -> Example:
+    def whole(self, row: Row) -> Example:
+        """A row of text, prompt-completion or messages, before it is cut to `max_length`."""
         values = row.values
         if values.get("messages") is not None:
             return self._conversation(_turns(values["messages"], "messages", row), row)
@@ -164,9 +161,10 @@ class RowTokenizer:
         prompt, chosen, rejected = _split_prompt(row)
         if chosen == rejected:
             raise InputError(f"{row.origin}: chosen and rejected are the same")
-        return (
-            self._completion(prompt, chosen, "chosen", row, always_masked=True),
-            self._completion(prompt, rejected, "rejected", row, always_masked=True),
+        sides = {"chosen": chosen, "rejected": rejected}
+        return tuple(
+            self._with_columns(self._completion(prompt, answer, side, row, always_masked=True), row, side)
+            for side, answer in sides.items()
         )
 
     def _completion(self, prompt: Any, completion: Any, name: str, row: Row, always_masked: bool = False) -> Example:
@@ -243,6 +241,20 @@ class RowTokenizer:
         return text if text.endswith(end) else text + end
 
 
+def _require_ids(item: Item, row: Row) -> None:
+    """Raises where a token counts that lists no ids: the mean would count it, and nothing would be learnt from it."""
+    for example in item:
+        listed = example.inputs.get(TARGET_IDS)
+        if listed is None:
+            continue
+        without = (listed[:-1] < 0).flatten(1).all(1) & (example.labels[1:] != IGNORED)
+        if without.any():
+            raise InputError(
+                f"{row.origin}: {int(without.sum())} tokens that count list no {TARGET_IDS}; expected one id at least "
+                "(a file of `logitless teach` has them where its own max_length and truncation_mode left the token)"
+            )
+
+
 def _string(value: Any, name: str, row: Row) -> str:
     if not isinstance(value, str):
         raise InputError(f"{row.origin}: {name} must be a string, got {type(value).__name__}")
@@ -286,5 +298,5 @@ def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def _preference_hint(values: dict[str, Any]) -> str:
+def _preference_hint(values: Mapping[str, Any]) -> str:
     return " (chosen and rejected belong to a preference loss: --method dpo)" if "chosen" in values else ""

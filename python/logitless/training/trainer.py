@@ -1,6 +1,7 @@
 """The training loop.
 
-    for every step:  read its micro-batches  ->  loss of each over the step's token (pair) count  ->  backward
+    for every step:  for every loss:  read its micro-batches  ->  loss of each over the step's token (pair) count
+                                      times the loss's weight  ->  backward
                      clip  ->  AdamW  ->  log, evaluate, checkpoint
 
 Everything a step depends on is in the options, the data, the weights, the optimizer's moments and the generators, so a
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,9 +27,9 @@ from logitless.training.errors import NonFiniteLossError
 from logitless.training.evaluation import PREFERENCE_METRICS, evaluate_loss
 from logitless.training.metrics import Record, peak_memory, reset_peak_memory
 from logitless.training.model import hide_progress_bars
-from logitless.training.objective import Objective, loss_count
+from logitless.training.objective import Objective
 from logitless.training.optimizer import learning_rate, peak_learning_rate, set_learning_rate
-from logitless.training.run import Run, prepare
+from logitless.training.run import Component, Run, prepare
 
 
 class TrainResult(NamedTuple):
@@ -87,43 +89,63 @@ def run_steps(run: Run) -> TrainResult:
 
 def take_step(run: Run, step: int) -> Record:
     """One optimizer step, from 0; returns its metrics."""
-    started, options, world = time.perf_counter(), run.options, run.world
-    batches = [run.loader.batch(units) for units in run.sampler.micro_batches(step)]
-    normalizer = world.sum(sum(loss_count(run.loss, batch) for batch in batches))
-    warmup, peak = options.warmup(run.total_steps), peak_learning_rate(options, run.loss)
+    started, options = time.perf_counter(), run.options
+    warmup = options.warmup(run.total_steps)
+    peak = peak_learning_rate(options, (component.loss for component in run.components))
     rate = learning_rate(step, run.total_steps, warmup, peak, options.lr_scheduler_type)
     set_learning_rate(run.optimizer, rate)
     run.model.train()
-    objectives = [_add_gradient(run, batch, normalizer, batch is batches[-1]) for batch in batches]
-    loss = world.sum(float(torch.stack([objective.loss for objective in objectives]).sum()))
+    added = [_add_gradients(run, component, step) for component in run.components]
+    loss = weighted_loss(run, [metrics for metrics, _ in added])
     _require_finite(run, "loss", loss, step)
     norm = float(torch.nn.utils.clip_grad_norm_(run.trainable(), options.max_grad_norm or math.inf))
     _require_finite(run, "gradient norm", norm, step)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    tokens = world.sum(sum(batch.tokens for batch in batches))
     record: Record = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
-    record |= _preference_metrics(run, objectives, normalizer)
+    for component, (metrics, _) in zip(run.components, added, strict=True):
+        record |= component.made_from.named(metrics)
+    tokens = run.world.sum(sum(read for _, read in added))
     return record | {"tokens": int(tokens), "seconds": time.perf_counter() - started}
 
 
-def _add_gradient(run: Run, batch: Batch, normalizer: float, last: bool) -> Objective:
-    """Adds the gradient of a micro-batch; processes exchange gradients at the last one only."""
-    batch = run.complete(batch)
+def weighted_loss(run: Run, metrics: Sequence[Record]) -> float:
+    """The run's loss: the sum of its components' losses, each times its weight."""
+    weights = [component.made_from.weight for component in run.components]
+    return math.fsum(weight * each["loss"] for weight, each in zip(weights, metrics, strict=True))
+
+
+def _add_gradients(run: Run, component: Component, step: int) -> tuple[Record, int]:
+    """Adds a component's weighted gradient of a step; returns its metrics, and how many tokens this process read.
+
+    Its loss is normalised over its own micro-batches, so the weights alone say what counts how much.
+    """
+    batches = [component.loader.batch(units) for units in component.sampler.micro_batches(step)]
+    normalizer = run.world.sum(sum(map(component.count, batches))) or 1.0  # where nothing counts the sum is 0
+    last = len(batches) if component is run.components[-1] else None
+    complete = enumerate(component.complete(step, batches), 1)
+    objectives = [_add_gradient(run, component, batch, normalizer, number == last) for number, batch in complete]
+    loss = run.world.sum(float(torch.stack([objective.loss for objective in objectives]).sum()))
+    metrics: Record = {"loss": loss} | _preference_metrics(component, objectives, normalizer)
+    return metrics, sum(batch.tokens for batch in batches)
+
+
+def _add_gradient(run: Run, component: Component, batch: Batch, normalizer: float, last: bool) -> Objective:
+    """Adds the gradient of a micro-batch; processes exchange gradients at the step's very last one only."""
     wait: AbstractContextManager[Any] = nullcontext() if last or run.world.size == 1 else run.parallel.no_sync()
     with wait:
-        objective = run.engine.objective(run.parallel, batch, normalizer)
-        (objective.loss * run.world.size).backward()
+        objective = component.engine.objective(run.parallel, batch, normalizer)
+        (objective.loss * (component.made_from.weight * run.world.size)).backward()
     return objective._replace(loss=objective.loss.detach())
 
 
-def _preference_metrics(run: Run, objectives: list[Objective], pairs: float) -> Record:
+def _preference_metrics(component: Component, objectives: list[Objective], pairs: float) -> Record:
     """Means of the preference metrics over all pairs of the step."""
     results = [objective.result for objective in objectives]
-    if not isinstance(run.loss, PairLoss):
+    if not isinstance(component.loss, PairLoss):
         return {}
     return {
-        name: run.world.sum(sum(float(getattr(result, part).sum()) for result in results)) / pairs
+        name: component.world.sum(sum(float(getattr(result, part).sum()) for result in results)) / pairs
         for name, part in PREFERENCE_METRICS.items()
     }
 
@@ -141,10 +163,14 @@ def _require_finite(run: Run, what: str, value: float, step: int) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # After a step
 
+#: What a log line has of the last step of its window, or makes of the window in another way.
+NOT_AVERAGED = ("grad_norm", "learning_rate", "tokens", "seconds")
+
 
 def after_step(run: Run, done: int, record: Record) -> dict[str, float]:
     """Logs, evaluates and saves what is due after step `done`; returns the evaluation's metrics if there was one."""
     options, metrics = run.options, {}
+    run.follow(done)
     run.state["step"] = done
     run.state["num_tokens"] += record["tokens"]
     run.state["window"].append(record)
@@ -162,13 +188,13 @@ def _is_due(run: Run, done: int, strategy: str, every: int) -> bool:
     """Whether something happens after step `done`; after the last one everything does."""
     if done == run.total_steps:
         return True
-    return strategy != "no" and done % (every if strategy == "steps" else run.sampler.steps_per_epoch) == 0
+    return strategy != "no" and done % (every if strategy == "steps" else run.steps_per_epoch) == 0
 
 
 def _log(run: Run, step: int) -> None:
     """Records the averages of the steps since the last log."""
     window: list[Record] = run.state["window"]
-    averaged = [name for name in window[0] if name == "loss" or name in PREFERENCE_METRICS]
+    averaged = [name for name in window[0] if name not in NOT_AVERAGED]
     record = _stamp(run, step) | {name: math.fsum(r[name] for r in window) / len(window) for name in averaged}
     record |= {name: window[-1][name] for name in ("grad_norm", "learning_rate")}
     record["num_tokens"] = run.state["num_tokens"]
@@ -180,17 +206,21 @@ def _log(run: Run, step: int) -> None:
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluates, records the metrics with `eval_` in front, and returns them; nothing without evaluation data."""
-    if run.eval_loader is None:
+    held_out = [(component, loader) for component in run.components if (loader := component.eval_loader) is not None]
+    if not held_out:
         return {}
     started = time.perf_counter()
-    metrics = {f"eval_{name}": value for name, value in evaluate_loss(run, run.eval_loader).items()}
+    found = [(component, evaluate_loss(component, loader)) for component, loader in held_out]
+    whole = {"loss": weighted_loss(run, [own for _, own in found])} if len(found) == len(run.components) else {}
+    named = whole | {key: value for component, own in found for key, value in component.made_from.named(own).items()}
+    metrics = {f"eval_{name}": value for name, value in named.items()}
     metrics["eval_runtime"] = time.perf_counter() - started
     run.reporter.record(_stamp(run, step) | metrics)
     return metrics
 
 
 def _stamp(run: Run, step: int) -> Record:
-    return {"step": step, "epoch": step / run.sampler.steps_per_epoch}
+    return {"step": step, "epoch": step / run.steps_per_epoch}
 
 
 def _save_checkpoint(run: Run, step: int) -> None:
@@ -200,6 +230,8 @@ def _save_checkpoint(run: Run, step: int) -> None:
         model=run.model,
         tokenizer=run.tokenizer,
         optimizer=run.optimizer,
+        estimated=run.estimated(),
+        reference=run.moved_references(),
         state=run.state | {"identity": run.identity, "options": run.options.to_dict()},
         world=run.world,
         keep=run.options.save_total_limit,

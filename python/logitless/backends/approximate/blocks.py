@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from ...types import PAIR_BLOCK, PAIR_SPAN, Head, Options, TokenStats, statistics_dtype
-from ..exact.chunks import Operands, chunk_budget
+from ..exact.chunks import Operands, chunk_budget, weighted_mean
 from ..exact.gradients import Accumulators, target_entry
 from ..exact.products import multiply, spans
 from ..interface import (
@@ -136,6 +136,7 @@ class Blocks(Approximate):
         if not self.engine.takes(problem.hidden, problem.head):
             return self.entries.forward(problem, outputs, tolerance)
         stats, block_lse = self.engine.measure(_aligned(permuted(problem)), outputs)
+        stats = weighted_mean(problem, stats)
         counts = torch.zeros(len(block_lse), dtype=torch.int32, device=block_lse.device)
         return Forward(stats, None), Saved(counts, counts.new_empty(0), block_lse.new_empty(0), block_lse)
 

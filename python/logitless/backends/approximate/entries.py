@@ -84,7 +84,7 @@ class Entries(Approximate):
 
     def forward(self, problem: Problem, outputs: tuple[str, ...], tolerance: float) -> tuple[Forward, Saved]:
         """`TokenStats` of every token, and its entries of `p_ij >= tolerance / SHARE`: no coefficient is known yet."""
-        chunks, where = Chunks(self.backend.rows, problem, outputs), tail_blocks(problem)
+        chunks, where = Chunks(self.backend.row_engine(problem), problem, outputs), tail_blocks(problem)
         stats, saved = [], []
         for rows in spans(len(problem.targets), chunks.tokens):
             tile = chunks.measure(rows)
@@ -110,7 +110,7 @@ class Entries(Approximate):
         def sums_of(chunks: Chunks, needs: Needs) -> sweep.Sums:
             return _EntrySums(chunks, needs, tolerance)
 
-        return sweep.single_pass(self.backend.rows, problem, losses, sums_of)
+        return sweep.single_pass(self.backend.row_engine(problem), problem, losses, sums_of)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ def gradients_from(
 
     Entries that the upstream gradients make needless, `|c_i| p_ij < tolerance / SHARE * mean c`, join the tail.
     """
-    chunks = Chunks(backend.rows, problem, ())
+    chunks = Chunks(backend.row_engine(problem), problem, ())
     sums = _EntrySums(chunks, needs, tolerance)
     exact = kept.counts < 0 if upstream.entropy is None else torch.ones_like(kept.counts, dtype=torch.bool)
     runs = torch.unique_consecutive(exact, return_counts=True)
@@ -281,11 +281,14 @@ class _EntrySums:
     def add(self, rows: slice, targets: Tensor, gradient: RowGradient, upstream: Upstream) -> None:
         """Adds a chunk's part."""
         coefficient = coefficient_size(upstream)
-        split = self._measured(gradient, upstream, self._threshold(coefficient), coefficient)
+        # A block's mean knows nothing of weights of capped logits, which are in the matrix.
+        weighted = self.chunks.problem.logit_weight is not None and not self.chunks.linear_mean
+        split = None if weighted else self._measured(gradient, upstream, self._threshold(coefficient), coefficient)
         if split is None:
             self.add_exact(rows, targets, gradient, upstream)
             return
         self.add_split(rows, split)
+        assert gradient.target is not None
         self.add_targets(rows, gradient.target)
         self.exact.add_mean(rows, upstream)
 

@@ -95,7 +95,8 @@ def permuted(problem: Problem) -> Problem:
     bias = None if head.bias is None else head.bias.index_select(0, order)
     head = head._replace(weight=head.weight.index_select(0, order), bias=bias)
     targets = inverse(order).index_select(0, problem.targets)
-    return replace(problem, head=head, targets=targets, vocabulary_order=None)
+    logit_weight = None if problem.logit_weight is None else problem.logit_weight.index_select(0, order)
+    return replace(problem, head=head, targets=targets, vocabulary_order=None, logit_weight=logit_weight)
 
 
 def restored(gradients: Gradients, order: Tensor | None) -> Gradients:

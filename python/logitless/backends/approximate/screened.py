@@ -14,8 +14,8 @@ entries kept and k the cost of one; docs/tail-corrected.md has figures.
 
 A loss of per-token statistics takes the same two functions with the loss in between, over all tokens at once.
 
-`entries` stands in where this has nothing to offer: float64, a softcap, statistics other than logprob and lse, and
-where the first chunks are too flat. A flat chunk among others is computed again, exactly.
+`entries` stands in where this has nothing to offer: float64, a softcap, statistics other than logprob, lse and the
+mean logit, and where the first chunks are too flat. A flat chunk among others is computed again, exactly.
 
 Memory: the head in integers (2 V H bytes), a chunk of float32 logits for each thread, 8 bytes for each kept entry, and
 4 (V / 256 + H) bytes for each token.
@@ -35,7 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...types import Head, Options, TokenStats
-from ..exact.chunks import chunk_budget
+from ..exact.chunks import Operands, chunk_budget
 from ..exact.products import spans
 from ..interface import (
     Approximate,
@@ -56,7 +56,7 @@ from .select import MOST_KEPT, MOST_LEFT, SHARE, TAIL_BLOCK, block_count
 if TYPE_CHECKING:
     from ...kernels.cpu.library import Library, Screen
 
-STATISTICS = {"logprob", "lse"}
+STATISTICS = {"logprob", "lse", "mean_logit"}
 
 
 def supports(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -133,7 +133,8 @@ class Screened(Approximate):
         if not chunks:
             return None
         counts, column, value = (torch.cat(parts) for parts in zip(*chunks, strict=True))
-        stats = TokenStats(logprob=call.logprob, lse=call.lse)
+        mean_logit = Operands(problem).mean_logit(slice(None)) if "mean_logit" in outputs else None
+        stats = TokenStats(logprob=call.logprob, lse=call.lse, mean_logit=mean_logit)
         flat = (counts < 0).nonzero()[:, 0]
         if len(flat):
             self._measure_again(problem, flat, stats)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...types import Head, Options, TokenStats, statistics_dtype
 from ..interface import Problem, RowEngine, RowGradient, Tile, Upstream
-from .products import logit_dtype, operand_dtype, parts_in, raw_products
+from .products import logit_dtype, mean_row, operand_dtype, raw_products
 
 #: Default budget for one chunk's logits. A CPU wants them near its cache, a GPU wants GEMMs that fill it; there a
 #: trainable head raises it to the bytes of its float32 gradient (`chunk_tokens`).
@@ -124,16 +124,23 @@ class Operands:
 
     @cached_property
     def mean_row(self) -> Tensor:
-        """`[H]`, the mean of the head's rows."""
-        sums = [part.sum(0) for _, part in parts_in(self.dtype, self.head_at_hand(self.dtype))]
-        return torch.stack(sums).sum(0) / len(self.problem.head.weight)
+        """`[H]`, the mean of the head's rows, each times its logit's weight."""
+        return mean_row(self.head_at_hand(self.dtype), self.problem.logit_weight, self.dtype)
 
     def mean_logit(self, rows: slice) -> Tensor:
         """`[n]`, the mean logits of some tokens, without a softcap."""
         mean = self.problem.hidden[rows].to(self.dtype) @ self.mean_row
         if self.head.bias is not None:
-            mean = mean + self.head.bias.mean()
+            weight = self.problem.logit_weight
+            mean = mean + (self.head.bias if weight is None else self.head.bias * weight).mean()
         return mean * self.transform.slope
+
+
+def weighted_mean(problem: Problem, stats: TokenStats) -> TokenStats:
+    """Statistics of a fused kernel, whose mean logit has no weights, with the weighted one, without a softcap."""
+    if problem.logit_weight is None or stats.mean_logit is None:
+        return stats
+    return stats._replace(mean_logit=Operands(problem).mean_logit(slice(None)))
 
 
 def in_dtype(head: Head, dtype: torch.dtype) -> Head:

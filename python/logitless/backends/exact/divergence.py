@@ -107,6 +107,19 @@ def _deformed(x: Rows, a: float) -> Tensor:
     return torch.where(exponent > 30, far, near).div_(a)
 
 
+def _symmetric(x: Rows, mixture: float) -> Terms:
+    """`(1-w) KL(P|Q) + w KL(Q|P)`."""
+    if mixture in (0, 1):
+        return _alpha(x, 1 - mixture)
+    forward = _times(x.p, x.log_ratio).mul_(1 - mixture)
+    reverse = _times(x.q, x.log_ratio).mul_(mixture)
+    return Terms(
+        forward.sum(-1) - reverse.sum(-1),
+        lambda: (mixture - 1) * x.p - reverse,
+        lambda: forward - mixture * x.q,
+    )
+
+
 def _js(x: Rows, mixture: float, normalized: bool) -> Terms:
     """`w KL(P|M) + (1-w) KL(Q|M)`, over `w (1-w)` where normalised."""
     if mixture in (0, 1):
@@ -156,6 +169,7 @@ def _times(probability: Tensor, x: Tensor) -> Tensor:
 KINDS: dict[str, Callable[[Rows, DivergenceOptions], Terms]] = {
     "forward_kl": lambda x, _: _alpha(x, 1.0),
     "reverse_kl": lambda x, _: _alpha(x, 0.0),
+    "symmetric_kl": lambda x, o: _symmetric(x, o.mixture),
     "js": lambda x, o: _js(x, o.mixture, o.normalized),
     "skew_forward_kl": lambda x, o: _skew(x, o.skew),
     "skew_reverse_kl": lambda x, o: _skew(x.exchanged(), o.skew).exchanged(),

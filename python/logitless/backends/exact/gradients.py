@@ -30,7 +30,7 @@ class Accumulators:
         self.weight_begun = False
         halves = problem.head.weight.dtype == operands.operand == torch.bfloat16
         self.one_product = problem.rounds_head and halves and len(problem.targets) <= chunk
-        # The mean logit's gradient is the same for every entry of the vocabulary: summed apart, added once.
+        # The mean logit's gradient is one vector, times each entry's weight: summed apart, added once.
         self.mean_weight: Tensor | None = None  # [H]
         self.mean_bias: Tensor | None = None  # []
 
@@ -59,7 +59,8 @@ class Accumulators:
             if self.needs.weight and rounds:  # last, as it puts the targets' entries into the matrix
                 self.set_weight(self._weight_of(rows, targets, gradient))
                 sums = sums._replace(weight=None)
-        add_targets(self.operands.problem, rows, gradient.target, sums)
+        if gradient.target is not None:
+            add_targets(self.operands.problem, rows, gradient.target, sums)
         self.add_mean(rows, upstream)
 
     def _set_hidden(self, out: Tensor, gradient: RowGradient) -> None:
@@ -68,7 +69,7 @@ class Accumulators:
             out.mul_(gradient.row_scale[:, None])
 
     def _add_bias(self, out: Tensor, gradient: RowGradient) -> None:
-        scale = gradient.row_scale if gradient.row_scale is not None else torch.ones_like(gradient.target)
+        scale = gradient.row_scale if gradient.row_scale is not None else gradient.matrix.new_ones(len(gradient.matrix))
         multiply(gradient.matrix.T, scale[:, None].to(gradient.matrix.dtype), out=out[:, None], add=True)
 
     def _add_weight(self, rows: slice, gradient: RowGradient) -> None:
@@ -81,7 +82,9 @@ class Accumulators:
 
     def _weight_of(self, rows: slice, targets: Tensor, gradient: RowGradient) -> Tensor:
         """The head's gradient by one product, the targets' entries put into the matrix, which nobody reads after it."""
-        matrix = gradient.matrix.scatter_(1, targets[:, None], gradient.target[:, None].to(gradient.matrix.dtype))
+        matrix = gradient.matrix
+        if gradient.target is not None:
+            matrix.scatter_(1, targets[:, None], gradient.target[:, None].to(matrix.dtype))
         return torch.mm(matrix.T, self.operands.problem.hidden[rows])
 
     def add_mean(self, rows: slice, upstream: Upstream) -> None:
@@ -106,12 +109,14 @@ class Accumulators:
 
     def finish(self) -> Gradients:
         """The gradients; zeros where no token came."""
-        vocabulary = len(self.operands.problem.head.weight)
+        vocabulary, weight = len(self.operands.problem.head.weight), self.operands.problem.logit_weight
         sums = self.begin()
         if sums.weight is not None and self.mean_weight is not None:
-            sums.weight.add_(self.mean_weight / vocabulary)
+            part = self.mean_weight / vocabulary
+            sums.weight.add_(part) if weight is None else sums.weight.addr_(weight, part)
         if sums.bias is not None and self.mean_bias is not None:
-            sums.bias.add_(self.mean_bias / vocabulary)
+            part = self.mean_bias / vocabulary
+            sums.bias.add_(part if weight is None else weight * part)
         return sums
 
 
@@ -128,7 +133,7 @@ def add_targets(problem: Problem, rows: slice, entry: Tensor, sums: Gradients) -
 
 def target_entry(stats: TokenStats, upstream: Upstream) -> Tensor:
     """`dL / dz` at the target without the mean logit's part, `[n]` (kernels/MATH.md, eq. 12)."""
-    a, b, entropy_grad, _ = upstream
+    a, b, entropy_grad = upstream[:3]
     assert stats.logprob is not None
     p = stats.logprob.exp()
     entry = torch.zeros_like(p) if a is None else -a * torch.expm1(stats.logprob)

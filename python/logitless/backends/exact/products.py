@@ -115,6 +115,13 @@ def parts_in(dtype: torch.dtype, weight: Tensor) -> Iterator[tuple[slice, Tensor
         yield columns, scratch[: columns.stop - columns.start].copy_(weight[columns])
 
 
+def mean_row(weight: Tensor, logit_weight: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`mean_j w_j weight_j`, `[H]`, for the weights `[V]` of the logits in that dtype; None: 1 for each."""
+    parts = parts_in(dtype, weight)
+    sums = [part.sum(0) if logit_weight is None else logit_weight[columns] @ part for columns, part in parts]
+    return torch.stack(sums).sum(0) / len(weight)
+
+
 def raw_products(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Raw products `[n, V]` into `out`, in either layout, multiplied in the dtype of `hidden`."""
     vocabulary_major = out.stride(0) == 1

@@ -89,7 +89,7 @@ def single_pass(
     chunks = Chunks(engine, problem, outputs, trainable=needs.weight, whole_groups=groups is not None)
     sums, count = sums_of(chunks, needs), len(problem.targets)
     loss = torch.zeros((), dtype=chunks.dtype, device=problem.hidden.device)
-    logprob = torch.empty(count, dtype=chunks.dtype, device=problem.hidden.device)
+    logprob = torch.empty(problem.targets.shape, dtype=chunks.dtype, device=problem.hidden.device)
     for rows in spans(count, chunks.tokens) if groups is None else group_spans(groups, chunks.tokens):
         tile = chunks.measure(rows)
         assert tile.stats.logprob is not None
@@ -126,5 +126,6 @@ def concatenate(
     """The statistics of all chunks as one; empty ones where there is no chunk."""
     names = {"logprob", "lse", *outputs}
     if not parts:
-        return TokenStats(**{name: torch.empty(0, dtype=dtype, device=problem.hidden.device) for name in names})
+        empty = {name: torch.empty(0, dtype=dtype, device=problem.hidden.device) for name in names}
+        return TokenStats(**{**empty, "logprob": empty["logprob"].view(problem.targets.shape)})
     return TokenStats(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})

@@ -11,7 +11,8 @@ so a confident token keeps all its digits, and the gradient of the logits needs 
     dz_ij = e_ij exp(-log_total_i) (b - a - e (log p_ij + entropy_i)) + m_i / V          for j != t
     dz_it = -a expm1(logprob) + b p_t - e p_t (logprob + entropy) + m / V                (added apart, never as p - 1)
 
-for upstream gradients a (logprob), b (lse), e (entropy) and m (mean_logit), one number a row. Without entropy and
+for upstream gradients a (logprob), b (lse), e (entropy) and m (mean_logit), one number a row. Where logits have weights
+w, mean_logit is `mean_j w_j z_j`, and m / V becomes m w_j / V. Without entropy and
 softcap the bracket is one number a row too, and is left to the products (`row_scale`): the exponentials are the
 gradient as they stand. kernels/MATH.md derives each line.
 
@@ -47,7 +48,14 @@ class _Exponentials(NamedTuple):
 
 
 class TorchRows(RowEngine):
-    """The row engine of PyTorch operations."""
+    """The row engine of PyTorch operations.
+
+    Args:
+        logit_weight: `[V]` weights of the mean logit under a softcap, in the statistics' dtype; None: 1 for each.
+    """
+
+    def __init__(self, logit_weight: Tensor | None = None) -> None:
+        self.logit_weight = logit_weight
 
     def buffers(self, head: Head, chunk_dtype: torch.dtype | None) -> int:
         return 2 if head.softcap is not None or chunk_dtype is not None else 1
@@ -59,13 +67,15 @@ class TorchRows(RowEngine):
         if head.bias is not None:
             z.add_(head.bias)
         derivative = head.transform.apply_(z, may_be_masked=head.bias is not None)
+        if mean_logit is None and "mean_logit" in outputs:
+            mean_logit = z.mean(-1) if self.logit_weight is None else z @ (self.logit_weight / z.shape[1])
         return _statistics(z, derivative, targets, outputs, mean_logit)
 
     def recall(self, raw: Tensor, head: Head, targets: Tensor, stats: TokenStats) -> Tile:
         return self.measure(raw, head, targets, (), None)._replace(stats=stats)
 
     def gradient(self, tile: Tile, head: Head, upstream: Upstream, operand: torch.dtype) -> RowGradient:
-        result = _row_gradient(tile, head, upstream)
+        result = _row_gradient(tile, head, upstream, self.logit_weight)
         return result._replace(matrix=result.matrix.to(operand))
 
 
@@ -75,8 +85,6 @@ def _statistics(
     """Replaces the logits `z [n, V]` by their exponentials; logprob and lse always, the rest where asked for."""
     column = targets[:, None]
     target = z.gather(1, column)
-    if mean_logit is None and "mean_logit" in outputs:
-        mean_logit = z.mean(-1)
     top = z.amax(-1, keepdim=True)
     z.scatter_(1, column, -math.inf)
     sums = torch.stack([_exponentials_(piece, top, outputs) for piece in _pieces(z)]).sum(0)
@@ -114,7 +122,7 @@ def _exponentials_(z: Tensor, top: Tensor, outputs: tuple[str, ...]) -> Tensor:
     return torch.stack([total, weighted, squares])
 
 
-def _row_gradient(tile: Tile, head: Head, upstream: Upstream) -> RowGradient:
+def _row_gradient(tile: Tile, head: Head, upstream: Upstream, logit_weight: Tensor | None) -> RowGradient:
     """Turns the exponentials into the gradient."""
     entropy_grad, mean_grad = upstream.entropy, upstream.mean_logit
     stats, slope = tile.stats, head.transform.slope
@@ -134,7 +142,8 @@ def _row_gradient(tile: Tile, head: Head, upstream: Upstream) -> RowGradient:
     if derivative is None:
         return RowGradient(e, torch.full_like(total, slope), target)
     if mean_grad is not None:
-        e.add_((mean_grad / e.shape[1])[:, None])
+        even = mean_grad / e.shape[1]
+        e = e.add_(even[:, None]) if logit_weight is None else e.addr_(even, logit_weight)
     return RowGradient(e.mul_(derivative), None, target)
 
 

@@ -1,8 +1,11 @@
 """Policy: losses of a policy's own samples and their advantages, with or without demonstrations among them.
 
 The losses of `token_ratio` weigh each token by its own ratio to the policy that sampled, those of `sequence_ratio` by
-its sequence's, and those of `demonstrations` mix samples with demonstrations. `policy_loss` has what all of them share.
-Their constants come from `advantages`, `weights` and `implicit_reward`, and the course of a run from `schedules`.
+its sequence's. Those of `covariance` restrain the tokens that cost most entropy, and those of `demonstrations` mix
+samples with demonstrations. `policy_loss` has what all of them share.
+
+Their constants come from `advantages`, `weights` and `implicit_reward`, the loss of a value function from `values`, and
+the course of a run from `schedules`.
 
 ```python
 import torch
@@ -24,5 +27,16 @@ loss.backward()
 loss = losses.DrGRPO(beta=0.04)
 out = linear_loss(loss, hidden, weight, targets, advantages=advantages, ref_hidden=hidden.detach(), max_length=8)
 print(out.item())
+
+# PPO with a value function, whose own loss has no vocabulary.
+value_head = torch.nn.Linear(16, 1)
+mask = targets != -100
+with torch.no_grad():
+    old_values = value_head(hidden)[..., 0]
+found = losses.generalized_advantages(losses.token_rewards(rewards, mask), old_values, mask=mask)
+advantages = losses.whiten(found.advantages, mask)
+loss = linear_loss(losses.PPO(delta=3.0), hidden, weight, targets, advantages=advantages, old_logprob=old_logprob)
+loss = loss + 0.5 * losses.value_loss(value_head(hidden)[..., 0], found.returns, old_values, mask=mask)
+loss.backward()
 ```
 """

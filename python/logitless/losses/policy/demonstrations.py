@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ...types import TokenStats
+from ...types import LossReduction, TokenStats
 from ..catalogue import register
 from ..checks import check_flag, check_number, check_one_of, check_optional
 from ..formulas import weighted_nll
@@ -74,12 +74,12 @@ class LUFFY(_Imitating):
         gamma: positive; 0.1 (the paper's).
         epsilon_low, epsilon_high, delta: of own tokens, as `ppo`. Its scripts often switch the clip off: large values.
 
-    And those of `PolicyLoss`; the paper has `entropy_coef=0.01`.
+    And those of `PolicyLoss`; the paper has `entropy_coef=0.01`, the authors' script 0.001.
 
-    Left open: the normaliser; the paper divides by all tokens, its scripts by a constant.
+    Left open: the normaliser. The paper divides by all tokens, which is the default here; the authors' script divides
+    a micro-batch's sum by its padded width. Their entropy bonus runs over demonstrations too, which are left out here.
 
-    Source: arXiv 2504.14945, equations 5 to 7. Unverified source: the equations are known through notes and forks of
-    the code.
+    Source: arXiv 2504.14945, equations 5 to 7, and its authors' code (ElliottYan/LUFFY).
     """
 
     gamma: float = 0.1
@@ -119,6 +119,7 @@ class CHORD(_Imitating):
     mu: float = 0.1
     imitation: str = "phi"
     name: ClassVar[str] = "chord"
+    own_means: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,13 +156,14 @@ class UFT(_Imitating):
 
     And those of `PolicyLoss`; its code has a KL and an entropy bonus on.
 
-    Left open: the KL's weight.
+    Left open: the KL's weight. Its code cuts hints between sentences; `uft_hint_length` cuts between tokens.
 
-    Source: arXiv 2505.16984, from its authors' code.
+    Source: arXiv 2505.16984, from its authors' code (liumy2010/UFT).
     """
 
     hint_weight: float = 0.001
     name: ClassVar[str] = "uft"
+    own_means: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -246,17 +248,21 @@ class PrefixRFT(_Mixed, PPO):
         epsilon_low, epsilon_high: 0.2.
         delta: 3, the dual clip of its code.
 
-    And those of `PolicyLoss`. The paper reduces as Dr. GRPO does, with `reduction="constant_length"`.
+    And those of `PolicyLoss`. The reduction is Dr. GRPO's, as in the paper: give `max_length`, the longest completion
+    allowed.
 
-    Left open: nothing in the loss.
+    Left open: the scale of the reduction. The authors' code divides a micro-batch's sum by `max_length` alone, and not
+    by its sequences, then averages over micro-batches: `normalizer=` their number gives that. The default of its
+    configuration is a mean over tokens (`reduction="mean"`). Its KL covers the prefix, which is left out here.
 
-    Source: arXiv 2507.01679, from its authors' code.
+    Source: arXiv 2507.01679, from its authors' code (ZeroYuHuang/prefix_rft).
     """
 
     delta: float | None = 3.0
     keep: float = 0.2
     clip_demonstration: bool = True
     name: ClassVar[str] = "prefix_rft"
+    reduction: ClassVar[LossReduction] = "constant_length"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -264,7 +270,7 @@ class PrefixRFT(_Mixed, PPO):
         check_flag(self, "clip_demonstration")
 
     @property
-    def batch_wide(self) -> bool:
+    def ranks_entropy(self) -> bool:
         return self.keep < 1 or self.top_entropy < 1
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:

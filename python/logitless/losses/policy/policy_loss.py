@@ -129,9 +129,13 @@ class PolicyLoss(SequenceLoss):
         return self.off_policy_threshold is not None
 
     @property
-    def batch_wide(self) -> bool:
+    def ranks_entropy(self) -> bool:
         """Whether it looks for the batch's tokens of highest entropy."""
         return self.top_entropy < 1
+
+    @property
+    def batch_wide(self) -> bool:
+        return self.ranks_entropy
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -146,7 +150,7 @@ class PolicyLoss(SequenceLoss):
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        return ("logprob", *(("entropy",) if self.entropy_coef > 0 or self.batch_wide else ()))
+        return ("logprob", *(("entropy",) if self.entropy_coef > 0 or self.ranks_entropy else ()))
 
     def __call__(
         self,

@@ -35,7 +35,8 @@ def prefix_rft_length(
     Raises:
         ValueError: a length below 1, a negative step, no steps in all, or shares that are not in [0, 1].
 
-    Source: arXiv 2507.01679's code. Unverified source: the shares, from a port that cites the paper's appendix.
+    Source: arXiv 2507.01679's code for the rule: a random share between two schedules, and the length rounded down. It
+    also never shows less than its `min_prefix_len`. The three shares are a port's, which cites the paper's appendix.
     """
     if length < 1:
         raise ValueError(f"length: expected at least 1, got {length}")
@@ -59,7 +60,8 @@ def uft_hint_length(
     """How many of a solution's `length` tokens UFT shows: each of up to `pieces` equal pieces with a falling chance.
 
     The number of pieces is binomial with a chance that falls along a cosine from `start` to `end` over `hint_steps`; 0
-    after these. Source: arXiv 2505.16984's code, with its defaults.
+    after these. Source: arXiv 2505.16984's code, with its defaults; there the solution is a list of sentences, cut at
+    `round(length * shown / pieces)` of them. Here it is tokens, and the share is rounded down.
 
     Raises:
         ValueError: a negative length or step, no steps or pieces, or chances that are not in [0, 1].

@@ -1,4 +1,4 @@
-"""Policy-gradient losses that trust or distrust a sequence as a whole: RLOO, GSPO, GMPO, LUSPO, VESPO.
+"""Policy-gradient losses that trust or distrust a sequence as a whole: RLOO, GSPO, GMPO, LUSPO, VESPO, TOPR, GVPO.
 
 A sequence's value stands on each of its counted tokens, so that the loss's own `reduction` gives the paper's objective.
 An empty sequence contributes 0.
@@ -7,6 +7,7 @@ An empty sequence contributes 0.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from ...types import LossReduction
 from ..catalogue import register
-from ..checks import check_number
+from ..checks import check_number, check_one_of
 from ..formulas import MAX_LOG_RATIO, bounded_exp, weighted_nll
-from ..sequences import Sequences
+from ..sequences import Sequences, wide_dtype
 from .policy_loss import PolicyLoss, Samples
 from .token_ratio import PPO
 
@@ -128,15 +129,19 @@ class LUSPO(GSPO):
     When to use: as `gspo`, where answers shrink in training.
 
     Args:
-        epsilon_low, epsilon_high, delta: as `gspo`.
+        epsilon_low: 2e-3 (the paper's, section 5.1).
+        epsilon_high: 2.5e-3 (the paper's).
+        delta: as `ppo`.
 
     And those of `PolicyLoss`.
 
-    Left open: the values of epsilon; these are GSPO's.
+    Left open: nothing in the loss.
 
-    Source: arXiv 2602.05261, as in TRL 1.16. Unverified source: the paper was not seen.
+    Source: arXiv 2602.05261, as in TRL 1.16, whose index of papers quotes the values of epsilon.
     """
 
+    epsilon_low: float = 2e-3
+    epsilon_high: float = 2.5e-3
     name: ClassVar[str] = "luspo"
     reduction: ClassVar[LossReduction] = "sequence_mean"
 
@@ -235,3 +240,107 @@ class VESPO(PolicyLoss):
         k = torch.full_like(log_w, self.k_negative).masked_fill(up, self.k_positive)
         lam = torch.full_like(log_w, self.lambda_negative).masked_fill(up, self.lambda_positive)
         return torch.exp(k * log_w - lam * torch.expm1(log_w))
+
+
+@register
+@dataclass(frozen=True)
+class TOPR(PolicyLoss):
+    """TOPR: `-A logprob` where A > 0, `-sg(min(w, 1)) A logprob` elsewhere, w the ratio of the whole sequence.
+
+    w = exp(sum_t (logprob - old_logprob)). Right answers are imitated, however unlikely they have become. Wrong ones
+    lose their weight as the policy leaves them behind, so that nothing is pushed down for ever.
+
+    Detached: the weight, A, old_logprob.
+
+    When to use: answers sampled long ago, several epochs over them included, without a KL. A is the paper's reward, 1
+    or -1, or the reward less a baseline, which decides what share of answers counts as right.
+
+    Args:
+        per: `"sequence"` (the paper's, default), or `"token"`: each token's own ratio, as Trinity-RFT and ROLL have it.
+
+    And those of `PolicyLoss`.
+
+    Left open: the baseline.
+
+    Source: arXiv 2503.14286, equation 8 as ROLL's code quotes it, and Trinity-RFT's code. Unverified source: the paper
+    was not seen.
+    """
+
+    per: str = "sequence"
+    name: ClassVar[str] = "topr"
+    reduction: ClassVar[LossReduction] = "sequence_mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_one_of(self, "per", ("sequence", "token"))
+
+    @property
+    def of_sequences(self) -> bool:
+        return self.per == "sequence" or self.off_policy_threshold is not None
+
+    def _log_ratio(self, samples: Samples) -> Tensor:
+        return _sequences(samples).sum(samples.log_ratio) if self.per == "sequence" else samples.log_ratio
+
+    def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
+        weight = torch.where(samples.advantages > 0, 1.0, ratio.detach().clamp(max=1.0))
+        return weighted_nll(weight * samples.advantages, samples.logprob)
+
+    def _clipped(self, samples: Samples, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros_like(ratio, dtype=torch.bool), (samples.advantages < 0) & (ratio > 1)
+
+
+@register
+@dataclass(frozen=True)
+class GVPO(PolicyLoss):
+    """GVPO: half the variance, within a group, of `z = ratio_scale log w - A`, w the ratio of the whole sequence.
+
+    A sequence's value is `n / (n - 1) (z - mean z of its group)^2 / 2` on each of its tokens, n answers in its group;
+    0 in a group of one. It is least where the policy is the optimum of reward with a KL of weight `ratio_scale` to that
+    of `old_logprob`: `ratio_scale log w` then is the reward, up to a number per prompt that the mean takes out.
+
+    The input `group` says which prompt a token's sequence belongs to, in whole numbers; groups must not be cut.
+
+    Detached: A, old_logprob. The group's mean of log w is not, which changes nothing where A adds up to 0.
+
+    When to use: samples of any policy, old ones or demonstrations included, as no ratio multiplies anything; with
+    `group_advantages(scale="none")`.
+
+    Args:
+        ratio_scale: the paper's beta, positive; 0.1 (its code's).
+
+    And those of `PolicyLoss`.
+
+    Left open: nothing in the loss. Its code adds up the groups of a micro-batch, here they are averaged.
+
+    Source: arXiv 2504.19599, from its authors' code (verl-recipe).
+    """
+
+    ratio_scale: float = 0.1
+    name: ClassVar[str] = "gvpo"
+    own_inputs: ClassVar[tuple[str, ...]] = ("advantages", "group")
+    of_sequences: ClassVar[bool] = True
+    batch_wide: ClassVar[bool] = True
+    reduction: ClassVar[LossReduction] = "mean_of_means"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "ratio_scale", low=0.0, low_open=True)
+
+    def _constants(self, inputs: Mapping[str, Tensor | None], like: Tensor) -> dict[str, Tensor]:
+        constants = super()._constants(inputs, like)
+        group = inputs["group"]
+        assert group is not None
+        index = group.flatten().unique(return_inverse=True)[1]  # as float32, large numbers would fall together
+        return {**constants, "group": index.reshape(like.shape).to(wide_dtype(like.device))}
+
+    def _log_ratio(self, samples: Samples) -> Tensor:
+        return _sequences(samples).sum(samples.log_ratio)
+
+    def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
+        z = self.ratio_scale * self._log_ratio(samples) - samples.advantages
+        group = samples.constants["group"].long().flatten()
+        one = _sequences(samples).first().to(z.dtype)  # one token for each sequence
+        total, size = (torch.zeros_like(z).flatten().index_add(0, group, x.flatten()) for x in (one * z, one))
+        mean, size = (x[group].reshape(z.shape) for x in (total / size.clamp(min=1.0), size))
+        factor = torch.where(_sequences(samples).mask & (size > 1), size / (size - 1).clamp(min=1.0), 0.0)
+        return factor * (z - mean).square() / 2

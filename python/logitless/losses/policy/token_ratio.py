@@ -31,12 +31,12 @@ class Reinforce(PolicyLoss):
 
     Detached: A.
 
-    When to use: one update per batch of samples. With `group_advantages(scale="none")` it is GPG, with
-    `rloo_advantages` token-level RLOO.
+    When to use: one update per batch of samples. With the advantages of its name it is GPG (`gpg_advantages`), ReMax
+    (`remax_advantages`), OPO (`opo_advantages`) or token-level RLOO (`rloo_advantages`).
 
     Args: those of `PolicyLoss`.
 
-    Left open: the baseline, which is the advantages' business; GPG's rescaling of A for groups without signal.
+    Left open: the baseline, which is the advantages' business.
 
     Source: R. J. Williams, 1992; GPG arXiv 2504.02546.
     """
@@ -64,11 +64,13 @@ class PPO(PolicyLoss):
 
     Args:
         epsilon_low, epsilon_high: 0.2 (PPO's).
-        delta: greatest ratio where A < 0, at least `1 + epsilon_high`; None, off, by default; 3 is the dual clip's.
+        delta: greatest ratio where A < 0, at least `1 + epsilon_high`; None, off, by default. It is the dual clip's c,
+            by default on in verl, with 3; recipes of verl and NeMo-RL have 10.
 
     And those of `PolicyLoss`.
 
-    Left open: the value function's loss and GAE's settings, which are no part of it.
+    Left open: nothing in the loss. Its advantages are `generalized_advantages`, the value function learns by
+    `value_loss`.
 
     Source: arXiv 1707.06347, equation 7; dual clip arXiv 1912.09729; two-sided clip arXiv 2505.07291 (INTELLECT-2). The
     formulas were read in implementations (TRL, verl).
@@ -174,6 +176,46 @@ class DAPO(PPO):
 
 @register
 @dataclass(frozen=True)
+class VAPO(DAPO):
+    """VAPO: the loss of `dapo`, plus `nll_coef nll_weight (-logprob)`: right answers are imitated as well.
+
+    The input `nll_weight` is 0 on tokens of wrong answers. On those of right ones it is n / n_right, tokens of the
+    (global) batch over tokens of right answers, so that their NLL has a mean of its own. (1 there gives them a part in
+    the one mean.) `policy_weight` and masks do not touch this term.
+
+    Detached: A, old_logprob, nll_weight.
+
+    When to use: right answers are rare, and a sample of one should not be wasted. With advantages of a value function
+    (`generalized_advantages` with `length_adaptive_lambda`; returns with `lam=1`).
+
+    Args:
+        nll_coef: not negative; 0.1 (the paper's).
+        epsilon_low, epsilon_high, delta: as `dapo`.
+
+    And those of `PolicyLoss`.
+
+    Left open: nothing in the loss.
+
+    Source: arXiv 2504.05118, equation 10, as in NeMo-RL (`positive_example_nll_weight`, which averages over right
+    answers of the micro-batch).
+    """
+
+    nll_coef: float = 0.1
+    name: ClassVar[str] = "vapo"
+    own_inputs: ClassVar[tuple[str, ...]] = ("advantages", "nll_weight")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number(self, "nll_coef", low=0.0)
+
+    def _regulariser(self, samples: Samples, ratio: Tensor) -> Tensor:
+        imitation = self.nll_coef * weighted_nll(samples.constants["nll_weight"], samples.logprob)
+        rest = super()._regulariser(samples, ratio)
+        return imitation if rest is None else imitation + rest
+
+
+@register
+@dataclass(frozen=True)
 class BNPO(PPO):
     """TRL's `bnpo`: the clipped surrogate of `ppo`, averaged over the tokens of the local batch.
 
@@ -212,7 +254,9 @@ class CISPO(PolicyLoss):
 
     And those of `PolicyLoss`.
 
-    Left open: the cap, which the paper gives as `1 + epsilon_high` without a value.
+    Left open: the cap, which the paper gives as `1 + epsilon_high` without a value. verl's form of the loss also holds
+    the weight above `1 - epsilon_low`, so that a token that has become unlikely weighs no less; here, as in TRL, there
+    is no lower bound.
 
     Source: arXiv 2506.13585, as in TRL (whose `epsilon_high` is this cap, and silently 0.2 if it is not set).
     """
@@ -283,18 +327,18 @@ class DPPO(PolicyLoss):
     When to use: as `ppo`, where ratios of rare tokens say little about how far the policy moved.
 
     Args:
-        threshold_low, threshold_high: bounds of the change of probability; 0.2 is our choice.
-        ratio_cap: greatest weight; 20 (verl's).
+        threshold_low, threshold_high: bounds of the change of probability; 0.15, with which verl's example trains.
+        ratio_cap: greatest weight; 20, the default of verl's function (its example sets it out of reach).
 
     And those of `PolicyLoss`.
 
-    Left open: the thresholds' values. Its KL mask is not built.
+    Left open: nothing in the loss; `dppo_kl` has the other mask.
 
-    Source: arXiv 2602.04879, from verl's code. Unverified source: the paper was not seen.
+    Source: arXiv 2602.04879, from verl's code (`dppo_tv`). Unverified source: the paper was not seen.
     """
 
-    threshold_low: float = 0.2
-    threshold_high: float = 0.2
+    threshold_low: float = 0.15
+    threshold_high: float = 0.15
     ratio_cap: float = 20.0
     name: ClassVar[str] = "dppo"
 
@@ -314,6 +358,44 @@ class DPPO(PolicyLoss):
         change = logprob.exp() - (logprob - samples.log_ratio.detach()).exp()
         up, down = samples.advantages > 0, samples.advantages < 0
         return down & (change < -self.threshold_low), up & (change > self.threshold_high)
+
+
+@register
+@dataclass(frozen=True)
+class DPPOKL(DPPO):
+    """DPPO with the binary KL mask: the loss of `dppo`, within a trust region of the divergence of token or not token.
+
+    `D = p_old log(p_old / p) + (1 - p_old) log((1 - p_old) / (1 - p))`, with 1e-8 added to the probabilities of the
+    rest. A token keeps its gradient while `D <= threshold_high` or p has not risen (A > 0), `D <= threshold_low` or p
+    has not fallen (A < 0).
+
+    Detached: weight, mask, A, old_logprob.
+
+    When to use: as `dppo`, with a bound that is tighter for probabilities near 0 and 1.
+
+    Args:
+        threshold_low, threshold_high: bounds of D in nats; 0.05, with which verl's example trains.
+        ratio_cap: as `dppo`.
+
+    And those of `PolicyLoss`.
+
+    Left open: nothing in the loss.
+
+    Source: arXiv 2602.04879, from verl's code (`dppo_kl`). Unverified source: the paper was not seen.
+    """
+
+    threshold_low: float = 0.05
+    threshold_high: float = 0.05
+    name: ClassVar[str] = "dppo_kl"
+
+    def _clipped(self, samples: Samples, ratio: Tensor) -> tuple[Tensor, Tensor]:
+        change = samples.log_ratio.detach()
+        old = samples.logprob.detach() - change
+        rest, old_rest = (1e-8 - torch.expm1(x) for x in (samples.logprob.detach(), old))
+        divergence = -old.exp() * change + old_rest * (old_rest / rest).log()
+        up, down = samples.advantages > 0, samples.advantages < 0
+        low, high = divergence > self.threshold_low, divergence > self.threshold_high
+        return down & (change < 0) & low, up & (change > 0) & high
 
 
 @register

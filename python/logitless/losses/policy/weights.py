@@ -10,11 +10,13 @@ import math
 import torch
 from torch import Tensor
 
+from ..formulas import KL_ESTIMATES, MAX_LOG_RATIO
 from ..sequences import Sequences, wide_dtype
 
-__all__ = ["off_policy_mask", "own_means", "sampler_correction", "top_entropy_mask"]
+__all__ = ["off_policy_mask", "own_means", "rejection_mask", "sampler_correction", "top_entropy_mask"]
 
 CORRECTIONS = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+SPANS = ("token", "sum", "mean", "max")
 
 
 def sampler_correction(
@@ -52,11 +54,7 @@ def sampler_correction(
         raise ValueError(f"mode: expected one of {', '.join(CORRECTIONS)}, got {mode!r}")
     if not (0 < high < math.inf and (low is None or 0 <= low <= high)):
         raise ValueError(f"low, high: expected 0 <= low <= high, finite, got {low} and {high}")
-    if sampling_logprob.shape != old_logprob.shape:
-        shapes = f"{list(old_logprob.shape)} like old_logprob, got {list(sampling_logprob.shape)}"
-        raise ValueError(f"sampling_logprob: expected shape {shapes}")
-    sequences = Sequences(torch.ones_like(old_logprob, dtype=torch.bool) if mask is None else mask, sequence)
-    difference = (old_logprob.detach() - sampling_logprob.detach()).nan_to_num(nan=0.0)
+    difference, sequences = _difference(old_logprob, sampling_logprob, mask, sequence)
     if mode.startswith("sequence"):
         difference = sequences.sum(difference)
     rho = torch.exp(difference)  # inf is above any bound
@@ -64,6 +62,72 @@ def sampler_correction(
     if mode.endswith("mask"):
         bounded = torch.where(bounded == rho, rho, 0.0)
     return torch.where(sequences.mask, bounded, 0.0)
+
+
+def rejection_mask(
+    old_logprob: Tensor,
+    sampling_logprob: Tensor,
+    *,
+    over: str,
+    estimator: str,
+    high: float,
+    low: float | None = None,
+    mask: Tensor | None = None,
+    sequence: Tensor | None = None,
+) -> Tensor:
+    """Bool: keeps what the trainer and the sampler agree on, by an estimate of their divergence within [low, high].
+
+    With `d = old_logprob - sampling_logprob`, held within 20, the estimate of a token is `-d` (k1), `d^2 / 2` (k2) or
+    `exp(d) - d - 1` (k3). It is compared token by token, or for whole sequences by its sum, mean or maximum.
+
+    | elsewhere | here |
+    |---|---|
+    | verl's `token_k2`, `seq_sum_k3`, `seq_max_k2`, ..., threshold h | `over`, `estimator` of that name, `high=h` |
+    | verl's `seq_mean_k1`, ..., threshold `l_h` | `estimator="k1"`, `low=log(l)`, `high=log(h)` |
+    | NeMo-RL's and OpenRLHF's `seq-mask-tis` of [l, h] | `over="mean"`, k1, `low=-log(h)`, `high=-log(l)` |
+
+    The last bounds the geometric mean of the ratio `exp(d)`; verl's bounds of k1 are those of its inverse. The product
+    of several masks keeps what all of them keep.
+
+    As `policy_weight`, times `sampler_correction(mode="token_truncate")` or alone, it leaves the normaliser as it is.
+    verl takes rejected tokens out of the mask: ignore their targets for that, and KL and entropy leave them out too.
+
+    Args:
+        old_logprob, sampling_logprob, mask, sequence: as `sampler_correction`; both log-probs finite or NaN.
+        over: `"token"`, `"sum"`, `"mean"` or `"max"`.
+        estimator: `"k1"`, `"k2"` or `"k3"`.
+        high, low: in nats; `low` None for no lower bound, which the estimates k2 and k3, never negative, do not need.
+
+    Returns:
+        Of the shape of `old_logprob`, False where a token does not count.
+
+    Raises:
+        ValueError: a shape, a bound or a name does not fit.
+
+    Source: verl's correction of rollouts; seq-mask-tis as in NeMo-RL and OpenRLHF.
+    """
+    if over not in SPANS or estimator not in KL_ESTIMATES:
+        got = f"{over!r} and {estimator!r}"
+        raise ValueError(f"over, estimator: expected {', '.join(SPANS)}, and {', '.join(KL_ESTIMATES)}, got {got}")
+    if not (math.isfinite(high) and (low is None or -math.inf < low <= high)):
+        raise ValueError(f"low, high: expected finite numbers, low at most high, got {low} and {high}")
+    difference, sequences = _difference(old_logprob, sampling_logprob, mask, sequence)
+    estimate = KL_ESTIMATES[estimator](difference.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    if over != "token":
+        estimate = getattr(sequences, over)(estimate)
+    kept = estimate <= high
+    return sequences.mask & (kept if low is None else kept & (estimate >= low))
+
+
+def _difference(
+    old_logprob: Tensor, sampling_logprob: Tensor, mask: Tensor | None, sequence: Tensor | None
+) -> tuple[Tensor, Sequences]:
+    """`old_logprob - sampling_logprob`, detached, 0 where the sampler reported nothing; and the sequences."""
+    if sampling_logprob.shape != old_logprob.shape:
+        shapes = f"{list(old_logprob.shape)} like old_logprob, got {list(sampling_logprob.shape)}"
+        raise ValueError(f"sampling_logprob: expected shape {shapes}")
+    sequences = Sequences(torch.ones_like(old_logprob, dtype=torch.bool) if mask is None else mask, sequence)
+    return (old_logprob.detach() - sampling_logprob.detach()).nan_to_num(nan=0.0), sequences
 
 
 def top_entropy_mask(entropy: Tensor, share: float, mask: Tensor | None = None) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..catalogue import register
-from ..checks import check_flag, check_number, check_one_of, constant
+from ..checks import check_flag, check_number, check_one_of, constant, shared_constant
 from ..loss import Loss
 from ..whole_sequence import PairLoss, PreferenceResult
 
@@ -64,6 +64,11 @@ def hinge(u: Tensor) -> Tensor:
 def squared(u: Tensor, beta: float) -> Tensor:
     """`(u / beta - 1 / (2 beta))^2`: IPO's regression of h on 1 / (2 beta)."""
     return ((u - 0.5) / beta).square()
+
+
+def told_apart(c: Tensor, r: Tensor) -> Tensor:
+    """`-logsigmoid(c) - logsigmoid(-r)`: a classifier that tells the chosen from the rejected, each by itself."""
+    return -logsigmoid(c) - logsigmoid(-r)
 
 
 def _exo(u: Tensor, eps: float) -> Tensor:
@@ -118,7 +123,7 @@ _OF_DIFFERENCE: dict[str, Callable[[Tensor, Any], Tensor]] = {
 #: Loss types of each side's own reward, c = beta v_chosen and r = beta v_rejected, and of beta.
 _OF_REWARDS: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "nca_pair": lambda c, r, _: -logsigmoid(c) - 0.5 * (logsigmoid(-c) + logsigmoid(-r)),
-    "bco_pair": lambda c, r, _: -logsigmoid(c) - logsigmoid(-r),
+    "bco_pair": lambda c, r, _: told_apart(c, r),
     "sppo_hard": lambda c, r, beta: ((c - 0.5) / beta).square() + ((r + 0.5) / beta).square(),
     "apo_zero": lambda c, r, _: torch.sigmoid(-c) + torch.sigmoid(r),
     "apo_down": lambda c, r, _: torch.sigmoid(c) + torch.sigmoid(r - c),
@@ -152,7 +157,7 @@ class DPO(PairLoss):
       beta = 0.1 the target margin is 5 nats per token.
     - `exo_pair`: KL from the policy's choice `(sigmoid(u), sigmoid(-u))` to `(1 - eps, eps)`; needs eps > 0.
     - `nca_pair`: `-logsigmoid(c) - logsigmoid(-c) / 2 - logsigmoid(-r) / 2`.
-    - `bco_pair`: `-logsigmoid(c) - logsigmoid(-r)` (without the shift of `BCO`).
+    - `bco_pair`: `-logsigmoid(c) - logsigmoid(-r)` (`BCOPair` with the shift 0).
     - `sppo_hard`: `(v_chosen - 1 / (2 beta))^2 + (v_rejected + 1 / (2 beta))^2`.
     - `aot`, `aot_unpaired`: the loss of `sigmoid` at `u = beta (sort(chosen - rejected) - sort(ref_chosen -
       ref_rejected))`, or `beta (sort(v_chosen) - sort(v_rejected))`, sorted over the whole batch, of which the B
@@ -169,8 +174,9 @@ class DPO(PairLoss):
     - `alpha`: `s = (1 - exp(-alpha v)) / alpha`; alpha = 1 is forward KL and 0, the limit, reverse KL.
 
     `tail_weight` < 1 is LD-DPO: in every sum, the reference's too, tokens beyond the pair's shorter length count with
-    that factor. `use_weighting` is WPO: the loss times `w(chosen) w(rejected)`, `w = exp(mean_t (logprob_t - log
-    sum_j p_tj^2))`, which weights a pair by how likely the policy is to produce it.
+    that factor. (As in TRL 1.16; LLaMA-Factory and TRL 0.23 scale the policy's sums alone.) `use_weighting` is WPO:
+    the loss times `min(w(chosen) w(rejected), weight_cap)`, `w = exp(mean_t (logprob_t - log sum_j p_tj^2))`, which
+    weights a pair by how likely the policy is to produce it.
 
     Extreme values: `exp(-v)` of a sequence overflows soon, so s continues linearly below `alpha v = -10` (alpha = 1
     for `forward_kl`), with the slope e^10 it has there. Any finite log-probabilities give a finite loss and gradient
@@ -202,15 +208,18 @@ class DPO(PairLoss):
         tail_weight: in [0, 1]; 1, the default, is off, and 0 drops the tail. TRL's `ld_alpha`. Refused with the losses
             of averages, which have no length to desensitise.
         use_weighting: False by default. Refused with `aot` and `aot_unpaired`, whose values are not of pairs.
+        weight_cap: of `use_weighting` alone, positive: 1, the authors' code's, by default (a pair of greedy completions
+            would weigh more). None: no cap, as in TRL 1.16.
 
-    Left open: whether WPO's weight is capped (TRL 1.16 does not, TRL 0.23 did at 1); whether `robust` is to be stopped
-    before it runs away; over which batch AOT sorts (here the one given, so that its size matters).
+    Left open: whether `robust` is to be stopped before it runs away; over which batch AOT sorts (here the one given, so
+    that its size matters).
 
     Source: DPO arXiv 2305.18290, equation 7; cDPO, E. Mitchell's note on noisy preferences (2023); robust 2403.00409;
     IPO 2310.12036, equation 17; hinge SLiC-HF 2305.10425, with RSO's normalisation, 2309.06657; EXO 2402.00856,
     equation 16; NCA 2402.05369; BCO 2404.04656; SPPO 2405.00675, equation 4.7; AOT 2406.05882; APO 2408.06266,
     equations 7 and 8; DiscoPOP 2406.08414, equation 5; f-DPO 2309.16240; LD-DPO 2409.06411; WPO 2406.11827,
-    equation 2. The equations were taken over from implementations (TRL's); the stable forms are derived.
+    equation 2, its cap from its authors' code (wzhouad/WPO). The equations were taken over from implementations
+    (TRL's); the stable forms are derived.
     """
 
     beta: float = 0.1
@@ -221,6 +230,7 @@ class DPO(PairLoss):
     discopop_tau: float = 0.05
     tail_weight: float = 1.0
     use_weighting: bool = False
+    weight_cap: float | None = 1.0
     name: ClassVar[str] = "dpo"
 
     def __post_init__(self) -> None:
@@ -232,6 +242,8 @@ class DPO(PairLoss):
         check_number(self, "discopop_tau", low=0.0, high=1.0, low_open=True)
         check_number(self, "tail_weight", low=0.0, high=1.0)
         check_flag(self, "use_weighting")
+        if self.weight_cap is not None:
+            check_number(self, "weight_cap", low=0.0, low_open=True)
         self._check_meaning()
 
     def _check_meaning(self) -> None:
@@ -251,6 +263,8 @@ class DPO(PairLoss):
             raise ValueError(f"DPO: tail_weight belongs to losses of sums; loss_type={kind!r} averages over tokens")
         if self.use_weighting and kind in _BATCH_WIDE:
             raise ValueError(f"DPO: use_weighting weights pairs; the values of loss_type={kind!r} are not of pairs")
+        if self.weight_cap != 1 and not self.use_weighting:
+            raise ValueError(f"DPO: weight_cap belongs to use_weighting=True, got {self.weight_cap} without it")
 
     @property
     def outputs(self) -> tuple[str, ...]:
@@ -321,6 +335,7 @@ class DPO(PairLoss):
             return loss
         weight = constant(self, "chosen_weight", chosen_weight, loss)
         weight = weight * constant(self, "rejected_weight", rejected_weight, loss)
+        weight = weight.clamp(max=self.weight_cap) if self.weight_cap is not None else weight
         return torch.where(weight == 0, 0.0, weight * loss)  # 0 * inf would be NaN
 
 
@@ -425,3 +440,57 @@ class RDPO(PairLoss):
         longer = longer - constant(self, "rejected_length", rejected_length, chosen)
         c, r = self.beta * v_chosen, self.beta * v_rejected
         return preference_result(smoothed_logistic(c - r + self.alpha * longer, 0.0), c, r, chosen, rejected)
+
+
+@register
+@dataclass(frozen=True)
+class BCOPair(PairLoss):
+    """BCO on pairs: each completion is classified by its reward against a shift, the mean reward.
+
+    `-logsigmoid(c - delta) - logsigmoid(-(r - delta))` with the rewards `c = beta v_chosen`, `r = beta v_rejected`,
+    v = logprob - ref_logprob, and the shift delta. Without the shift, DPO's loss type `bco_pair`, a policy that has
+    become less likely on all completions counts every chosen one as bad. A logprob of -inf gives a finite gradient, and
+    the loss inf where it is the chosen one's.
+
+    Detached: the reference, delta and the metrics, whose rewards are DPO's (without the shift).
+
+    When to use: as the quality term beside DPO, which compares the two completions of a pair alone. With
+    `WeightedSum(["dpo", "bco_pair", "chosen_nll"], [0.8, 0.2, 1.0])` it is MPO with its shift, and LLaMA-Factory's
+    `pref_bco_weight` w is `WeightedSum(["dpo", "bco_pair"], [1 / (1 + w), w / (1 + w)])`.
+
+    Args:
+        beta: positive; 0.1 as in TRL.
+
+    Left open: when delta moves. `bco_reward_shift` gives the mean of all rewards so far, chosen and rejected; the
+    implementations below put the batch into it before they use it, and count batches alike, whatever their sizes.
+
+    Source: BCO arXiv 2404.04656 and, for the sum, MPO arXiv 2411.10442; taken over from implementations (ms-swift,
+    LLaMA-Factory); InternVL has the same running mean.
+    """
+
+    beta: float = 0.1
+    name: ClassVar[str] = "bco_pair"
+    sequence_inputs: ClassVar[tuple[str, ...]] = ("reward_shift",)
+
+    def __post_init__(self) -> None:
+        check_number(self, "beta", low=0.0, low_open=True)
+
+    def __call__(
+        self,
+        chosen: Tensor,
+        rejected: Tensor,
+        ref_chosen: Tensor,
+        ref_rejected: Tensor,
+        *,
+        chosen_reward_shift: Tensor,
+        rejected_reward_shift: Tensor,
+    ) -> PreferenceResult:
+        """Per-pair loss and metrics from summed log-probabilities, `[B]`, and delta twice, `[]` or `[B]`.
+
+        Raises:
+            ValueError: the shapes differ.
+        """
+        c, r = (self.beta * v for v in log_ratios(self, chosen, rejected, ref_chosen, ref_rejected))
+        shift = shared_constant(self, "chosen_reward_shift", chosen_reward_shift, c)
+        other = shared_constant(self, "rejected_reward_shift", rejected_reward_shift, r)
+        return preference_result(told_apart(c - shift, r - other), c, r, chosen, rejected)

@@ -39,6 +39,10 @@ class _Sum(PairLoss):
         return _union((*term.extras, *(("length",) if term.average_logprob else ())) for _, term in self.parts)
 
     @property
+    def sequence_inputs(self) -> tuple[str, ...]:
+        return _union(term.sequence_inputs for _, term in self.parts)
+
+    @property
     def tail_weight(self) -> float:
         return self.parts[0][1].tail_weight
 
@@ -59,8 +63,8 @@ class _Sum(PairLoss):
         Args:
             chosen, rejected: the model's.
             ref_chosen, ref_rejected: the reference's, constants, where a term has one.
-            **extras: those that `extras` names: `chosen_length`, `rejected_length`, `chosen_weight`,
-                `rejected_weight`.
+            **extras: both sides of those that `extras` and `sequence_inputs` name: `chosen_length`,
+                `rejected_length`, ....
 
         Raises:
             ValueError: a shape does not fit, or something is missing.
@@ -79,7 +83,7 @@ def _of_term(
     wanted = pair if term.inputs else {side: pair[side] for side in ("chosen", "rejected")}
     if term.average_logprob:
         wanted = {name: _average(whole, name, value, extras) for name, value in wanted.items()}
-    named = [f"{side}_{extra}" for extra in term.extras for side in ("chosen", "rejected")]
+    named = [f"{side}_{extra}" for extra in (*term.extras, *term.sequence_inputs) for side in ("chosen", "rejected")]
     return term(**wanted, **{name: extras[name] for name in named if name in extras})
 
 
@@ -214,9 +218,10 @@ class MPO(_Sum):
         beta: positive; 0.1 as in DPO.
         weights: three positive numbers; (0.8, 0.2, 1.0) as in TRL's example of MPO.
 
-    Left open: the paper's quality term has BCO's shift, a mean of earlier rewards; TRL's, and this one, has none.
+    Left open: the authors' code (InternVL) has BCO's shift, a mean of the rewards so far, in the quality term; TRL's
+    sum of losses, and this one, has none. With it: `BCOPair` in a `WeightedSum`.
 
-    Source: arXiv 2411.10442, the terms by memory and from TRL's documentation: unverified source.
+    Source: arXiv 2411.10442; terms and weights as in its authors' code (InternVL's) and TRL's documentation.
     """
 
     beta: float = 0.1

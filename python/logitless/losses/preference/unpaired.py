@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..catalogue import register
-from ..checks import check_flag, check_number, check_one_of, constant
+from ..checks import check_flag, check_number, check_one_of, constant, shared_constant
 from ..loss import Loss
 from ..whole_sequence import UnpairedLoss, UnpairedResult
 
@@ -87,7 +87,7 @@ class KTO(UnpairedLoss):
 
     def _origin(self, reference_point: Tensor | None, v: Tensor) -> Tensor | float:
         if self.loss_type == "kto":
-            return _shared(self, "reference_point", reference_point, v)
+            return shared_constant(self, "reference_point", reference_point, v)
         if reference_point is not None:
             raise ValueError(f"kto: reference_point belongs to loss_type='kto', got {self.loss_type!r}")
         return 0.0
@@ -154,7 +154,7 @@ class BCO(UnpairedLoss):
             TypeError: `desirable` is not bool.
         """
         reward = self.beta * (logprob - constant(self, "ref_logprob", ref_logprob, logprob))
-        shifted = reward - _shared(self, "reward_shift", reward_shift, reward)
+        shifted = reward - shared_constant(self, "reward_shift", reward_shift, reward)
         sign, weight = _by_mark(self, desirable, reward, 1.0, self._ratio(density_ratio, reward))
         return UnpairedResult(-weight * logsigmoid(sign * shifted), reward.detach(), logprob.detach())
 
@@ -176,10 +176,3 @@ def _by_mark(
         raise ValueError(f"{loss.name}: desirable must have shape {tuple(like.shape)}, got {tuple(desirable.shape)}")
     one = torch.ones_like(like)
     return torch.where(desirable, one, -one), torch.where(desirable, of_desirable * one, of_undesirable * one)
-
-
-def _shared(loss: Loss, name: str, value: Tensor | None, like: Tensor) -> Tensor:
-    """A constant that all completions share, `[]`, or one each."""
-    if value is not None and value.dim() == 0:
-        value = value.expand(like.shape)
-    return constant(loss, name, value, like)

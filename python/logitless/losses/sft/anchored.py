@@ -70,7 +70,7 @@ class ASFT(_Anchored):
     model without its adapter).
 
     Args:
-        kl_weight: 0.05, the paper's; its code has 0.1, and 0.03 for bfloat16. Not negative.
+        kl_weight: 0.05, the paper's and of its code's example; the code's own default is 0.1. Not negative.
         kl: `forward_kl` by default, as in the paper and its code.
 
     Left open: paper and code give different weights. Both terms have the same mean over tokens here and in the authors'
@@ -126,8 +126,7 @@ class PSFT(TokenLoss):
 
     Left open: how long an old policy is kept; the paper renews it every 8 updates.
 
-    Source: arXiv 2508.17784, equations 6 and 7, and its authors' code. Unverified source: the equations' numbers are
-    known through notes.
+    Source: arXiv 2508.17784, equations 6 and 7, and its authors' code (zwhong714/PSFT).
     """
 
     epsilon: float = 0.28

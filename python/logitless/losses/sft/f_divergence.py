@@ -44,10 +44,10 @@ class FDivergenceSFT(SequenceLoss):
     - `value="one_step"`: every token is its own episode, `-phi(beta (rho_t + dl_t)) / beta + dl_t`: the shift settles
       where the mean of w is 1. `total_variation` is NLL plus a constant token by token.
 
-    Extreme values: every row but `pearson_chi2` continues phi linearly towards x -> -inf, so that any finite
-    logprob and ref_logprob give a finite loss and gradient, and a logprob of -inf gives inf with the finite gradient
-    of the row's `low_slope`. `pearson_chi2`, raw or saturated, stays quadratic there: its gradient is infinite
-    at -inf. `ref_logprob` must be finite.
+    Extreme values: every row continues phi linearly towards x -> -inf, so that any finite logprob and ref_logprob give
+    a finite loss and gradient, and a logprob of -inf gives inf with the finite gradient of the row's `low_slope`.
+    `pearson_chi2`, raw or saturated, does so below x = -1e4 alone, with the slope 5001 that it has there.
+    `ref_logprob` must be finite.
 
     Detached: the reference alone; nothing of the model. IQ-Learn's code detaches the weight and multiplies it with rho:
     the same gradient, another value.

@@ -7,6 +7,7 @@ and `ift`, as their `reduction` says) is the answer's loss. A token that does no
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,11 +53,16 @@ class _Answers(SequenceLoss):
 @register
 @dataclass(frozen=True)
 class MinorSFT(_Answers):
-    """MinorSFT: `-log sigmoid(beta sum_t rho_t)` of an answer, rho = logprob - ref_logprob; w = beta sigmoid(-beta
-    sum_t rho_t), in [0, beta].
+    """MinorSFT: `-2 / (beta T) log sigmoid(beta R)` of an answer of T tokens, `R = sum_t (logprob_t - ref_logprob_t)`;
+    w = 2 sigmoid(-beta R) / T, in [0, 2 / T].
 
-    An answer that has become much likelier than under the reference stops pulling. In scale, its gradient at the
-    reference is beta / 2 times NLL's. A logprob of -inf gives inf with a gradient of -beta.
+    An answer that has become much likelier than under the reference stops pulling. At the reference the gradient is
+    that of NLL averaged over the answer's tokens and then over answers. A logprob of -inf gives inf with a gradient of
+    -2 / T.
+
+    torchrl's `minor_sft` is another loss: `-log sigmoid(beta R / T)` by default, whose sigmoid sees an average, and
+    `-log sigmoid(beta R)` without its normalisation by length. Its gradients are beta / 2 and beta T / 2 times as large
+    at the reference.
 
     Detached: the reference.
 
@@ -64,11 +70,12 @@ class MinorSFT(_Answers):
     answer.
 
     Args:
-        beta: positive; 0.1, as in torchrl.
+        beta: positive; 0.1, torchrl's. It sets how soon an answer stops pulling, and not the scale of the gradient.
 
-    Left open: nothing in the loss.
+    Left open: beta, whose value in the paper was not seen.
 
-    Source: arXiv 2408.10642, from torchrl's implementation.
+    Source: arXiv 2408.10642: the gradient, as a summary quotes it; the loss is derived from it. Unverified source: the
+    paper itself was not seen.
     """
 
     beta: float = 0.1
@@ -78,7 +85,7 @@ class MinorSFT(_Answers):
         check_number(self, "beta", low=0.0, low_open=True)
 
     def _answer(self, rho: Tensor, tokens: Sequences) -> Tensor:
-        return softplus(-self.beta * tokens.sum(rho))
+        return 2 / self.beta * softplus(-self.beta * tokens.sum(rho)) / tokens.count(rho.dtype)
 
 
 @register
@@ -202,34 +209,49 @@ class DiscriminativeSFT(SequenceLoss):
 
     The inputs `group` (which prompt, whole numbers), `negative` (1 for a sampled answer, 0 for the demonstrated one)
     and `log_normalizer` (u_old, 0 at first) are given per answer; `updated_normalizer` returns the new u to be kept.
-    All answers to a prompt must be in one batch. Tokens sum up to the answers' terms: for the mean over prompts, give
-    their number as `normalizer`.
+    All answers to a prompt must be in one batch. Tokens sum up to the answers' terms, and the mean is over prompts, as
+    in the authors' code: the divisor counts the demonstrated answers. A `normalizer` from outside has to be that
+    number, the prompts of the global batch.
 
     Detached: u and the weights exp(d_j - u).
 
     When to use: instead of preference data, where the model's own samples are cheap.
 
     Args:
-        temperature: 1, the authors' default. Positive.
-        decay: g of the moving average, 0.95, the authors' default; in (0, 1].
+        temperature: tau, positive. None, the default, stands for the released recipes: 1 for DFT, 0.3 for DFT2.
+        decay: gamma of the moving average, in (0, 1]. None: the recipes' 0.85 for DFT, 0.9 for DFT2 (the 0.95 of their
+            configuration class is used by neither).
         ref_free: False, DFT, by default.
 
     Left open: the schedule of `decay`.
 
-    Source: arXiv 2502.18679, from its authors' code.
+    Source: arXiv 2502.18679, from its authors' code (PenGuln/DFT).
     """
 
-    temperature: float = 1.0
-    decay: float = 0.95
+    temperature: float | None = None
+    decay: float | None = None
     ref_free: bool = False
     name: ClassVar[str] = "discriminative_sft"
     batch_wide: ClassVar[bool] = True
     reduction: ClassVar[LossReduction] = "sequence_mean"
 
     def __post_init__(self) -> None:
-        check_number(self, "temperature", low=0.0, low_open=True)
-        check_number(self, "decay", low=0.0, low_open=True, high=1.0)
+        if self.temperature is not None:
+            check_number(self, "temperature", low=0.0, low_open=True)
+        if self.decay is not None:
+            check_number(self, "decay", low=0.0, low_open=True, high=1.0)
         check_flag(self, "ref_free")
+
+    @property
+    def recipe(self) -> tuple[float, float]:
+        """Temperature and decay, the authors' where none are given."""
+        temperature, decay = (0.3, 0.9) if self.ref_free else (1.0, 0.85)
+        given = self.temperature, self.decay
+        return temperature if given[0] is None else given[0], decay if given[1] is None else given[1]
+
+    @property
+    def divided_by(self) -> Callable[[TokenStats | None, Mapping[str, Tensor]], Tensor]:
+        return _of_demonstrations
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -283,8 +305,9 @@ class DiscriminativeSFT(SequenceLoss):
         log_normalizer: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """On every token: its answer's d, its prompt's new u, and how many answers were sampled for its prompt."""
+        temperature, decay = self.recipe
         total = tokens.mean(logprob.detach()) if self.ref_free else tokens.sum(logprob.detach())
-        score = total / self.temperature
+        score = total / temperature
         if not self.ref_free:
             score = score - tokens.sum(constant(self, "ref_logprob", ref_logprob, logprob))
         constant(self, "group", group, logprob)  # its check; as a float, large numbers would fall together
@@ -299,9 +322,14 @@ class DiscriminativeSFT(SequenceLoss):
         mean = torch.zeros_like(size).index_add(0, prompt[heads], above) / size
         log_mean, sizes = (x[prompt].reshape(logprob.shape) for x in (peak + mean.log(), size))
         kept = constant(self, "log_normalizer", log_normalizer, logprob)
-        if self.decay < 1:
-            log_mean = torch.logaddexp(kept + math.log1p(-self.decay), log_mean + math.log(self.decay))
+        if decay < 1:
+            log_mean = torch.logaddexp(kept + math.log1p(-decay), log_mean + math.log(decay))
         return score, log_mean.clamp(min=lowest), sizes
+
+
+def _of_demonstrations(stats: TokenStats | None, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The tokens of demonstrated answers, of which every prompt has one."""
+    return inputs["negative"] == 0
 
 
 @register
@@ -315,7 +343,8 @@ class IFT(SequenceLoss):
     alone; an answer without any loss has weights 1.
 
     The method's other half is outside of a loss: the log-probs come from a second forward pass whose input embeddings
-    are mixed with those of the model's own greedy predictions (0.2 of them).
+    are mixed with those of the model's own greedy predictions (0.2 of them). `logitless train` makes no such pass: it
+    trains with the weights alone.
 
     Detached: the weights by default. The authors' code lets the gradient flow through them (`detach=False`).
 

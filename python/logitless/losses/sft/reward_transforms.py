@@ -35,8 +35,8 @@ class RewardTransform:
         generator: f(u), `u = model / expert`.
         phi: -f*(-x), valid for `x >= low`.
         slope: phi', valid there too.
-        low: where the linear continuation takes over going down; None where phi needs none.
-        low_slope: phi'(low), the greatest weight that a token can get; inf where `low` is None and phi' is unbounded.
+        low: where the linear continuation takes over going down; None where phi is linear itself.
+        low_slope: phi'(low), the greatest weight that a token can get.
         remarks: domain and behaviour.
     """
 
@@ -61,6 +61,8 @@ class RewardTransform:
 
 #: A token's weight under the exponential rows never exceeds exp(5) = 148.
 _MAX_LOG_SLOPE = 5.0
+#: Pearson's parabola ends here: far beyond what beta times a log-ratio reaches, with a slope that -inf can have.
+_PARABOLA_END = -1e4
 
 # Every phi is written so that its value near 0 and its autograd derivative far from 0 keep their digits:
 # 1 - exp(-log1p(x)) for x / (1 + x), whose derivative is otherwise a difference of nearly equal terms.
@@ -77,9 +79,9 @@ REWARD_TRANSFORMS: dict[str, RewardTransform] = {
         generator=lambda u: (u - 1).square(),
         phi=lambda x: x * (1 - x / 4),
         slope=lambda x: 1 - x / 2,
-        low=None,
-        low_slope=math.inf,
-        remarks="The whole parabola, as IQ-Learn uses it: the weight is negative beyond x = 2 and unbounded below.",
+        low=_PARABOLA_END,
+        low_slope=1 - _PARABOLA_END / 2,
+        remarks="The parabola, as IQ-Learn uses it: the weight is negative beyond x = 2. Continued below x = -1e4.",
     ),
     "squared_hellinger": RewardTransform(
         generator=lambda u: (u.sqrt() - 1).square(),
@@ -128,8 +130,8 @@ SATURATED_PEARSON = RewardTransform(
     generator=REWARD_TRANSFORMS["pearson_chi2"].generator,
     phi=lambda x: x.clamp(max=2.0) * (1 - x.clamp(max=2.0) / 4),
     slope=lambda x: (1 - x / 2).clamp(min=0.0),
-    low=None,
-    low_slope=math.inf,
+    low=_PARABOLA_END,
+    low_slope=1 - _PARABOLA_END / 2,
     remarks="As pearson_chi2, with weight 0 instead of a negative one beyond x = 2.",
 )
 

@@ -1,8 +1,29 @@
-"""The schedule of `IDFT.mix` over training."""
+"""Settings of SFT losses that are found rather than given: `IDFT.mix` at a step, `SEDSFT.min_entropy` of some data."""
 
 from __future__ import annotations
 
-__all__ = ["idft_mix"]
+from torch import Tensor
+
+__all__ = ["idft_mix", "sed_sft_min_entropy"]
+
+
+def sed_sft_min_entropy(entropy: Tensor, *, share: float = 0.3) -> float:
+    """`SEDSFT.min_entropy` above which the given share of the tokens lies, of a sample of validation texts.
+
+    Args:
+        entropy: `[N]`, of the tokens that count, before training; the authors take 100 texts.
+        share: in (0, 1); 0.3, with which the authors' command marks tokens (by low top-k mass, here by high entropy).
+
+    Raises:
+        ValueError: no token, or a share that is not in (0, 1).
+
+    Source: arXiv 2602.07464's code, with entropy in place of its top-k mass.
+    """
+    if entropy.dim() != 1 or not len(entropy):
+        raise ValueError(f"entropy: expected the tokens' values [N], got {list(entropy.shape)}")
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a number in (0, 1), got {share!r}")
+    return float(entropy.kthvalue(max(int((1 - share) * len(entropy)), 1)).values)
 
 
 def idft_mix(step: int, total_steps: int, *, warmup: float = 0.2, transition: float = 0.1) -> float:

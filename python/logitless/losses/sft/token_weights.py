@@ -7,6 +7,7 @@ the model finds unlikely hardly pull; focal loss does the opposite; the others l
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -73,8 +74,11 @@ class DeformedLog(SequenceLoss):
     - `form="cayley"`: a = `f + (1 - f) p / (2 - p)` with `f = mean(p) / 2` over the counted tokens of the batch, held
       in [0.001, 1]. It looks at the whole batch, so its value depends on how a batch is split into micro-batches.
 
-    Outside `min_prob <= p <= max_prob` a token's loss is 0, while it stays in the mean's denominator. A logprob of -inf
-    gives `1 / a` with gradient 0 (a = 0: inf with gradient -1).
+    Outside `min_prob <= p <= max_prob` a token's loss is 0, and it leaves the mean's divisor, as in the authors' code:
+    the mean is over the tokens that are kept. Which these are is known after the statistics, so thresholds cost four
+    GEMMs, and a `normalizer` from outside cannot know it: a global count of tokens, under gradient accumulation, keeps
+    the dropped ones in. (The authors accumulate by averaging their micro-batches' means.) A logprob of -inf gives
+    `1 / a` with gradient 0 (a = 0: inf with gradient -1).
 
     Detached: a where it depends on the model, and the thresholds' comparison. p^a is not: it is the loss itself.
 
@@ -84,12 +88,14 @@ class DeformedLog(SequenceLoss):
     Args:
         form: `constant` by default.
         exponent: a of `form="constant"`, not negative; 1 by default (`1 - p`).
-        min_prob, max_prob: 0 and 1 by default, which keeps every token; the authors' code offers either threshold.
+        min_prob, max_prob: 0 and 1 by default, which keeps every token; the authors' code offers either threshold,
+            with the exponents 0 and 1.
 
     Left open: which exponent; how large Cayley's batch has to be.
 
-    Source: the family arXiv 2510.00526 and the three forms from the code of DEFT's authors. Unverified source: the
-    paper's own equations were not seen. The code divides by `a + 1e-6`; this is `-expm1(a logprob) / a`, exactly.
+    Source: the family arXiv 2510.00526 with its authors' code (GaotangLi/Beyond-Log-Likelihood); DEFT arXiv 2602.11424
+    and all three forms from its authors' code (luludus/DEFT). The latter divides by `a + 1e-6`; this is
+    `-expm1(a logprob) / a`, exactly.
     """
 
     form: str = "constant"
@@ -112,6 +118,12 @@ class DeformedLog(SequenceLoss):
         return self.form == "cayley"
 
     @property
+    def divided_by(self) -> Callable[[TokenStats | None, Mapping[str, Tensor]], Tensor | None] | None:
+        if (self.min_prob, self.max_prob) == (0, 1):
+            return None
+        return lambda stats, inputs: None if stats is None else self._kept(stats)
+
+    @property
     def outputs(self) -> tuple[str, ...]:
         return ("logprob", "log_sum_sq") if self.form == "deft" else ("logprob",)
 
@@ -122,9 +134,13 @@ class DeformedLog(SequenceLoss):
             mask = sequences_of(self, logprob, mask, sequence).mask
             logprob = torch.where(mask, logprob, 0.0)
         loss = _deformed_nll(logprob, self._exponent(stats, logprob.detach(), mask))
-        p = logprob.detach().exp()
-        counts = (p >= self.min_prob) & (p <= self.max_prob)
-        return torch.where(counts if mask is None else counts & mask, loss, 0.0)
+        kept = self._kept(stats)
+        return torch.where(kept if mask is None else kept & mask, loss, 0.0)
+
+    def _kept(self, stats: TokenStats) -> Tensor:
+        """`[...]` bool, where p is within the thresholds."""
+        p = statistic(self, stats, "logprob").detach().exp()
+        return (p >= self.min_prob) & (p <= self.max_prob)
 
     def _exponent(self, stats: TokenStats, logprob: Tensor, mask: Tensor | None) -> Tensor | float:
         if self.form == "constant":
@@ -198,8 +214,8 @@ class LUFFYShaping(TokenLoss):
 
     Left open: nothing in the loss.
 
-    Source: arXiv 2504.14945, equations 6 and 7, with the sampler's probability taken as 1. Unverified source: the
-    equations are known through notes and forks of the code.
+    Source: arXiv 2504.14945, equations 6 and 7, with the sampler's probability taken as 1, and its authors' code
+    (ElliottYan/LUFFY, `p_div_p_0.1`).
     """
 
     gamma: float = 0.1
@@ -267,7 +283,8 @@ class Unlikelihood(TokenLoss):
 
     Left open: which tokens are negative; the paper's candidates are the context's earlier tokens, one call for each.
 
-    Source: arXiv 1908.04319. Unverified source: the formula is by memory; the continuation is derived.
+    Source: arXiv 1908.04319 and its authors' code (facebookresearch/unlikelihood_training), which holds 1 - p above
+    1e-5 and adds the term to the NLL of all tokens; the continuation is derived.
     """
 
     alpha: float = 1.0
@@ -294,7 +311,11 @@ class EAFT(TokenLoss):
     """Entropy-adaptive fine-tuning: `-sg(h^alpha) logprob`, `h = min(entropy / log k, 1)`; w = h^alpha.
 
     The paper's h is the entropy of the k likeliest tokens, renormalised, over log k. Instead of this top-k, the whole
-    distribution's entropy is taken here, cut off at 1: it needs no sorting and is slightly larger.
+    distribution's entropy is taken here, cut off at 1. It needs no sorting, and is larger by what the tail adds. On
+    Zipf distributions over 32000 tokens with exponents from 1 to 3 it is 1.0 to 1.5 times the paper's. With one likely
+    token (0.9 to 0.99) over a flat tail it is about a hundred times as large, and the confident conflicts that the
+    paper damps are hardly damped. Where that matters, compute the paper's h from the k greatest logits, and take `nll`
+    with `token_weight=h ** alpha`.
 
     Detached: the weight.
 
@@ -307,7 +328,8 @@ class EAFT(TokenLoss):
 
     Left open: how far the substitute moves the paper's results.
 
-    Source: arXiv 2601.02151, equations 2 and 3; the substitute is derived.
+    Source: arXiv 2601.02151, equations 2 and 3, which LLaMA-Factory has with 3.0 for log 20 and without a cut-off; the
+    substitute is derived.
     """
 
     alpha: float = 1.0
@@ -332,24 +354,29 @@ class SEDSFT(TokenLoss):
     w = 1 - 2 scale m p (p - 1/2), in [1 - scale, 1 + scale / 8].
 
     Where the model is flexible, p is drawn towards 1/2; elsewhere it is NLL. The paper tells flexible positions by a
-    probability mass of the k likeliest tokens below tau (0.95 with k = 10). Instead of this top-k, the entropy is
-    compared here: 2.2 nats is that of a geometric distribution whose ten likeliest tokens hold 0.95.
+    probability mass of the k likeliest tokens below tau. Instead of this top-k, the entropy is compared here.
+
+    The authors' tau is no constant: it is the mass that 30% of the tokens of 100 validation texts stay below.
+    `sed_sft_min_entropy` takes the same share of your own tokens, and its result is the setting to train with. Their
+    function's own defaults are tau = 0.95 with k = 10; 2.2 nats, the default here, is the entropy of a geometric
+    distribution whose ten likeliest tokens hold 0.95.
 
     Detached: the mask; the gradient flows through p.
 
     When to use: to keep the model's diversity through SFT.
 
     Args:
-        scale: 0.2, the authors' default. Not negative.
-        min_entropy: in nats, 2.2 by default as derived above (k = 2, tau = 0.7, as in their script, gives 1.5).
+        scale: 1, with which the authors' command trains (0.2 is their function's default). Not negative.
+        min_entropy: in nats, 2.2 by default as derived above.
 
-    Left open: how far the substitute moves the paper's results.
+    Left open: how far the substitute moves the paper's results. The authors' command takes the quantile of the mass
+    of 10 tokens and compares that of 2 with it, where no k is given.
 
-    Source: arXiv 2602.07464 and its authors' code, which applies the penalty where the mass is low; the substitute is
-    derived.
+    Source: arXiv 2602.07464 and its authors' code (pppa2019/SED-SFT), which applies the penalty where the mass is low;
+    the substitute is derived.
     """
 
-    scale: float = 0.2
+    scale: float = 1.0
     min_entropy: float = 2.2
     name: ClassVar[str] = "sed_sft"
     outputs: ClassVar[tuple[str, ...]] = ("logprob", "entropy")
@@ -374,8 +401,8 @@ class IDFT(TokenLoss):
     `g = 1 + mix (clamp(exp(-phi / beta), min_power, max_power) - 1)`: a surprising token is weighted as with a high
     power of DFT, a typical one almost as with NLL. A logprob of -inf gives value and gradient 0.
 
-    Detached: g, always; p^g by default. The authors' code lets the gradient flow through p^g (`detach=False`):
-    w = p^g (1 + g logprob), which pushes tokens with p < exp(-1/g) further down.
+    Detached: g, always; p^g by default, as in the authors' code since March 2026. Its first release let the gradient
+    flow through p^g (`detach=False`): w = p^g (1 + g logprob), which pushes tokens with p < exp(-1/g) further down.
 
     When to use: as DFT, where rare but typical tokens are to be kept.
 
@@ -383,11 +410,12 @@ class IDFT(TokenLoss):
         beta: temperature of phi, positive; 1, as in the code.
         min_power, max_power: bounds of g before mixing; 0.1 and 2, as in the code.
         mix: 0 is DFT, 1 the full rule; `idft_mix` gives the code's schedule over training.
-        detach: True by default, the safer choice; False is the code's form.
+        detach: True by default, today's code; False is its first release.
 
     Left open: the upper bound; the authors' scripts vary it from 1 to 10.
 
-    Source: arXiv 2602.12222, from its authors' code. The detached default is a deviation.
+    Source: arXiv 2602.12222, from its authors' code (zhangmiaosen2000/Towards-On-Policy-SFT), which also holds p above
+    a small constant.
     """
 
     beta: float = 1.0
@@ -421,8 +449,9 @@ class IDFT(TokenLoss):
 class ProFiT(TokenLoss):
     """ProFiT: `-1[p > threshold] logprob`; w is 1 for tokens that the model finds likely enough and 0 for the others.
 
-    A dropped token stays in the mean's denominator. For a mask made offline from anything else (CFT's critical tokens:
-    arXiv 2510.10974, unverified source), use `nll` with `token_weight=mask` and `normalizer=mask.sum()`.
+    A dropped token stays in the mean's divisor, as in the authors' code. For a mask made offline from anything else
+    (CFT's critical tokens: arXiv 2510.10974, unverified source), use `nll` with `token_weight=mask` and
+    `normalizer=mask.sum()`.
 
     Detached: the comparison.
 
@@ -430,14 +459,15 @@ class ProFiT(TokenLoss):
     wording that could as well be another.
 
     Args:
-        threshold: in [0, 1); 0.5 by default, this library's choice.
+        threshold: in [0, 1); 0.1 by default, which the authors recommend and train with.
 
-    Left open: the threshold.
+    Left open: nothing in the loss. The code's other directions (the unlikely tokens, the middle, random ones) are masks
+    for `nll`.
 
-    Source: arXiv 2601.09195. Unverified source: known through a summary.
+    Source: arXiv 2601.09195, from its authors' code (Utaotao/ProFit).
     """
 
-    threshold: float = 0.5
+    threshold: float = 0.1
     name: ClassVar[str] = "profit"
 
     def __post_init__(self) -> None:
@@ -452,35 +482,59 @@ class ProFiT(TokenLoss):
 @register
 @dataclass(frozen=True)
 class GEM(TokenLoss):
-    """GEM with linear h: `beta logsumexp(z / beta) - z_target`, which is `-beta logprob` at the temperature beta.
+    """GEM: the gradient `sum_v sg(q_v h_v) d(z_v - z_target)` of the logits z, `q = softmax(z / beta)`.
 
-    The gradient with respect to the logits z is `softmax(z / beta) - onehot`: a token stops being pushed up once it
-    holds the tempered distribution, so the model itself stays flatter than under NLL. The statistics have to be those
-    at that temperature: `stats_temperature` says so, and `linear_loss` multiplies it into the head's own.
+    A token stops being pushed up once it holds the tempered distribution q, so the model itself stays flatter than
+    under NLL. h weights each entry by its gap to the target, `d_v = z_v - z_target`:
 
-    Detached: nothing. The paper's form, `-logprob + sum_v sg(q_v) log p_v` with q the tempered distribution, has the
-    same gradient and another value; neither value is a likelihood, so log plain NLL beside it.
+    - `h="logsigmoid"`: `h_v = sigmoid(d_v / 100)`, the authors' default: about 1/2, more where the target is unlikely;
+    - `h="linear"`: `h_v = 1`, for which the gradient is `q - onehot`.
+
+    The statistics are those at the temperature beta: `stats_temperature` says so, and `linear_loss` multiplies it into
+    the head's own. With them `linear` is `-beta logprob`, exactly.
+
+    For `logsigmoid` the loss is `-beta s logprob - beta^2 s (1 - s) H / 100`, with `s = sg(sigmoid(m / 100))`, H the
+    entropy and `m = -beta (logprob + H)` the mean of d under q. This takes h as linear around m, where q lies, instead
+    of a pass of its own over the vocabulary. An entry's gradient is off by at most `4.9e-6 q_v (d_v - m)^2`, and the
+    target's by the sum of these: relative to h of 1/2, 1e-3 for a logit ten nats from the mean, and less than the
+    rounding of bfloat16 (4e-3) within twenty.
+
+    Detached: s. The authors' form, `sum_v sg(q_v h_v) (log p_v - log p_target)`, has another value; neither value is a
+    likelihood, so log plain NLL beside it.
 
     When to use: to keep the model's diversity through SFT.
 
     Args:
-        beta: in (0, 1]; 0.7, the authors' default; 1 is NLL.
+        beta: in (0, 1]; 0.7, the authors' default. With linear h, 1 is NLL.
+        h: `logsigmoid`, the default of the authors' function and of both their scripts, or `linear`, which alone their
+            fused kernel has. The gradient of `logsigmoid` is half as large.
 
-    Left open: the variant with h = logsigmoid, whose weights are per logit, is not built.
+    Left open: nothing in the loss.
 
-    Source: arXiv 2408.16673, from a copy of its authors' code; the scalar with the same gradient is derived.
+    Source: arXiv 2408.16673 and its authors' code (liziniu/GEM); the scalars with its gradient are derived.
     """
 
     beta: float = 0.7
+    h: str = "logsigmoid"
     name: ClassVar[str] = "gem"
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0, low_open=True, high=1.0)
+        check_one_of(self, "h", ("logsigmoid", "linear"))
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        return ("logprob",) if self.h == "linear" else ("logprob", "entropy")
 
     @property
     def stats_temperature(self) -> float:
         return self.beta
 
     def __call__(self, stats: TokenStats) -> Tensor:
-        """Per-token loss `[...]`, >= 0, from `stats.logprob` at the temperature `stats_temperature`."""
-        return -self.beta * statistic(self, stats, "logprob")
+        """Per-token loss `[...]`, from `stats.logprob` (and `stats.entropy`) at the temperature `stats_temperature`."""
+        logprob = statistic(self, stats, "logprob")
+        if self.h == "linear":
+            return -self.beta * logprob
+        entropy = statistic(self, stats, "entropy")
+        weight = torch.sigmoid(-0.01 * self.beta * (logprob + entropy).detach())
+        return -self.beta * weight * logprob - 0.01 * self.beta**2 * weight * (1 - weight) * entropy

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...backends.interface import Coefficients, Upstream
-from ...types import DIFFERENTIABLE, OUTPUTS, TokenStats
+from ...types import TokenStats
 from ..functions import PerTokenLoss
 from ..tokens import Tokens
 
@@ -27,18 +27,14 @@ def coefficients(
 
     def of_chunk(stats: TokenStats, rows: slice) -> tuple[Tensor, Upstream]:
         here = Tokens(None, None if mask is None else mask[rows])
-        stats = TokenStats(*(here.take(x) if name in outputs else None for name, x in zip(OUTPUTS, stats, strict=True)))
+        stats = TokenStats(**{name: here.take(x) for name, x in stats._asdict().items() if name in outputs})
         constants = [x[rows] for x in inputs]
         shape = (rows.stop - rows.start,) if per_token else None
         if not differentiate:
             return here.take(check_losses(function(stats, *constants), shape)).sum(), Upstream()
         with _autograd_inside_an_op():
-            leaves = TokenStats(
-                *(
-                    x.detach().requires_grad_(name in DIFFERENTIABLE) if x is not None else None
-                    for name, x in zip(OUTPUTS, stats, strict=True)
-                )
-            )
+            known = {name: x.detach() for name, x in stats._asdict().items() if x is not None}
+            leaves = TokenStats(**{name: x.requires_grad_(name in Upstream._fields) for name, x in known.items()})
             losses = check_losses(function(leaves, *constants), shape)
             _check_leaves(losses, leaves)
             total = here.take(losses).sum()
@@ -50,7 +46,7 @@ def coefficients(
 
 def _derivative(total: Tensor, leaves: TokenStats) -> Upstream:
     """Gradients of a chunk's sum for the differentiable statistics; None for one that it does not read."""
-    wanted = {name: x for name, x in zip(DIFFERENTIABLE, leaves, strict=False) if x is not None}
+    wanted = {name: x for name, x in leaves._asdict().items() if x is not None and x.requires_grad}
     if not total.requires_grad:
         return Upstream()
     results = torch.autograd.grad(total, list(wanted.values()), allow_unused=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
+from ...backends.exact.products import mean_row
 from ...backends.interface import Needs, Saved, Upstream
 from ...types import DIFFERENTIABLE, OUTPUTS, Head, LogitTransform, TokenStats, statistics_dtype
 from ..checks import check_permutation
@@ -33,6 +34,7 @@ def logprobs(
     bias: Tensor | None,
     targets: Tensor,
     order: Tensor | None,
+    logit_weight: Tensor | None,
     transform: Sequence[float],
     ignore_index: int,
     outputs: str,
@@ -53,14 +55,14 @@ def logprobs(
         refuse_capture(hidden.device, "a tail-corrected backward", "use backward='recompute'")
     check_permutation(order)
     tokens = of_targets(targets, ignore_index, weight.shape[0])
-    problem = problem_of(hidden, weight, bias, targets, order, transform, tokens, execution)
+    problem = problem_of(hidden, weight, bias, targets, order, logit_weight, transform, tokens, execution)
     names, saved = tuple(outputs.split()), None
     with no_autocast(hidden.device):
         if execution.approximates():
             (stats, unit), saved = backends.BACKENDS[backend].approximate(strategy).forward(problem, names, tolerance)
         else:
             stats, unit = backends.BACKENDS[backend].forward(problem, names, strategy == "single_pass")
-    s = [tokens.spread(x, hidden) for x in (*stats, cast(unit, hidden.dtype))]
+    s = [tokens.spread(x, hidden) for x in (*stats[: len(OUTPUTS)], cast(unit, hidden.dtype))]
     counts, column, value, by_block = saved or (None, None, None, None)
     kept = (tokens.spread(counts, hidden), or_empty(column, hidden), or_empty(value, hidden))
     return (s[0], s[1], s[2], s[3], s[4], s[5], s[6], *kept, tokens.spread(by_block, hidden))
@@ -68,7 +70,7 @@ def logprobs(
 
 @logprobs.register_fake
 def _fake_logprobs(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, order, transform, ignore_index, outputs, *execution
+    hidden, weight, bias, targets, order, logit_weight, transform, ignore_index, outputs, *execution
 ):
     how, dtype = Execution(*execution), statistics_dtype(hidden.dtype)
     wanted = {"logprob", "lse", *outputs.split()}
@@ -101,6 +103,7 @@ def logprobs_backward(
     bias: Tensor | None,
     targets: Tensor,
     order: Tensor | None,
+    logit_weight: Tensor | None,
     transform: Sequence[float],
     ignore_index: int,
     backend: str,
@@ -117,7 +120,8 @@ def logprobs_backward(
     execution = Execution(backend, strategy, tolerance, chunk_bytes, chunk_dtype)
     tokens = of_targets(targets, ignore_index, weight.shape[0])
     exact = not execution.approximates()
-    problem = problem_of(hidden, weight, bias, targets, order, transform, tokens, execution, rounds_head=exact)
+    head = (hidden, weight, bias, targets, order, logit_weight, transform)
+    problem = problem_of(*head, tokens, execution, rounds_head=exact)
     known, wanted = _known(stats, tokens), Needs(*needs)
     reaching = Upstream(*(tokens.take(g) for g in upstream))
     with no_autocast(hidden.device):
@@ -157,13 +161,14 @@ def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     logprob, lse, entropy, _, _, _, unit, *saved = output
     ctx.execution = Execution(x.backend, x.strategy, x.tolerance, x.chunk_bytes, x.chunk_dtype)
     kept = saved if ctx.execution.approximates() else []
-    ctx.save_for_backward(x.hidden, x.weight, x.bias, x.targets, x.order, logprob, lse, entropy, unit, *kept)
+    tensors = (x.hidden, x.weight, x.bias, x.targets, x.order, x.logit_weight)
+    ctx.save_for_backward(*tensors, logprob, lse, entropy, unit, *kept)
     ctx.transform, ctx.ignore_index, ctx.outputs = x.transform, x.ignore_index, ("logprob", "lse", *x.outputs.split())
 
 
 def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
-    hidden, weight, bias, targets, order, logprob, lse, entropy, unit, *saved = ctx.saved_tensors
+    hidden, weight, bias, targets, order, logit_weight, logprob, lse, entropy, unit, *saved = ctx.saved_tensors
     # A statistic that nobody asked for is an empty tensor, and so is its gradient.
     upstream = [g if name in ctx.outputs else None for name, g in zip(DIFFERENTIABLE, grads, strict=False)]
     if all(g is None for g in upstream):
@@ -171,11 +176,11 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
     if ctx.execution.strategy == "single_pass":
         counts, transform = targets != ctx.ignore_index, LogitTransform.unpacked(ctx.transform)
         row = weight, torch.where(counts, targets, 0), transform.derivative_at(logprob + lse), transform.slope
-        return gradients(logprobs, hidden=_scale_unit(unit, *row, counts, upstream))
+        return gradients(logprobs, hidden=_scale_unit(unit, *row, logit_weight, counts, upstream))
     wants = named(logprobs, ctx.needs_input_grad)
     needs = [wants.hidden, wants.weight, bias is not None and wants.bias]
     stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
-    head = (weight, bias, targets, order, ctx.transform, ctx.ignore_index)
+    head = (weight, bias, targets, order, logit_weight, ctx.transform, ctx.ignore_index)
     d_hidden, d_weight, d_bias = logprobs_backward(upstream, stats, saved, needs, hidden, *head, *ctx.execution)
     return gradients(
         logprobs,
@@ -191,10 +196,11 @@ def _scale_unit(
     targets: Tensor,
     target_slope: Tensor | float,
     slope: float,
+    logit_weight: Tensor | None,
     counts: Tensor,
     upstream: Sequence[Tensor | None],
 ) -> Tensor:
-    """A frozen head's `d_hidden = (a - b) unit + b c_t weight_t + m slope mean(weight)`, a scaling of rows.
+    """A frozen head's `d_hidden = (a - b) unit + b c_t weight_t + m slope mean_j w_j weight_j`, a scaling of rows.
 
     `a`, `b` and `m` reach logprob, lse and the mean logit; `c_t` is `target_slope`, the target's derivative.
     """
@@ -206,7 +212,8 @@ def _scale_unit(
     if b is not None:
         total = total - b[:, None] * unit + (target_slope * b)[:, None] * weight[targets]
     if m is not None:
-        total = total + m[:, None] * (weight.mean(0, dtype=dtype) * slope)
+        mean = weight.mean(0, dtype=dtype) if logit_weight is None else mean_row(weight, logit_weight.to(dtype), dtype)
+        total = total + m[:, None] * (mean * slope)
     return total.to(unit.dtype)
 
 

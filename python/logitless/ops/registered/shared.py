@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
 from ...backends.interface import Problem
-from ...types import APPROXIMATE, Head, LogitTransform
+from ...types import APPROXIMATE, Head, LogitTransform, statistics_dtype
 from ..tokens import Tokens
 
 
@@ -36,6 +36,7 @@ def problem_of(
     bias: Tensor | None,
     targets: Tensor,
     order: Tensor | None,
+    logit_weight: Tensor | None,
     transform: Sequence[float],
     tokens: Tokens,
     execution: Execution,
@@ -51,6 +52,7 @@ def problem_of(
         execution.chunk_dtype,
         order,
         rounds_head,
+        cast(logit_weight, statistics_dtype(hidden.dtype)),
     )
 
 

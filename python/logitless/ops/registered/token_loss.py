@@ -36,6 +36,7 @@ def token_loss(
     bias: Tensor | None,
     targets: Tensor,
     order: Tensor | None,
+    logit_weight: Tensor | None,
     token_inputs: Sequence[Tensor],
     groups: Tensor | None,
     function: int,
@@ -67,7 +68,8 @@ def token_loss(
         tokens = tokens.together(groups)
         groups = tokens.take(groups)
     rounds_head, names = strategy == "single_chunk", tuple(outputs.split())
-    problem = problem_of(hidden, weight, bias, targets, order, transform, tokens, execution, rounds_head=rounds_head)
+    head = (hidden, weight, bias, targets, order, logit_weight, transform)
+    problem = problem_of(*head, tokens, execution, rounds_head=rounds_head)
     of_chunk = coefficients(
         functions.of_handle(function, numbers),
         [tokens.take(x) for x in token_inputs],

@@ -1,0 +1,84 @@
+"""Columns of the rows that are inputs of the loss: one number a row, one a turn, or one a token that counts.
+
+A value that belongs to a token stands where the token is predicted, one position before it, as in `Batch.loss_inputs`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from logitless.training.data import Row
+from logitless.training.errors import InputError
+
+ABSENT = -100  # fills the lists of tokens that have fewer ids, or log-probabilities, than others
+OTHER_NAMES = {"desirable": "label"}  # TRL's
+#: The column of the ids that each token lists, for a loss that reads lists of them.
+TARGET_IDS = "target_ids"
+
+
+def present_columns(names: Iterable[str], rows: Sequence[Row], sides: Sequence[str] = ("",)) -> tuple[str, ...]:
+    """The names that any of the rows has a value for."""
+    return tuple(n for n in names if any(_value(row, n, side) is not None for row in rows for side in sides))
+
+
+def read_columns(
+    names: Iterable[str], row: Row, counts: torch.Tensor, *, single: Collection[str] = (), side: str = ""
+) -> dict[str, torch.Tensor]:
+    """The row's values of these columns, `[T]` each, or `[T, K]` where the row has a list a token; else 0.
+
+    Args:
+        counts: `[T]` bool, the tokens that count.
+        single: those of the names that belong to a whole row, so that they have one value.
+        side: "chosen" or "rejected" of a pair, whose columns are `<side>_<name>`.
+
+    Raises:
+        InputError: a column that this row lacks, holds something else, or has another number of values than the row
+            has tokens that count, or turns.
+    """
+    found = {}
+    for name in names:
+        called = f"{side}_{name}" if side else name
+        values = _numbers(_value(row, name, side), called, row)
+        if name in single and values.shape != (1,):
+            raise InputError(f"{row.origin}: the column {called} has {len(values)} values; expected one for the row")
+        found[name] = _at_predictions(values, called, row, counts)
+    return found
+
+
+def _value(row: Row, name: str, side: str) -> Any:
+    names = (f"{side}_{name}",) if side else (name, OTHER_NAMES.get(name, name))
+    return next((value for n in names if (value := row.values.get(n)) is not None), None)
+
+
+def _numbers(value: Any, name: str, row: Row) -> torch.Tensor:
+    """The values, `[n]` or lists of them `[n, K]`: bool, int64, or float32; shorter lists end with -100."""
+    values = value if isinstance(value, list) else [value]
+    lists = [x if isinstance(x, list) else [x] for x in values]
+    if not lists or not all(isinstance(x, (bool, int, float)) for part in lists for x in part):
+        raise InputError(
+            f"{row.origin}: the loss reads the column {name}, a number, true or false, or a list of them; got {value!r}"
+        )
+    if not any(isinstance(x, list) for x in values):
+        return torch.tensor(values)
+    width = max(map(len, lists))
+    return torch.tensor([part + [ABSENT] * (width - len(part)) for part in lists])
+
+
+def _at_predictions(values: torch.Tensor, name: str, row: Row, counts: torch.Tensor) -> torch.Tensor:
+    """The values where their tokens are predicted; one alone is every token's."""
+    if len(values) == 1:
+        return values.expand(len(counts), *values.shape[1:])
+    tokens = counts.nonzero()[:, 0]
+    begins = counts & ~torch.cat([counts.new_zeros(1), counts[:-1]])
+    turns = int(begins.sum())
+    if len(values) == turns:
+        values = values[begins.cumsum(0)[tokens] - 1]
+    if len(values) != len(tokens):
+        each = f"one for each of the {len(tokens)} tokens that count" + (f" or the {turns} turns" if turns > 1 else "")
+        raise InputError(f"{row.origin}: the column {name} has {len(values)} values; expected one, or {each}")
+    aligned = values.new_zeros(len(counts) + 1, *values.shape[1:])
+    aligned[tokens] = values  # at the token itself; the first of all is predicted from nothing
+    return aligned[1:]

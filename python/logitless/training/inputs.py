@@ -1,0 +1,71 @@
+"""Where each input of a loss comes from: a column of the rows, the reference model, or the run's own estimate.
+
+A column comes before the other two. An input that no source gives is an error that names it, and so is a ratio to a
+policy that the rows do not tell of: nothing is trained as something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from logitless.losses import Loss, PairLoss
+from logitless.training.columns import TARGET_IDS, present_columns
+from logitless.training.data import Row
+from logitless.training.errors import InputError
+
+#: A loss's input and the statistic of the reference model that it is.
+REFERENCE_FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse"}
+#: What the tokens of rows that are not the policy's own need; a loss can do without it on samples of today's policy.
+OFF_POLICY = "old_logprob"
+
+
+@dataclass(frozen=True)
+class InputSources:
+    """The inputs of a loss by their source."""
+
+    columns: tuple[str, ...]
+    reference: tuple[str, ...]
+    estimates: tuple[str, ...]
+
+
+def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Collection[str]) -> InputSources:
+    """The source of every input that the loss needs, and of the optional ones that the rows have.
+
+    Args:
+        estimated: the inputs that a run can estimate.
+
+    Raises:
+        InputError: an input without a source, or one column for both sides of a pair.
+    """
+    needed = (*loss.inputs, *loss.sequence_inputs, *((TARGET_IDS,) if loss.lists else ()))
+    sides = ("chosen", "rejected") if isinstance(loss, PairLoss) else ("",)
+    names = dict.fromkeys((*needed, *loss.optional_inputs))
+    columns = present_columns(names, rows, sides)
+    if isinstance(loss, PairLoss) and (shared := present_columns(names, rows)):
+        raise InputError(
+            f"{origin}: {loss.name} reads {shared[0]} of either side of a pair; expected columns chosen_{shared[0]} "
+            f"and rejected_{shared[0]}, got one for both"
+        )
+    missing = [name for name in needed if name not in columns]
+    reference = tuple(name for name in missing if name in REFERENCE_FIELDS)
+    estimates = tuple(name for name in missing if name in estimated)
+    if loss.own_means:
+        estimates = (*estimates, "token_weight")
+    _require(loss, missing, (*reference, *estimates), origin)
+    if OFF_POLICY in loss.optional_inputs and OFF_POLICY not in columns:
+        raise InputError(
+            f"{origin}: {loss.name} needs a column {OFF_POLICY}, the log-probabilities of the tokens under the policy "
+            "that sampled them: without it every ratio is 1, which trains as --method reinforce does"
+        )
+    return InputSources(columns, reference, estimates)
+
+
+def _require(loss: Loss, missing: Collection[str], given: Collection[str], origin: str) -> None:
+    for name in missing:
+        if name not in given:
+            columns = f"columns chosen_{name} and rejected_{name}" if isinstance(loss, PairLoss) else f"a column {name}"
+            raise InputError(
+                f"{origin}: {loss.name} needs {columns}: one number (true, false) a row, or a list with "
+                "one for each token that counts"
+            )

@@ -1,0 +1,200 @@
+"""Rows with a teacher's likeliest ids, for top-k distillation from a file.
+
+    rows ──> tokens, as training has them ──> teacher ──> the rows and three columns, in Parquet or JSONL
+
+Each list has an entry for every token of the row that counts, as columns of the loss have. A token that `max_length`
+cuts off, and the first of a text, are not predicted: their lists of ids are empty. Batches are written as they come, so
+that memory holds the rows and one batch of lists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from logitless.integrations.scoring import plain_head
+from logitless.losses import NLL
+from logitless.training import files, parallel
+from logitless.training.collate import consecutive
+from logitless.training.columns import TARGET_IDS
+from logitless.training.config import TEACHER_IDS, TrainOptions
+from logitless.training.data import Row, read_rows
+from logitless.training.errors import InputError
+from logitless.training.loader import row_tokenizer
+from logitless.training.metrics import Progress
+from logitless.training.model import hide_progress_bars, load_model, load_tokenizer, locate, patched
+from logitless.training.objective import PatchedEngine, computes_in_bf16
+from logitless.training.parallel import World
+from logitless.training.run import confirm_patch
+from logitless.training.teachers import Listed, ModelTeacher, ServerTeacher, Teacher
+from logitless.training.tokenize import IGNORED, Example, RowTokenizer
+from logitless.types import BackendName
+
+Taught = Mapping[str, list[Any]]  # the columns of a row
+Write = Callable[[Sequence[Row], Sequence[Taught]], None]
+
+LOGPROB, TAIL = "teacher_logprob", "teacher_tail"
+
+
+def write_teacher_columns(
+    options: TrainOptions, output: str, *, k: int = TEACHER_IDS, server: str | None = None
+) -> None:
+    """Writes the rows of `options.dataset_name` with the columns `target_ids`, `teacher_logprob` and `teacher_tail`.
+
+    The options are those of a training run. Rows are tokenised with the tokenizer of `model_name_or_path`, and the
+    teacher is `teacher_model_name_or_path`, by default the same model. A row of which `max_length` leaves no completion
+    is left out.
+
+    Args:
+        output: the file to write, .parquet or .jsonl. It appears when it is whole.
+        k: ids a token, 64 by default; verl's and NeMo-RL's recipes have 32 to 512.
+        server: address of an OpenAI-compatible server with vLLM's `prompt_logprobs`, in place of the teacher's model.
+
+    Raises:
+        InputError: options, rows, teacher, or an answer of the server that can not be used.
+    """
+    path = Path(output)
+    if path.suffix.lower() not in _WRITERS:
+        raise InputError(f"output: expected a name that ends in {' or '.join(_WRITERS)}, got {output!r}")
+    if k < 1:
+        raise InputError(f"k must be at least 1, got {k}")
+    if server is not None and options.teacher_model_name_or_path is not None:
+        raise InputError("server and teacher_model_name_or_path are two teachers: give one of them")
+    if options.mixture is not None:
+        raise InputError("mixture: a teacher reads the rows of one dataset_name; teach each data set by itself")
+    options.require_inputs()
+    world = parallel.start(options.use_cpu)
+    try:
+        if world.size > 1:
+            raise InputError(f"a teacher runs in one process, got {world.size}; give each a part of the rows")
+        _teach(options, world, path, k, server)
+    finally:
+        parallel.stop(world)
+
+
+def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str | None) -> None:
+    source = locate(options)
+    if Path(source).is_dir():  # a download's bars stay
+        hide_progress_bars()
+    rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
+    tokenizer = row_tokenizer(options, load_tokenizer(source, options))
+    data = tokenizer.sequences(rows, options.dataset_name)
+    rows, examples = [rows[number] for number in data.kept], [example for (example,) in data.items]
+    size = options.per_device_eval_batch_size
+    teacher = _model_teacher(options, world, tokenizer, k) if server is None else ServerTeacher(server, k, size)
+    batches = consecutive(len(rows), size)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    progress = Progress(0, len(batches))
+    try:
+        progress.say(f"data: {data.summary()}")
+        with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, tokenizer) as write:
+            for number, batch in enumerate(batches, 1):
+                own = [rows[i] for i in batch]
+                write(own, _taught(teacher, tokenizer, own, [examples[i] for i in batch]))
+                progress.advance(number)
+        progress.say(f"done: {len(rows)} rows with {k} ids a token in {path}, {path.stat().st_size / 2**20:.1f} MiB")
+    finally:
+        progress.stop()
+
+
+def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer, k: int) -> Teacher:
+    """The teacher's model, frozen and patched; it must give every token the id that the rows have."""
+    if options.backend == "materialised":
+        raise InputError("backend: a teacher's hidden states are needed, which 'materialised' does not have")
+    options = dataclasses.replace(
+        options, model_name_or_path=options.teacher_model_name_or_path or options.model_name_or_path
+    )
+    source, name = locate(options), options.model_name_or_path
+    theirs, ours = load_tokenizer(source, options).get_vocab(), tokenizer.tokenizer.get_vocab()
+    if different := [token for token, number in ours.items() if theirs.get(token, number) != number]:
+        raise InputError(f"{name}: the teacher has other ids than the data's tokenizer, as for {different[0]!r}")
+    loss = NLL()
+    engine = PatchedEngine(loss, world.device, computes_in_bf16(options, world.device))
+    model = patched(load_model(source, options, world.device, frozen=True), options, loss).eval()
+    confirm_patch(engine, model, options, world.device)
+    vocabulary = len(plain_head(model).weight)
+    if k > vocabulary:
+        raise InputError(f"k: expected at most {vocabulary}, the vocabulary of {name}, got {k}")
+    return ModelTeacher(engine, model, k, cast(BackendName, options.backend))
+
+
+def _taught(teacher: Teacher, tokenizer: RowTokenizer, rows: list[Row], cut: list[Example]) -> list[Taught]:
+    listed = teacher(cut, [row.origin for row in rows])
+    wholes = [tokenizer.whole(row) for row in rows]
+    keeps_end = tokenizer.truncation_mode == "keep_end"
+    return [_columns(*each, keeps_end) for each in zip(wholes, cut, listed, strict=True)]
+
+
+def _columns(whole: Example, cut: Example, listed: Listed, keeps_end: bool) -> Taught:
+    """The lists of a row, with an entry for every token that counts before the row is cut."""
+    start = len(whole.labels) - len(cut.labels) if keeps_end else 0
+    place = {int(t) + start: n for n, t in enumerate((cut.labels != IGNORED).nonzero()[:, 0])}
+    numbers = [place.get(int(t)) for t in (whole.labels != IGNORED).nonzero()[:, 0]]
+    ids, logprob, tail = (values.tolist() for values in listed)
+    return {
+        TARGET_IDS: [[] if n is None else ids[n] for n in numbers],
+        LOGPROB: [[] if n is None else logprob[n] for n in numbers],
+        TAIL: [0.0 if n is None else tail[n] for n in numbers],
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@contextmanager
+def _jsonl_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> Iterator[Write]:
+    with path.open("w", encoding="utf-8") as file:
+
+        def write(batch: Sequence[Row], columns: Sequence[Taught]) -> None:
+            for row, own in zip(batch, columns, strict=True):
+                try:
+                    file.write(json.dumps({**row.values, **own}, ensure_ascii=False) + "\n")
+                except TypeError as error:
+                    raise InputError(f"{row.origin}: not a row for JSONL: {error}; write .parquet") from error
+
+        yield write
+
+
+@contextmanager
+def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> Iterator[Write]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise InputError(f"{path}: writing Parquet needs pyarrow (pip install pyarrow)") from error
+    numbers = pyarrow.list_(pyarrow.float32())
+    own = {TARGET_IDS: pyarrow.list_(pyarrow.list_(pyarrow.int32())), LOGPROB: pyarrow.list_(numbers), TAIL: numbers}
+    names = [name for name in dict.fromkeys(name for row in rows for name in row.values) if name not in own]
+    try:
+        given = pyarrow.table({name: [row.values.get(name) for row in rows] for name in names})
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+        raise InputError(f"the rows' columns do not fit into Parquet: {error}; write .jsonl") from error
+    _require_same_tokens(given.to_pylist(), rows, tokenizer)
+    schema = pyarrow.schema([*given.schema, *own.items()])
+    with parquet.ParquetWriter(path, schema) as file:
+
+        def write(batch: Sequence[Row], columns: Sequence[Taught]) -> None:
+            lists = {name: [taught[name] for taught in columns] for name in own}
+            values = {name: [row.values.get(name) for row in batch] for name in names}
+            file.write_table(pyarrow.table(values | lists, schema=schema))
+
+        yield write
+
+
+def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], tokenizer: RowTokenizer) -> None:
+    """Raises where the table's rows are read as other tokens: it gives every row the nested names that any has."""
+    for row, values in zip(rows, stored, strict=True):
+        if not tokenizer.whole(row).input_ids.equal(tokenizer.whole(Row(values, row.origin)).input_ids):
+            raise InputError(f"{row.origin}: Parquet adds names of other rows to nested columns, which changes the "
+                             "row's tokens; write .jsonl")  # fmt: skip
+
+
+_WRITERS: dict[str, Callable[[Path, Sequence[Row], RowTokenizer], AbstractContextManager[Write]]] = {
+    ".parquet": _parquet_writer,
+    ".jsonl": _jsonl_writer,
+}
