@@ -46,7 +46,10 @@ def check(case: Case, backward: str) -> None:
         )
 
     assert_matches_float64(
-        ours, lambda p: materialised(p, case.transform, outputs=OUTPUTS), case.problem, scale=case.scale
+        ours,
+        lambda p: materialised(p, case.transform, outputs=OUTPUTS),
+        case.problem,
+        scale=max(case.scale, case.bent_scale),
     )
 
 
