@@ -292,9 +292,7 @@ def test_opcheck(trainable, outputs):
     transform = LogitTransform(1.5, 3.0, 0.7).packed()
     arguments = (hidden, weight, bias, ids, transform, -100, outputs, "chunked", 100, None)
     torch.library.opcheck(torch.ops.logitless.list_logprobs.default, arguments, test_utils=TESTS)
-    torch.library.opcheck(
-        torch.ops.logitless.listed_products.default, (hidden, weight, ids.clamp(min=0)), test_utils=TESTS
-    )
+    torch.library.opcheck(torch.ops.logitless.listed_products.default, (hidden, weight, ids, "among"), test_utils=TESTS)
     arguments = (hidden.detach(), weight.detach(), bias.detach(), 3, transform, "chunked", 100, None)
     torch.library.opcheck(torch.ops.logitless.top_k.default, arguments, test_utils=TESTS)
 
@@ -330,6 +328,18 @@ def test_compiled_without_a_graph_break(unlisted):
         torch.testing.assert_close(a, b)
 
 
+def test_a_compiled_call_shows_a_target_that_is_not_in_its_list():
+    p = make_problem((3,), 4, 9, trainable=("hidden",))
+    kept = torch.stack([p.targets, (p.targets + 1) % 9], -1)
+    kept[1] = (kept[1] + 2) % 9
+
+    def function(hidden: Tensor) -> Tensor:
+        return linear_logprobs(hidden, p.weight, p.targets, among=kept).logprob
+
+    found = torch.compile(function, fullgraph=True, backend="aot_eager")(p.hidden)
+    assert found.isnan().tolist() == [False, True, False]
+
+
 def test_refusals():
     p = make_problem((4,), 3, 9)
     lists = torch.zeros(4, 2, dtype=torch.long)
@@ -346,6 +356,17 @@ def test_refusals():
         call(lists[:, 0], outputs=("tail",))
     with pytest.raises(ValueError, match="backward: 'single_pass' keeps one gradient vector per token"):
         call(lists, backward="single_pass")
+    for backend in ALL_BACKENDS:
+        with pytest.raises(ValueError, match=r"targets: expected ids in \[0, 9\) .* got -5"):
+            call(lists - 5, backend=backend)
+        with pytest.raises(ValueError, match=r"among: expected ids in \[0, 9\) .* got 9"):
+            call(lists[:, 0], among=lists + 9, backend=backend)
+    with pytest.raises(ValueError, match=r"targets: expected ids in .* got -5"):
+        call(lists - 5, backward="tail_corrected")
+    with pytest.raises(ValueError, match=r"among: expected shape \[\.\.\., K\], several ids a token, got \[4\]"):
+        call(lists[:, 0], among=lists[:, 0])
+    with pytest.raises(TypeError, match="among: expected int64"):
+        call(lists[:, 0], among=lists.float())
     with pytest.raises(ValueError, match="among: expected every token's target in its list"):
         call(lists[:, 0] + 1, among=lists)
     with pytest.raises(ValueError, match="targets: with among"):

@@ -60,11 +60,6 @@ def check(reduction: str, normalizer: object, max_length: object = None) -> None
         raise ValueError(f"normalizer: expected a positive number, got {normalizer}")
 
 
-def count_tokens(targets: Tensor, ignore_index: int) -> Tensor:
-    """Number of tokens that count, `[]` float32 on the targets' device. Nothing waits for the device."""
-    return (targets != ignore_index).sum().float()
-
-
 def rule(
     reduction: LossReduction,
     mask: Tensor,

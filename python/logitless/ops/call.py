@@ -93,11 +93,15 @@ def prepare_call(
     checks.check_head(hidden, weight, options, names)
     if targets is not None:
         checks.check_targets("targets", targets, hidden, lists=lists)
-        listed = targets.shape[hidden.dim() - 1 :]  # [K], or nothing
-        targets = targets.reshape(-1, *listed).long()
-        if listed:
-            targets = targets.masked_fill(targets == options.ignore_index, -1)
+        targets = flat_ids(targets, hidden, options.ignore_index)
     return Call(hidden.reshape(-1, hidden.shape[-1]), weight, targets, options)
+
+
+def flat_ids(ids: Tensor, hidden: Tensor, ignore_index: int) -> Tensor:
+    """The ids of all tokens, `[N]` int64, or lists of them `[N, K]` with -1 for an absent place."""
+    listed = ids.shape[hidden.dim() - 1 :]  # [K], or nothing
+    flat = ids.reshape(-1, *listed).long()
+    return flat.masked_fill(flat == ignore_index, -1) if listed else flat
 
 
 def _autocasts(device: str) -> bool:

@@ -173,10 +173,10 @@ def check_targets(name: str, targets: Tensor, hidden: Tensor, *, lists: bool = F
     _same_device(name, targets, hidden)
 
 
-def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: int) -> None:
+def check_ids(targets: Tensor, counts: Tensor, ignore_index: int, vocabulary: int, name: str = "targets") -> None:
     """Raises unless every target that counts is in the vocabulary."""
     outside = counts & ((targets < 0) | (targets >= vocabulary))
-    expected = f"targets: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}"
+    expected = f"{name}: expected ids in [0, {vocabulary}) or ignore_index {ignore_index}"
     require(~outside.any(), lambda: f"{expected}, got {int(targets[outside][0])}")
 
 

@@ -34,6 +34,7 @@ def exact_statistics(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         )
     arguments = call.hidden, call.weight, options.bias, call.targets
     if options.backend == "reference":
+        _check_ids_of_reference(call, call.targets, "targets")
         return reference.linear_list_logprobs(*arguments, transform=options.transform, outputs=outputs)
     results = list_logprobs(
         *arguments,
@@ -55,7 +56,7 @@ def statistics_from_lse(call: Call, outputs: tuple[str, ...], of_tokens: TokenSt
     if "tail" in outputs:
         raise ValueError(f"outputs: backward={call.options.backward!r} cannot give 'tail'; use 'auto' or 'recompute'")
     assert call.targets is not None and of_tokens.lse is not None
-    logprob = _logits(call, call.targets) - of_tokens.lse[:, None]
+    logprob = _logits(call, call.targets, "targets") - of_tokens.lse[:, None]
     stats = of_tokens._replace(logprob=logprob.masked_fill(call.targets < 0, 0.0))
     return TokenStats(**{name: getattr(stats, name) for name in outputs})
 
@@ -66,34 +67,40 @@ def kept_statistics(call: Call, among: Tensor, outputs: tuple[str, ...]) -> Toke
     A distribution over K entries is one over a small vocabulary, so the formulas are the reference's own.
     """
     assert call.targets is not None
-    kept = first_places(among)
-    if call.listed():
-        counts = kept.any(-1)
-    else:
-        counts = call.targets != call.options.ignore_index
-        places = kept & (among == call.targets[:, None])
-        if not torch.compiler.is_compiling():
-            checks.require((places.any(-1) | ~counts).all(), lambda: "among: expected every token's target in its list")
-    z = _logits(call, among).masked_fill(~kept & counts[:, None], -torch.inf)
-    z = z.masked_fill(~counts[:, None], 0.0)
+    kept, logits = first_places(among), _logits(call, among, "among")
+    counts = kept.any(-1) if call.listed() else call.targets != call.options.ignore_index
+    z = logits.masked_fill(~kept, -torch.inf).masked_fill(~counts[:, None], 0.0)
     if call.listed():
         of_tokens = reference.statistics(z, None, tuple(name for name in outputs if name != "logprob"))
-        logprob = _logits(call, among) - z.logsumexp(-1, keepdim=True)
+        logprob = logits - z.logsumexp(-1, keepdim=True)
         stats = of_tokens._replace(logprob=logprob.masked_fill(among < 0, 0.0))
     else:
+        places = kept & (among == call.targets[:, None])
+        missing = counts & ~places.any(-1)
+        if not torch.compiler.is_compiling():
+            checks.require(~missing.any(), lambda: "among: expected every token's target in its list")
+        z = z.masked_fill(missing[:, None], torch.nan)  # what a compiled call says
         stats = reference.statistics(z, places.int().argmax(-1), outputs)
     return TokenStats(*(None if x is None else reduce.zero_outside(counts, x) for x in stats))
 
 
-def _logits(call: Call, ids: Tensor) -> Tensor:
-    """`z [N, K]` of the listed ids alone; arbitrary where an id is absent."""
-    options, ids = call.options, ids.clamp(min=0)
+def _logits(call: Call, ids: Tensor, name: str) -> Tensor:
+    """`z [N, K]` of the listed ids alone; arbitrary where an id is absent, -1. `name` is for the message."""
+    options = call.options
     if options.backend == "reference":
-        return reference.logits(call.hidden, call.weight, options.bias, options.transform).gather(1, ids)
-    z = listed_products(call.hidden, call.weight, ids)
+        _check_ids_of_reference(call, ids, name)
+        z = reference.logits(call.hidden, call.weight, options.bias, options.transform)
+        return z.gather(1, ids.clamp(min=0))
+    z = listed_products(call.hidden, call.weight, ids, name)
     if options.bias is not None:
-        z = z + options.bias[ids].to(z.dtype)
+        z = z + options.bias[ids.clamp(min=0)].to(z.dtype)
     return reference.transformed(z, options.transform)
+
+
+def _check_ids_of_reference(call: Call, ids: Tensor, name: str) -> None:
+    """The check that the ops make; a compiled call of the reference goes without."""
+    if not torch.compiler.is_compiling():
+        checks.check_ids(ids, ids != -1, call.options.ignore_index, len(call.weight), name)
 
 
 class TopK(NamedTuple):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..types import LIST_OUTPUTS, OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
 from . import checks
-from .call import Call, prepare_call
+from .call import Call, flat_ids, prepare_call
 from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, statistics_from_lse
 from .registered.logprobs import logprobs
 
@@ -100,7 +100,7 @@ def linear_logprobs(
     )
     call = prepare_call(hidden, weight, targets, options, lists=True)
     if among is not None:
-        stats = _among(call, among, targets, outputs)
+        stats = _among(call, hidden, among, targets, outputs)
     else:
         known = LIST_OUTPUTS if call.listed() else OUTPUTS
         outputs = checks.check_outputs(outputs, with_targets=targets is not None, known=known)
@@ -110,7 +110,7 @@ def linear_logprobs(
     return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
 
 
-def _among(call: Call, among: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
+def _among(call: Call, hidden: Tensor, among: Tensor, targets: Tensor | None, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics of a distribution over the listed ids alone."""
     if targets is None or (call.listed() and among is not targets):
         raise ValueError("targets: with among, expected one id a token, or the same tensor as among")
@@ -118,9 +118,10 @@ def _among(call: Call, among: Tensor, targets: Tensor | None, outputs: tuple[str
         outputs, with_targets=not call.listed() or "correct" not in outputs, known=KEPT_OUTPUTS
     )
     checks.check_logit_weight(call.options.logit_weight, call.weight, outputs)
-    listed = prepare_call(call.hidden, call.weight, among.reshape(-1, among.shape[-1]), call.options, lists=True)
-    assert listed.targets is not None
-    return kept_statistics(call, listed.targets, outputs)
+    checks.check_targets("among", among, hidden, lists=True)
+    if among.dim() != hidden.dim():
+        raise ValueError(f"among: expected shape [..., K], several ids a token, got {list(among.shape)}")
+    return kept_statistics(call, flat_ids(among, hidden, call.options.ignore_index), outputs)
 
 
 def _of_lists(call: Call, outputs: tuple[str, ...]) -> TokenStats:

@@ -13,6 +13,7 @@ from ...backends.exact.chunks import Chunks
 from ...backends.exact.products import spans
 from ...backends.interface import Needs, Upstream
 from ...types import LIST_OUTPUTS, TokenStats, statistics_dtype
+from ..checks import check_ids
 from ..tokens import NO_LSE, Tokens, of_targets
 from .shared import (
     Execution,
@@ -137,9 +138,13 @@ list_logprobs.register_autograd(_differentiate_list_logprobs, setup_context=_sav
 
 
 @torch.library.custom_op("logitless::listed_products", mutates_args=())
-def listed_products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
-    """`hidden[n] @ weight[ids[n, k]]`, `[N, K]` in the statistics' dtype: 2 N K H flops, and a gather of the rows."""
-    dtype = statistics_dtype(hidden.dtype)
+def listed_products(hidden: Tensor, weight: Tensor, ids: Tensor, name: str) -> Tensor:
+    """`hidden[n] @ weight[ids[n, k]]`, `[N, K]` in the statistics' dtype: 2 N K H flops, and a gather of the rows.
+
+    Those of id 0 where an id is absent, -1. `name` is what the ids are called in a message.
+    """
+    check_ids(ids, ids != -1, -1, len(weight), name)
+    ids, dtype = ids.clamp(min=0), statistics_dtype(hidden.dtype)
     out = torch.empty(ids.shape, dtype=dtype, device=hidden.device)
     with no_autocast(hidden.device):
         for rows, gathered in _gathered(weight, ids, dtype):
@@ -148,7 +153,7 @@ def listed_products(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
 
 
 @listed_products.register_fake
-def _fake_listed_products(hidden, weight, ids):  # type: ignore[no-untyped-def]
+def _fake_listed_products(hidden, weight, ids, name):  # type: ignore[no-untyped-def]
     return hidden.new_empty(ids.shape, dtype=statistics_dtype(hidden.dtype))
 
 
@@ -156,8 +161,11 @@ def _fake_listed_products(hidden, weight, ids):  # type: ignore[no-untyped-def]
 def listed_products_backward(
     upstream: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, needs: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, in their dtypes; the head's is summed in the statistics'."""
-    dtype = upstream.dtype
+    """Gradients of hidden and weight, in their dtypes; the head's is summed in the statistics'.
+
+    The upstream gradient of an absent place is 0.
+    """
+    ids, dtype = ids.clamp(min=0), upstream.dtype
     d_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None
     d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
     with no_autocast(hidden.device):
@@ -189,7 +197,7 @@ def _gathered(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Iterator[tuple
 
 
 def _save_listed_products(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:3])
 
 
 def _differentiate_listed_products(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -197,7 +205,7 @@ def _differentiate_listed_products(ctx: Any, grad: Tensor) -> tuple[Tensor | Non
     hidden, weight, ids = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:2])
     d_hidden, d_weight = listed_products_backward(grad.contiguous(), hidden, weight, ids, needs)
-    return d_hidden if needs[0] else None, d_weight if needs[1] else None, None
+    return gradients(listed_products, hidden=d_hidden if needs[0] else None, weight=d_weight if needs[1] else None)
 
 
 listed_products.register_autograd(_differentiate_listed_products, setup_context=_save_listed_products)
