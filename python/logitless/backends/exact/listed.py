@@ -34,7 +34,7 @@ from ..interface import RowEngine, RowGradient, Tile, Upstream
 
 
 class _Lists(NamedTuple):
-    """The listed entries of a chunk, and the tile of the others."""
+    """The listed entries of a chunk."""
 
     columns: Tensor  # [n, K] int64; an absent place repeats an id of its row
     present: Tensor  # [n, K] bool
@@ -42,7 +42,6 @@ class _Lists(NamedTuple):
     z: Tensor  # [n, K]
     derivative: Tensor | float  # dz / d(raw product), [n, K] under a softcap
     nothing: Tensor | None  # [n, 1] bool: rows without other entries; None: there are none
-    others: Tile
 
 
 class ListedRows(RowEngine):
@@ -60,8 +59,7 @@ class ListedRows(RowEngine):
         lists, head = _set_apart(raw, head, targets)
         names = ("entropy",) if "entropy" in outputs else ()
         others = self.engine.measure(raw, head, lists.columns[:, 0], names, None)
-        lists = lists._replace(others=others)
-        return Tile(others.logits, targets, _list_statistics(lists, outputs), lists)
+        return Tile(others.logits, targets, _list_statistics(lists, others.stats, outputs), (lists, others))
 
     def recall(self, raw: Tensor, head: Head, targets: Tensor, stats: TokenStats) -> Tile:
         lists, head = _set_apart(raw, head, targets)
@@ -75,12 +73,12 @@ class ListedRows(RowEngine):
             others = self.engine.recall(raw, head, dummy, known)
         else:
             others = self.engine.measure(raw, head, dummy, ("entropy",), None)
-        return Tile(others.logits, targets, stats, lists._replace(others=others))
+        return Tile(others.logits, targets, stats, (lists, others))
 
     def gradient(self, tile: Tile, head: Head, upstream: Upstream, operand: torch.dtype) -> RowGradient:
-        lists: _Lists = tile.private
-        listed, of_others = _derivatives(lists, tile.stats, upstream)
-        matrix, scale, _ = self.engine.gradient(lists.others, _with_mask(head), of_others, operand)
+        lists, others = tile.private
+        listed, of_others = _derivatives(lists, others.stats, tile.stats, upstream)
+        matrix, scale, _ = self.engine.gradient(others, _with_mask(head), of_others, operand)
         if scale is not None:
             matrix = matrix.mul_(scale[:, None])
         matrix.scatter_add_(1, lists.columns, (listed * lists.derivative).to(matrix.dtype))
@@ -96,7 +94,7 @@ def _with_mask(head: Head) -> Head:
 
 
 def _set_apart(raw: Tensor, head: Head, targets: Tensor) -> tuple[_Lists, Head]:
-    """Takes the listed entries out of raw products, where they become -inf; `others` is not set yet."""
+    """Takes the listed entries out of raw products, where they become -inf; the head is the one for the others."""
     present = targets >= 0
     columns = torch.where(present, targets, targets.amax(-1, keepdim=True)).clamp(min=0)
     z = raw.gather(1, columns).to(statistics_dtype(raw.dtype))
@@ -106,8 +104,7 @@ def _set_apart(raw: Tensor, head: Head, targets: Tensor) -> tuple[_Lists, Head]:
     raw.scatter_(1, columns, -math.inf)
     nothing = _fill_empty_rows_(raw, head.bias, targets.shape[1])
     slope = head.transform.slope if derivative is None else derivative
-    placeholder = Tile(raw, targets, TokenStats(), None)
-    return _Lists(columns, present, first_places(targets), z, slope, nothing, placeholder), _with_mask(head)
+    return _Lists(columns, present, first_places(targets), z, slope, nothing), _with_mask(head)
 
 
 def _fill_empty_rows_(raw: Tensor, bias: Tensor | None, listed: int) -> Tensor | None:
@@ -127,9 +124,8 @@ def first_places(targets: Tensor) -> Tensor:
     return torch.zeros_like(new).scatter(1, order, new) & (targets >= 0)
 
 
-def _list_statistics(lists: _Lists, outputs: tuple[str, ...]) -> TokenStats:
-    """The statistics of a chunk's tokens."""
-    others = lists.others.stats
+def _list_statistics(lists: _Lists, others: TokenStats, outputs: tuple[str, ...]) -> TokenStats:
+    """The statistics of a chunk's tokens, from those of the entries that are not listed."""
     assert others.lse is not None
     tail = others.lse[:, None]
     if lists.nothing is not None:
@@ -147,7 +143,7 @@ def _list_statistics(lists: _Lists, outputs: tuple[str, ...]) -> TokenStats:
     return stats._replace(entropy=p[:, -1] * others.entropy - torch.xlogy(p, p).sum(-1))
 
 
-def _derivatives(lists: _Lists, stats: TokenStats, upstream: Upstream) -> tuple[Tensor, Upstream]:
+def _derivatives(lists: _Lists, others: TokenStats, stats: TokenStats, upstream: Upstream) -> tuple[Tensor, Upstream]:
     """`dL/dz` of the listed entries `[n, K]`, and the gradients that reach the others' lse and entropy."""
     assert stats.logprob is not None and stats.tail is not None
     a, b, e, c = upstream.logprob, upstream.lse, upstream.entropy, upstream.tail
@@ -165,7 +161,7 @@ def _derivatives(lists: _Lists, stats: TokenStats, upstream: Upstream) -> tuple[
     listed, of_tail = listed + p * common[:, None], of_tail + rest * common
     of_entropy = None
     if e is not None:
-        entropy, within = stats.entropy, lists.others.stats.entropy
+        entropy, within = stats.entropy, others.entropy
         assert entropy is not None and within is not None
         listed = listed - e[:, None] * (torch.xlogy(p, p) + p * entropy[:, None])
         of_tail = of_tail - e * (torch.xlogy(rest, rest) + rest * (entropy - within))
