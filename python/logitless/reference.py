@@ -45,6 +45,11 @@ def statistics(
     return TokenStats(**found)
 
 
+def for_all(compact: TokenStats, kept: Tensor, count: int) -> TokenStats:
+    """Statistics of `count` tokens from those of the `kept` ones, indices; 0 for the others."""
+    return TokenStats(*(None if x is None else x.new_zeros(count, *x.shape[1:]).index_add(0, kept, x) for x in compact))
+
+
 def list_statistics(z: Tensor, ids: Tensor, outputs: tuple[str, ...]) -> TokenStats:
     """`TokenStats` of logits `z [N, V]` and listed ids `[N, K]`, -1 for an absent place."""
     present, logp = ids >= 0, z.log_softmax(-1)
@@ -98,7 +103,7 @@ def linear_logprobs(
         return statistics(logits(hidden, weight, bias, transform), None, outputs, logit_weight)
     kept = (targets != ignore_index).nonzero()[:, 0]
     compact = statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs, logit_weight)
-    return TokenStats(*(None if x is None else x.new_zeros(len(targets)).index_add(0, kept, x) for x in compact))
+    return for_all(compact, kept, len(targets))
 
 
 def linear_list_logprobs(
@@ -113,9 +118,7 @@ def linear_list_logprobs(
     """`TokenStats` of `hidden [N, H]`, `weight [V, H]` and targets `[N, K]`, -1 for an absent place."""
     kept = (targets >= 0).any(-1).nonzero()[:, 0]
     compact = list_statistics(logits(hidden[kept], weight, bias, transform), targets[kept], outputs)
-    return TokenStats(
-        *(None if x is None else x.new_zeros(len(targets), *x.shape[1:]).index_add(0, kept, x) for x in compact)
-    )
+    return for_all(compact, kept, len(targets))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -127,8 +127,8 @@ def materialised(
     z = reference.transformed(z, transform)
     formulas = partial(reference.statistics, logit_weight=logit_weight)
     compact = (reference.list_statistics if listed else formulas)(z, flat[kept].masked_fill(~counts[kept], -1), outputs)
-    spread = (None if x is None else x.new_zeros(len(flat), *x.shape[1:]).index_add(0, kept, x) for x in compact)
-    return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in spread))
+    stats = reference.for_all(compact, kept, len(flat))
+    return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
 
 
 def measure(function: Callable[[TokenProblem], TokenStats | Tensor], problem: TokenProblem) -> dict[str, Tensor]:
