@@ -19,6 +19,7 @@ from .shared import (
     Execution,
     cast,
     fake_gradients,
+    gradient_outputs,
     gradients,
     named,
     no_autocast,
@@ -95,11 +96,7 @@ def list_logprobs_backward(
     reaching = Upstream(**{name: tokens.take(g) for name, g in zip(LIST_OUTPUTS, upstream, strict=True)})
     with no_autocast(hidden.device):
         result = backends.BACKENDS[backend].backward(problem, known, reaching, Needs(*needs))
-    return (
-        tokens.spread(cast(result.hidden, hidden.dtype), hidden),
-        or_empty(cast(result.weight, weight.dtype), hidden),
-        or_empty(cast(result.bias, weight.dtype), hidden),
-    )
+    return gradient_outputs(result, tokens, hidden, weight)
 
 
 @list_logprobs_backward.register_fake

@@ -18,6 +18,7 @@ from .shared import (
     Execution,
     cast,
     fake_gradients,
+    gradient_outputs,
     gradients,
     named,
     no_autocast,
@@ -132,11 +133,7 @@ def logprobs_backward(
             kept = Saved(tokens.take(counts), column, value, tokens.take(by_block))
             engine = backends.BACKENDS[backend].approximate(strategy)
             result = engine.backward(problem, known, kept, reaching, wanted, tolerance)
-    return (
-        tokens.spread(cast(result.hidden, hidden.dtype), hidden),
-        or_empty(cast(result.weight, weight.dtype), hidden),
-        or_empty(cast(result.bias, weight.dtype), hidden),
-    )
+    return gradient_outputs(result, tokens, hidden, weight)
 
 
 @logprobs_backward.register_fake

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 
-from ...backends.interface import Problem
+from ...backends.interface import Gradients, Problem
 from ...types import APPROXIMATE, Head, LogitTransform, statistics_dtype
 from ..tokens import Tokens
 
@@ -100,6 +100,15 @@ def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
 def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """A gradient in another dtype, if there is one."""
     return None if gradient is None else gradient.to(dtype)
+
+
+def gradient_outputs(found: Gradients, tokens: Tokens, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A backend's gradients as the outputs of a backward op: for all tokens, in the dtypes of hidden and weight."""
+    return (
+        tokens.spread(cast(found.hidden, hidden.dtype), hidden),
+        or_empty(cast(found.weight, weight.dtype), hidden),
+        or_empty(cast(found.bias, weight.dtype), hidden),
+    )
 
 
 def fake_gradients(
