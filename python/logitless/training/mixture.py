@@ -40,12 +40,11 @@ class ComponentOptions(NamedTuple):
 
     def named(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The values under keys that begin with the component's name, as metrics and checkpoints have them."""
-        return {f"{self.name}/{key}" if self.name else key: value for key, value in values.items()}
+        return prefixed(self.name, values) if self.name else dict(values)
 
     def unnamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The inverse of `named`, without the values of other components."""
-        start = f"{self.name}/" if self.name else ""
-        return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
+        return without_prefix(self.name, values) if self.name else dict(values)
 
     @contextmanager
     def blamed(self) -> Iterator[None]:
@@ -54,6 +53,17 @@ class ComponentOptions(NamedTuple):
             yield
         except InputError as error:
             raise InputError(f"mixture, {self.name}: {error}" if self.name else str(error)) from error
+
+
+def prefixed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values under keys that begin with the name and a slash."""
+    return {f"{name}/{key}": value for key, value in values.items()}
+
+
+def without_prefix(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `prefixed`, without the values of other names."""
+    start = f"{name}/"
+    return {key.removeprefix(start): value for key, value in values.items() if key.startswith(start)}
 
 
 def components_of(options: TrainOptions) -> list[ComponentOptions]:

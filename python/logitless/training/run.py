@@ -32,7 +32,7 @@ from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_sta
 from logitless.training.inputs import InputSources
 from logitless.training.loader import Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
-from logitless.training.mixture import ComponentOptions, components_of
+from logitless.training.mixture import ComponentOptions, components_of, prefixed, without_prefix
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
 from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
 from logitless.training.optimizer import make_optimizer
@@ -94,15 +94,15 @@ class Component:
 
     def estimated(self) -> dict[str, torch.Tensor]:
         """What the estimates keep, of all processes, for a checkpoint."""
-        states = {name: estimate.state(self) for name, estimate in self.estimates.items()}
-        return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
+        found: dict[str, torch.Tensor] = {}
+        for name, estimate in self.estimates.items():
+            found |= prefixed(name, estimate.state(self))
+        return found
 
     def restore_estimated(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Takes back what `estimated` gave."""
         for name, estimate in self.estimates.items():
-            start = f"{name}/"
-            own = {key.removeprefix(start): value for key, value in saved.items() if key.startswith(start)}
-            if own:
+            if own := without_prefix(name, saved):
                 estimate.restore(own)
 
 
