@@ -174,7 +174,8 @@ def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) ->
         given = pyarrow.table({name: [row.values.get(name) for row in rows] for name in names})
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise InputError(f"the rows' columns do not fit into Parquet: {error}; write .jsonl") from error
-    _require_same_tokens(given.to_pylist(), rows, tokenizer)
+    if any(pyarrow.types.is_nested(field.type) for field in given.schema):
+        _require_same_tokens(given.to_pylist(), rows, tokenizer)
     schema = pyarrow.schema([*given.schema, *own.items()])
     with parquet.ParquetWriter(path, schema) as file:
 
