@@ -15,15 +15,16 @@ from training_fixtures import completion_rows, make_tokenizer, preference_rows, 
 from logitless.training import InputError
 from logitless.training.collate import Piece, best_fit, consecutive, packed, padded, padding_free
 from logitless.training.data import Row, has_split, read_rows
+from logitless.training.examples import IGNORED, Example
 from logitless.training.loader import Loader, split_rows
+from logitless.training.render import Renderer
 from logitless.training.sampler import Sampler
-from logitless.training.tokenize import IGNORED, Example, RowTokenizer
 
 TOKENIZER = make_tokenizer()
 
 
-def renderer(**changes: Any) -> RowTokenizer:
-    return RowTokenizer(**{"tokenizer": TOKENIZER, "max_length": 128} | changes)
+def renderer(**changes: Any) -> Renderer:
+    return Renderer(**{"tokenizer": TOKENIZER, "max_length": 128} | changes)
 
 
 def one(values: dict[str, Any], **changes: Any) -> Example:

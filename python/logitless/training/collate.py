@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from logitless.training.columns import ABSENT
-from logitless.training.tokenize import IGNORED, Example
+from logitless.training.examples import IGNORED, Example
 
 Inputs = Mapping[str, torch.Tensor]  # per-token inputs of the loss, [T] each, aligned with an example's tokens
 Stored = list[tuple[Inputs, ...]]  # the inputs of every item and example, where they were computed before

@@ -32,7 +32,6 @@ ALIASES = {
     "torch_dtype": "dtype",
     "f_divergence_type": "divergence",
     "f_alpha_divergence_coef": "alpha",
-    "assistant_only_loss": "completion_only_loss",
 }
 DIVERGENCE_ALIASES = {"js_divergence": "js", "alpha_divergence": "alpha"}
 
@@ -163,9 +162,16 @@ class TrainOptions:
     truncation_mode: str = option(
         "keep_start", "Which end of a long row is kept.", group="Data", choices=("keep_start", "keep_end")
     )
+    assistant_only_loss: bool | None = option(
+        None,
+        "Loss on the assistant's turns only. Default: in rows of messages. Off: every token of them. On: in "
+        "completions of turns too.",
+        group="Data",
+    )
     completion_only_loss: bool | None = option(
         None,
-        "Loss on completions and assistant turns only. Default: wherever the row has them; off trains on every token.",
+        "Loss on completions only. Default: wherever a row has one; off trains on prompts too, and on every token of "
+        "messages unless assistant_only_loss is on.",
         group="Data",
     )
     packing: bool = option(False, "Put several rows into one of max_length, without cross-attention.", group="Data")

@@ -13,10 +13,11 @@ from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, p
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
+from logitless.training.examples import TokenizedData
 from logitless.training.inputs import InputSources, input_sources
 from logitless.training.model import check_packing, uses_flash_attention
 from logitless.training.objective import reads_sequences
-from logitless.training.tokenize import RowTokenizer, TokenizedData
+from logitless.training.render import Renderer
 
 TOGETHER = "group"  # the input that says which rows a loss compares, so that they must be in one batch
 
@@ -30,12 +31,12 @@ def load_data(
         estimated: the inputs that the run can estimate.
 
     Raises:
-        InputError: see `read_rows`, `input_sources` and `RowTokenizer`; evaluation asked for without data for it.
+        InputError: see `read_rows`, `input_sources` and `Renderer`; evaluation asked for without data for it.
     """
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     sources = input_sources(loss, rows, options.dataset_name, estimated)
-    tokenize = row_tokenizer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
-    read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
+    renderer = row_renderer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
+    read = renderer.pairs if isinstance(loss, PairLoss) else renderer.sequences
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
         rows, held_out = split_rows(rows, options.eval_fraction, options.seed)
@@ -45,15 +46,16 @@ def load_data(
     return sources, read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
 
 
-def row_tokenizer(
+def row_renderer(
     options: TrainOptions, tokenizer: object, columns: tuple[str, ...] = (), single: tuple[str, ...] = ()
-) -> RowTokenizer:
-    """How the options have rows tokenised; see `RowTokenizer` for the columns."""
-    return RowTokenizer(
+) -> Renderer:
+    """What renders rows as the options say; see `Renderer` for the columns."""
+    return Renderer(
         tokenizer,
         options.max_length,
         options.truncation_mode,
-        completion_only=options.completion_only_loss is not False,
+        assistant_only=options.assistant_only_loss,
+        completion_only=options.completion_only_loss,
         text_field=options.dataset_text_field,
         columns=columns,
         single=single,

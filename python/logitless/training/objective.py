@@ -25,7 +25,7 @@ from logitless.losses.whole_sequence import WholeSequenceLoss
 from logitless.training.collate import Batch
 from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TrainOptions
-from logitless.training.tokenize import IGNORED
+from logitless.training.examples import IGNORED
 from logitless.types import TokenStats
 
 

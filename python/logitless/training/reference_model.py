@@ -27,12 +27,12 @@ from logitless.training import files
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.examples import Item
 from logitless.training.inputs import REFERENCE_FIELDS
 from logitless.training.loader import Loader
 from logitless.training.model import cache_folder, load_model, locate_once, patched
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
-from logitless.training.tokenize import Item
 
 
 @dataclass(frozen=True)

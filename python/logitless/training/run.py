@@ -29,6 +29,7 @@ from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
+from logitless.training.examples import TokenizedData
 from logitless.training.inputs import InputSources
 from logitless.training.loader import Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
@@ -40,7 +41,6 @@ from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
-from logitless.training.tokenize import TokenizedData
 
 Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
 

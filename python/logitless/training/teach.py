@@ -24,14 +24,15 @@ from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TEACHER_IDS, TrainOptions
 from logitless.training.data import Row, read_rows
 from logitless.training.errors import InputError
-from logitless.training.loader import row_tokenizer
+from logitless.training.examples import IGNORED, Example
+from logitless.training.loader import row_renderer
 from logitless.training.metrics import Progress
 from logitless.training.model import hide_progress_bars, load_model, load_tokenizer, locate, patched
 from logitless.training.objective import PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
+from logitless.training.render import Renderer
 from logitless.training.run import confirm_patch
 from logitless.training.teachers import Listed, ModelTeacher, ServerTeacher, Teacher
-from logitless.training.tokenize import IGNORED, Example, RowTokenizer
 from logitless.types import BackendName
 
 Taught = Mapping[str, list[Any]]  # the columns of a row
@@ -81,27 +82,27 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
-    tokenizer = row_tokenizer(options, load_tokenizer(source, options))
-    data = tokenizer.sequences(rows, options.dataset_name)
+    renderer = row_renderer(options, load_tokenizer(source, options))
+    data = renderer.sequences(rows, options.dataset_name)
     rows, examples = [rows[number] for number in data.kept], [example for (example,) in data.items]
     size = options.per_device_eval_batch_size
-    teacher = _model_teacher(options, world, tokenizer, k) if server is None else ServerTeacher(server, k, size)
+    teacher = _model_teacher(options, world, renderer, k) if server is None else ServerTeacher(server, k, size)
     batches = consecutive(len(rows), size)
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(0, len(batches))
     try:
         progress.say(f"data: {data.summary()}")
-        with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, tokenizer) as write:
+        with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, renderer) as write:
             for number, batch in enumerate(batches, 1):
                 own = [rows[i] for i in batch]
-                write(own, _taught(teacher, tokenizer, own, [examples[i] for i in batch]))
+                write(own, _taught(teacher, renderer, own, [examples[i] for i in batch]))
                 progress.advance(number)
         progress.say(f"done: {len(rows)} rows with {k} ids a token in {path}, {path.stat().st_size / 2**20:.1f} MiB")
     finally:
         progress.stop()
 
 
-def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer, k: int) -> Teacher:
+def _model_teacher(options: TrainOptions, world: World, renderer: Renderer, k: int) -> Teacher:
     """The teacher's model, frozen and patched; it must give every token the id that the rows have."""
     if options.backend == "materialised":
         raise InputError("backend: a teacher's hidden states are needed, which 'materialised' does not have")
@@ -109,7 +110,7 @@ def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer,
         options, model_name_or_path=options.teacher_model_name_or_path or options.model_name_or_path
     )
     source, name = locate(options), options.model_name_or_path
-    theirs, ours = load_tokenizer(source, options).get_vocab(), tokenizer.tokenizer.get_vocab()
+    theirs, ours = load_tokenizer(source, options).get_vocab(), renderer.tokenizer.get_vocab()
     if different := [token for token, number in ours.items() if theirs.get(token, number) != number]:
         raise InputError(f"{name}: the teacher has other ids than the data's tokenizer, as for {different[0]!r}")
     loss = NLL()
@@ -122,10 +123,10 @@ def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer,
     return ModelTeacher(engine, model, k, cast(BackendName, options.backend))
 
 
-def _taught(teacher: Teacher, tokenizer: RowTokenizer, rows: list[Row], cut: list[Example]) -> list[Taught]:
+def _taught(teacher: Teacher, renderer: Renderer, rows: list[Row], cut: list[Example]) -> list[Taught]:
     listed = teacher(cut, [row.origin for row in rows])
-    wholes = [tokenizer.whole(row) for row in rows]
-    keeps_end = tokenizer.truncation_mode == "keep_end"
+    wholes = [renderer.whole(row) for row in rows]
+    keeps_end = renderer.truncation_mode == "keep_end"
     return [_columns(*each, keeps_end) for each in zip(wholes, cut, listed, strict=True)]
 
 
@@ -147,7 +148,7 @@ def _columns(whole: Example, cut: Example, listed: Listed, keeps_end: bool) -> T
 
 
 @contextmanager
-def _jsonl_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> Iterator[Write]:
+def _jsonl_writer(path: Path, rows: Sequence[Row], renderer: Renderer) -> Iterator[Write]:
     with path.open("w", encoding="utf-8") as file:
 
         def write(batch: Sequence[Row], columns: Sequence[Taught]) -> None:
@@ -161,7 +162,7 @@ def _jsonl_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> I
 
 
 @contextmanager
-def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> Iterator[Write]:
+def _parquet_writer(path: Path, rows: Sequence[Row], renderer: Renderer) -> Iterator[Write]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -175,7 +176,7 @@ def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) ->
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise InputError(f"the rows' columns do not fit into Parquet: {error}; write .jsonl") from error
     if any(pyarrow.types.is_nested(field.type) for field in given.schema):
-        _require_same_tokens(given.to_pylist(), rows, tokenizer)
+        _require_same_tokens(given.to_pylist(), rows, renderer)
     schema = pyarrow.schema([*given.schema, *own.items()])
     with parquet.ParquetWriter(path, schema) as file:
 
@@ -187,15 +188,15 @@ def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) ->
         yield write
 
 
-def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], tokenizer: RowTokenizer) -> None:
+def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], renderer: Renderer) -> None:
     """Raises where the table's rows are read as other tokens: it gives every row the nested names that any has."""
     for row, values in zip(rows, stored, strict=True):
-        if not tokenizer.whole(row).input_ids.equal(tokenizer.whole(Row(values, row.origin)).input_ids):
+        if not renderer.whole(row).input_ids.equal(renderer.whole(Row(values, row.origin)).input_ids):
             raise InputError(f"{row.origin}: Parquet adds names of other rows to nested columns, which changes the "
                              "row's tokens; write .jsonl")  # fmt: skip
 
 
-_WRITERS: dict[str, Callable[[Path, Sequence[Row], RowTokenizer], AbstractContextManager[Write]]] = {
+_WRITERS: dict[str, Callable[[Path, Sequence[Row], Renderer], AbstractContextManager[Write]]] = {
     ".parquet": _parquet_writer,
     ".jsonl": _jsonl_writer,
 }

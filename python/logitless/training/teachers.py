@@ -24,8 +24,8 @@ from logitless import linear_top_k
 from logitless.losses.distillation.top_k import unlisted_mass
 from logitless.training.collate import Piece, padded
 from logitless.training.errors import InputError
+from logitless.training.examples import IGNORED, Example
 from logitless.training.objective import PatchedEngine, autocast, shifted
-from logitless.training.tokenize import IGNORED, Example
 from logitless.types import BackendName, Head
 
 TRIES = 4  # of a request, after waits of 1, 2 and 4 seconds

@@ -1,4 +1,4 @@
-"""From rows to tokens: the chat template, the labels that say where the loss counts, truncation.
+"""From rows to tokens: the text of a row, the labels that say where the loss counts, truncation.
 
 Four forms of row, named as in TRL's documentation:
 
@@ -8,86 +8,40 @@ Four forms of row, named as in TRL's documentation:
     {"prompt": ..., "chosen": ..., "rejected": ...}                two completions of one prompt; without "prompt" it
                                                                    is what the two have in common at their start
 
-A token counts where its label is not -100. Where a completion begins is found on the tokens of the whole text: it is
-the first token in which prompt alone and prompt with completion differ, so a token that spans the boundary belongs to
-the completion and the model reads the same tokens in training as in a later conversation.
+A token counts where its label is not -100. The whole text is tokenised once, so that the model reads the same tokens in
+training as in a later conversation. A token that spans the start of an answer belongs to the answer.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any
 
 import torch
 
+from logitless.training.chat import ChatTemplate, Conversation
 from logitless.training.columns import TARGET_IDS, read_columns
 from logitless.training.data import Row
 from logitless.training.errors import InputError
+from logitless.training.examples import IGNORED, Example, Item, TokenizedData
+from logitless.training.tokens import Encoded, TextEncoder, common_prefix
 
-IGNORED = -100
-
-
-class Example(NamedTuple):
-    """One tokenised sequence; `labels` equal `input_ids` where the loss counts and -100 elsewhere."""
-
-    input_ids: torch.Tensor  # [T] int32
-    labels: torch.Tensor  # [T] int32
-    inputs: Mapping[str, torch.Tensor] = MappingProxyType({})  # [T] each: the loss's inputs that are columns of the row
-
-
-Item = tuple[Example, ...]  # (example,) of a token loss, (chosen, rejected) of a preference loss
+TRAINED = "train"  # the key of a turn that says whether it is learned
 
 
 @dataclass(frozen=True)
-class TokenizedData:
-    """The usable rows of a dataset and what happened to the others."""
-
-    items: list[Item]
-    rows: int
-    dropped: int  # nothing that counts was left
-    truncated: int
-    kept: tuple[int, ...]  # the numbers of the rows that the items are, from 0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all sequences."""
-        return sum(len(example.input_ids) for item in self.items for example in item)
-
-    @property
-    def counted(self) -> int:
-        """Tokens whose prediction counts in the loss."""
-        return sum(int((example.labels != IGNORED).sum()) for item in self.items for example in item)
-
-    def fingerprint(self) -> str:
-        """A hash of every token and label in order: equal for equal training data only."""
-        digest = hashlib.sha256()
-        for example in (example for item in self.items for example in item):
-            for tensor in (example.input_ids, example.labels, *example.inputs.values()):
-                digest.update(len(tensor).to_bytes(8, "little"))
-                digest.update(tensor.numpy().tobytes())
-            digest.update("".join(example.inputs).encode())
-        return digest.hexdigest()
-
-    def summary(self) -> str:
-        """One line for the log."""
-        line = f"{len(self.items)} of {self.rows} rows, {self.tokens} tokens, loss on {self.counted}"
-        notes = [f"{self.truncated} truncated"] if self.truncated else []
-        notes += [f"{self.dropped} dropped: no completion left within max_length"] if self.dropped else []
-        return f"{line} ({'; '.join(notes)})" if notes else line
-
-
-@dataclass(frozen=True)
-class RowTokenizer:
+class Renderer:
     """Turns rows into token sequences with one tokenizer.
 
     Args:
         tokenizer: a Transformers tokenizer; chat rows need its chat template.
         max_length: longest sequence, in tokens; longer ones lose their end or their start.
         truncation_mode: "keep_start" or "keep_end".
-        completion_only: False makes every token count, prompts too (preference rows excepted).
+        assistant_only: whether only the assistant's turns count. None: in rows of messages, unless `completion_only` is
+            False; in a completion every turn counts. Preference rows always are completions.
+        completion_only: whether only the completion of a prompt counts. None: yes.
         text_field: column of plain text.
         columns: columns that are inputs of the loss, which every row must have.
         single: those of them that have one value a row.
@@ -96,10 +50,19 @@ class RowTokenizer:
     tokenizer: Any
     max_length: int
     truncation_mode: str = "keep_start"
-    completion_only: bool = True
+    assistant_only: bool | None = None
+    completion_only: bool | None = None
     text_field: str = "text"
     columns: tuple[str, ...] = ()
     single: tuple[str, ...] = ()
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        return ChatTemplate(self.tokenizer)
 
     def sequences(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Rows of text, prompt-completion or messages, as one example each."""
@@ -142,12 +105,14 @@ class RowTokenizer:
         """A row of text, prompt-completion or messages, before it is cut to `max_length`."""
         values = row.values
         if values.get("messages") is not None:
-            return self._conversation(_turns(values["messages"], "messages", row), row)
+            return self._messages(_turns(values["messages"], "messages", row), row)
         if values.get("prompt") is not None and values.get("completion") is not None:
             return self._completion(values["prompt"], values["completion"], "completion", row)
         if values.get(self.text_field) is not None:
-            text = self._ended(_string(values[self.text_field], self.text_field, row))
-            return self._example(self._encode(text), [])
+            text = _string(values[self.text_field], self.text_field, row)
+            self._refuse_masks(row, assistant_only=self.assistant_only, completion_only=self.completion_only)
+            encoded = self._encoder.plain(text)
+            return _example(encoded, [slice(None)])
         raise InputError(
             f"{row.origin}: expected messages, or prompt and completion, or {self.text_field}; "
             f"the columns are {sorted(values)}{_preference_hint(values)}"
@@ -163,82 +128,92 @@ class RowTokenizer:
             raise InputError(f"{row.origin}: chosen and rejected are the same")
         sides = {"chosen": chosen, "rejected": rejected}
         return tuple(
-            self._with_columns(self._completion(prompt, answer, side, row, always_masked=True), row, side)
-            for side, answer in sides.items()
+            self._with_columns(self._completion(prompt, answer, side, row), row, side) for side, answer in sides.items()
         )
 
-    def _completion(self, prompt: Any, completion: Any, name: str, row: Row, always_masked: bool = False) -> Example:
-        """Prompt and completion, both strings or both lists of turns; the completion counts."""
+    def _completion(self, prompt: Any, completion: Any, name: str, row: Row) -> Example:
+        """Prompt and completion, both strings or both lists of turns."""
         if isinstance(prompt, str) and isinstance(completion, str):
-            prefix, full = self._encode(prompt), self._encode(self._ended(prompt + completion))
-        elif isinstance(prompt, str) or isinstance(completion, str):
+            self._refuse_masks(row, assistant_only=self.assistant_only)
+            encoded = self._encoder.plain(prompt + completion)
+            return _example(encoded, [self._counted(name, encoded.token_at(len(prompt)))])
+        if isinstance(prompt, str) or isinstance(completion, str):
             kinds = f"prompt is a {type(prompt).__name__} and {name} a {type(completion).__name__}"
             raise InputError(f"{row.origin}: {kinds}; give both as strings or both as lists of turns")
-        else:
-            turns = _turns(prompt, "prompt", row)
-            prefix, full = self._chat_ids(turns, _turns(completion, name, row), row)
-        masked = [(0, _common_prefix(prefix, full))] if always_masked or self.completion_only else []
-        return self._example(full, masked)
+        turns = _turns(prompt, "prompt", row) if prompt else []
+        count = len(turns)
+        turns += _turns(completion, name, row)
+        conversation = self._conversation(turns, row)
+        encoded = self._encoder.rendered(conversation.text)
+        counted = self._counted(name, encoded.between(conversation.completion(count)).start)
+        if self.assistant_only and name == "completion":
+            first = count if self.completion_only is not False else 0
+            return self._answers(conversation, encoded, turns, [i for i in _answers(turns) if i >= first], row)
+        return self._without_untrained(_example(encoded, [counted]), conversation, encoded, turns)
 
-    def _chat_ids(self, prompt: list[Any], completion: list[Any], row: Row) -> tuple[list[int], list[int]]:
-        full = self._chat(prompt + completion, row)
-        if not full.startswith(self._chat(prompt, row)):
-            raise InputError(
-                f"{row.origin}: the tokenizer's chat template renders the prompt differently once an answer follows, "
-                "so the completion's place is unknown; use a template that only appends"
-            )
-        prefix = self._chat(prompt, row, add_generation_prompt=True)
-        return self._encode(prefix, template=True), self._encode(full, template=True)
+    def _counted(self, name: str, start: int) -> slice:
+        """The tokens that count of a completion that begins at a token."""
+        return slice(0 if name == "completion" and self.completion_only is False else start, None)
 
-    def _conversation(self, turns: list[Any], row: Row) -> Example:
-        """A whole conversation; the assistant's turns count, all of it where completion_only is off."""
-        if not self.completion_only:
-            return self._example(self._encode(self._chat(turns, row), template=True), [])
-        if not any(turn["role"] == "assistant" for turn in turns):
+    def _messages(self, turns: list[Any], row: Row) -> Example:
+        """A whole conversation; the assistant's turns count, or all of it."""
+        every = not self.assistant_only and (self.assistant_only is False or self.completion_only is False)
+        if not every and not _answers(turns):
             raise InputError(f"{row.origin}: messages has no assistant turn to learn from")
-        full, start, masked = self._encode(self._chat(turns, row), template=True), 0, []
-        for index, turn in enumerate(turns):
-            if turn["role"] == "assistant":
-                prefix, upto = self._chat_ids(turns[:index], [turn], row)
-                masked.append((start, _common_prefix(prefix, full)))
-                start = _common_prefix(upto, full)
-                if start < len(upto) - 1:  # one token may merge with what follows
-                    raise InputError(
-                        f"{row.origin}: the tokenizer's chat template rewrites assistant turns that are not the last; "
-                        "use rows of prompt and completion, or --no-completion_only_loss"
-                    )
-        return self._example(full, [*masked, (start, len(full))])
+        conversation = self._conversation(turns, row)
+        encoded = self._encoder.rendered(conversation.text)
+        if every:
+            return self._without_untrained(_example(encoded, [slice(None)]), conversation, encoded, turns)
+        return self._answers(conversation, encoded, turns, _answers(turns), row)
 
-    def _example(self, ids: list[int], masked: Sequence[tuple[int, int]]) -> Example:
-        input_ids = torch.tensor(ids, dtype=torch.int32)
-        labels = input_ids.clone()
-        for start, end in masked:
-            labels[start:end] = IGNORED
-        return Example(input_ids, labels)
+    def _conversation(self, turns: list[Any], row: Row) -> Conversation:
+        plain = [{"content": "", **{key: value for key, value in turn.items() if key != TRAINED}} for turn in turns]
+        settings = {**(row.values.get("chat_template_kwargs") or {}), "tools": row.values.get("tools")}
+        return Conversation(self._template, plain, row.origin, settings)
 
-    def _chat(self, turns: list[Any], row: Row, add_generation_prompt: bool = False) -> str:
-        if not self.tokenizer.chat_template:
-            raise InputError(
-                f"{row.origin}: a chat row, but the tokenizer has no chat template; use the model's instruction-tuned "
-                "variant, set chat_template in its tokenizer, or give prompt and completion as strings"
-            )
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    turns, tokenize=False, tools=row.values.get("tools"), add_generation_prompt=add_generation_prompt
+    def _answers(
+        self, conversation: Conversation, encoded: Encoded, turns: list[Any], answers: list[int], row: Row
+    ) -> Example:
+        """The assistant's turns count, as far as the template marks them as generated, if it marks anything."""
+        spans = [encoded.between(conversation.answer(i)) for i in answers if turns[i].get(TRAINED, True)]
+        example = _example(encoded, spans)
+        marks = self._template.generated(conversation.turns, conversation.settings)
+        if marks is None:
+            return example
+        if any(not any(marks[span]) for span in spans):
+            raise InputError(f"{row.origin}: the chat template's generation marks leave out an assistant's turn")
+        return example._replace(labels=example.labels.where(torch.tensor(marks), torch.tensor(IGNORED).int()))
+
+    def _without_untrained(
+        self, example: Example, conversation: Conversation, encoded: Encoded, turns: list[Any]
+    ) -> Example:
+        """The example without the turns that say that they are not to be learned."""
+        for i in _answers(turns):
+            if not turns[i].get(TRAINED, True):
+                example.labels[encoded.between(conversation.answer(i))] = IGNORED
+        return example
+
+    def _refuse_masks(self, row: Row, **asked: bool | None) -> None:
+        """Raises where options ask for parts that a row of strings does not have."""
+        for name, value in asked.items():
+            if value:
+                raise InputError(
+                    f"{row.origin}: {name}_loss is set, but the row is a text without "
+                    + ("turns" if name == "assistant_only" else "prompt and completion")
                 )
-            )
-        except Exception as error:  # a template is a program: it raises what its author or Jinja likes
-            raise InputError(f"{row.origin}: the tokenizer's chat template refuses this row: {error}") from error
 
-    def _encode(self, text: str, template: bool = False) -> list[int]:
-        """Token ids; a template writes its special tokens itself."""
-        return list(self.tokenizer(text, add_special_tokens=not template, return_attention_mask=False)["input_ids"])
 
-    def _ended(self, text: str) -> str:
-        """Plain text with the end-of-text token, so that the model learns to stop."""
-        end = self.tokenizer.eos_token or ""
-        return text if text.endswith(end) else text + end
+def _answers(turns: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The numbers of the assistant's turns."""
+    return [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+
+
+def _example(encoded: Encoded, counted: Sequence[slice]) -> Example:
+    input_ids = torch.tensor(encoded.ids, dtype=torch.int32)
+    labels = torch.full_like(input_ids, IGNORED)
+    for tokens in counted:
+        labels[tokens] = input_ids[tokens]
+    return Example(input_ids, labels)
 
 
 def _require_ids(item: Item, row: Row) -> None:
@@ -283,19 +258,14 @@ def _split_prompt(row: Row) -> tuple[Any, Any, Any]:
     if isinstance(chosen, str):
         if prompt is not None:
             raise InputError(f"{row.origin}: prompt is a {type(prompt).__name__}, chosen and rejected are strings")
-        shared = _common_prefix(chosen, rejected)
+        shared = common_prefix(chosen, rejected)
         shared -= shared > 0 and chosen[shared - 1] == " "  # the space belongs to the word that follows
     else:
         chosen, rejected = _turns(chosen, "chosen", row), _turns(rejected, "rejected", row)
-        shared = _common_prefix(chosen, rejected)
+        shared = common_prefix(chosen, rejected)
         if shared == 0:
             raise InputError(f"{row.origin}: no prompt, and chosen and rejected do not begin with the same turn")
     return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _preference_hint(values: Mapping[str, Any]) -> str:
