@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 
-from logitless.training.chat import ChatTemplate, Conversation
+from logitless.training.chat import ChatTemplate
 from logitless.training.columns import TARGET_IDS, read_columns
+from logitless.training.conversation import Conversation
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example, Item, TokenizedData
 from logitless.training.tokens import Encoded, TextEncoder, common_prefix
+from logitless.training.turns import answers
 
 TRAINED = "train"  # the key of a turn that says whether it is learned
 
@@ -148,7 +150,7 @@ class Renderer:
         counted = self._counted(name, encoded.between(conversation.completion(count)).start)
         if self.assistant_only and name == "completion":
             first = count if self.completion_only is not False else 0
-            return self._answers(conversation, encoded, turns, [i for i in _answers(turns) if i >= first], row)
+            return self._answers(conversation, encoded, turns, [i for i in answers(turns) if i >= first], row)
         return self._without_untrained(_example(encoded, [counted]), conversation, encoded, turns)
 
     def _counted(self, name: str, start: int) -> slice:
@@ -158,13 +160,13 @@ class Renderer:
     def _messages(self, turns: list[Any], row: Row) -> Example:
         """A whole conversation; the assistant's turns count, or all of it."""
         every = not self.assistant_only and (self.assistant_only is False or self.completion_only is False)
-        if not every and not _answers(turns):
+        if not every and not answers(turns):
             raise InputError(f"{row.origin}: messages has no assistant turn to learn from")
         conversation = self._conversation(turns, row)
         encoded = self._encoder.rendered(conversation.text)
         if every:
             return self._without_untrained(_example(encoded, [slice(None)]), conversation, encoded, turns)
-        return self._answers(conversation, encoded, turns, _answers(turns), row)
+        return self._answers(conversation, encoded, turns, answers(turns), row)
 
     def _conversation(self, turns: list[Any], row: Row) -> Conversation:
         plain = [{"content": "", **{key: value for key, value in turn.items() if key != TRAINED}} for turn in turns]
@@ -172,10 +174,10 @@ class Renderer:
         return Conversation(self._template, plain, row.origin, settings)
 
     def _answers(
-        self, conversation: Conversation, encoded: Encoded, turns: list[Any], answers: list[int], row: Row
+        self, conversation: Conversation, encoded: Encoded, turns: list[Any], numbers: list[int], row: Row
     ) -> Example:
         """The assistant's turns count, as far as the template marks them as generated, if it marks anything."""
-        spans = [encoded.between(conversation.answer(i)) for i in answers if turns[i].get(TRAINED, True)]
+        spans = [encoded.between(conversation.answer(i)) for i in numbers if turns[i].get(TRAINED, True)]
         example = _example(encoded, spans)
         marks = self._template.generated(conversation.turns, conversation.settings)
         if marks is None:
@@ -188,7 +190,7 @@ class Renderer:
         self, example: Example, conversation: Conversation, encoded: Encoded, turns: list[Any]
     ) -> Example:
         """The example without the turns that say that they are not to be learned."""
-        for i in _answers(turns):
+        for i in answers(turns):
             if not turns[i].get(TRAINED, True):
                 example.labels[encoded.between(conversation.answer(i))] = IGNORED
         return example
@@ -201,11 +203,6 @@ class Renderer:
                     f"{row.origin}: {name}_loss is set, but the row is a text without "
                     + ("turns" if name == "assistant_only" else "prompt and completion")
                 )
-
-
-def _answers(turns: Sequence[Mapping[str, Any]]) -> list[int]:
-    """The numbers of the assistant's turns."""
-    return [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
 
 
 def _example(encoded: Encoded, counted: Sequence[slice]) -> Example:
