@@ -147,7 +147,9 @@ def test_nothing_of_another_turn_counts_whatever_the_conversation(
     try:
         example = one(turns, tokenizer)
     except InputError as error:  # a role that the template does not know, or a text that it would leave out
-        assert re.search(r"refuses this row|leaves \w+ out|rewrites content|has a completion left", str(error)), error
+        assert re.search(
+            r"refuses this row|leaves \w+ out|rewrites content|once an answer|completion left", str(error)
+        ), error
         return
     found = counted(example, tokenizer)
     other = set("0123é45ß9ñ") & set(re.sub(r"<[^<>]*>", "", found))
@@ -170,7 +172,12 @@ def test_calls_count_and_what_tools_say_does_not(name: str) -> None:
     turns = [user("q"), assistant("", tool_calls=[call("weather", city="Oslo")]),
              {"role": "tool", "content": "sunny"}, assistant("It is fine.")]  # fmt: skip
     found = counted(
-        one(turns, tokenizer, {"tools": [{"type": "function", "function": {"name": "weather"}}]}), tokenizer
+        one(
+            turns,
+            tokenizer,
+            {"tools": [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}]},
+        ),
+        tokenizer,
     )
     assert "weather" in found and "Oslo" in found and "It is fine." in found and "sunny" not in found
 
@@ -240,7 +247,7 @@ def test_the_marks_of_a_template_say_what_is_generated() -> None:
     tokenizer = make_tokenizer(marked)
     turns = [user("q"), assistant("WRONG", train=False), user("no"), assistant("RIGHT")]
     assert counted(one(turns, tokenizer), tokenizer) == "RIGHT<|im_end|>"
-    with pytest.raises(InputError, match="marks leave out"):
+    with pytest.raises(InputError, match="turn 4: .*marks leave it out"):
         one(turns, make_tokenizer(marked.replace("m['role'] == 'assistant'", "loop.first and m['role'] == 'x'")
                                   + "{% generation %}{% endgeneration %}"))  # fmt: skip
 

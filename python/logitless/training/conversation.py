@@ -69,7 +69,7 @@ class Conversation:
             InputError: the place cannot be told, or the turn's text does not stand there.
         """
         start = self._start(index)
-        span = start, max(start, self._end(index))
+        span = start, max(start, self._end(index, start))
         self._require_text(index, span, alone=True)
         return span
 
@@ -124,16 +124,28 @@ class Conversation:
                 return place + self.template.agreement(prompt, self.text[place:own])
         return own
 
-    def _end(self, index: int) -> int:
+    def _end(self, index: int, start: int) -> int:
         if index == len(self.turns) - 1:
             return len(self.text)
+        if index not in self._ends:
+            return self._end_of_silence(index, start)
         tail = self._answered(index)
         place, whole = self._agreed(tail)
-        behind = self._place(tail)
-        if not whole and tail.turn == index and not self.template.has_special(self.text[behind:place]):
+        if not whole and tail.turn == index and not self.template.has_special(self.text[self._ends[index] : place]):
             # the last answer of all is ended by another token than an earlier one
             place += self.template.first_special(self.text[place:])
         return place
+
+    def _end_of_silence(self, index: int, start: int) -> int:
+        """Behind what would end an answer, where one says nothing."""
+        spoken = [*self.turns[:index], {**self.turns[index], "content": "a"}]
+        stand_in = Conversation(self.template, spoken, self.origin, self.settings)
+        if index not in stand_in._ends:
+            return self._agreed(self._answered(index))[0]
+        tail = stand_in.text[stand_in._ends[index] :]
+        opening = tail[: self.template.first_special(tail)] or tail
+        place = self.text.find(opening, start, min((p.at for p in self._found[1] if p.turn > index), default=None))
+        return start if place < 0 else place + self.template.agreement(tail, self.text[place : place + len(tail) + 64])
 
     def _answered(self, index: int) -> _Tail:
         """How the text ends behind an answer."""

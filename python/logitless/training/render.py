@@ -28,7 +28,7 @@ from logitless.training.data import Row
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example, Item, TokenizedData
 from logitless.training.tokens import Encoded, TextEncoder, common_prefix
-from logitless.training.turns import answers
+from logitless.training.turns import answers, says_something
 
 TRAINED = "train"  # the key of a turn that says whether it is learned
 
@@ -177,13 +177,15 @@ class Renderer:
         self, conversation: Conversation, encoded: Encoded, turns: list[Any], numbers: list[int], row: Row
     ) -> Example:
         """The assistant's turns count, as far as the template marks them as generated, if it marks anything."""
-        spans = [encoded.between(conversation.answer(i)) for i in numbers if turns[i].get(TRAINED, True)]
+        learned = [i for i in numbers if turns[i].get(TRAINED, True)]
+        spans = [encoded.between(conversation.answer(i)) for i in learned]
         example = _example(encoded, spans)
         marks = self._template.generated(conversation.turns, conversation.settings)
         if marks is None:
             return example
-        if any(not any(marks[span]) for span in spans):
-            raise InputError(f"{row.origin}: the chat template's generation marks leave out an assistant's turn")
+        for i, span in zip(learned, spans, strict=True):
+            if says_something(turns[i]) and not any(marks[span]):
+                raise InputError(f"{row.origin}: turn {i + 1}: the chat template's generation marks leave it out")
         return example._replace(labels=example.labels.where(torch.tensor(marks), torch.tensor(IGNORED).int()))
 
     def _without_untrained(

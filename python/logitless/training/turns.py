@@ -20,7 +20,12 @@ def answers(turns: Sequence[Turn]) -> list[int]:
 
 def said(turn: Turn) -> str:
     """The turn's text without the space around it, and without thinking that stands in front of it."""
-    return str(turn["content"]).rpartition("</think>")[2].strip()
+    return str(turn.get("content", "")).rpartition("</think>")[2].strip()
+
+
+def says_something(turn: Turn) -> bool:
+    """Whether the turn has a text or calls a tool."""
+    return bool(said(turn) or turn.get("tool_calls"))
 
 
 def thoughts(turn: Turn) -> list[str]:
