@@ -15,8 +15,8 @@ from training_fixtures import make_tokenizer
 from logitless.training import InputError
 from logitless.training.data import Row
 from logitless.training.examples import IGNORED, Example
+from logitless.training.marks import said
 from logitless.training.render import Renderer
-from logitless.training.turns import said
 
 trl = pytest.importorskip("trl")
 FOLDER = Path(trl.__file__).parent / "chat_templates"
@@ -247,7 +247,7 @@ def test_the_marks_of_a_template_say_what_is_generated() -> None:
     tokenizer = make_tokenizer(marked)
     turns = [user("q"), assistant("WRONG", train=False), user("no"), assistant("RIGHT")]
     assert counted(one(turns, tokenizer), tokenizer) == "RIGHT<|im_end|>"
-    with pytest.raises(InputError, match="turn 4: .*marks leave it out"):
+    with pytest.raises(InputError, match=r"turn 4: .*marks leave it out"):
         one(turns, make_tokenizer(marked.replace("m['role'] == 'assistant'", "loop.first and m['role'] == 'x'")
                                   + "{% generation %}{% endgeneration %}"))  # fmt: skip
 

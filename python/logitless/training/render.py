@@ -27,8 +27,8 @@ from logitless.training.conversation import Conversation
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example, Item, TokenizedData
+from logitless.training.marks import answers, says_something
 from logitless.training.tokens import Encoded, TextEncoder, common_prefix
-from logitless.training.turns import answers, says_something
 
 TRAINED = "train"  # the key of a turn that says whether it is learned
 
