@@ -24,6 +24,7 @@ from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TEACHER_IDS, TrainOptions
 from logitless.training.data import Row, read_rows
 from logitless.training.errors import InputError
+from logitless.training.forms import renamed
 from logitless.training.loader import row_tokenizer
 from logitless.training.metrics import Progress
 from logitless.training.model import hide_progress_bars, load_model, load_tokenizer, locate, patched
@@ -35,6 +36,7 @@ from logitless.training.tokenize import IGNORED, Example, RowTokenizer
 from logitless.types import BackendName
 
 Taught = Mapping[str, list[Any]]  # the columns of a row
+Whole = Callable[[Row], Example]  # the tokens of a row before it is cut
 Write = Callable[[Sequence[Row], Sequence[Taught]], None]
 
 LOGPROB, TAIL = "teacher_logprob", "teacher_tail"
@@ -82,7 +84,11 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
         hide_progress_bars()
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     tokenizer = row_tokenizer(options, load_tokenizer(source, options))
-    data = tokenizer.sequences(rows, options.dataset_name)
+    data = tokenizer.sequences(renamed(rows, options.column_map), options.dataset_name)
+
+    def whole(row: Row) -> Example:
+        return tokenizer.whole(*renamed([row], options.column_map))
+
     rows, examples = [rows[number] for number in data.kept], [example for (example,) in data.items]
     size = options.per_device_eval_batch_size
     teacher = _model_teacher(options, world, tokenizer, k) if server is None else ServerTeacher(server, k, size)
@@ -91,10 +97,12 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     progress = Progress(0, len(batches))
     try:
         progress.say(f"data: {data.summary()}")
-        with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, tokenizer) as write:
+        with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, whole) as write:
             for number, batch in enumerate(batches, 1):
                 own = [rows[i] for i in batch]
-                write(own, _taught(teacher, tokenizer, own, [examples[i] for i in batch]))
+                listed = teacher([examples[i] for i in batch], [row.origin for row in own])
+                cuts = [(whole(row), examples[i]) for row, i in zip(own, batch, strict=True)]
+                write(own, [_columns(*cut, each, options) for cut, each in zip(cuts, listed, strict=True)])
                 progress.advance(number)
         progress.say(f"done: {len(rows)} rows with {k} ids a token in {path}, {path.stat().st_size / 2**20:.1f} MiB")
     finally:
@@ -122,16 +130,9 @@ def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer,
     return ModelTeacher(engine, model, k, cast(BackendName, options.backend))
 
 
-def _taught(teacher: Teacher, tokenizer: RowTokenizer, rows: list[Row], cut: list[Example]) -> list[Taught]:
-    listed = teacher(cut, [row.origin for row in rows])
-    wholes = [tokenizer.whole(row) for row in rows]
-    keeps_end = tokenizer.truncation_mode == "keep_end"
-    return [_columns(*each, keeps_end) for each in zip(wholes, cut, listed, strict=True)]
-
-
-def _columns(whole: Example, cut: Example, listed: Listed, keeps_end: bool) -> Taught:
+def _columns(whole: Example, cut: Example, listed: Listed, options: TrainOptions) -> Taught:
     """The lists of a row, with an entry for every token that counts before the row is cut."""
-    start = len(whole.labels) - len(cut.labels) if keeps_end else 0
+    start = len(whole.labels) - len(cut.labels) if options.truncation_mode == "keep_end" else 0
     place = {int(t) + start: n for n, t in enumerate((cut.labels != IGNORED).nonzero()[:, 0])}
     numbers = [place.get(int(t)) for t in (whole.labels != IGNORED).nonzero()[:, 0]]
     ids, logprob, tail = (values.tolist() for values in listed)
@@ -147,7 +148,7 @@ def _columns(whole: Example, cut: Example, listed: Listed, keeps_end: bool) -> T
 
 
 @contextmanager
-def _jsonl_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> Iterator[Write]:
+def _jsonl_writer(path: Path, rows: Sequence[Row], whole: Whole) -> Iterator[Write]:
     with path.open("w", encoding="utf-8") as file:
 
         def write(batch: Sequence[Row], columns: Sequence[Taught]) -> None:
@@ -161,7 +162,7 @@ def _jsonl_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> I
 
 
 @contextmanager
-def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) -> Iterator[Write]:
+def _parquet_writer(path: Path, rows: Sequence[Row], whole: Whole) -> Iterator[Write]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -175,7 +176,7 @@ def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) ->
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise InputError(f"the rows' columns do not fit into Parquet: {error}; write .jsonl") from error
     if any(pyarrow.types.is_nested(field.type) for field in given.schema):
-        _require_same_tokens(given.to_pylist(), rows, tokenizer)
+        _require_same_tokens(given.to_pylist(), rows, whole)
     schema = pyarrow.schema([*given.schema, *own.items()])
     with parquet.ParquetWriter(path, schema) as file:
 
@@ -187,15 +188,15 @@ def _parquet_writer(path: Path, rows: Sequence[Row], tokenizer: RowTokenizer) ->
         yield write
 
 
-def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], tokenizer: RowTokenizer) -> None:
+def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], whole: Whole) -> None:
     """Raises where the table's rows are read as other tokens: it gives every row the nested names that any has."""
     for row, values in zip(rows, stored, strict=True):
-        if not tokenizer.whole(row).input_ids.equal(tokenizer.whole(Row(values, row.origin)).input_ids):
+        if not whole(row).input_ids.equal(whole(Row(values, row.origin)).input_ids):
             raise InputError(f"{row.origin}: Parquet adds names of other rows to nested columns, which changes the "
                              "row's tokens; write .jsonl")  # fmt: skip
 
 
-_WRITERS: dict[str, Callable[[Path, Sequence[Row], RowTokenizer], AbstractContextManager[Write]]] = {
+_WRITERS: dict[str, Callable[[Path, Sequence[Row], Whole], AbstractContextManager[Write]]] = {
     ".parquet": _parquet_writer,
     ".jsonl": _jsonl_writer,
 }

@@ -1,12 +1,11 @@
 """From rows to tokens: the chat template, the labels that say where the loss counts, truncation.
 
-Four forms of row, named as in TRL's documentation:
+`forms.py` makes one of four forms of every row, named as in TRL's documentation:
 
     {"text": "..."}                                                every token counts
     {"prompt": ..., "completion": ...}                             the completion counts; strings or lists of turns
     {"messages": [{"role", "content"}, ...]}                       the assistant's turns count
-    {"prompt": ..., "chosen": ..., "rejected": ...}                two completions of one prompt; without "prompt" it
-                                                                   is what the two have in common at their start
+    {"prompt": ..., "chosen": ..., "rejected": ...}                two completions of one prompt
 
 A token counts where its label is not -100. Where a completion begins is found on the tokens of the whole text: it is
 the first token in which prompt alone and prompt with completion differ, so a token that spans the boundary belongs to
@@ -26,6 +25,7 @@ import torch
 from logitless.training.columns import TARGET_IDS, read_columns
 from logitless.training.data import Row
 from logitless.training.errors import InputError
+from logitless.training.forms import canonical, canonical_pair, common_prefix, prompts_are_repeated
 
 IGNORED = -100
 
@@ -50,6 +50,7 @@ class TokenizedData:
     dropped: int  # nothing that counts was left
     truncated: int
     kept: tuple[int, ...]  # the numbers of the rows that the items are, from 0
+    ties: int = 0  # pairs whose two answers are the same tokens
 
     @property
     def tokens(self) -> int:
@@ -76,6 +77,7 @@ class TokenizedData:
         line = f"{len(self.items)} of {self.rows} rows, {self.tokens} tokens, loss on {self.counted}"
         notes = [f"{self.truncated} truncated"] if self.truncated else []
         notes += [f"{self.dropped} dropped: no completion left within max_length"] if self.dropped else []
+        notes += [f"{self.ties} dropped: chosen and rejected are the same tokens"] if self.ties else []
         return f"{line} ({'; '.join(notes)})" if notes else line
 
 
@@ -107,25 +109,34 @@ class RowTokenizer:
 
     def pairs(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Preference rows, as (chosen, rejected)."""
-        return self._collect(rows, origin, self._pair)
+        rows = list(rows)
+        repeats = prompts_are_repeated(rows)
+        return self._collect(rows, origin, lambda row: self._pair(row, repeats))
 
     def _collect(self, rows: Iterable[Row], origin: str, tokenize: Callable[[Row], Item]) -> TokenizedData:
-        """Tokenises and cuts every row; a row of which an example has nothing left that counts is dropped whole."""
-        items, kept, total, truncated = [], [], 0, 0
+        """Tokenises and cuts every row.
+
+        A row of which an example has nothing left that counts is dropped whole, and so is a pair of equal tokens.
+        """
+        items, kept, total, truncated, ties = [], [], 0, 0, 0
         for row in rows:
             whole = tokenize(row)
             item = tuple(self._cut(example) for example in whole)
             total += 1
             truncated += any(len(a.labels) != len(b.labels) for a, b in zip(item, whole, strict=True))
-            if all((example.labels != IGNORED).any() for example in item):
+            counts = all((example.labels != IGNORED).any() for example in item)
+            tied = counts and len(item) == 2 and item[0].input_ids.equal(item[1].input_ids)
+            ties += tied
+            if counts and not tied:
                 items.append(item)
                 kept.append(total - 1)
                 _require_ids(item, row)
         if not items:
+            same = f", or chosen and rejected that differ ({ties} are the same tokens)" if ties else ""
             raise InputError(
-                f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}"
+                f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}{same}"
             )
-        return TokenizedData(items, total, total - len(items), truncated, tuple(kept))
+        return TokenizedData(items, total, total - len(items) - ties, truncated, tuple(kept), ties)
 
     def _cut(self, example: Example) -> Example:
         keep = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
@@ -140,44 +151,30 @@ class RowTokenizer:
 
     def whole(self, row: Row) -> Example:
         """A row of text, prompt-completion or messages, before it is cut to `max_length`."""
+        row = canonical(row, text_field=self.text_field, chat=bool(self.tokenizer.chat_template))
         values = row.values
-        if values.get("messages") is not None:
-            return self._conversation(_turns(values["messages"], "messages", row), row)
-        if values.get("prompt") is not None and values.get("completion") is not None:
-            return self._completion(values["prompt"], values["completion"], "completion", row)
-        if values.get(self.text_field) is not None:
-            text = self._ended(_string(values[self.text_field], self.text_field, row))
-            return self._example(self._encode(text), [])
-        raise InputError(
-            f"{row.origin}: expected messages, or prompt and completion, or {self.text_field}; "
-            f"the columns are {sorted(values)}{_preference_hint(values)}"
-        )
+        if "messages" in values:
+            return self._conversation(values["messages"], row)
+        if "prompt" in values:
+            return self._completion(values["prompt"], values["completion"], row)
+        return self._example(self._encode(self._ended(values[self.text_field])), [])
 
-    def _pair(self, row: Row) -> Item:
-        values = row.values
-        missing = [name for name in ("chosen", "rejected") if values.get(name) is None]
-        if missing:
-            raise InputError(f"{row.origin}: {' and '.join(missing)} missing; the columns are {sorted(values)}")
-        prompt, chosen, rejected = _split_prompt(row)
-        if chosen == rejected:
-            raise InputError(f"{row.origin}: chosen and rejected are the same")
-        sides = {"chosen": chosen, "rejected": rejected}
+    def _pair(self, row: Row, repeats: bool) -> Item:
+        row = canonical_pair(row, chat=bool(self.tokenizer.chat_template), repeats=repeats)
         return tuple(
-            self._with_columns(self._completion(prompt, answer, side, row, always_masked=True), row, side)
-            for side, answer in sides.items()
+            self._with_columns(
+                self._completion(row.values["prompt"], row.values[side], row, always_masked=True), row, side
+            )
+            for side in ("chosen", "rejected")
         )
 
-    def _completion(self, prompt: Any, completion: Any, name: str, row: Row, always_masked: bool = False) -> Example:
+    def _completion(self, prompt: Any, completion: Any, row: Row, always_masked: bool = False) -> Example:
         """Prompt and completion, both strings or both lists of turns; the completion counts."""
         if isinstance(prompt, str) and isinstance(completion, str):
             prefix, full = self._encode(prompt), self._encode(self._ended(prompt + completion))
-        elif isinstance(prompt, str) or isinstance(completion, str):
-            kinds = f"prompt is a {type(prompt).__name__} and {name} a {type(completion).__name__}"
-            raise InputError(f"{row.origin}: {kinds}; give both as strings or both as lists of turns")
         else:
-            turns = _turns(prompt, "prompt", row)
-            prefix, full = self._chat_ids(turns, _turns(completion, name, row), row)
-        masked = [(0, _common_prefix(prefix, full))] if always_masked or self.completion_only else []
+            prefix, full = self._chat_ids(prompt, completion, row)
+        masked = [(0, common_prefix(prefix, full))] if always_masked or self.completion_only else []
         return self._example(full, masked)
 
     def _chat_ids(self, prompt: list[Any], completion: list[Any], row: Row) -> tuple[list[int], list[int]]:
@@ -194,14 +191,14 @@ class RowTokenizer:
         """A whole conversation; the assistant's turns count, all of it where completion_only is off."""
         if not self.completion_only:
             return self._example(self._encode(self._chat(turns, row), template=True), [])
-        if not any(turn["role"] == "assistant" for turn in turns):
+        if not any(_is_learned(turn) for turn in turns):
             raise InputError(f"{row.origin}: messages has no assistant turn to learn from")
         full, start, masked = self._encode(self._chat(turns, row), template=True), 0, []
         for index, turn in enumerate(turns):
-            if turn["role"] == "assistant":
+            if _is_learned(turn):
                 prefix, upto = self._chat_ids(turns[:index], [turn], row)
-                masked.append((start, _common_prefix(prefix, full)))
-                start = _common_prefix(upto, full)
+                masked.append((start, common_prefix(prefix, full)))
+                start = common_prefix(upto, full)
                 if start < len(upto) - 1:  # one token may merge with what follows
                     raise InputError(
                         f"{row.origin}: the tokenizer's chat template rewrites assistant turns that are not the last; "
@@ -217,6 +214,7 @@ class RowTokenizer:
         return Example(input_ids, labels)
 
     def _chat(self, turns: list[Any], row: Row, add_generation_prompt: bool = False) -> str:
+        turns = [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
         if not self.tokenizer.chat_template:
             raise InputError(
                 f"{row.origin}: a chat row, but the tokenizer has no chat template; use the model's instruction-tuned "
@@ -241,6 +239,10 @@ class RowTokenizer:
         return text if text.endswith(end) else text + end
 
 
+def _is_learned(turn: Mapping[str, Any]) -> bool:
+    return turn["role"] == "assistant" and bool(turn.get("train", True))
+
+
 def _require_ids(item: Item, row: Row) -> None:
     """Raises where a token counts that lists no ids: the mean would count it, and nothing would be learnt from it."""
     for example in item:
@@ -253,50 +255,3 @@ def _require_ids(item: Item, row: Row) -> None:
                 f"{row.origin}: {int(without.sum())} tokens that count list no {TARGET_IDS}; expected one id at least "
                 "(a file of `logitless teach` has them where its own max_length and truncation_mode left the token)"
             )
-
-
-def _string(value: Any, name: str, row: Row) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{row.origin}: {name} must be a string, got {type(value).__name__}")
-    return value
-
-
-def _turns(value: Any, name: str, row: Row) -> list[Any]:
-    """A list of turns with a role, checked; None-valued keys (Arrow fills them in) are removed."""
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{row.origin}: {name} must be a non-empty list of turns, got {type(value).__name__}")
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise InputError(f"{row.origin}: {name}, turn {number}: expected role and content, got {turn!r}")
-        if turn.get("content") is None and not turn.get("tool_calls"):
-            raise InputError(f"{row.origin}: {name}, turn {number}: content is missing")
-    return [{key: item for key, item in turn.items() if item is not None} for turn in value]
-
-
-def _split_prompt(row: Row) -> tuple[Any, Any, Any]:
-    """(prompt, chosen, rejected), the prompt taken from the common start of the two where it is not given apart."""
-    prompt, chosen, rejected = row.values.get("prompt"), row.values["chosen"], row.values["rejected"]
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise InputError(f"{row.origin}: chosen and rejected must both be strings or both lists of turns")
-    if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
-        return prompt, chosen, rejected
-    if isinstance(chosen, str):
-        if prompt is not None:
-            raise InputError(f"{row.origin}: prompt is a {type(prompt).__name__}, chosen and rejected are strings")
-        shared = _common_prefix(chosen, rejected)
-        shared -= shared > 0 and chosen[shared - 1] == " "  # the space belongs to the word that follows
-    else:
-        chosen, rejected = _turns(chosen, "chosen", row), _turns(rejected, "rejected", row)
-        shared = _common_prefix(chosen, rejected)
-        if shared == 0:
-            raise InputError(f"{row.origin}: no prompt, and chosen and rejected do not begin with the same turn")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _preference_hint(values: Mapping[str, Any]) -> str:
-    return " (chosen and rejected belong to a preference loss: --method dpo)" if "chosen" in values else ""
