@@ -367,13 +367,14 @@ def test_bad_rows_are_named(teacher: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_parquet_would_change_are_refused(teacher: str, tmp_path: Path) -> None:
-    """Arrow gives each row's tool all names that any tool has, and the template writes them down."""
-    template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    """Arrow gives every row's tool the first one's order of names, and the template writes them down."""
+    template = "{{ tools[0]['function'] | list }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = make_model(tmp_path / "model", chat_template=template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": turns, "tools": [{"name": "f", name: 1}]} for name in ("x", "y")]
+    tools = [{"name": "f", "x": 1, "y": 2}, {"name": "f", "y": 2, "x": 1}]
+    rows = [{"messages": turns, "tools": [tool]} for tool in tools]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match=r"line 1: Parquet adds names .*; write .jsonl"):
+    with pytest.raises(InputError, match=r"line 2: Parquet gives .*; write .jsonl"):
         taught(model, data)
     assert [row["tools"] for row in taught(model, data, "taught.jsonl")] == [row["tools"] for row in rows]
 

@@ -189,11 +189,11 @@ def _parquet_writer(path: Path, rows: Sequence[Row], whole: Whole) -> Iterator[W
 
 
 def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], whole: Whole) -> None:
-    """Raises where the table's rows are read as other tokens: it gives every row the nested names that any has."""
+    """Raises where the table's rows are read as other tokens: nested names have one order there, and one type."""
     for row, values in zip(rows, stored, strict=True):
         if not whole(row).input_ids.equal(whole(Row(values, row.origin)).input_ids):
-            raise InputError(f"{row.origin}: Parquet adds names of other rows to nested columns, which changes the "
-                             "row's tokens; write .jsonl")  # fmt: skip
+            raise InputError(f"{row.origin}: Parquet gives the names in nested columns one order and one type for all "
+                             "rows, which changes the row's tokens; write .jsonl")  # fmt: skip
 
 
 _WRITERS: dict[str, Callable[[Path, Sequence[Row], Whole], AbstractContextManager[Write]]] = {
