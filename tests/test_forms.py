@@ -16,6 +16,7 @@ from logitless.training.config import options_from_mapping
 from logitless.training.data import Row, read_rows
 from logitless.training.forms import canonical, canonical_pair, prompts_are_repeated, renamed, unpaired
 from logitless.training.metrics import read_metrics
+from logitless.training.mixture import components_of
 from logitless.training.tokenize import IGNORED, RowTokenizer
 
 LINE = "rows.jsonl, line 7"
@@ -111,6 +112,13 @@ SHAREGPT = [said("human", "q"), said("gpt", "a")]
         ({"prompt": "q", "completion": "a", "text": "t"}, {"prompt": "q", "completion": "a"}),
         ({"messages": TALK, "question": "x", "answer": "y"}, {"messages": TALK}),
         ({"text": "t", "instruction": "q", "output": "a"}, {"text": "t"}),
+        ({"text": "t", "conversation": TALK}, {"text": "t"}),
+        # an empty cell of a table is no form, and a talk may be other things
+        ({"text": "", "instruction": "q", "output": "a"}, ASKED),
+        ({"text": "", "messages": TALK}, {"messages": TALK}),
+        ({"messages": "", "prompt": "q", "completion": "a"}, {"prompt": "q", "completion": "a"}),
+        ({"dialogue": "once", "question": "q", "answer": "a"}, ASKED),
+        ({"text": "t", "dialog": ["once", "more"]}, {"text": "t"}),
         ({"messages": TALK, "prompt": "q", "chosen": TALK, "rejected": TALK}, {"messages": TALK}),
     ],
 )
@@ -166,6 +174,14 @@ STRINGS = {"prompt": "q ", "chosen": "a", "rejected": "b"}
         # the prompt stands once
         (PAIR | WHOLE, PAIR),
         (WHOLE | {"prompt": "q"}, PAIR),
+        (PAIR | {"chosen": [user("q") | {"weight": 0}, assistant("a")], "rejected": WHOLE["rejected"]}, PAIR),
+        (
+            {
+                side: [user("p"), assistant("h", weight=n), *WHOLE[side]]
+                for n, side in enumerate(("chosen", "rejected"))
+            },
+            PAIR | {"prompt": [user("p"), assistant("h"), user("q")]},
+        ),
         (PAIR | {"prompt": "q"}, PAIR),
         (PAIR | {"chosen": "a", "rejected": "b"}, PAIR),
         # UltraFeedback: whole conversations beside the prompt's text, and messages that are one of them
@@ -195,6 +211,11 @@ def test_strings_that_repeat_the_prompt_lose_it_where_most_rows_do() -> None:
     assert prompts_are_repeated([Row(row, LINE) for row in repeating])
     assert not prompts_are_repeated([Row(row, LINE) for row in by_chance + plain])
     assert pair(repeating[0], repeats=True) == STRINGS
+    assert pair({"prompt": "q ", "chosen": "q\na", "rejected": "q\nb"}, repeats=True) == {
+        "prompt": "q",
+        "chosen": "\na",
+        "rejected": "\nb",
+    }
     assert pair(by_chance[0]) == by_chance[0]
     assert pair({"question": "q", "chosen": "q a", "rejected": "q b"}, repeats=True) == PAIR
     tokens = RowTokenizer(make_tokenizer(), 64)
@@ -210,6 +231,10 @@ def test_strings_that_repeat_the_prompt_lose_it_where_most_rows_do() -> None:
         (PAIR | {"chosen": "a"}, "chosen and rejected must both be strings or both lists of turns"),
         (PAIR | {"chosen": WHOLE["chosen"]}, "chosen repeats the turns of prompt, and the other answer does not"),
         (PAIR | {"chosen": [user("q")], "rejected": WHOLE["rejected"]}, "chosen has no turn behind those of prompt"),
+        (
+            WHOLE | {"prompt": [system("s"), user("q")]},
+            "chosen begins with the turn of a user behind a prompt that ends",
+        ),
         (WHOLE | {"prompt": "another"}, "prompt is text that no turn has with which the answers begin"),
         (
             WHOLE | {"chosen": [user("x"), assistant("a")]},
@@ -333,6 +358,7 @@ TOOL = {"type": "function", "function": SCHEMA}
         ({"tools": [SCHEMA | {"enum": [None, 1]}]}, [TOOL | {"function": SCHEMA | {"enum": [None, 1]}}]),
         ({"tools": []}, None),
         ({"tools": "[]"}, None),
+        ({"tools": ""}, None),
         ({"tools": None}, None),
     ],
 )
@@ -400,6 +426,7 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
         ({"messages": TALK, "prompt": "q", "completion": "a"}, "messages and prompt and completion are two forms of"),
         ({"messages": TALK, "conversations": [user("x")]}, "messages and conversations are two forms of a row"),
         ({"question": "q", "answer": "a", "response": "b"}, "question and response and question and answer are two"),
+        ({"conversation": TALK, "question": "q", "answer": "a"}, "conversation and question and answer are two forms"),
         ({"problem": "q", "instruction": "r", "output": "a"}, "instruction and problem are two forms of a row"),
         ({"question": "q", "answer": "a", "context": "c"}, "question stands beside context, which it may refer to"),
         ({"question": "q", "answer": "a", "input": "c"}, "question stands beside input, which it may refer to"),
@@ -524,6 +551,15 @@ def test_column_map_is_text_or_a_mapping(value: Any) -> None:
 def test_a_broken_column_map_is_named(value: Any) -> None:
     with pytest.raises(InputError, match=r"x: column_map must be a list new=old,\.\.\. or a mapping"):
         options_from_mapping({"column_map": value}, "x")
+
+
+def test_a_component_of_a_mixture_has_a_column_map_of_its_own() -> None:
+    mixture = [
+        {"method": "sft", "dataset_name": "a.jsonl", "column_map": "question=ask,answer=reply"},
+        {"method": "dpo", "dataset_name": "b.jsonl"},
+    ]
+    first, second = components_of(options_from_mapping({"mixture": mixture}, "x")[0])
+    assert first.options.column_map == {"question": "ask", "answer": "reply"} and second.options.column_map is None
 
 
 def test_a_run_reads_mapped_columns_for_training_and_evaluation(tmp_path: Path) -> None:

@@ -105,6 +105,15 @@ def test_both_formats_hold_the_same(teacher: str, data: str) -> None:
     assert again == taught(teacher, data, "b.parquet")
 
 
+def test_columns_under_other_names_are_read_and_written_as_they_are(teacher: str, data: str, tmp_path: Path) -> None:
+    """So one file of options serves training on the taught file too."""
+    rows = [{"ask": row["prompt"], "reply": row["completion"]} for row in completion_rows(6)]
+    named = write_jsonl(tmp_path / "named.jsonl", rows)
+    found = taught(teacher, named, column_map={"prompt": "ask", "completion": "reply"})
+    assert [{key: values[key] for key in rows[0]} for values in found] == rows
+    assert [values["target_ids"] for values in found] == [values["target_ids"] for values in taught(teacher, data)]
+
+
 @pytest.mark.parametrize(("mode", "length"), [("keep_start", 11), ("keep_end", 4)])
 def test_tokens_that_are_cut_have_empty_lists(teacher: str, data: str, mode: str, length: int) -> None:
     """The teacher reads what training reads: the row cut to max_length."""

@@ -14,10 +14,11 @@ from typing import Any
 
 from logitless.training.data import Row
 from logitless.training.errors import InputError, nearest
-from logitless.training.turns import Turn, read_tools, read_turns, turns_of_text
+from logitless.training.turns import Turn, is_list_of_turns, read_tools, read_turns, turns_of_text
 
-#: Columns that hold a conversation.
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue", "chat")
+#: Columns that hold a conversation, and others that may hold one.
+CONVERSATIONS = ("messages", "conversations")
+TALKS = ("conversation", "dialog", "dialogue", "chat")
 #: The column of a question and that of its answer, which become a user's and an assistant's turn.
 QUESTIONS = (
     *(("instruction", "output"), ("instruction", "response"), ("instruction", "completion"), ("prompt", "response")),
@@ -31,7 +32,7 @@ _MORE = ("input", "context", "history")
 #: Columns of what is not text.
 _MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _READ = frozenset((
-    *CONVERSATIONS, *(name for pair in QUESTIONS for name in pair), *_SYSTEM, *_MORE,
+    *CONVERSATIONS, *TALKS, *(name for pair in QUESTIONS for name in pair), *_SYSTEM, *_MORE,
     "chosen", "rejected", "tools", "functions",
 ))  # fmt: skip
 
@@ -106,18 +107,17 @@ def canonical(row: Row, *, text_field: str = "text", chat: bool = True) -> Row:
     if text is not None and text_field != "text":
         return _made(row, {text_field: _string(text, text_field, row)}, text_field)
     talk = _conversation(row)
-    answered = all(values.get(name) is not None for name in ("prompt", "completion"))
-    if talk and answered:
-        raise _two_forms(row, talk[0], "prompt and completion")
+    if _has(row, "prompt") and _has(row, "completion"):
+        if talk:
+            raise _two_forms(row, talk[0], "prompt and completion")
+        return _made(row, _completed(row, _read("prompt", row), {"completion": _read("completion", row)}), text_field)
     if talk:
         return _made(row, {"messages": _with_system(talk[1], row)}, text_field)
-    if not answered and text is not None:
-        return _made(row, {text_field: _string(text, text_field, row)}, text_field)
-    if answered:
-        prompt, completion = _divided(row, _read("prompt", row), {"completion": _read("completion", row)})
-    else:
-        prompt, completion = _answered_question(row, text_field, chat)
-    return _made(row, {"prompt": prompt, "completion": completion}, text_field)
+    if text in (None, "") and (form := _of_other_trainers(row, chat)):
+        return _made(row, form, text_field)
+    if text is None:
+        raise _no_form(row, text_field)
+    return _made(row, {text_field: _string(text, text_field, row)}, text_field)
 
 
 def canonical_pair(row: Row, *, chat: bool = True, repeats: bool = False) -> Row:
@@ -133,13 +133,13 @@ def canonical_pair(row: Row, *, chat: bool = True, repeats: bool = False) -> Row
     Raises:
         InputError: an answer is missing, or a value is not what its form has.
     """
-    missing = [name for name in ("chosen", "rejected") if row.values.get(name) is None]
+    missing = [name for name in ("chosen", "rejected") if not _has(row, name)]
     if missing:
         raise InputError(f"{row.origin}: {' and '.join(missing)} missing; {_columns_of(row)}")
     answers = {name: _read(name, row) for name in ("chosen", "rejected")}
     if isinstance(answers["chosen"], str) != isinstance(answers["rejected"], str):
         raise InputError(f"{row.origin}: chosen and rejected must both be strings or both lists of turns")
-    if row.values.get("prompt") is not None:
+    if _has(row, "prompt"):
         found: tuple[Text | None, dict[str, Text]] = _read("prompt", row), answers
     else:
         found = _asked(row, answers, chat, repeats)
@@ -156,11 +156,11 @@ def prompts_are_repeated(rows: Sequence[Row]) -> bool:
 
 
 def _repeats(values: Mapping[str, Any]) -> bool:
-    prompt = next((values[name] for name in _ASKING if values.get(name) is not None), None)
-    answers = [values.get(name) for name in ("chosen", "rejected")]
-    return (
-        isinstance(prompt, str) and prompt != "" and all(isinstance(x, str) and x.startswith(prompt) for x in answers)
-    )
+    prompt = next((value for name in _ASKING if (value := values.get(name)) is not None), None)
+    if not isinstance(prompt, str) or not prompt.strip():
+        return False
+    answers = (values.get(name) for name in ("chosen", "rejected"))
+    return all(isinstance(answer, str) and answer.startswith(prompt.rstrip()) for answer in answers)
 
 
 def unpaired(rows: Sequence[Row], *, chat: bool = True) -> list[Row]:
@@ -173,8 +173,7 @@ def unpaired(rows: Sequence[Row], *, chat: bool = True) -> list[Row]:
 
 
 def _sides(row: Row, chat: bool, repeats: bool) -> list[Row]:
-    has = {name: row.values.get(name) is not None for name in ("chosen", "rejected", "completion")}
-    if has["completion"] or not (has["chosen"] and has["rejected"]):
+    if _has(row, "completion") or not (_has(row, "chosen") and _has(row, "rejected")):
         return [row]
     pair = canonical_pair(row, chat=chat, repeats=repeats)
     own = {name: pair.values[name] for name in ("prompt", "tools") if name in pair.values}
@@ -206,6 +205,10 @@ def _made(row: Row, form: dict[str, Any], text_field: str) -> Row:
     return Row(Columns(row.values, names, form | ({"tools": tools} if tools else {})), row.origin)
 
 
+def _has(row: Row, name: str) -> bool:
+    return row.values.get(name) is not None
+
+
 def _tools(row: Row) -> list[dict[str, Any]] | None:
     given = {name: row.values.get(name) for name in ("tools", "functions")}
     if all(given.values()):
@@ -229,9 +232,9 @@ def _read(name: str, row: Row) -> Text:
     return [] if name == "prompt" and value == [] else read_turns(value, name, row.origin)
 
 
-def _conversation(row: Row) -> tuple[str, list[Turn]] | None:
+def _conversation(row: Row, names: Sequence[str] = CONVERSATIONS) -> tuple[str, list[Turn]] | None:
     """The name and the turns of the row's conversation; a second column must have the same."""
-    given = [name for name in CONVERSATIONS if row.values.get(name) is not None]
+    given = [name for name in names if row.values.get(name) not in (None, "")]
     found = [(name, read_turns(row.values[name], name, row.origin)) for name in given]
     for name, turns in found[1:]:
         if turns != found[0][1]:
@@ -276,21 +279,23 @@ def _divided(row: Row, prompt: Text | None, answers: Mapping[str, Text], repeats
     else:
         start = _shared_turns(row, prompt, list(talks.values()))
         prompt = next(iter(talks.values()))[:start]
-    prompt = [{key: value for key, value in turn.items() if key != "train"} for turn in prompt]
-    return [_with_system(prompt, row), *(talk[start:] for talk in talks.values())]
+    return [_with_system(_unmarked(prompt), row), *(talk[start:] for talk in talks.values())]
 
 
 def _divided_strings(row: Row, prompt: str | None, answers: list[str], repeats: bool) -> list[Text]:
     if _system(row):
         raise InputError(
-            f"{row.origin}: system belongs to turns, but prompt and answer are strings; {_columns_of(row)}"
+            f"{row.origin}: system belongs to turns, but prompt and answer are strings that are joined as they stand; "
+            "column_map with question=prompt has them read as turns"
         )
     if prompt is None:
         shared = common_prefix(*answers)
         shared -= shared > 0 and answers[0][shared - 1] == " "  # the space belongs to the word that follows
         return [answers[0][:shared], *(answer[shared:] for answer in answers)]
-    start = len(prompt) if repeats and all(answer.startswith(prompt) for answer in answers) else 0
-    return [prompt, *(answer[start:] for answer in answers)]
+    for start in (prompt, prompt.rstrip()) if repeats else ():
+        if all(answer.startswith(start) for answer in answers):
+            return [start, *(answer[len(start) :] for answer in answers)]
+    return [prompt, *answers]
 
 
 def _as_turns(text: Text, role: str) -> list[Turn]:
@@ -299,22 +304,31 @@ def _as_turns(text: Text, role: str) -> list[Turn]:
 
 def _repeated_turns(row: Row, prompt: list[Turn], talks: Mapping[str, list[Turn]]) -> int:
     """How many turns of the prompt the answers repeat: all of them or none."""
-    repeating = [name for name, talk in talks.items() if prompt and talk[: len(prompt)] == prompt]
-    if not repeating:
-        return 0
-    if len(repeating) < len(talks):
+    texts = _unmarked(prompt)
+    repeating = [name for name, talk in talks.items() if prompt and _unmarked(talk)[: len(prompt)] == texts]
+    if 0 < len(repeating) < len(talks):
         raise InputError(f"{row.origin}: {repeating[0]} repeats the turns of prompt, and the other answer does not")
     for name, talk in talks.items():
-        if len(talk) == len(prompt):
+        if repeating and len(talk) == len(prompt):
             raise InputError(f"{row.origin}: {name} has no turn behind those of prompt")
-    return len(prompt)
+        if not repeating and prompt and prompt[-1]["role"] == "user" and talk[0]["role"] in ("system", "user"):
+            raise InputError(
+                f"{row.origin}: {name} begins with the turn of a {talk[0]['role']} behind a prompt that ends with the "
+                "user's; expected the assistant's turn, or the turns of prompt again"
+            )
+    return len(prompt) if repeating else 0
+
+
+def _unmarked(turns: list[Turn]) -> list[Turn]:
+    """The turns without their marks of what is learned."""
+    return [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
 
 
 def _shared_turns(row: Row, prompt: str | None, talks: list[list[Turn]]) -> int:
     """How many turns at the start of whole conversations are their prompt, of which `prompt` is a turn's text."""
     texts = [turn["content"].strip() for turn in talks[0]]
     if len(talks) > 1:
-        shared = min(common_prefix(*talks), *(len(talk) - 1 for talk in talks))
+        shared = min(common_prefix(*map(_unmarked, talks)), *(len(talk) - 1 for talk in talks))
     else:
         shared = texts.index(prompt.strip()) + 1 if prompt is not None and prompt.strip() in texts else 0
     if shared == 0:
@@ -339,16 +353,26 @@ def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
 # Questions and answers under other names
 
 
-def _answered_question(row: Row, text_field: str, chat: bool) -> list[Text]:
-    """The prompt and the completion of a row that has them under other names."""
-    question = _question(row)
-    fitting = [name for asking, name in QUESTIONS if asking == question and row.values.get(name) is not None]
-    if question is None or not fitting:
-        raise _no_form(row, text_field)
-    if len(fitting) > 1:
-        raise _two_forms(row, *(f"{question} and {name}" for name in fitting[:2]))
-    answer = _only(row) if fitting == ["answers"] else _read(fitting[0], row)
-    return _divided(row, *_with_answers(row, question, {fitting[0]: answer}, chat))
+def _of_other_trainers(row: Row, chat: bool) -> dict[str, Any] | None:
+    """The row as `messages`, or as `prompt` and `completion`, where it has a form that is not TRL's."""
+    held = [name for name in TALKS if _has(row, name) and is_list_of_turns(row.values[name])]
+    fitting = [pair for pair in QUESTIONS if all(_has(row, name) for name in pair)]
+    question = _question(row) if fitting else None
+    fitting = [pair for pair in fitting if pair[0] == question]
+    if len(held) + len(fitting) > 1:
+        raise _two_forms(row, *[*held, *(" and ".join(pair) for pair in fitting)][:2])
+    if held:
+        return {"messages": _with_system(read_turns(row.values[held[0]], held[0], row.origin), row)}
+    if not fitting or question is None:
+        return None
+    name = fitting[0][1]
+    answer = _only(row) if name == "answers" else _read(name, row)
+    return _completed(row, *_with_answers(row, question, {name: answer}, chat))
+
+
+def _completed(row: Row, asked: Text, answers: dict[str, Text]) -> dict[str, Any]:
+    prompt, completion = _divided(row, asked, answers)
+    return {"prompt": prompt, "completion": completion}
 
 
 def _asked(row: Row, answers: dict[str, Text], chat: bool, repeats: bool) -> tuple[Text | None, dict[str, Text]]:
@@ -364,7 +388,7 @@ def _asked(row: Row, answers: dict[str, Text], chat: bool, repeats: bool) -> tup
 
 def _question(row: Row) -> str | None:
     """The column that asks; `input` does where no other one does."""
-    given = [name for name in _ASKING if row.values.get(name) is not None]
+    given = [name for name in _ASKING if _has(row, name)]
     given = [name for name in given if name != "input"] or given
     if len(given) > 1:
         raise _two_forms(row, *given[:2])
@@ -380,8 +404,9 @@ def _with_answers(
         if more or history:
             raise InputError(f"{row.origin}: {question} is a list of turns; expected text beside input or history")
         return asked, answers
-    if repeats and all(isinstance(each, str) and each.startswith(asked) for each in answers.values()):
-        answers = {name: each[len(asked) :].lstrip() for name, each in answers.items() if isinstance(each, str)}
+    start = asked.rstrip()
+    if repeats and all(isinstance(each, str) and each.startswith(start) for each in answers.values()):
+        answers = {name: each[len(start) :].lstrip() for name, each in answers.items() if isinstance(each, str)}
     strings = all(isinstance(each, str) for each in answers.values())
     if question == "instruction" and strings and not chat and not history:
         more_text = f"### Input:\n{more}\n\n" if more else ""
@@ -443,5 +468,5 @@ def _no_form(row: Row, text_field: str) -> InputError:
     hint = " (chosen and rejected belong to a preference loss: --method dpo)" if "chosen" in row.values else ""
     return InputError(
         f"{row.origin}: expected messages, or prompt and completion, or {text_field}, or a form of other trainers "
-        f"({', '.join(CONVERSATIONS[1:])}; {others}); {_columns_of(row)}{hint}"
+        f"({', '.join((*CONVERSATIONS[1:], *TALKS))}; {others}); {_columns_of(row)}{hint}"
     )

@@ -68,6 +68,12 @@ def turns_of_text(text: str) -> list[Any] | None:
     return turns if turns and named else None
 
 
+def is_list_of_turns(value: Any) -> bool:
+    """Whether the value, or what it is the JSON text of, is a list of mappings."""
+    turns = turns_of_text(value) if isinstance(value, str) else value
+    return isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)
+
+
 def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | None:
     """The schemas of a list of tools or of its JSON text, each under "function"; None where there are none."""
     where = f"{origin}: {name}"
@@ -200,10 +206,10 @@ def _object(value: Any, where: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _of_text(text: Any, where: str, expected: str) -> Any:
+def _of_text(text: str, where: str, expected: str) -> Any:
     try:
-        return _parsed(text)
-    except (TypeError, ValueError) as error:
+        return _parsed(text) if text else None  # an empty cell of a table
+    except ValueError as error:
         raise InputError(f"{where}: expected {expected} or its JSON text, got {_described(text)}: {error}") from error
 
 
