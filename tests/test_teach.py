@@ -105,6 +105,15 @@ def test_both_formats_hold_the_same(teacher: str, data: str) -> None:
     assert again == taught(teacher, data, "b.parquet")
 
 
+def test_columns_under_other_names_are_read_and_written_as_they_are(teacher: str, data: str, tmp_path: Path) -> None:
+    """So one file of options serves training on the taught file too."""
+    rows = [{"ask": row["prompt"], "reply": row["completion"]} for row in completion_rows(6)]
+    named = write_jsonl(tmp_path / "named.jsonl", rows)
+    found = taught(teacher, named, column_map={"prompt": "ask", "completion": "reply"})
+    assert [{key: values[key] for key in rows[0]} for values in found] == rows
+    assert [values["target_ids"] for values in found] == [values["target_ids"] for values in taught(teacher, data)]
+
+
 @pytest.mark.parametrize(("mode", "length"), [("keep_start", 11), ("keep_end", 4)])
 def test_tokens_that_are_cut_have_empty_lists(teacher: str, data: str, mode: str, length: int) -> None:
     """The teacher reads what training reads: the row cut to max_length."""
@@ -367,13 +376,14 @@ def test_bad_rows_are_named(teacher: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_parquet_would_change_are_refused(teacher: str, tmp_path: Path) -> None:
-    """Arrow gives each row's tool all names that any tool has, and the template writes them down."""
-    template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    """Arrow gives every row's tool the first one's order of names, and the template writes them down."""
+    template = "{{ tools[0]['function'] | list }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = make_model(tmp_path / "model", chat_template=template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": turns, "tools": [{"name": "f", name: 1}]} for name in ("x", "y")]
+    tools = [{"name": "f", "x": 1, "y": 2}, {"name": "f", "y": 2, "x": 1}]
+    rows = [{"messages": turns, "tools": [tool]} for tool in tools]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match=r"line 1: Parquet adds names .*; write .jsonl"):
+    with pytest.raises(InputError, match=r"line 2: Parquet gives .*; write .jsonl"):
         taught(model, data)
     assert [row["tools"] for row in taught(model, data, "taught.jsonl")] == [row["tools"] for row in rows]
 

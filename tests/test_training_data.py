@@ -145,6 +145,19 @@ def test_truncation_never_leaves_an_empty_completion() -> None:
         renderer(max_length=16).sequences(rows[:1], "data.jsonl")
 
 
+def test_a_tie_is_dropped_and_counted() -> None:
+    """Equal answers have no gradient, and neither have answers that are equal in all that is left of them."""
+    rows = [{"prompt": "x", "chosen": "a", "rejected": b} for b in ("b", "a")]
+    rows += [{"prompt": "p" * 6, "chosen": "c" * 20 + end, "rejected": "c" * 20} for end in ("d", "e")]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows += [{"chosen": talk, "rejected": talk}]
+    data = renderer(max_length=16).pairs([Row(row, "x") for row in rows[:4]], "x")
+    assert (len(data.items), data.rows, data.dropped, data.ties, data.kept) == (1, 4, 0, 3, (0,))
+    assert "3 dropped: chosen and rejected are the same tokens" in data.summary()
+    with pytest.raises(InputError, match=r"x: none of 2 rows has .* chosen and rejected that differ \(2 are the same"):
+        renderer().pairs([Row(rows[1], "x"), Row(rows[4], "x")], "x")
+
+
 def test_a_pair_is_dropped_whole() -> None:
     row = {"prompt": "p" * 6, "chosen": "c", "rejected": "r"}
     long = {"prompt": "p" * 20, "chosen": "c", "rejected": "r" * 20}
@@ -155,7 +168,10 @@ def test_a_pair_is_dropped_whole() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"question": "x"}, r"expected messages, or prompt and completion, or text; the columns are \['question'\]"),
+        (
+            {"question": "x"},
+            r"expected messages, .* or text, or a form of other .*; the columns are \['question'\]; column_",
+        ),
         ({"prompt": "x", "chosen": "a", "rejected": "b"}, "--method dpo"),
         ({"text": 3}, "text must be a string, got int"),
         ({"messages": "hello"}, "messages must be a non-empty list of turns, got str"),
@@ -163,7 +179,7 @@ def test_a_pair_is_dropped_whole() -> None:
         ({"messages": [{"content": "x"}]}, "messages, turn 1: expected role and content"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
         ({"messages": [{"role": "user"}]}, "turn 1: content is missing"),
-        ({"prompt": "x", "completion": 4}, "prompt is a str and completion a int; give both as strings"),
+        ({"prompt": "x", "completion": 4}, "completion must be a string or a list of turns, got int"),
     ],
 )
 def test_malformed_rows_are_reported_with_their_line(values: dict[str, Any], message: str) -> None:
@@ -175,9 +191,8 @@ def test_malformed_rows_are_reported_with_their_line(values: dict[str, Any], mes
     ("values", "message"),
     [
         ({"prompt": "x", "chosen": "a"}, "rejected missing"),
-        ({"prompt": "x", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ({"prompt": "x", "chosen": "a", "rejected": 4}, "rejected must be a string or a list of turns, got int"),
         ({"chosen": "a", "rejected": [{"role": "user", "content": "x"}]}, "both be strings or both lists"),
-        ({"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b"}, "prompt is a list"),
         (
             {
                 "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a"}],

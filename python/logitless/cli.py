@@ -26,7 +26,7 @@ TEACHER_OPTIONS = (
     *("model_name_or_path", "teacher_model_name_or_path", "model_revision", "gguf_file", "dtype", "bf16"),
     *("attn_implementation", "trust_remote_code", "use_liger_kernel", "use_cpu", "cache_dir", "backend"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "max_length", "truncation_mode"),
-    *("completion_only_loss", "per_device_eval_batch_size"),
+    *("column_map", "completion_only_loss", "per_device_eval_batch_size"),
 )
 
 app = typer.Typer(

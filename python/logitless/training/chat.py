@@ -8,8 +8,9 @@ from functools import cached_property
 from typing import Any
 
 from logitless.training.errors import InputError
-from logitless.training.marks import Turn, in_parts, with_text_arguments
+from logitless.training.marks import in_parts, with_text_arguments
 from logitless.training.tokens import common_prefix
+from logitless.training.turns import Turn
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 

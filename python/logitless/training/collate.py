@@ -7,7 +7,7 @@ Three shapes, chosen once per run:
                    given, which is how Transformers' SDPA and eager attention find the boundaries
     padding-free   [1, total], all sequences one after the other; flash attention finds the boundaries likewise
 
-Labels of a sequence's first token are always -100 (`tokenize.py`), so the shifted loss never crosses a boundary.
+Labels of a sequence's first token are always -100 (`render.py`), so the shifted loss never crosses a boundary.
 """
 
 from __future__ import annotations

@@ -15,6 +15,8 @@ from logitless.training.errors import InputError
 
 ABSENT = -100  # fills the lists of tokens that have fewer ids, or log-probabilities, than others
 OTHER_NAMES = {"desirable": "label"}  # TRL's
+#: Columns that are true or false, for which 1 and 0 stand too.
+MARKS = ("desirable", "from_reference")
 #: The column of the ids that each token lists, for a loss that reads lists of them.
 TARGET_IDS = "target_ids"
 
@@ -42,6 +44,8 @@ def read_columns(
     for name in names:
         called = f"{side}_{name}" if side else name
         values = _numbers(_value(row, name, side), called, row)
+        if name in MARKS:
+            values = _marks(values, called, row)
         if name in single and values.shape != (1,):
             raise InputError(f"{row.origin}: the column {called} has {len(values)} values; expected one for the row")
         found[name] = _at_predictions(values, called, row, counts)
@@ -65,6 +69,12 @@ def _numbers(value: Any, name: str, row: Row) -> torch.Tensor:
         return torch.tensor(values)
     width = max(map(len, lists))
     return torch.tensor([part + [ABSENT] * (width - len(part)) for part in lists])
+
+
+def _marks(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
+    if not ((values == 0) | (values == 1)).all():
+        raise InputError(f"{row.origin}: the column {name} must be true or false, or 1 or 0, got {values.tolist()}")
+    return values.bool()
 
 
 def _at_predictions(values: torch.Tensor, name: str, row: Row, counts: torch.Tensor) -> torch.Tensor:

@@ -158,6 +158,9 @@ class TrainOptions:
     eval_dataset_name: str | None = option(None, "Evaluation data, same forms as dataset_name.", group="Data")
     eval_fraction: float = option(0.0, "Share of the training rows held out for evaluation.", group="Data")
     dataset_text_field: str = option("text", "Column of plain text.", group="Data")
+    column_map: Mapping[str, str] | None = option(
+        None, "Columns to read under another name: new=old,... or a mapping of new names to old.", group="Data"
+    )
     max_length: int = option(1024, "Tokens per row; longer rows are cut.", group="Data")
     truncation_mode: str = option(
         "keep_start", "Which end of a long row is kept.", group="Data", choices=("keep_start", "keep_end")
@@ -413,9 +416,9 @@ def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
         raise InputError(f"{source}: {name} can not be empty")
     kind = next(kind for kind in kinds if kind is not type(None))
     try:
-        return _CONVERT[typing.get_origin(kind) or kind](value)
-    except (TypeError, ValueError, KeyError) as error:
-        expected = getattr(kind, "__name__", str(kind))
+        return _CONVERT[kind if kind in _CONVERT else typing.get_origin(kind)](value)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        expected = _DESCRIBED.get(kind, getattr(kind, "__name__", str(kind)))
         raise InputError(f"{source}: {name} must be a {expected}, got {value!r}") from error
 
 
@@ -465,6 +468,19 @@ def _to_mapping(value: Any) -> dict[str, Any]:
     return {key: _number(item) for key, item in content.items()}
 
 
+def _to_columns(value: Any) -> dict[str, str]:
+    """New names of columns to old ones, each once, from a mapping or from text such as `prompt=a,completion=b`."""
+    import yaml
+
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = yaml.safe_load(value)
+    pairs = [part.split("=") for part in value.split(",")] if isinstance(value, str) else list(dict(value).items())
+    found = {new.strip(): old.strip() for new, old in pairs}
+    if len(set(found.values())) < len(pairs) or not all((*found, *found.values())):
+        raise ValueError(value)
+    return found
+
+
 def _to_mappings(value: Any) -> list[dict[str, Any]]:
     import yaml
 
@@ -482,6 +498,7 @@ def _number(value: Any) -> Any:
         return value
 
 
+_DESCRIBED = {Mapping[str, str]: "list new=old,... or a mapping, with every name once"}
 _CONVERT: dict[Any, Any] = {
     bool: _to_bool,
     int: _to_int,
@@ -489,5 +506,6 @@ _CONVERT: dict[Any, Any] = {
     str: _to_str,
     tuple: _to_names,
     Mapping: _to_mapping,
+    Mapping[str, str]: _to_columns,
     Sequence: _to_mappings,
 }

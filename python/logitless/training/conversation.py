@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 from logitless.training.chat import ChatTemplate
 from logitless.training.errors import InputError
-from logitless.training.marks import Marks, Place, Turn, answers, called, said, thoughts, written
+from logitless.training.marks import Marks, Place, answers, called, said, thoughts, written
+from logitless.training.turns import Turn
 
 Span = tuple[int, int]  # of characters
 _Kind = tuple[str, bool, str, bool]  # of the end of a rendering

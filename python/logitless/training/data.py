@@ -1,6 +1,6 @@
 """Rows of training data from files, saved datasets and the hub, each with the place it came from.
 
-A row is a plain dict; `tokenize.py` says what its columns mean. The place ("data.jsonl, line 12") travels with
+A row is a plain dict; `render.py` says what its columns mean. The place ("data.jsonl, line 12") travels with
 it, so that whatever is wrong with a row can be reported where its author will look for it.
 """
 

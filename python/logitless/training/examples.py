@@ -33,6 +33,7 @@ class TokenizedData:
     dropped: int  # nothing that counts was left
     truncated: int
     kept: tuple[int, ...]  # the numbers of the rows that the items are, from 0
+    ties: int = 0  # pairs whose two answers are the same tokens
 
     @property
     def tokens(self) -> int:
@@ -59,4 +60,5 @@ class TokenizedData:
         line = f"{len(self.items)} of {self.rows} rows, {self.tokens} tokens, loss on {self.counted}"
         notes = [f"{self.truncated} truncated"] if self.truncated else []
         notes += [f"{self.dropped} dropped: no completion left within max_length"] if self.dropped else []
+        notes += [f"{self.ties} dropped: chosen and rejected are the same tokens"] if self.ties else []
         return f"{line} ({'; '.join(notes)})" if notes else line

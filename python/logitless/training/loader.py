@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +14,18 @@ from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
 from logitless.training.examples import TokenizedData
+from logitless.training.forms import renamed, unpaired
 from logitless.training.inputs import InputSources, input_sources
 from logitless.training.model import check_packing, uses_flash_attention
 from logitless.training.objective import reads_sequences
 from logitless.training.render import Renderer
 
 TOGETHER = "group"  # the input that says which rows a loss compares, so that they must be in one batch
+DESIRABLE = "desirable"  # the input that marks single completions, which a pair gives too
 
 
 def load_data(
-    options: TrainOptions, tokenizer: object, loss: Loss, estimated: Collection[str]
+    options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Collection[str]
 ) -> tuple[InputSources, TokenizedData, TokenizedData | None]:
     """Where the loss's inputs come from; training and evaluation data (None where there is none), tokenised.
 
@@ -34,7 +36,9 @@ def load_data(
         InputError: see `read_rows`, `input_sources` and `Renderer`; evaluation asked for without data for it.
     """
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
-    sources = input_sources(loss, rows, options.dataset_name, estimated)
+    rows = renamed(rows, options.column_map)
+    single = _as_single(loss, tokenizer)
+    sources = input_sources(loss, single(rows), options.dataset_name, estimated)
     renderer = row_renderer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
     read = renderer.pairs if isinstance(loss, PairLoss) else renderer.sequences
     held_out, origin = _evaluation_rows(options)
@@ -43,7 +47,15 @@ def load_data(
     if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
                          "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
-    return sources, read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
+    data = read(single(rows), options.dataset_name)
+    return sources, data, None if held_out is None else read(single(held_out), origin)
+
+
+def _as_single(loss: Loss, tokenizer: Any) -> Callable[[list[Row]], list[Row]]:
+    """What makes two rows of a pair, one marked desirable and one not, where the loss reads such marks."""
+    if DESIRABLE not in (*loss.inputs, *loss.sequence_inputs):
+        return lambda rows: rows
+    return lambda rows: unpaired(rows, chat=bool(tokenizer.chat_template))
 
 
 def row_renderer(
@@ -66,10 +78,12 @@ def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
     """Rows of `eval_dataset_name`, or of the dataset's own test split where evaluation is asked for."""
     split, config = options.dataset_test_split, options.dataset_config
     if options.eval_dataset_name is not None:
-        return read_rows(options.eval_dataset_name, split=split, config=config), options.eval_dataset_name
+        rows = read_rows(options.eval_dataset_name, split=split, config=config)
+        return renamed(rows, options.column_map), options.eval_dataset_name
     wanted = options.eval_strategy != "no" and not options.eval_fraction
     if wanted and has_split(options.dataset_name, split, config):
-        return read_rows(options.dataset_name, split=split, config=config), f"{options.dataset_name}[{split}]"
+        rows = read_rows(options.dataset_name, split=split, config=config)
+        return renamed(rows, options.column_map), f"{options.dataset_name}[{split}]"
     return None, options.dataset_name
 
 

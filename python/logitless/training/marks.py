@@ -7,9 +7,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-Turn = Mapping[str, Any]  # role and content are strings
+from logitless.training.turns import REASONING, Turn
 
-REASONING = ("reasoning_content", "reasoning", "thinking")  # the keys under which templates look for it
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode gives them no meaning, so texts lack them
 
 

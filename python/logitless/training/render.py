@@ -1,12 +1,11 @@
 """From rows to tokens: the text of a row, the labels that say where the loss counts, truncation.
 
-Four forms of row, named as in TRL's documentation:
+`forms.py` makes one of four forms of every row, named as in TRL's documentation:
 
     {"text": "..."}                                                every token counts
     {"prompt": ..., "completion": ...}                             the completion counts; strings or lists of turns
     {"messages": [{"role", "content"}, ...]}                       the assistant's turns count
-    {"prompt": ..., "chosen": ..., "rejected": ...}                two completions of one prompt; without "prompt" it
-                                                                   is what the two have in common at their start
+    {"prompt": ..., "chosen": ..., "rejected": ...}                two completions of one prompt
 
 A token counts where its label is not -100. The whole text is tokenised once, so that the model reads the same tokens in
 training as in a later conversation. A token that spans the start of an answer belongs to the answer.
@@ -14,7 +13,7 @@ training as in a later conversation. A token that spans the start of an answer b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -27,8 +26,9 @@ from logitless.training.conversation import Conversation
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example, Item, TokenizedData
+from logitless.training.forms import canonical, canonical_pair, prompts_are_repeated
 from logitless.training.marks import answers, says_something
-from logitless.training.tokens import Encoded, TextEncoder, common_prefix
+from logitless.training.tokens import Encoded, TextEncoder
 
 TRAINED = "train"  # the key of a turn that says whether it is learned
 
@@ -72,25 +72,34 @@ class Renderer:
 
     def pairs(self, rows: Iterable[Row], origin: str) -> TokenizedData:
         """Preference rows, as (chosen, rejected)."""
-        return self._collect(rows, origin, self._pair)
+        rows = list(rows)
+        repeats = prompts_are_repeated(rows)
+        return self._collect(rows, origin, lambda row: self._pair(row, repeats))
 
     def _collect(self, rows: Iterable[Row], origin: str, tokenize: Callable[[Row], Item]) -> TokenizedData:
-        """Tokenises and cuts every row; a row of which an example has nothing left that counts is dropped whole."""
-        items, kept, total, truncated = [], [], 0, 0
+        """Tokenises and cuts every row.
+
+        A row of which an example has nothing left that counts is dropped whole, and so is a pair of equal tokens.
+        """
+        items, kept, total, truncated, ties = [], [], 0, 0, 0
         for row in rows:
             whole = tokenize(row)
             item = tuple(self._cut(example) for example in whole)
             total += 1
             truncated += any(len(a.labels) != len(b.labels) for a, b in zip(item, whole, strict=True))
-            if all((example.labels != IGNORED).any() for example in item):
+            counts = all((example.labels != IGNORED).any() for example in item)
+            tied = counts and len(item) == 2 and item[0].input_ids.equal(item[1].input_ids)
+            ties += tied
+            if counts and not tied:
                 items.append(item)
                 kept.append(total - 1)
                 _require_ids(item, row)
         if not items:
+            same = f", or chosen and rejected that differ ({ties} are the same tokens)" if ties else ""
             raise InputError(
-                f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}"
+                f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}{same}"
             )
-        return TokenizedData(items, total, total - len(items), truncated, tuple(kept))
+        return TokenizedData(items, total, total - len(items) - ties, truncated, tuple(kept), ties)
 
     def _cut(self, example: Example) -> Example:
         keep = slice(self.max_length) if self.truncation_mode == "keep_start" else slice(-self.max_length, None)
@@ -105,57 +114,39 @@ class Renderer:
 
     def whole(self, row: Row) -> Example:
         """A row of text, prompt-completion or messages, before it is cut to `max_length`."""
+        row = canonical(row, text_field=self.text_field, chat=bool(self.tokenizer.chat_template))
         values = row.values
-        if values.get("messages") is not None:
-            return self._messages(_turns(values["messages"], "messages", row), row)
-        if values.get("prompt") is not None and values.get("completion") is not None:
-            return self._completion(values["prompt"], values["completion"], "completion", row)
-        if values.get(self.text_field) is not None:
-            text = _string(values[self.text_field], self.text_field, row)
-            self._refuse_masks(row, assistant_only=self.assistant_only, completion_only=self.completion_only)
-            encoded = self._encoder.plain(text)
-            return _example(encoded, [slice(None)])
-        raise InputError(
-            f"{row.origin}: expected messages, or prompt and completion, or {self.text_field}; "
-            f"the columns are {sorted(values)}{_preference_hint(values)}"
-        )
+        if "messages" in values:
+            return self._messages(values["messages"], row)
+        if "prompt" in values:
+            return self._completion(values["prompt"], values["completion"], row)
+        self._refuse_masks(row, assistant_only=self.assistant_only, completion_only=self.completion_only)
+        return _example(self._encoder.plain(values[self.text_field]), [slice(None)])
 
-    def _pair(self, row: Row) -> Item:
-        values = row.values
-        missing = [name for name in ("chosen", "rejected") if values.get(name) is None]
-        if missing:
-            raise InputError(f"{row.origin}: {' and '.join(missing)} missing; the columns are {sorted(values)}")
-        prompt, chosen, rejected = _split_prompt(row)
-        if chosen == rejected:
-            raise InputError(f"{row.origin}: chosen and rejected are the same")
-        sides = {"chosen": chosen, "rejected": rejected}
+    def _pair(self, row: Row, repeats: bool) -> Item:
+        row = canonical_pair(row, chat=bool(self.tokenizer.chat_template), repeats=repeats)
         return tuple(
-            self._with_columns(self._completion(prompt, answer, side, row), row, side) for side, answer in sides.items()
+            self._with_columns(self._completion(row.values["prompt"], row.values[side], row, pair=True), row, side)
+            for side in ("chosen", "rejected")
         )
 
-    def _completion(self, prompt: Any, completion: Any, name: str, row: Row) -> Example:
-        """Prompt and completion, both strings or both lists of turns."""
-        if isinstance(prompt, str) and isinstance(completion, str):
+    def _completion(self, prompt: Any, completion: Any, row: Row, pair: bool = False) -> Example:
+        """Prompt and completion, both strings or both lists of turns; the completion counts, and all of a pair's."""
+        whole = self.completion_only is False and not pair
+        if isinstance(prompt, str):
             self._refuse_masks(row, assistant_only=self.assistant_only)
             encoded = self._encoder.plain(prompt + completion)
-            return _example(encoded, [self._counted(name, encoded.token_at(len(prompt)))])
-        if isinstance(prompt, str) or isinstance(completion, str):
-            kinds = f"prompt is a {type(prompt).__name__} and {name} a {type(completion).__name__}"
-            raise InputError(f"{row.origin}: {kinds}; give both as strings or both as lists of turns")
-        turns = _turns(prompt, "prompt", row) if prompt else []
-        count = len(turns)
-        turns += _turns(completion, name, row)
+            return _example(encoded, [slice(0 if whole else encoded.token_at(len(prompt)), None)])
+        turns = [*prompt, *completion]
         conversation = self._conversation(turns, row)
         encoded = self._encoder.rendered(conversation.text)
-        counted = self._counted(name, encoded.between(conversation.completion(count)).start)
-        if self.assistant_only and name == "completion":
-            first = count if self.completion_only is not False else 0
+        counted = encoded.between(conversation.completion(len(prompt)))
+        if self.assistant_only and not pair:
+            first = 0 if whole else len(prompt)
             return self._answers(conversation, encoded, turns, [i for i in answers(turns) if i >= first], row)
-        return self._without_untrained(_example(encoded, [counted]), conversation, encoded, turns)
-
-    def _counted(self, name: str, start: int) -> slice:
-        """The tokens that count of a completion that begins at a token."""
-        return slice(0 if name == "completion" and self.completion_only is False else start, None)
+        return self._without_untrained(
+            _example(encoded, [slice(None) if whole else counted]), conversation, encoded, turns
+        )
 
     def _messages(self, turns: list[Any], row: Row) -> Example:
         """A whole conversation; the assistant's turns count, or all of it."""
@@ -227,45 +218,3 @@ def _require_ids(item: Item, row: Row) -> None:
                 f"{row.origin}: {int(without.sum())} tokens that count list no {TARGET_IDS}; expected one id at least "
                 "(a file of `logitless teach` has them where its own max_length and truncation_mode left the token)"
             )
-
-
-def _string(value: Any, name: str, row: Row) -> str:
-    if not isinstance(value, str):
-        raise InputError(f"{row.origin}: {name} must be a string, got {type(value).__name__}")
-    return value
-
-
-def _turns(value: Any, name: str, row: Row) -> list[Any]:
-    """A list of turns with a role, checked; None-valued keys (Arrow fills them in) are removed."""
-    if not isinstance(value, list) or not value:
-        raise InputError(f"{row.origin}: {name} must be a non-empty list of turns, got {type(value).__name__}")
-    for number, turn in enumerate(value, 1):
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise InputError(f"{row.origin}: {name}, turn {number}: expected role and content, got {turn!r}")
-        if turn.get("content") is None and not turn.get("tool_calls"):
-            raise InputError(f"{row.origin}: {name}, turn {number}: content is missing")
-    return [{key: item for key, item in turn.items() if item is not None} for turn in value]
-
-
-def _split_prompt(row: Row) -> tuple[Any, Any, Any]:
-    """(prompt, chosen, rejected), the prompt taken from the common start of the two where it is not given apart."""
-    prompt, chosen, rejected = row.values.get("prompt"), row.values["chosen"], row.values["rejected"]
-    if isinstance(chosen, str) != isinstance(rejected, str):
-        raise InputError(f"{row.origin}: chosen and rejected must both be strings or both lists of turns")
-    if prompt is not None and isinstance(prompt, str) == isinstance(chosen, str):
-        return prompt, chosen, rejected
-    if isinstance(chosen, str):
-        if prompt is not None:
-            raise InputError(f"{row.origin}: prompt is a {type(prompt).__name__}, chosen and rejected are strings")
-        shared = common_prefix(chosen, rejected)
-        shared -= shared > 0 and chosen[shared - 1] == " "  # the space belongs to the word that follows
-    else:
-        chosen, rejected = _turns(chosen, "chosen", row), _turns(rejected, "rejected", row)
-        shared = common_prefix(chosen, rejected)
-        if shared == 0:
-            raise InputError(f"{row.origin}: no prompt, and chosen and rejected do not begin with the same turn")
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _preference_hint(values: Mapping[str, Any]) -> str:
-    return " (chosen and rejected belong to a preference loss: --method dpo)" if "chosen" in values else ""

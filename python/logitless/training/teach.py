@@ -25,6 +25,7 @@ from logitless.training.config import TEACHER_IDS, TrainOptions
 from logitless.training.data import Row, read_rows
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example
+from logitless.training.forms import renamed
 from logitless.training.loader import row_renderer
 from logitless.training.metrics import Progress
 from logitless.training.model import hide_progress_bars, load_model, load_tokenizer, locate, patched
@@ -36,6 +37,7 @@ from logitless.training.teachers import Listed, ModelTeacher, ServerTeacher, Tea
 from logitless.types import BackendName
 
 Taught = Mapping[str, list[Any]]  # the columns of a row
+Whole = Callable[[Row], Example]  # the tokens of a row before it is cut
 Write = Callable[[Sequence[Row], Sequence[Taught]], None]
 
 LOGPROB, TAIL = "teacher_logprob", "teacher_tail"
@@ -83,7 +85,11 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
         hide_progress_bars()
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     renderer = row_renderer(options, load_tokenizer(source, options))
-    data = renderer.sequences(rows, options.dataset_name)
+    data = renderer.sequences(renamed(rows, options.column_map), options.dataset_name)
+
+    def whole(row: Row) -> Example:
+        return renderer.whole(*renamed([row], options.column_map))
+
     rows, examples = [rows[number] for number in data.kept], [example for (example,) in data.items]
     size = options.per_device_eval_batch_size
     teacher = _model_teacher(options, world, renderer, k) if server is None else ServerTeacher(server, k, size)
@@ -92,10 +98,12 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     progress = Progress(0, len(batches))
     try:
         progress.say(f"data: {data.summary()}")
-        with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, renderer) as write:
+        with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, whole) as write:
             for number, batch in enumerate(batches, 1):
                 own = [rows[i] for i in batch]
-                write(own, _taught(teacher, renderer, own, [examples[i] for i in batch]))
+                listed = teacher([examples[i] for i in batch], [row.origin for row in own])
+                cuts = [(whole(row), examples[i]) for row, i in zip(own, batch, strict=True)]
+                write(own, [_columns(*cut, each, options) for cut, each in zip(cuts, listed, strict=True)])
                 progress.advance(number)
         progress.say(f"done: {len(rows)} rows with {k} ids a token in {path}, {path.stat().st_size / 2**20:.1f} MiB")
     finally:
@@ -123,16 +131,9 @@ def _model_teacher(options: TrainOptions, world: World, renderer: Renderer, k: i
     return ModelTeacher(engine, model, k, cast(BackendName, options.backend))
 
 
-def _taught(teacher: Teacher, renderer: Renderer, rows: list[Row], cut: list[Example]) -> list[Taught]:
-    listed = teacher(cut, [row.origin for row in rows])
-    wholes = [renderer.whole(row) for row in rows]
-    keeps_end = renderer.truncation_mode == "keep_end"
-    return [_columns(*each, keeps_end) for each in zip(wholes, cut, listed, strict=True)]
-
-
-def _columns(whole: Example, cut: Example, listed: Listed, keeps_end: bool) -> Taught:
+def _columns(whole: Example, cut: Example, listed: Listed, options: TrainOptions) -> Taught:
     """The lists of a row, with an entry for every token that counts before the row is cut."""
-    start = len(whole.labels) - len(cut.labels) if keeps_end else 0
+    start = len(whole.labels) - len(cut.labels) if options.truncation_mode == "keep_end" else 0
     place = {int(t) + start: n for n, t in enumerate((cut.labels != IGNORED).nonzero()[:, 0])}
     numbers = [place.get(int(t)) for t in (whole.labels != IGNORED).nonzero()[:, 0]]
     ids, logprob, tail = (values.tolist() for values in listed)
@@ -148,7 +149,7 @@ def _columns(whole: Example, cut: Example, listed: Listed, keeps_end: bool) -> T
 
 
 @contextmanager
-def _jsonl_writer(path: Path, rows: Sequence[Row], renderer: Renderer) -> Iterator[Write]:
+def _jsonl_writer(path: Path, rows: Sequence[Row], whole: Whole) -> Iterator[Write]:
     with path.open("w", encoding="utf-8") as file:
 
         def write(batch: Sequence[Row], columns: Sequence[Taught]) -> None:
@@ -162,7 +163,7 @@ def _jsonl_writer(path: Path, rows: Sequence[Row], renderer: Renderer) -> Iterat
 
 
 @contextmanager
-def _parquet_writer(path: Path, rows: Sequence[Row], renderer: Renderer) -> Iterator[Write]:
+def _parquet_writer(path: Path, rows: Sequence[Row], whole: Whole) -> Iterator[Write]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -176,7 +177,7 @@ def _parquet_writer(path: Path, rows: Sequence[Row], renderer: Renderer) -> Iter
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
         raise InputError(f"the rows' columns do not fit into Parquet: {error}; write .jsonl") from error
     if any(pyarrow.types.is_nested(field.type) for field in given.schema):
-        _require_same_tokens(given.to_pylist(), rows, renderer)
+        _require_same_tokens(given.to_pylist(), rows, whole)
     schema = pyarrow.schema([*given.schema, *own.items()])
     with parquet.ParquetWriter(path, schema) as file:
 
@@ -188,15 +189,15 @@ def _parquet_writer(path: Path, rows: Sequence[Row], renderer: Renderer) -> Iter
         yield write
 
 
-def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], renderer: Renderer) -> None:
-    """Raises where the table's rows are read as other tokens: it gives every row the nested names that any has."""
+def _require_same_tokens(stored: Sequence[dict[str, Any]], rows: Sequence[Row], whole: Whole) -> None:
+    """Raises where the table's rows are read as other tokens: nested names have one order there, and one type."""
     for row, values in zip(rows, stored, strict=True):
-        if not renderer.whole(row).input_ids.equal(renderer.whole(Row(values, row.origin)).input_ids):
-            raise InputError(f"{row.origin}: Parquet adds names of other rows to nested columns, which changes the "
-                             "row's tokens; write .jsonl")  # fmt: skip
+        if not whole(row).input_ids.equal(whole(Row(values, row.origin)).input_ids):
+            raise InputError(f"{row.origin}: Parquet gives the names in nested columns one order and one type for all "
+                             "rows, which changes the row's tokens; write .jsonl")  # fmt: skip
 
 
-_WRITERS: dict[str, Callable[[Path, Sequence[Row], Renderer], AbstractContextManager[Write]]] = {
+_WRITERS: dict[str, Callable[[Path, Sequence[Row], Whole], AbstractContextManager[Write]]] = {
     ".parquet": _parquet_writer,
     ".jsonl": _jsonl_writer,
 }

@@ -1,0 +1,250 @@
+"""Turns of a conversation as people write them, made into one form.
+
+    {"role": str, "content": str, "tool_calls": [...], "train": False, ...}
+
+Nulls inside a turn are what Arrow adds where another row has a key: a mapping's null is as if its key were absent. A
+list's null stays, and so does one inside JSON text, which only its author can have written. Whatever is not understood
+is an InputError that names file, line, turn and key.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from logitless.training.errors import InputError
+
+Turn = dict[str, Any]
+
+#: Names of roles in the files of other trainers; a role that is not here is the template's to know.
+ROLES = {
+    "human": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+} | {name: name for name in ("system", "user", "assistant", "tool", "developer")}
+#: Roles whose content is the call of a tool, as JSON text.
+CALLING = ("function_call", "tool_call")
+#: Keys of a turn that say whether it is learned, in the order in which errors name them.
+FLAGS = ("train", "weight", "trainable", "training", "loss", "loss_mask", "train_on_turn")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+
+
+def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
+    """The turns of a list, of its JSON text, or of one turn alone, each with a role and a string as content.
+
+    Args:
+        value: the column's value.
+        name: the column, for errors.
+        origin: where the row stands.
+
+    Raises:
+        InputError: no list of turns, or a turn that can not be read.
+    """
+    turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
+    turns = [turns] if isinstance(turns, dict) else turns
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {type(value).__name__}")
+    return [_turn(turn, f"{origin}: {name}, turn {number}") for number, turn in enumerate(turns, 1)]
+
+
+def turns_of_text(text: str) -> list[Any] | None:
+    """The turns of which the text is JSON, or None where it is any other text."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        value = _parsed(text)
+    except ValueError:
+        return None
+    turns = value if isinstance(value, list) else [value]
+    named = all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
+    return turns if turns and named else None
+
+
+def is_list_of_turns(value: Any) -> bool:
+    """Whether the value, or what it is the JSON text of, is a list of mappings."""
+    turns = turns_of_text(value) if isinstance(value, str) else value
+    return isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)
+
+
+def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | None:
+    """The schemas of a list of tools or of its JSON text, each under "function"; None where there are none."""
+    where = f"{origin}: {name}"
+    tools = _of_text(value, where, "a list of tools") if isinstance(value, str) else _cleaned(value, where)
+    if not tools:
+        return None
+    if not isinstance(tools, list):
+        raise InputError(f"{where}: expected a list of tools, got {_described(value)}")
+    return [_tool(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
+
+
+def _tool(value: Any, where: str) -> dict[str, Any]:
+    tool = _object(value, where)
+    flat = {key: item for key, item in tool.items() if key != "type"}
+    function = _object(tool.get("function", flat), f"{where}.function")
+    if not isinstance(function.get("name"), str):
+        raise InputError(f"{where}: expected the name of a function, got {_described(tool)}")
+    if "parameters" in function:
+        function["parameters"] = _object(function["parameters"], f"{where}.function.parameters")
+    outer = tool if "function" in tool else {}
+    return {"type": "function"} | outer | {"function": function}
+
+
+def _turn(value: Any, where: str) -> Turn:
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: expected role and content, got {_described(value)}")
+    turn = _present(value)
+    role = _one_of(turn, ("role", "from"), where)
+    if not isinstance(role, str):
+        raise InputError(f"{where}: expected role and content, got {_described(value)}")
+    content = _one_of(turn, ("content", "value"), where)
+    if role.lower() in CALLING:
+        if not isinstance(content, str) or "tool_calls" in turn:
+            raise InputError(f"{where}, content: expected the JSON text of a call, got {_described(content)}")
+        turn["tool_calls"] = _of_text(content, f"{where}, content", "a call")
+        role, content = "assistant", None
+    role = ROLES.get(role.lower(), role)
+    calls = _calls(turn, where)
+    reasons = any(turn.get(key) for key in REASONING)
+    learned = _learned(turn, role, where)
+    return {"role": role, "content": _content(content, where, may_miss=bool(calls or reasons))} | turn | calls | learned
+
+
+def _one_of(turn: Turn, keys: tuple[str, str], where: str) -> Any:
+    """Takes the value of either key off the turn; both must agree."""
+    given = [turn.pop(key) for key in keys if key in turn]
+    if len(given) > 1 and given[0] != given[1]:
+        raise InputError(f"{where}: {keys[0]} and {keys[1]} are both given and differ")
+    return given[0] if given else None
+
+
+def _content(value: Any, where: str, *, may_miss: bool) -> str:
+    """A turn's text; parts are joined, and without content the calls of a tool have the empty one."""
+    if isinstance(value, str):
+        return value
+    if value is None and may_miss:
+        return ""
+    if value is None:
+        raise InputError(f"{where}: content is missing")
+    if not isinstance(value, list):
+        raise InputError(f"{where}, content: expected text or a list of parts with text, got {_described(value)}")
+    return "".join(_part(part, f"{where}, content[{index}]") for index, part in enumerate(value))
+
+
+def _part(part: Any, where: str) -> str:
+    if isinstance(part, str):
+        return part
+    given = _present(part) if isinstance(part, dict) else {}
+    text = given.get("text")
+    if not isinstance(text, str) or given.get("type") not in _TEXT_PARTS or not given.keys() <= {"type", "text"}:
+        expected = '{"type": "text", "text": ...}'
+        raise InputError(f"{where}: expected {expected}, got {_described(part)}; only text is trained on")
+    return text
+
+
+def _calls(turn: Turn, where: str) -> Turn:
+    """Takes the calls of tools off the turn, as {"tool_calls": [...]}, or nothing where there are none."""
+    calls = turn.pop("tool_calls", None)
+    if isinstance(calls, str):
+        calls = _of_text(calls, f"{where}, tool_calls", "a list of calls")
+    legacy = turn.pop("function_call", None)
+    if calls and legacy:
+        raise InputError(f"{where}: tool_calls and function_call are both given; expected one of them")
+    key, given = ("function_call", legacy) if legacy else ("tool_calls", calls)
+    if not given:
+        return {}
+    if not isinstance(given, (list, dict)):
+        raise InputError(f"{where}, {key}: expected calls with name and arguments, got {_described(given)}")
+    if isinstance(given, dict):
+        return {"tool_calls": [_call(given, f"{where}, {key}")]}
+    return {"tool_calls": [_call(call, f"{where}, {key}[{index}]") for index, call in enumerate(given)]}
+
+
+def _call(value: Any, where: str) -> dict[str, Any]:
+    """A call with name and arguments under "function", as templates read it."""
+    call = _present(_object(value, where))
+    nested = "function" in call
+    function = _present(_object(call["function"], f"{where}.function")) if nested else call
+    place = f"{where}.function" if nested else where
+    name, arguments = function.get("name"), function.get("arguments", {})
+    if not isinstance(name, str):
+        raise InputError(f"{place}.name: expected the name of a function, got {_described(function)}")
+    extra = function.keys() - {"name", "arguments", *(() if nested else ("id", "type", "index"))}
+    if extra:
+        raise InputError(f"{place}.{min(extra)}: expected name and arguments alone")
+    outer = {key: item for key, item in call.items() if key not in ("function", "name", "arguments")}
+    given = {"name": name, "arguments": _object(arguments, f"{place}.arguments")}
+    return {"type": "function"} | outer | {"function": given}
+
+
+def _learned(turn: Turn, role: str, where: str) -> Turn:
+    """Takes the marks of what is learned off the turn, as {"train": False} where an assistant's is not."""
+    given = {key: turn.pop(key) for key in FLAGS if key in turn}
+    for key, value in given.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise InputError(f"{where}, {key}: expected 0 or 1, or false or true, got {_described(value)}")
+        if value != next(iter(given.values())):
+            raise InputError(f"{where}: {next(iter(given))} and {key} contradict each other")
+        if value and role != "assistant":
+            raise InputError(f"{where}, {key}: the loss counts on the assistant's turns; expected 0 or false, or none, "
+                             f"at a turn of the role {role}, got {_described(value)}")  # fmt: skip
+    return {"train": False} if role == "assistant" and given and not next(iter(given.values())) else {}
+
+
+def _object(value: Any, where: str) -> dict[str, Any]:
+    """A copy of the mapping, or the one of which the value is the JSON text."""
+    found = _of_text(value, where, "a JSON object") if isinstance(value, str) else value
+    if not isinstance(found, dict):
+        raise InputError(f"{where}: expected a JSON object, got {_described(value)}")
+    return dict(found)
+
+
+def _of_text(text: str, where: str, expected: str) -> Any:
+    try:
+        return _parsed(text) if text else None  # an empty cell of a table
+    except ValueError as error:
+        raise InputError(f"{where}: expected {expected} or its JSON text, got {_described(text)}: {error}") from error
+
+
+def _parsed(text: str) -> Any:
+    """The value of JSON text; raises ValueError for whatever else it is."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no value of JSON")
+
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _present(mapping: dict[str, Any]) -> dict[str, Any]:
+    """The mapping without its own keys whose value is null."""
+    return {key: item for key, item in mapping.items() if item is not None}
+
+
+def _cleaned(value: Any, where: str) -> Any:
+    try:
+        return _without_nulls(value)
+    except RecursionError as error:
+        raise InputError(f"{where}: nested too deeply") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without the keys of its mappings, at any depth, whose value is null."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _described(value: Any) -> str:
+    """The value for an error: its type, and as much of it as fits into a line."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
