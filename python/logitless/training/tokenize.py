@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from logitless.training.columns import TARGET_IDS, read_columns
-from logitless.training.data import Row
+from logitless.training.data import Row, require_text
 from logitless.training.errors import InputError
 
 IGNORED = -100
@@ -113,6 +113,7 @@ class RowTokenizer:
         """Tokenises and cuts every row; a row of which an example has nothing left that counts is dropped whole."""
         items, kept, total, truncated = [], [], 0, 0
         for row in rows:
+            require_text(row)
             whole = tokenize(row)
             item = tuple(self._cut(example) for example in whole)
             total += 1
