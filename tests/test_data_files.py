@@ -113,6 +113,7 @@ def test_another_ending_is_refused_with_those_that_are_read(tmp_path: Path, name
         ("{}/none", "data file not found"),
         ("./none.txt", "data file not found"),
         ("~/none.data", "data file not found"),
+        ("none.txt", "data file not found"),
         ("{}/*.jsonl", "data file not found: .*no pattern and no list"),
         ("a.jsonl,b.jsonl", "no pattern and no list"),
         ("https://example.org/rows.jsonl", "data file not found: https"),
@@ -262,7 +263,7 @@ def test_one_object_that_may_be_a_row_is_a_row(tmp_path: Path, row: dict[str, An
         ("[]", ": no rows"),
         (" \n", ": no rows"),
         ('{"a": ["x", "y"], "b": ["z"]}', ", line 1: columns of different lengths: {'a': 2, 'b': 1}"),
-        ('{"a": {"0": "x"}, "b": {"0": "z"}}', ", line 1: one object of objects, named a, b; .*orient='records'"),
+        ('{"a": {"0": "x"}, "b": {"0": "z"}}', ", line 1: one object of objects, named 'a', 'b'; .*orient='records'"),
         ('{"a": 1}\n{"a": 1, "a": 2}', ", line 2: .* the name 'a' stands twice in one object"),
         ('[{"a": 1},\n{"b": {"c": 1, "c": 1}}]', ", line 2, row 2: .* the name 'c' stands twice"),
         ('{"a": 1}\n{"a": ' + "9" * 5000 + "}", ", line 2: a value that can not be read: .*5000 digits"),
@@ -331,6 +332,7 @@ def test_an_empty_cell_is_absent_and_one_column_may_have_no_name(tmp_path: Path)
         ("a.csv", 'p,c\n"x\ny",z\na,b,c\n', ", line 4: expected 2 fields as in the header, got 3"),
         ("a.csv", "p,c\na\n", ", line 2: expected 2 fields as in the header, got 1"),
         ("a.csv", "p,c,p\na,b,c\n", ", line 1: the header names 'p' more than once"),
+        ("a.csv", "p,c\na,b\np,c\nd,e\n", ", line 3: the header stands here again"),
         ("a.csv", "p;c\na;b\n", ", line 1: the header is one column 'p;c'; expected names with ','"),
         ("a.csv", "p\tc\na\tb\n", ", line 1: the header is one column"),
         ("a.tsv", "p,c\na,b\n", ", line 1: the header is one column"),
@@ -471,6 +473,17 @@ def test_text_that_is_a_number_is_that_number(text: Any, value: Any) -> None:
         return inputs["weight"]
 
     assert column(text).dtype == column(value).dtype and column(text).equal(column(value))
+
+
+def test_a_csv_trains_what_a_jsonl_does(tmp_path: Path) -> None:
+    rows = [{"prompt": "q", "completion": "a", "advantages": 0.5, "label": True, "weight": [1, 2]},
+            {"prompt": "q", "completion": "b", "advantages": -1, "label": False, "weight": [0.5, 1]}]  # fmt: skip
+    cells = [row | {"weight": json.dumps(row["weight"])} for row in rows]
+    (tmp_path / "rows.csv").write_bytes(separated(cells, ","))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = RowTokenizer(TOKENIZER, 128, columns=("advantages", "desirable", "weight"))
+    data = [reader.sequences(read_rows(str(tmp_path / name)), name) for name in ("rows.csv", "rows.jsonl")]
+    assert data[0].fingerprint() == data[1].fingerprint()
 
 
 @pytest.mark.parametrize(

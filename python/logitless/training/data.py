@@ -152,7 +152,7 @@ def _require_hub_name(name: str) -> None:
             f"data file not found: {name} (one name is expected, no pattern and no list; join the files into one, or "
             "give each a component of a mixture)"
         )
-    if _form(Path(name)) is not None or re.match(r"[/.~]|.*/.*/|.*[\\:\0]", name):
+    if _form(Path(name)) is not None or re.match(r"[/.~]|.*/.*/|.*[\\:\0]|[^/]*\.[A-Za-z]+$", name):
         raise InputError(f"data file not found: {name}")
 
 

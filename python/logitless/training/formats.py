@@ -187,7 +187,7 @@ def _rows_of(value: Any, origin: str) -> Iterator[tuple[Any, str]]:
             yield dict(zip(value, row, strict=True)), f"{origin}, row {number}"
     elif columns and all(isinstance(column, dict) for column in columns):
         raise InputError(
-            f"{origin}: one object of objects, named {', '.join(list(value)[:3])}; expected a list of rows, or a row a "
+            f"{origin}: one object of objects, named {', '.join(map(repr, list(value)[:3]))}; expected a list of rows, or a row a "
             "line (pandas: orient='records', lines=True)"
         )
     else:
@@ -233,6 +233,8 @@ def _delimited(stream: IO[bytes], name: str, delimiter: str) -> Iterator[Found]:
             _check_header(header, origin, delimiter)
         elif len(fields) != len(header):
             raise InputError(f"{origin}: expected {len(header)} fields as in the header, got {len(fields)}")
+        elif fields == header:
+            raise InputError(f"{origin}: the header stands here again; join files without the later ones' headers")
         else:
             yield {column: cell or None for column, cell in zip(header, fields, strict=True)}, origin
 
