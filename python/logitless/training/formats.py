@@ -187,8 +187,8 @@ def _rows_of(value: Any, origin: str) -> Iterator[tuple[Any, str]]:
             yield dict(zip(value, row, strict=True)), f"{origin}, row {number}"
     elif columns and all(isinstance(column, dict) for column in columns):
         raise InputError(
-            f"{origin}: one object of objects, named {', '.join(map(repr, list(value)[:3]))}; expected a list of rows, or a row a "
-            "line (pandas: orient='records', lines=True)"
+            f"{origin}: one object of objects, named {', '.join(map(repr, list(value)[:3]))}; expected a list of rows, "
+            "or a row a line (pandas: orient='records', lines=True)"
         )
     else:
         yield value, origin
