@@ -148,7 +148,9 @@ class TrainOptions:
 
     # Data
     dataset_name: str = option(
-        "", ".jsonl, .json, .parquet or .csv file, save_to_disk folder, or hub name. Required.", group="Data"
+        "",
+        ".jsonl, .json, .csv, .tsv or .parquet file (also .gz, .zst, ...), save_to_disk folder, or hub name. Required.",
+        group="Data",
     )
     dataset_config: str | None = option(None, "Configuration of the hub dataset.", group="Data")
     dataset_train_split: str = option("train", "Split of a dataset that is trained on.", group="Data")

@@ -23,7 +23,7 @@ import torch
 from logitless.training.chat import ChatTemplate
 from logitless.training.columns import TARGET_IDS, read_columns
 from logitless.training.conversation import Conversation
-from logitless.training.data import Row
+from logitless.training.data import Row, require_text
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example, Item, TokenizedData
 from logitless.training.forms import canonical, canonical_pair, prompts_are_repeated
@@ -83,6 +83,7 @@ class Renderer:
         """
         items, kept, total, truncated, ties = [], [], 0, 0, 0
         for row in rows:
+            require_text(row)
             whole = tokenize(row)
             item = tuple(self._cut(example) for example in whole)
             total += 1

@@ -174,7 +174,7 @@ def _parquet_writer(path: Path, rows: Sequence[Row], whole: Whole) -> Iterator[W
     names = [name for name in dict.fromkeys(name for row in rows for name in row.values) if name not in own]
     try:
         given = pyarrow.table({name: [row.values.get(name) for row in rows] for name in names})
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError) as error:
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
         raise InputError(f"the rows' columns do not fit into Parquet: {error}; write .jsonl") from error
     if any(pyarrow.types.is_nested(field.type) for field in given.schema):
         _require_same_tokens(given.to_pylist(), rows, whole)

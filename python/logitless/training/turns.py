@@ -13,6 +13,7 @@ import json
 from typing import Any
 
 from logitless.training.errors import InputError
+from logitless.training.formats import unique_names
 
 Turn = dict[str, Any]
 
@@ -220,9 +221,12 @@ def _parsed(text: str) -> Any:
         raise ValueError(f"{constant} is no value of JSON")
 
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = json.loads(text, parse_constant=refuse, object_pairs_hook=unique_names)
+        if "\\u" in text:  # half of a character can only be written so
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    return value
 
 
 def _present(mapping: dict[str, Any]) -> dict[str, Any]:
