@@ -14,6 +14,7 @@ from typing import Any
 
 from logitless.training.data import Row
 from logitless.training.errors import InputError, nearest
+from logitless.training.tokens import common_prefix
 from logitless.training.turns import Turn, is_list_of_turns, read_tools, read_turns, turns_of_text
 
 #: Columns that hold a conversation, and others that may hold one.
@@ -342,11 +343,6 @@ def _shared_turns(row: Row, prompt: str | None, talks: list[list[Turn]]) -> int:
             f"{row.origin}: prompt is text that no turn has with which the answers begin; {_columns_of(row)}"
         )
     return shared
-
-
-def common_prefix(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """Length of the longest common start."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

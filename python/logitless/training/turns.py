@@ -49,14 +49,14 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
     Raises:
         InputError: no list of turns, or a turn that can not be read.
     """
-    turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
+    turns = turns_from_json(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {type(value).__name__}")
     return [_turn(turn, f"{origin}: {name}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
-def turns_of_text(text: str) -> list[Any] | None:
+def turns_from_json(text: str) -> list[Any] | None:
     """The turns of which the text is JSON, or None where it is any other text."""
     if not text.lstrip().startswith(("[", "{")):
         return None
@@ -71,14 +71,14 @@ def turns_of_text(text: str) -> list[Any] | None:
 
 def is_list_of_turns(value: Any) -> bool:
     """Whether the value, or what it is the JSON text of, is a list of mappings."""
-    turns = turns_of_text(value) if isinstance(value, str) else value
+    turns = turns_from_json(value) if isinstance(value, str) else value
     return isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)
 
 
 def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | None:
     """The schemas of a list of tools or of its JSON text, each under "function"; None where there are none."""
     where = f"{origin}: {name}"
-    tools = _of_text(value, where, "a list of tools") if isinstance(value, str) else _cleaned(value, where)
+    tools = _from_json(value, where, "a list of tools") if isinstance(value, str) else _cleaned(value, where)
     if not tools:
         return None
     if not isinstance(tools, list):
@@ -109,7 +109,7 @@ def _turn(value: Any, where: str) -> Turn:
     if role.lower() in CALLING:
         if not isinstance(content, str) or "tool_calls" in turn:
             raise InputError(f"{where}, content: expected the JSON text of a call, got {_described(content)}")
-        turn["tool_calls"] = _of_text(content, f"{where}, content", "a call")
+        turn["tool_calls"] = _from_json(content, f"{where}, content", "a call")
         role, content = "assistant", None
     role = ROLES.get(role.lower(), role)
     calls = _calls(turn, where)
@@ -154,7 +154,7 @@ def _calls(turn: Turn, where: str) -> Turn:
     """Takes the calls of tools off the turn, as {"tool_calls": [...]}, or nothing where there are none."""
     calls = turn.pop("tool_calls", None)
     if isinstance(calls, str):
-        calls = _of_text(calls, f"{where}, tool_calls", "a list of calls")
+        calls = _from_json(calls, f"{where}, tool_calls", "a list of calls")
     legacy = turn.pop("function_call", None)
     if calls and legacy:
         raise InputError(f"{where}: tool_calls and function_call are both given; expected one of them")
@@ -201,13 +201,13 @@ def _learned(turn: Turn, role: str, where: str) -> Turn:
 
 def _object(value: Any, where: str) -> dict[str, Any]:
     """A copy of the mapping, or the one of which the value is the JSON text."""
-    found = _of_text(value, where, "a JSON object") if isinstance(value, str) else value
+    found = _from_json(value, where, "a JSON object") if isinstance(value, str) else value
     if not isinstance(found, dict):
         raise InputError(f"{where}: expected a JSON object, got {_described(value)}")
     return dict(found)
 
 
-def _of_text(text: str, where: str, expected: str) -> Any:
+def _from_json(text: str, where: str, expected: str) -> Any:
     try:
         return _parsed(text) if text else None  # an empty cell of a table
     except ValueError as error:
