@@ -49,14 +49,14 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
     Raises:
         InputError: no list of turns, or a turn that can not be read.
     """
-    turns = turns_from_json(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
+    turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
         raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {type(value).__name__}")
     return [_turn(turn, f"{origin}: {name}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
-def turns_from_json(text: str) -> list[Any] | None:
+def turns_of_text(text: str) -> list[Any] | None:
     """The turns of which the text is JSON, or None where it is any other text."""
     if not text.lstrip().startswith(("[", "{")):
         return None
@@ -71,7 +71,7 @@ def turns_from_json(text: str) -> list[Any] | None:
 
 def is_list_of_turns(value: Any) -> bool:
     """Whether the value, or what it is the JSON text of, is a list of mappings."""
-    turns = turns_from_json(value) if isinstance(value, str) else value
+    turns = turns_of_text(value) if isinstance(value, str) else value
     return isinstance(turns, list) and any(isinstance(turn, dict) for turn in turns)
 
 
