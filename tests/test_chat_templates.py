@@ -83,6 +83,12 @@ def call(name: str, **arguments: Any) -> dict[str, Any]:
     return {"id": "call12345", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
+def in_parts(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with its text in two parts."""
+    texts = turn["content"][:3], turn["content"][3:]
+    return turn | {"content": [{"type": "text", "text": text} for text in texts]}
+
+
 def expected(name: str, turns: list[dict[str, Any]]) -> str:
     """A pattern for exactly the answers and what ends them; templates may trim the space around an answer."""
     answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
@@ -126,18 +132,19 @@ def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
     for _ in range(draw(st.integers(1, 4))):
         turns.append(user(draw(text_of("user", 1).filter(str.strip))))
         if tools and draw(st.booleans()):
-            value = draw(st.text("678", min_size=1, max_size=5))
-            turns.append(assistant(draw(text_of("assistant")), tool_calls=[call("get_678", key_678=value)]))
+            value = st.text("678", min_size=1, max_size=5) | st.sampled_from([67, [], ["8", 7], {"key_7": 8}, True])
+            arguments = draw(st.dictionaries(st.sampled_from(["key_6", "key_8"]), value))
+            turns.append(assistant(draw(text_of("assistant")), tool_calls=[call("get_678", **arguments)]))
             turns.append({"role": "tool", "name": "get", "tool_call_id": "call12345", "content": draw(text_of("tool"))})
         turns.append(assistant(draw(text_of("assistant"))))
     return turns
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
-@given(turns=conversations(), keeps=st.booleans())
+@given(turns=conversations(), keeps=st.booleans(), parts=st.booleans())
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_of_another_turn_counts_whatever_the_conversation(
-    name: str, turns: list[dict[str, Any]], keeps: bool
+    name: str, turns: list[dict[str, Any]], keeps: bool, parts: bool
 ) -> None:
     tokenizer = template(name)
     if not keeps:  # a conversation that stops at a question
@@ -145,7 +152,7 @@ def test_nothing_of_another_turn_counts_whatever_the_conversation(
     if not any(turn["role"] == "assistant" for turn in turns):
         return
     try:
-        example = one(turns, tokenizer)
+        example = one([in_parts(turn) for turn in turns] if parts else turns, tokenizer)
     except InputError as error:  # a role that the template does not know, or a text that it would leave out
         assert re.search(
             r"refuses this row|leaves \w+ out|rewrites content|once an answer|completion left", str(error)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from logitless.training.chat import ChatTemplate
 from logitless.training.errors import InputError
-from logitless.training.marks import Marks, Place, answers, called, said, thoughts, written
+from logitless.training.marks import Marks, Place, answers, called, said, says_something, thoughts, written
 from logitless.training.turns import Turn
 
 Span = tuple[int, int]  # of characters
@@ -128,7 +128,7 @@ class Conversation:
     def _end(self, index: int, start: int) -> int:
         if index == len(self.turns) - 1:
             return len(self.text)
-        if index not in self._ends:
+        if not says_something(self.turns[index]):
             return self._end_of_silence(index, start)
         tail = self._answered(index)
         place, whole = self._agreed(tail)

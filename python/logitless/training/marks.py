@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from logitless.training.turns import REASONING, Turn
@@ -37,7 +37,7 @@ def thoughts(turn: Turn) -> list[str]:
 
 def called(turn: Turn) -> list[str]:
     """The names, keys and texts that the turn's tool calls consist of."""
-    functions = [call.get("function", call) for call in turn.get("tool_calls") or ()]
+    functions = [call["function"] for call in turn.get("tool_calls") or ()]
     return [leaf for function in functions for leaf in _leaves([function.get("name"), function.get("arguments")])]
 
 
@@ -53,7 +53,12 @@ def in_parts(turn: Turn) -> Turn:
 
 def with_text_arguments(turn: Turn) -> Turn:
     """The turn with the arguments of its calls as JSON text."""
-    return _with_arguments(turn, lambda arguments: json.dumps(arguments, ensure_ascii=False))
+    calls = [
+        {**call, "function": inner | {"arguments": json.dumps(inner.get("arguments"), ensure_ascii=False)}}
+        for call in turn.get("tool_calls") or ()
+        for inner in (call["function"],)
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn
 
 
 class Place(NamedTuple):
@@ -92,7 +97,7 @@ class Marks:
 
     def _marked(self, turn: Turn, index: int) -> Turn:
         content, mark = turn["content"], f"{self.behind_calls}{index}{self.behind_calls}"
-        turn = _with_arguments(turn, lambda arguments: _behind_last(arguments, mark), last=True)
+        turn = _with_mark(turn, mark)
         if not said(turn):  # a mark would be its first text, which templates may ask for
             return turn
         end = len(content.rstrip())
@@ -109,23 +114,24 @@ def _leaves(value: Any) -> list[str]:
 
 
 def _behind_last(value: Any, mark: str) -> Any:
-    """The JSON value with a mark behind its last string, if it ends with one."""
+    """The JSON value with a mark behind the last string or name in it; without either it stays as it is."""
     if isinstance(value, str):
         return value + mark
     if isinstance(value, list) and value:
         return [*value[:-1], _behind_last(value[-1], mark)]
     if isinstance(value, Mapping) and value:
         *before, (key, last) = value.items()
-        return {**dict(before), key: _behind_last(last, mark)}
+        marked = _behind_last(last, mark)
+        return {**dict(before), (key + mark if marked == last else key): marked}
     return value
 
 
-def _with_arguments(turn: Turn, change: Callable[[Any], Any], last: bool = False) -> Turn:
-    """The turn with other arguments in all of its calls, or in the last."""
-    calls = list(turn.get("tool_calls") or ())
-    for number in range(len(calls))[-1 if last else 0 :]:
-        call = calls[number]
-        inner = call.get("function", call)
-        inner = {**inner, "arguments": change(inner.get("arguments"))}
-        calls[number] = {**call, "function": inner} if "function" in call else inner
-    return {**turn, "tool_calls": calls} if calls else turn
+def _with_mark(turn: Turn, mark: str) -> Turn:
+    """The turn with a mark in the last of its calls: in its arguments, or in its name if there are none."""
+    if not (calls := turn.get("tool_calls")):
+        return turn
+    inner = calls[-1]["function"]
+    arguments = _behind_last(inner.get("arguments"), mark)
+    name = inner["name"] + (mark if arguments == inner.get("arguments") else "")
+    marked = {**calls[-1], "function": {**inner, "name": name, "arguments": arguments}}
+    return {**turn, "tool_calls": [*calls[:-1], marked]}
