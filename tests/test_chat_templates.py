@@ -378,3 +378,59 @@ def test_a_token_over_the_boundary_belongs_to_the_completion() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     example = Renderer(tokenizer, 64).whole(Row({"prompt": "ab", "completion": "ca"}, "x"))
     assert example.input_ids.tolist() == [2, 5, 2, 1] and example.labels.tolist() == [IGNORED, 5, 2, 1]
+
+
+def test_a_tokenizer_without_offsets_gives_the_same_labels() -> None:
+    from transformers import PreTrainedTokenizer
+
+    class Characters(PreTrainedTokenizer):
+        """One token a character, in Python, so without the offsets of a fast tokenizer."""
+
+        vocab_size = 0x3000
+
+        def get_vocab(self) -> dict[str, int]:
+            return {chr(i): i for i in range(3, 200)} | dict(self.added_tokens_encoder)
+
+        def _tokenize(self, text: str, **_: Any) -> list[str]:
+            return list(text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            return ord(token)
+
+        def _convert_id_to_token(self, index: int) -> str:
+            return chr(index)
+
+        def convert_tokens_to_string(self, tokens: list[str]) -> str:
+            return "".join(tokens)
+
+    fast = make_tokenizer()
+    slow = Characters(eos_token="<|im_end|>", bos_token="<|im_start|>", chat_template=fast.chat_template)
+    assert not slow.is_fast
+    turns = [user("q"), assistant("A1"), user("q2"), assistant("A2")]
+    assert counted(one(turns, slow), slow) == counted(one(turns, fast), fast) == "A1<|im_end|>\nA2<|im_end|>\n"
+    example = Renderer(slow, 64).whole(Row({"prompt": "ab", "completion": "cd"}, "x"))
+    assert counted(example, slow) == "cd<|im_end|>"
+
+
+@settings(max_examples=50, deadline=None)
+@given(turns=conversations())
+def test_words_that_are_merged_do_not_reach_over_an_answer_s_ends(turns: list[dict[str, Any]]) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )  # fmt: skip
+    core.train_from_iterator(["user\n345 345\n\n 678 \n678678 üü漢 assistant\n" * 20], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", chat_template=make_tokenizer().chat_template
+    )
+    plain = [turn for turn in turns if turn["role"] != "tool" and "tool_calls" not in turn]
+    found = counted(one(plain, tokenizer), tokenizer)
+    answers = [turn["content"] for turn in plain if turn["role"] == "assistant"]
+    assert "".join(found.split()) == "".join("".join(f"{text}<|im_end|>" for text in answers).split())

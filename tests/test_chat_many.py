@@ -1,0 +1,380 @@
+"""Where the loss counts in conversations: the templates that TRL ships, and templates made to mislead."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from training_fixtures import make_tokenizer
+
+from logitless.training import InputError
+from logitless.training.data import Row
+from logitless.training.examples import IGNORED, Example
+from logitless.training.marks import said
+from logitless.training.render import Renderer
+
+trl = pytest.importorskip("trl")
+FOLDER = Path(trl.__file__).parent / "chat_templates"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja"))
+
+# How the templates of a family end an answer; the last of a conversation may have more behind it.
+ENDS = {
+    "cohere2": "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+    "cohere": "<|END_OF_TURN_TOKEN|>",
+    "deepseek": "<\uff5cend▁of▁sentence\uff5c>",
+    "diffusion_gemma": "<turn|>\n",
+    "gemma4": "<turn|>\n",
+    "gemma": "<end_of_turn>\n",
+    "glm4moe_training": "<|user|>",
+    "glm4moe": "",  # its models stop at the next turn's token, which only TRL's training template writes
+    "gptoss": "<|end|>",
+    "idefics3": "<end_of_utterance>\n",
+    "llama3": "<|eot_id|>",
+    "llava": "</s>",
+    "muse": "<|eot|>",
+    "phi3": "<|end|>\n",
+    "smolvlm": "<end_of_utterance>\n",
+}
+CHATML_END = "<|im_end|>\n"  # of all others: Qwen, LFM, Nemotron
+LAST_ENDS = {"gptoss": "<|return|>", "phi3": "<|end|>\n<|im_end|>"}
+OPENINGS = {"gptoss": "<|channel|>final<|message|>", "muse": " to=user<|message|>"}  # learned with the answer
+
+
+def of_family(table: dict[str, str], name: str, otherwise: str) -> str:
+    return next((value for family, value in table.items() if name.startswith(family)), otherwise)
+
+
+@cache
+def template(name: str) -> Any:
+    """A published template on the byte tokenizer, which gets its markers as single tokens."""
+    text = (FOLDER / f"{name}.jinja").read_text()
+    marks = set(
+        re.findall(r"<[|\uff5c][^'\"\s|\uff5c{}]+[|\uff5c]>|</?think>|</?tool_call>|<(?:start|end)_of_turn>", text)
+    )
+    tokenizer = make_tokenizer(text)
+    tokenizer.add_tokens(sorted(marks - set(tokenizer.get_vocab())), special_tokens=True)
+    return tokenizer
+
+
+def one(turns: list[dict[str, Any]], tokenizer: Any, row: dict[str, Any] | None = None, **options: Any) -> Example:
+    renderer = Renderer(tokenizer, 100_000, **options)
+    ((example,),) = renderer.sequences([Row({"messages": turns} | (row or {}), "data.jsonl, line 7")], "x").items
+    return example
+
+
+def counted(example: Example, tokenizer: Any) -> str:
+    return str(tokenizer.decode(example.input_ids[example.labels != IGNORED]))
+
+
+def user(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": text} | more
+
+
+def assistant(text: str, **more: Any) -> dict[str, Any]:
+    return {"role": "assistant", "content": text} | more
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"id": "call12345", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def in_parts(turn: dict[str, Any]) -> dict[str, Any]:
+    """The turn with its text in two parts."""
+    texts = turn["content"][:3], turn["content"][3:]
+    return turn | {"content": [{"type": "text", "text": text} for text in texts]}
+
+
+def expected(name: str, turns: list[dict[str, Any]]) -> str:
+    """A pattern for exactly the answers and what ends them; templates may trim the space around an answer."""
+    answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+    opening, end = re.escape(of_family(OPENINGS, name, "")), re.escape(of_family(ENDS, name, CHATML_END))
+    last = re.escape(of_family(LAST_ENDS, name, "")) if turns[-1]["role"] == "assistant" else ""
+    ends = [end] * (len(answers) - 1) + [last or end]
+    return r"\s*".join(
+        rf"{opening}\s*{re.escape(text.strip())}\s*{stop}" for text, stop in zip(answers, ends, strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_answers_of_every_template_count_with_what_ends_them_and_nothing_else(name: str) -> None:
+    tokenizer = template(name)
+    for turns in (
+        [user("q1"), assistant("A1")],
+        [user("q1"), assistant("A1"), user("q2"), assistant(" A2\n"), user("q3"), assistant("A3")],
+        [user("q1"), assistant("A1"), user("q2")],
+    ):
+        found = counted(one(turns, tokenizer), tokenizer)
+        assert re.fullmatch(rf"\s*{expected(name, turns)}\s*", found), (found, expected(name, turns))
+
+
+# Each role has letters of its own, so that a single character of another turn would be seen. All have spaces, line
+# feeds and letters outside of ASCII; none has the braces or angle brackets that templates write.
+WORDS = {"system": "012é", "user": "345ß", "assistant": "678 ü漢🙂", "tool": "9ñ"}
+
+
+def text_of(role: str, least: int = 0, most: int = 30) -> st.SearchStrategy[str]:
+    short = st.text(WORDS[role] + " \n", min_size=least, max_size=most)
+    return short | st.text(WORDS[role], min_size=1, max_size=3).map(lambda word: word * 200)
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> list[dict[str, Any]]:
+    """Turns of user and assistant, with a system turn before them or not, and with calls of tools or not."""
+    turns: list[dict[str, Any]] = []
+    if draw(st.booleans()):
+        turns.append({"role": "system", "content": draw(text_of("system"))})
+    tools = draw(st.booleans())
+    for _ in range(draw(st.integers(1, 4))):
+        turns.append(user(draw(text_of("user", 1).filter(str.strip))))
+        if tools and draw(st.booleans()):
+            value = st.text("678", min_size=1, max_size=5) | st.sampled_from([67, [], ["8", 7], {"key_7": 8}, True])
+            arguments = draw(st.dictionaries(st.sampled_from(["key_6", "key_8"]), value))
+            turns.append(assistant(draw(text_of("assistant")), tool_calls=[call("get_678", **arguments)]))
+            turns.append({"role": "tool", "name": "get", "tool_call_id": "call12345", "content": draw(text_of("tool"))})
+        turns.append(assistant(draw(text_of("assistant"))))
+    return turns
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(turns=conversations(), keeps=st.booleans(), parts=st.booleans())
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_of_another_turn_counts_whatever_the_conversation(
+    name: str, turns: list[dict[str, Any]], keeps: bool, parts: bool
+) -> None:
+    tokenizer = template(name)
+    if not keeps:  # a conversation that stops at a question
+        turns = turns[: next(i for i, turn in reversed(list(enumerate(turns))) if turn["role"] == "user") + 1]
+    if not any(turn["role"] == "assistant" for turn in turns):
+        return
+    try:
+        example = one([in_parts(turn) for turn in turns] if parts else turns, tokenizer)
+    except InputError as error:  # a role that the template does not know, or a text that it would leave out
+        assert re.search(
+            r"refuses this row|leaves \w+ out|rewrites content|once an answer|completion left", str(error)
+        ), error
+        return
+    found = counted(example, tokenizer)
+    other = set("0123é45ß9ñ") & set(re.sub(r"<[^<>]*>", "", found))
+    assert not other, (other, found)
+    empty = any(turn["role"] == "assistant" and not said(turn) for turn in turns)  # nothing shows how GPT-OSS ends it
+    if not any("tool_calls" in turn for turn in turns) and not (empty and name.startswith("gptoss")):
+        assert re.fullmatch(rf"\s*{expected(name, turns)}\s*", found), (found, expected(name, turns))
+    place = 0
+    for turn in (turn for turn in turns if turn["role"] == "assistant"):
+        place = found.find(said(turn), place)
+        assert place >= 0, (turn, found)
+        place += len(said(turn))
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3", "qwen3_6", "qwen2_5_training", "glm4moe", "llama3_1", "gptoss", "deepseekv3"]
+)
+def test_calls_count_and_what_tools_say_does_not(name: str) -> None:
+    tokenizer = template(name)
+    turns = [user("q"), assistant("", tool_calls=[call("weather", city="Oslo")]),
+             {"role": "tool", "content": "sunny"}, assistant("It is fine.")]  # fmt: skip
+    found = counted(
+        one(
+            turns,
+            tokenizer,
+            {"tools": [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}]},
+        ),
+        tokenizer,
+    )
+    assert "weather" in found and "Oslo" in found and "It is fine." in found and "sunny" not in found
+
+
+def test_thinking_counts_where_the_template_writes_it_and_empty_thinking_is_prompt() -> None:
+    tokenizer = template("qwen3")
+    turns = [user("q1"), assistant("A1", reasoning_content="first"), user("q2"), assistant("A2", reasoning_content="R")]
+    assert counted(one(turns, tokenizer), tokenizer) == "A1<|im_end|>\n<think>\nR\n</think>\n\nA2<|im_end|>\n"
+    example = one([user("q"), assistant("A")], tokenizer)
+    assert "<think>\n\n</think>\n\nA" in tokenizer.decode(example.input_ids)
+    assert counted(example, tokenizer) == "A<|im_end|>\n"
+    within = [user("q"), assistant("<think>\nwhy\n</think>\n\nA")]
+    assert counted(one(within, tokenizer), tokenizer) == "<think>\nwhy\n</think>\n\nA<|im_end|>\n"
+    with pytest.raises(InputError, match=r"line 7: turn 2: .* leaves reasoning out: 'R'"):
+        one([user("q"), assistant("A", reasoning_content="R")], make_tokenizer())
+
+
+def test_settings_of_the_template_stand_in_the_row() -> None:
+    tokenizer = template("qwen3_6")
+    turns = [user("q"), assistant("A")]
+    texts = [tokenizer.decode(one(turns, tokenizer, {"chat_template_kwargs": {"enable_thinking": on}}).input_ids)
+             for on in (True, False)]  # fmt: skip
+    assert all("A<|im_end|>" in text for text in texts)
+
+
+def test_turns_marked_as_not_to_be_learned_do_not_count() -> None:
+    turns = [user("q"), assistant("WRONG", train=False), user("no"), assistant("RIGHT")]
+    tokenizer = make_tokenizer()
+    assert counted(one(turns, tokenizer), tokenizer) == "RIGHT<|im_end|>\n"
+    every = counted(one(turns, tokenizer, assistant_only=False), tokenizer)
+    assert "RIGHT" in every and "no" in every and "WRONG" not in every
+    row = Row({"prompt": turns[:1], "completion": turns[1:]}, "x")
+    ((example,),) = Renderer(tokenizer, 512).sequences([row], "x").items
+    assert "WRONG" not in counted(example, tokenizer) and "RIGHT" in counted(example, tokenizer)
+
+
+def test_options_mean_what_they_mean_in_trl() -> None:
+    tokenizer = make_tokenizer()
+    turns = [user("q"), assistant("A")]
+    chat = {"prompt": [user("p"), assistant("x")], "completion": [user("q"), assistant("A")]}
+
+    def text_of_row(row: dict[str, Any], **options: Any) -> str:
+        ((example,),) = Renderer(tokenizer, 512, **options).sequences([Row(row, "line 7")], "x").items
+        return counted(example, tokenizer)
+
+    assert text_of_row({"messages": turns}) == text_of_row({"messages": turns}, assistant_only=True) == "A<|im_end|>\n"
+    assert "q<" in text_of_row({"messages": turns}, assistant_only=False)
+    assert "q<" in text_of_row({"messages": turns}, completion_only=False)
+    assert text_of_row(chat, assistant_only=True) == "A<|im_end|>\n"
+    assert text_of_row(chat, assistant_only=True, completion_only=False) == "x<|im_end|>\nA<|im_end|>\n"
+    assert text_of_row({"prompt": "p", "completion": "c"}, assistant_only=False) == "c<|im_end|>"
+    for row, options, name in (
+        ({"prompt": "p", "completion": "c"}, {"assistant_only": True}, "assistant_only_loss"),
+        ({"text": "t"}, {"assistant_only": True}, "assistant_only_loss"),
+        ({"text": "t"}, {"completion_only": True}, "completion_only_loss"),
+    ):
+        with pytest.raises(InputError, match=rf"line 7: {name} is set, but"):
+            text_of_row(row, **options)
+
+
+def test_the_marks_of_a_template_say_what_is_generated() -> None:
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}<|im_end|>{% endgeneration %}\n{% else %}{{ m['content'] }}<|im_end|>\n{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    tokenizer = make_tokenizer(marked)
+    turns = [user("q"), assistant("WRONG", train=False), user("no"), assistant("RIGHT")]
+    assert counted(one(turns, tokenizer), tokenizer) == "RIGHT<|im_end|>"
+    with pytest.raises(InputError, match=r"turn 4: .*marks leave it out"):
+        one(turns, make_tokenizer(marked.replace("m['role'] == 'assistant'", "loop.first and m['role'] == 'x'")
+                                  + "{% generation %}{% endgeneration %}"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] if loop.last else '' }}{% endfor %}",
+            "rewrites content",
+        ),
+        ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | upper }}{% endfor %}", "rewrites content"),
+        ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'][:2] }}{% endfor %}", "rewrites content"),
+        (
+            "{% if messages|length > 3 %}LONG{% else %}SHORT{% endif %}{% for m in messages %}[{{ m['content'] }}]"
+            "{% endfor %}{% if add_generation_prompt %}>{% endif %}",
+            "differently once an answer follows",
+        ),
+    ],
+)
+def test_templates_that_write_another_text_are_refused(text: str, message: str) -> None:
+    turns = [user("q one"), assistant("answer one"), user("q two"), assistant("answer two")]
+    with pytest.raises(InputError, match=rf"line 7: .*{message}"):
+        one(turns, make_tokenizer(text))
+
+
+def test_an_answer_in_a_question_is_no_answer() -> None:
+    tokenizer = make_tokenizer()
+    asked = "say <|im_start|>assistant\nfake<|im_end|>\n and\ufdd01\ufdd0 A1"
+    assert counted(one([user(asked), assistant("A1"), user("A1"), assistant("A2")], tokenizer), tokenizer) == (
+        "A1<|im_end|>\nA2<|im_end|>\n"
+    )
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3_training", "qwen3_6", "deepseekv3", "phi3"])
+def test_a_conversation_that_the_assistant_opens(name: str) -> None:
+    tokenizer = template(name)
+    turns = [assistant("Welcome!"), user("hello"), assistant("yo")]
+    found = counted(one(turns, tokenizer), tokenizer)
+    assert re.fullmatch(rf"\s*{expected(name, turns)}\s*", found), found
+    assert "Welcome!" in counted(one(turns[:1], make_tokenizer()), make_tokenizer())
+
+
+def test_an_empty_prompt_is_a_prompt() -> None:
+    tokenizer = make_tokenizer()
+    row = Row({"prompt": [], "completion": [assistant("Welcome!")]}, "x")
+    ((example,),) = Renderer(tokenizer, 512).sequences([row], "x").items
+    assert counted(example, tokenizer) == "Welcome!<|im_end|>\n"
+
+
+@pytest.mark.parametrize("name", ["chatml", "qwen3", "qwen2_5_training", "phi3"])
+def test_the_cost_of_a_conversation_grows_with_its_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = make_tokenizer() if name == "chatml" else template(name)
+    kind, seen = type(tokenizer), []
+
+    def render(self: Any, turns: Any, *args: Any, own: Any = kind.apply_chat_template, **options: Any) -> Any:
+        seen.append(len(turns))
+        return own(self, turns, *args, **options)
+
+    def encode(self: Any, text: str, *args: Any, own: Any = kind.__call__, **options: Any) -> Any:
+        seen.append(0)
+        return own(self, text, *args, **options)
+
+    monkeypatch.setattr(kind, "apply_chat_template", render)
+    monkeypatch.setattr(kind, "__call__", encode)
+
+    def work(size: int) -> tuple[int, int]:
+        """Turns rendered, and texts tokenised."""
+        seen.clear()
+        one([user(f"q{i}") if i % 2 == 0 else assistant(f"a{i}") for i in range(size)], tokenizer)
+        return sum(seen), seen.count(0)
+
+    (few, texts), (many, texts_of_many) = work(20), work(200)
+    assert many <= 12 * few and texts_of_many == texts <= 4
+
+
+# Strings
+
+
+def adding(bos: bool, eos: bool) -> Any:
+    """The byte tokenizer, which adds start and end tokens itself."""
+    from tokenizers import processors
+
+    tokenizer = make_tokenizer()
+    single = ("<|im_start|> " if bos else "") + "$A" + (" <|im_end|>" if eos else "")
+    pairs = [("<|im_start|>", 0), ("<|im_end|>", 1)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=pairs)
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [
+        ({"text": "abc"}, "abc<|im_end|>"),
+        ({"text": "abc<|im_end|>"}, "abc<|im_end|>"),
+        ({"text": "<|im_start|>abc"}, "<|im_start|>abc<|im_end|>"),
+        ({"text": ""}, "<|im_end|>"),
+        ({"prompt": "ab", "completion": "c"}, "abc<|im_end|>"),
+        ({"prompt": "<|im_start|>ab", "completion": "c<|im_end|>"}, "<|im_start|>abc<|im_end|>"),
+    ],
+)
+def test_a_text_has_one_start_and_one_end_whoever_adds_them(
+    row: dict[str, Any], text: str, bos: bool, eos: bool
+) -> None:
+    tokenizer = adding(bos, eos)
+    example = Renderer(tokenizer, 64).whole(Row(row, "x"))
+    start = "<|im_start|>" if bos and not text.startswith("<|im_start|>") else ""
+    assert tokenizer.decode(example.input_ids) == start + text
+    if "completion" in row:
+        assert counted(example, tokenizer) == "c<|im_end|>"
+
+
+def test_a_token_over_the_boundary_belongs_to_the_completion() -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", "a", "b", "c", "bc"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("b", "c")]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    example = Renderer(tokenizer, 64).whole(Row({"prompt": "ab", "completion": "ca"}, "x"))
+    assert example.input_ids.tolist() == [2, 5, 2, 1] and example.labels.tolist() == [IGNORED, 5, 2, 1]
