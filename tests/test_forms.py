@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +467,99 @@ def test_a_value_that_is_nested_too_deeply_is_refused() -> None:
         form({"messages": [assistant("", tool_calls=[{"name": "f", "arguments": text}])]})
 
 
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(0, 2), st.just(0.5), st.sampled_from(["", "q", "user", "gpt"])
+)
+KEYS = st.sampled_from(
+    [
+        "role",
+        "from",
+        "content",
+        "value",
+        "tool_calls",
+        "function_call",
+        "function",
+        "name",
+        "arguments",
+        "weight",
+        "train",
+        "text",
+        "type",
+        "parameters",
+    ]
+)
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(KEYS, inner, max_size=4),
+        st.dictionaries(KEYS, inner, max_size=4).map(json.dumps),
+        st.lists(
+            st.builds(
+                lambda role, rest: {"role": role, "content": "c"} | rest,
+                st.sampled_from(["user", "assistant"]),
+                st.dictionaries(KEYS, inner, max_size=2),
+            ),
+            max_size=3,
+        ),
+    ),
+    max_leaves=12,
+)
+COLUMNS = st.sampled_from(
+    [
+        "messages",
+        "conversations",
+        "dialog",
+        "prompt",
+        "completion",
+        "chosen",
+        "rejected",
+        "text",
+        "tools",
+        "functions",
+        "question",
+        "answer",
+        "answers",
+        "instruction",
+        "input",
+        "output",
+        "history",
+        "context",
+        "system",
+        "images",
+    ]
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(COLUMNS, ANYTHING, max_size=5), st.booleans())
+def test_whatever_a_row_holds_is_read_or_refused_by_line(values: dict[str, Any], chat: bool) -> None:
+    """Nothing else is raised, and what is read has the types that the form promises."""
+    for read in (canonical, canonical_pair):
+        try:
+            row = read(Row(values, LINE), chat=chat)
+        except InputError as error:
+            assert str(error).startswith(LINE)
+            continue
+        assert_canonical(row.values)
+        assert read(row, chat=chat) is row
+
+
+def assert_canonical(values: Mapping[str, Any]) -> None:
+    found = [
+        values[name] for name in ("messages", "prompt", "completion", "chosen", "rejected", "text") if name in values
+    ]
+    assert all(isinstance(value, str) for value in found) or all(isinstance(value, list) for value in found)
+    for turn in (turn for value in found if isinstance(value, list) for turn in value):
+        assert isinstance(turn["role"], str) and isinstance(turn["content"], str)
+        assert turn.get("train", False) is False and not turn.keys() & {"weight", "from", "value", "function_call"}
+        assert None not in turn.values()
+        for each in turn.get("tool_calls", []):
+            assert isinstance(each["function"]["name"], str) and isinstance(each["function"]["arguments"], dict)
+    for tool in values.get("tools", []):
+        assert isinstance(tool["function"]["name"], str)
+
+
 # Files
 
 VALUES = st.one_of(st.integers(-9, 9), st.text("ab", max_size=2), st.booleans())
@@ -584,6 +678,17 @@ UNPAIRED = [
     {"prompt": "The sky is", "completion": " blue.", "label": True},
     {"prompt": [user("What color is the sky?")], "completion": [assistant("It is green.")], "label": False},
 ]
+
+
+def test_a_null_of_json_text_stays_in_an_unpaired_row() -> None:
+    """Rows that are made from a pair have been read, and are not read again."""
+    calls = {
+        side: [assistant("", tool_calls=[{"name": side, "arguments": '{"x": null}'}])]
+        for side in ("chosen", "rejected")
+    }
+    chosen, rejected = unpaired([Row(PAIR | calls, LINE)])
+    assert canonical(chosen).values["completion"] == [assistant("", tool_calls=[call("chosen", x=None)])]
+    assert canonical(rejected).values["completion"] == [assistant("", tool_calls=[call("rejected", x=None)])]
 
 
 def test_a_pair_is_two_marked_completions() -> None:
