@@ -88,6 +88,7 @@ SHAREGPT = [said("human", "q"), said("gpt", "a")]
         ({"messages": json.dumps(TALK)}, {"messages": TALK}),
         ({"conversations": json.dumps(SHAREGPT)}, {"messages": TALK}),
         ({"prompt": json.dumps([user("q")]), "completion": json.dumps([assistant("a")])}, ASKED),
+        ({"messages": [json.dumps(turn) for turn in TALK]}, {"messages": TALK}),
         ({"prompt": "[1, 2]", "completion": '{"a": 1}'}, {"prompt": "[1, 2]", "completion": '{"a": 1}'}),
         # a question and its answer
         ({"question": "q", "answer": "a"}, ASKED),
@@ -470,24 +471,10 @@ def test_a_value_that_is_nested_too_deeply_is_refused() -> None:
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(0, 2), st.just(0.5), st.sampled_from(["", "q", "user", "gpt"])
 )
-KEYS = st.sampled_from(
-    [
-        "role",
-        "from",
-        "content",
-        "value",
-        "tool_calls",
-        "function_call",
-        "function",
-        "name",
-        "arguments",
-        "weight",
-        "train",
-        "text",
-        "type",
-        "parameters",
-    ]
-)
+KEYS = st.sampled_from([
+    "role", "from", "content", "value", "tool_calls", "function_call", "function", "name", "arguments", "weight",
+    "train", "text", "type", "parameters",
+])  # fmt: skip
 ANYTHING = st.recursive(
     SCALARS,
     lambda inner: st.one_of(
@@ -505,30 +492,10 @@ ANYTHING = st.recursive(
     ),
     max_leaves=12,
 )
-COLUMNS = st.sampled_from(
-    [
-        "messages",
-        "conversations",
-        "dialog",
-        "prompt",
-        "completion",
-        "chosen",
-        "rejected",
-        "text",
-        "tools",
-        "functions",
-        "question",
-        "answer",
-        "answers",
-        "instruction",
-        "input",
-        "output",
-        "history",
-        "context",
-        "system",
-        "images",
-    ]
-)
+COLUMNS = st.sampled_from([
+    "messages", "conversations", "dialog", "prompt", "completion", "chosen", "rejected", "text", "tools", "functions",
+    "question", "answer", "answers", "instruction", "input", "output", "history", "context", "system", "images",
+])  # fmt: skip
 
 
 @settings(max_examples=400, deadline=None)
@@ -605,6 +572,37 @@ def test_parquet_and_jsonl_give_the_same_rows(tmp_path: Path, rows: list[dict[st
         for end in ("jsonl", "parquet")
     ]
     assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("way", ["load", "from_list"])
+def test_every_file_that_datasets_writes_gives_the_same_rows(tmp_path: Path, way: str) -> None:
+    """Values of no one shape are JSON in its tables, and text in its Parquet; other tables fill each other's keys."""
+    datasets = pytest.importorskip("datasets")
+    calls = [[call("f", x=1, y=[{"z": 1}, {"w": None}])], [call("g", city="me"), call("f")], None]
+    rows = [
+        {
+            "messages": [
+                user("q"),
+                {"role": "assistant", "content": None if made else "a", "tool_calls": made},
+                user("r"),
+            ]
+        }
+        | {"tools": [SCHEMA] if made else None, "score": 0.5}
+        for made in calls
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    table = (
+        datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(tmp_path / "cache"))
+        if way == "load"
+        else datasets.Dataset.from_list(rows)
+    )
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_json(tmp_path / "again.jsonl")
+    expected = [dict(canonical(row).values) for row in read_rows(data)]
+    assert expected[1]["messages"][1]["tool_calls"] == calls[1] and expected[2]["messages"][1] == assistant("a")
+    for name in ("saved", "rows.parquet", "again.jsonl"):
+        assert [dict(canonical(row).values) for row in read_rows(str(tmp_path / name))] == expected, name
 
 
 # column_map

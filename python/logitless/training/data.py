@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from logitless.training.arrow_json import decoded_json
 from logitless.training.errors import InputError
 
 
@@ -131,7 +132,8 @@ class _ArrowRow(Mapping[str, Any]):
         self._batch, self._index = batch, index
 
     def __getitem__(self, name: str) -> Any:
-        return self._batch.column(name)[self._index].as_py()
+        column = self._batch.column(name)
+        return decoded_json(column[self._index].as_py(), column.type)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._batch.schema.names)

@@ -98,6 +98,8 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
 
 
 def _turn(value: Any, where: str) -> Turn:
+    if isinstance(value, str):
+        value = next(iter(turns_of_text(value) or ()), value)
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
     turn = _present(value)
