@@ -387,6 +387,8 @@ def test_every_form_of_tools_is_one(columns: dict[str, Any], expected: list[Any]
         (user("") | {"content": [{"type": "text", "text": None}]}, r"content\[0\]: expected"),
         (user("") | {"content": [{"type": "text", "text": "x", "image": "u"}]}, r"content\[0\]: expected"),
         (user("") | {"content": [None]}, r"content\[0\]: expected"),
+        (assistant("a", refusal="no"), "refusal: only text is trained on, got str 'no'"),
+        (user("q") | {"images": ["u"]}, "images: only text is trained on"),
         (assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{'x': 1}"}}]),
          r"tool_calls\[0\].function.arguments: expected a JSON object or its JSON text, got str"),
         (assistant("", tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),
@@ -417,8 +419,9 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"messages": "hello"}, "messages must be a non-empty list of turns, got str"),
-        ({"messages": "[not json"}, "messages must be a non-empty list of turns, got str"),
+        ({"messages": "hello"}, "messages must be a non-empty list of turns, got text that is no JSON of one"),
+        ({"messages": str(TALK)}, "messages must be a non-empty list of turns, got text that is no JSON of one"),
+        ({"messages": {"messages": TALK}}, "messages, turn 1: expected role and content, got dict"),
         ({"conversations": []}, "conversations must be a non-empty list of turns, got list"),
         ({"text": 3}, "text must be a string, got int"),
         ({"prompt": "q", "completion": 4}, "completion must be a string or a list of turns, got int"),

@@ -33,6 +33,8 @@ ROLES = {
 CALLING = ("function_call", "tool_call")
 #: Keys of a turn that say whether it is learned, in the order in which errors name them.
 FLAGS = ("train", "weight", "trainable", "training", "loss", "loss_mask", "train_on_turn")
+#: Keys that say more than text, which no template writes down.
+_LOST = ("refusal", "audio", "image", "images", "video", "videos")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -51,7 +53,8 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
     turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {type(value).__name__}")
+        got = "text that is no JSON of one" if isinstance(value, str) else _described(value)
+        raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {got}")
     return [_turn(turn, f"{origin}: {name}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
@@ -103,6 +106,9 @@ def _turn(value: Any, where: str) -> Turn:
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
     turn = _present(value)
+    for key in _LOST:
+        if turn.get(key):
+            raise InputError(f"{where}, {key}: only text is trained on, got {_described(turn[key])}")
     role = _one_of(turn, ("role", "from"), where)
     if not isinstance(role, str):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
