@@ -442,6 +442,7 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
         ({"prompt": "q", "completion": "a", "system": "b"}, "system belongs to turns, but prompt and answer are str"),
         ({"messages": TALK, "tools": "[not json"}, "tools: expected a list of tools or its JSON text, got str"),
         ({"messages": TALK, "tools": {"name": "f"}}, "tools: expected a list of tools, got dict"),
+        ({"messages": TALK, "tools": "0"}, "tools: expected a list of tools, got str '0'"),
         ({"messages": TALK, "tools": [3]}, r"tools\[0\]: expected a JSON object, got int 3"),
         ({"messages": TALK, "tools": [{"type": "function", "function": {}}]}, r"tools\[0\]: expected the name of"),
         (
@@ -722,8 +723,8 @@ def test_files_of_trl_s_unpaired_trainers_run(tmp_path: Path, method: str) -> No
     assert results[2].step == 2
 
 
-@pytest.mark.parametrize("label", [2, 0.5, -1])
-def test_a_label_is_true_or_false(label: float) -> None:
+@pytest.mark.parametrize("label", [2, 0.5, -1, None, "good"])
+def test_a_label_is_true_or_false(label: Any) -> None:
     tokens = RowTokenizer(make_tokenizer(), 64, columns=("desirable",))
-    with pytest.raises(InputError, match=f"^{LINE}: the column desirable must be true or false, or 1 or 0, got"):
+    with pytest.raises(InputError, match=f"^{LINE}: .*the column label.* true or false"):
         tokens.sequences([Row(UNPAIRED[0] | {"label": label}, LINE)], "x")

@@ -81,7 +81,7 @@ def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | Non
     """The schemas of a list of tools or of its JSON text, each under "function"; None where there are none."""
     where = f"{origin}: {name}"
     tools = _of_text(value, where, "a list of tools") if isinstance(value, str) else _cleaned(value, where)
-    if not tools:
+    if _is_empty(tools):
         return None
     if not isinstance(tools, list):
         raise InputError(f"{where}: expected a list of tools, got {_described(value)}")
@@ -163,10 +163,10 @@ def _calls(turn: Turn, where: str) -> Turn:
     if isinstance(calls, str):
         calls = _of_text(calls, f"{where}, tool_calls", "a list of calls")
     legacy = turn.pop("function_call", None)
-    if calls and legacy:
+    if not _is_empty(calls) and not _is_empty(legacy):
         raise InputError(f"{where}: tool_calls and function_call are both given; expected one of them")
-    key, given = ("function_call", legacy) if legacy else ("tool_calls", calls)
-    if not given:
+    key, given = ("tool_calls", calls) if _is_empty(legacy) else ("function_call", legacy)
+    if _is_empty(given):
         return {}
     if not isinstance(given, (list, dict)):
         raise InputError(f"{where}, {key}: expected calls with name and arguments, got {_described(given)}")
@@ -231,6 +231,10 @@ def _parsed(text: str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ([], {})
 
 
 def _present(mapping: dict[str, Any]) -> dict[str, Any]:
