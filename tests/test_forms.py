@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ SHAREGPT = [said("human", "q"), said("gpt", "a")]
         ({"messages": json.dumps(TALK)}, {"messages": TALK}),
         ({"conversations": json.dumps(SHAREGPT)}, {"messages": TALK}),
         ({"prompt": json.dumps([user("q")]), "completion": json.dumps([assistant("a")])}, ASKED),
+        ({"messages": [json.dumps(turn) for turn in TALK]}, {"messages": TALK}),
         ({"prompt": "[1, 2]", "completion": '{"a": 1}'}, {"prompt": "[1, 2]", "completion": '{"a": 1}'}),
         # a question and its answer
         ({"question": "q", "answer": "a"}, ASKED),
@@ -386,6 +388,8 @@ def test_every_form_of_tools_is_one(columns: dict[str, Any], expected: list[Any]
         (user("") | {"content": [{"type": "text", "text": None}]}, r"content\[0\]: expected"),
         (user("") | {"content": [{"type": "text", "text": "x", "image": "u"}]}, r"content\[0\]: expected"),
         (user("") | {"content": [None]}, r"content\[0\]: expected"),
+        (assistant("a", refusal="no"), "refusal: only text is trained on, got str 'no'"),
+        (user("q") | {"images": ["u"]}, "images: only text is trained on"),
         (assistant("", tool_calls=[{"function": {"name": "f", "arguments": "{'x': 1}"}}]),
          r"tool_calls\[0\].function.arguments: expected a JSON object or its JSON text, got str"),
         (assistant("", tool_calls=[{"function": {"name": "f", "arguments": "[1]"}}]),
@@ -416,8 +420,9 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"messages": "hello"}, "messages must be a non-empty list of turns, got str"),
-        ({"messages": "[not json"}, "messages must be a non-empty list of turns, got str"),
+        ({"messages": "hello"}, "messages must be a non-empty list of turns, got text that is no JSON of one"),
+        ({"messages": str(TALK)}, "messages must be a non-empty list of turns, got text that is no JSON of one"),
+        ({"messages": {"messages": TALK}}, "messages, turn 1: expected role and content, got dict"),
         ({"conversations": []}, "conversations must be a non-empty list of turns, got list"),
         ({"text": 3}, "text must be a string, got int"),
         ({"prompt": "q", "completion": 4}, "completion must be a string or a list of turns, got int"),
@@ -438,6 +443,7 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
         ({"prompt": "q", "completion": "a", "system": "b"}, "system belongs to turns, but prompt and answer are str"),
         ({"messages": TALK, "tools": "[not json"}, "tools: expected a list of tools or its JSON text, got str"),
         ({"messages": TALK, "tools": {"name": "f"}}, "tools: expected a list of tools, got dict"),
+        ({"messages": TALK, "tools": "0"}, "tools: expected a list of tools, got str '0'"),
         ({"messages": TALK, "tools": [3]}, r"tools\[0\]: expected a JSON object, got int 3"),
         ({"messages": TALK, "tools": [{"type": "function", "function": {}}]}, r"tools\[0\]: expected the name of"),
         (
@@ -465,6 +471,65 @@ def test_a_value_that_is_nested_too_deeply_is_refused() -> None:
     text = '{"x": ' * 100_000
     with pytest.raises(InputError, match=rf"^{LINE}: messages, turn 1, tool_calls\[0\].arguments: .*nested too deeply"):
         form({"messages": [assistant("", tool_calls=[{"name": "f", "arguments": text}])]})
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(0, 2), st.just(0.5), st.sampled_from(["", "q", "user", "gpt"])
+)
+KEYS = st.sampled_from([
+    "role", "from", "content", "value", "tool_calls", "function_call", "function", "name", "arguments", "weight",
+    "train", "text", "type", "parameters",
+])  # fmt: skip
+ANYTHING = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(KEYS, inner, max_size=4),
+        st.dictionaries(KEYS, inner, max_size=4).map(json.dumps),
+        st.lists(
+            st.builds(
+                lambda role, rest: {"role": role, "content": "c"} | rest,
+                st.sampled_from(["user", "assistant"]),
+                st.dictionaries(KEYS, inner, max_size=2),
+            ),
+            max_size=3,
+        ),
+    ),
+    max_leaves=12,
+)
+COLUMNS = st.sampled_from([
+    "messages", "conversations", "dialog", "prompt", "completion", "chosen", "rejected", "text", "tools", "functions",
+    "question", "answer", "answers", "instruction", "input", "output", "history", "context", "system", "images",
+])  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.dictionaries(COLUMNS, ANYTHING, max_size=5), st.booleans())
+def test_whatever_a_row_holds_is_read_or_refused_by_line(values: dict[str, Any], chat: bool) -> None:
+    """Nothing else is raised, and what is read has the types that the form promises."""
+    for read in (canonical, canonical_pair):
+        try:
+            row = read(Row(values, LINE), chat=chat)
+        except InputError as error:
+            assert str(error).startswith(LINE)
+            continue
+        assert_canonical(row.values)
+        assert read(row, chat=chat) is row
+
+
+def assert_canonical(values: Mapping[str, Any]) -> None:
+    found = [
+        values[name] for name in ("messages", "prompt", "completion", "chosen", "rejected", "text") if name in values
+    ]
+    assert all(isinstance(value, str) for value in found) or all(isinstance(value, list) for value in found)
+    for turn in (turn for value in found if isinstance(value, list) for turn in value):
+        assert isinstance(turn["role"], str) and isinstance(turn["content"], str)
+        assert turn.get("train", False) is False and not turn.keys() & {"weight", "from", "value", "function_call"}
+        assert None not in turn.values()
+        for each in turn.get("tool_calls", []):
+            assert isinstance(each["function"]["name"], str) and isinstance(each["function"]["arguments"], dict)
+    for tool in values.get("tools", []):
+        assert isinstance(tool["function"]["name"], str)
 
 
 # Files
@@ -512,6 +577,37 @@ def test_parquet_and_jsonl_give_the_same_rows(tmp_path: Path, rows: list[dict[st
         for end in ("jsonl", "parquet")
     ]
     assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("way", ["load", "from_list"])
+def test_every_file_that_datasets_writes_gives_the_same_rows(tmp_path: Path, way: str) -> None:
+    """Values of no one shape are JSON in its tables, and text in its Parquet; other tables fill each other's keys."""
+    datasets = pytest.importorskip("datasets")
+    calls = [[call("f", x=1, y=[{"z": 1}, {"w": None}])], [call("g", city="me"), call("f")], None]
+    rows = [
+        {
+            "messages": [
+                user("q"),
+                {"role": "assistant", "content": None if made else "a", "tool_calls": made},
+                user("r"),
+            ]
+        }
+        | {"tools": [SCHEMA] if made else None, "score": 0.5}
+        for made in calls
+    ]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    table = (
+        datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(tmp_path / "cache"))
+        if way == "load"
+        else datasets.Dataset.from_list(rows)
+    )
+    table.save_to_disk(tmp_path / "saved")
+    table.to_parquet(tmp_path / "rows.parquet")
+    table.to_json(tmp_path / "again.jsonl")
+    expected = [dict(canonical(row).values) for row in read_rows(data)]
+    assert expected[1]["messages"][1]["tool_calls"] == calls[1] and expected[2]["messages"][1] == assistant("a")
+    for name in ("saved", "rows.parquet", "again.jsonl"):
+        assert [dict(canonical(row).values) for row in read_rows(str(tmp_path / name))] == expected, name
 
 
 # column_map
@@ -587,6 +683,17 @@ UNPAIRED = [
 ]
 
 
+def test_a_null_of_json_text_stays_in_an_unpaired_row() -> None:
+    """Rows that are made from a pair have been read, and are not read again."""
+    calls = {
+        side: [assistant("", tool_calls=[{"name": side, "arguments": '{"x": null}'}])]
+        for side in ("chosen", "rejected")
+    }
+    chosen, rejected = unpaired([Row(PAIR | calls, LINE)])
+    assert canonical(chosen).values["completion"] == [assistant("", tool_calls=[call("chosen", x=None)])]
+    assert canonical(rejected).values["completion"] == [assistant("", tool_calls=[call("rejected", x=None)])]
+
+
 def test_a_pair_is_two_marked_completions() -> None:
     rows = [
         Row(PAIR | {"group": 1, "chosen_ref_logprob": -1.0, "rejected_ref_logprob": -2.0}, LINE),
@@ -617,8 +724,8 @@ def test_files_of_trl_s_unpaired_trainers_run(tmp_path: Path, method: str) -> No
     assert results[2].step == 2
 
 
-@pytest.mark.parametrize("label", [2, 0.5, -1])
-def test_a_label_is_true_or_false(label: float) -> None:
+@pytest.mark.parametrize("label", [2, 0.5, -1, None, "good"])
+def test_a_label_is_true_or_false(label: Any) -> None:
     tokens = Renderer(make_tokenizer(), 64, columns=("desirable",))
-    with pytest.raises(InputError, match=f"^{LINE}: the column desirable must be true or false, or 1 or 0, got"):
+    with pytest.raises(InputError, match=f"^{LINE}: .*the column label.* true or false"):
         tokens.sequences([Row(UNPAIRED[0] | {"label": label}, LINE)], "x")

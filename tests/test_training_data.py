@@ -174,7 +174,7 @@ def test_a_pair_is_dropped_whole() -> None:
         ),
         ({"prompt": "x", "chosen": "a", "rejected": "b"}, "--method dpo"),
         ({"text": 3}, "text must be a string, got int"),
-        ({"messages": "hello"}, "messages must be a non-empty list of turns, got str"),
+        ({"messages": "hello"}, "messages must be a non-empty list of turns, got text"),
         ({"messages": []}, "messages must be a non-empty list"),
         ({"messages": [{"content": "x"}]}, "messages, turn 1: expected role and content"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),

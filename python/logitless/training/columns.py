@@ -46,7 +46,7 @@ def read_columns(
     """
     found = {}
     for name in names:
-        called = f"{side}_{name}" if side else name
+        called = f"{side}_{name}" if side else _called(name, row)
         values = _numbers(_value(row, name, side), called, row)
         if name in MARKS:
             values = _marks(values, called, row)
@@ -59,6 +59,11 @@ def read_columns(
 def _value(row: Row, name: str, side: str) -> Any:
     names = (f"{side}_{name}",) if side else (name, OTHER_NAMES.get(name, name))
     return next((value for n in names if (value := row.values.get(n)) is not None), None)
+
+
+def _called(name: str, row: Row) -> str:
+    """The name of the column in the row's file."""
+    return OTHER_NAMES.get(name, name) if name not in row.values else name
 
 
 def _numbers(value: Any, name: str, row: Row) -> torch.Tensor:

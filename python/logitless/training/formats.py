@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import IO, Any
 
+from logitless.training.arrow_json import decoded_json
 from logitless.training.errors import InputError
 
 Found = tuple[Mapping[str, Any], str]  # the values of a row, and its place
@@ -335,7 +336,7 @@ class ArrowRow(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         column = self._batch.column(name)
         try:
-            return column[self._index].as_py(maps_as_pydicts="strict")
+            return decoded_json(column[self._index].as_py(maps_as_pydicts="strict"), column.type)
         except Exception as error:  # text that is not UTF-8, a date that Python has not, a map with a key twice, ...
             raise InputError(f"{self._origin}: the column {name} ({column.type}) can not be read: {error}") from error
 

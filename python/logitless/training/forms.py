@@ -69,6 +69,10 @@ class Columns(Mapping[str, Any]):
         return len(self._own | self._names)
 
 
+class ReadColumns(Columns):
+    """Columns of a row that has one of the four forms, so that it is not read again."""
+
+
 def renamed(rows: Sequence[Row], column_map: Mapping[str, str] | None) -> list[Row]:
     """The rows with columns under the names that `column_map` gives them: the new name to the file's.
 
@@ -104,6 +108,8 @@ def canonical(row: Row, *, text_field: str = "text", chat: bool = True) -> Row:
         InputError: no form, two forms, or a value that is not what its form has.
     """
     values = row.values
+    if isinstance(values, ReadColumns):
+        return row
     text = values.get(text_field)
     if text is not None and text_field != "text":
         return _made(row, {text_field: _string(text, text_field, row)}, text_field)
@@ -134,6 +140,8 @@ def canonical_pair(row: Row, *, chat: bool = True, repeats: bool = False) -> Row
     Raises:
         InputError: an answer is missing, or a value is not what its form has.
     """
+    if isinstance(row.values, ReadColumns):
+        return row
     missing = [name for name in ("chosen", "rejected") if not _has(row, name)]
     if missing:
         raise InputError(f"{row.origin}: {' and '.join(missing)} missing; {_columns_of(row)}")
@@ -181,7 +189,7 @@ def _sides(row: Row, chat: bool, repeats: bool) -> list[Row]:
     both = {name: name for name in pair.values if not name.startswith(("chosen", "rejected"))}
     return [
         Row(
-            Columns(
+            ReadColumns(
                 pair.values,
                 both | {name.removeprefix(f"{side}_"): name for name in pair.values if name.startswith(f"{side}_")},
                 own | {"completion": pair.values[side], "label": side == "chosen"},
@@ -203,7 +211,7 @@ def _made(row: Row, form: dict[str, Any], text_field: str) -> Row:
             raise InputError(f"{row.origin}: {name}: only text is trained on; leave the column out to train without it")
     tools = _tools(row)
     names = {name: name for name in row.values if name not in _READ and name != text_field}
-    return Row(Columns(row.values, names, form | ({"tools": tools} if tools else {})), row.origin)
+    return Row(ReadColumns(row.values, names, form | ({"tools": tools} if tools else {})), row.origin)
 
 
 def _has(row: Row, name: str) -> bool:

@@ -34,6 +34,8 @@ ROLES = {
 CALLING = ("function_call", "tool_call")
 #: Keys of a turn that say whether it is learned, in the order in which errors name them.
 FLAGS = ("train", "weight", "trainable", "training", "loss", "loss_mask", "train_on_turn")
+#: Keys that say more than text, which no template writes down.
+_LOST = ("refusal", "audio", "image", "images", "video", "videos")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -52,7 +54,8 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
     turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
-        raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {type(value).__name__}")
+        got = "text that is no JSON of one" if isinstance(value, str) else _described(value)
+        raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {got}")
     return [_turn(turn, f"{origin}: {name}, turn {number}") for number, turn in enumerate(turns, 1)]
 
 
@@ -79,7 +82,7 @@ def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | Non
     """The schemas of a list of tools or of its JSON text, each under "function"; None where there are none."""
     where = f"{origin}: {name}"
     tools = _from_json(value, where, "a list of tools") if isinstance(value, str) else _cleaned(value, where)
-    if not tools:
+    if _is_empty(tools):
         return None
     if not isinstance(tools, list):
         raise InputError(f"{where}: expected a list of tools, got {_described(value)}")
@@ -99,9 +102,14 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
 
 
 def _turn(value: Any, where: str) -> Turn:
+    if isinstance(value, str):
+        value = next(iter(turns_of_text(value) or ()), value)
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
     turn = _present(value)
+    for key in _LOST:
+        if turn.get(key):
+            raise InputError(f"{where}, {key}: only text is trained on, got {_described(turn[key])}")
     role = _one_of(turn, ("role", "from"), where)
     if not isinstance(role, str):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
@@ -156,10 +164,10 @@ def _calls(turn: Turn, where: str) -> Turn:
     if isinstance(calls, str):
         calls = _from_json(calls, f"{where}, tool_calls", "a list of calls")
     legacy = turn.pop("function_call", None)
-    if calls and legacy:
+    if not _is_empty(calls) and not _is_empty(legacy):
         raise InputError(f"{where}: tool_calls and function_call are both given; expected one of them")
-    key, given = ("function_call", legacy) if legacy else ("tool_calls", calls)
-    if not given:
+    key, given = ("tool_calls", calls) if _is_empty(legacy) else ("function_call", legacy)
+    if _is_empty(given):
         return {}
     if not isinstance(given, (list, dict)):
         raise InputError(f"{where}, {key}: expected calls with name and arguments, got {_described(given)}")
@@ -227,6 +235,10 @@ def _parsed(text: str) -> Any:
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
     return value
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value in ([], {})
 
 
 def _present(mapping: dict[str, Any]) -> dict[str, Any]:
