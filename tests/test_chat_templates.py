@@ -202,6 +202,13 @@ def test_thinking_counts_where_the_template_writes_it_and_empty_thinking_is_prom
         one([user("q"), assistant("A", reasoning_content="R")], make_tokenizer())
 
 
+@pytest.mark.parametrize(("name", "role"), [("qwen3", "developer"), ("phi3", "tool"), ("deepseekv3", "ipython")])
+def test_a_role_that_the_template_does_not_know_is_not_left_out_in_silence(name: str, role: str) -> None:
+    turns = [{"role": role, "content": "said by nobody"}, user("q"), assistant("A")]
+    with pytest.raises(InputError, match=rf"line 7: turn 1: .* leaves content out that the role '{role}' says"):
+        one(turns, template(name))
+
+
 def test_settings_of_the_template_stand_in_the_row() -> None:
     tokenizer = template("qwen3_6")
     turns = [user("q"), assistant("A")]
@@ -259,15 +266,16 @@ def test_the_marks_of_a_template_say_what_is_generated() -> None:
                                   + "{% generation %}{% endgeneration %}"))  # fmt: skip
 
 
+ANSWERED = "{% for m in messages %}[x]{{ m['content'] if m['role'] == 'user' else ANSWER }}{% endfor %}"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (
-            "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] if loop.last else '' }}{% endfor %}",
-            "rewrites content",
-        ),
-        ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | upper }}{% endfor %}", "rewrites content"),
-        ("{% for m in messages %}[{{ m['role'] }}]{{ m['content'][:2] }}{% endfor %}", "rewrites content"),
+        (ANSWERED.replace("ANSWER", "(m['content'] if loop.last else '')"), "rewrites content"),
+        (ANSWERED.replace("ANSWER", "m['content'] | upper"), "rewrites content"),
+        (ANSWERED.replace("ANSWER", "m['content'][:2]"), "rewrites content"),
+        ("{% for m in messages %}[x]{{ m['content'] | upper }}{% endfor %}", "leaves content out"),
         (
             "{% if messages|length > 3 %}LONG{% else %}SHORT{% endif %}{% for m in messages %}[{{ m['content'] }}]"
             "{% endfor %}{% if add_generation_prompt %}>{% endif %}",

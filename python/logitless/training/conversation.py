@@ -53,7 +53,7 @@ class Conversation:
         settings: further variables of the template, such as tools.
 
     Raises:
-        InputError: the template refuses the conversation.
+        InputError: the template refuses the conversation, or leaves out what a role says that it does not know.
     """
 
     def __init__(
@@ -61,6 +61,12 @@ class Conversation:
     ) -> None:
         self.template, self.turns, self.origin, self.settings = template, turns, origin, settings or {}
         self.text = template.render(turns, origin, self.settings)
+        for index, turn in enumerate(turns):
+            if turn["role"] != "assistant" and not any(form in self.text for form in written(said(turn))):
+                raise InputError(
+                    f"{origin}: turn {index + 1}: the tokenizer's chat template leaves content out that the role "
+                    f"{turn['role']!r} says; name a role that it knows, or use another template (chat_template_path)"
+                )
         self._known: dict[_Kind, str] = {}  # how texts end behind a kind of turn
 
     def answer(self, index: int) -> Span:

@@ -42,7 +42,7 @@ def called(turn: Turn) -> list[str]:
 
 
 def written(value: str) -> tuple[str, ...]:
-    """The forms in which templates write a string of a tool call."""
+    """The forms in which templates write a string of a tool's call or answer."""
     return value, value.strip(), json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]
 
 
