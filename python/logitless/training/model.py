@@ -133,7 +133,6 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     if getattr(model, "is_quantized", False):
         raise InputError(f"{source}: the model is quantised, and quantised weights can not be trained")
     model.to(device)
-    model.config.use_cache = False
     model.requires_grad_(not frozen)
     if options.use_liger_kernel:
         apply_liger(model, device)

@@ -40,6 +40,7 @@ from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
+from logitless.training.settings import Settings, read_settings
 from logitless.training.tokenize import TokenizedData
 
 Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
@@ -114,6 +115,7 @@ class Run:
     world: World
     components: tuple[Component, ...]
     tokenizer: Any
+    settings: Settings  # of model and tokenizer, to be saved as they came
     model: Any
     parallel: Any  # the model, in DistributedDataParallel where there are several processes
     optimizer: torch.optim.Optimizer
@@ -194,6 +196,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
+    settings = read_settings(model, tokenizer, options.model_revision)
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     base = Base(world, source, tokenizer.pad_token_id, model, {})
@@ -207,8 +210,8 @@ def prepare(options: TrainOptions, world: World) -> Run:
         component.total_steps = total_steps
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
-        options, world, components, tokenizer, model, parallel, optimizer, steps_per_epoch, total_steps, identity,
-        state, reporter,
+        options, world, components, tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
+        identity, state, reporter,
     )  # fmt: skip
     _describe(run)
     if resumed is not None:
