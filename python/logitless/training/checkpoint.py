@@ -82,7 +82,9 @@ def load_state(folder: Path) -> dict[str, Any]:
     """`trainer_state.json` of a checkpoint. Raises InputError where the folder is no complete checkpoint."""
     path = folder / STATE
     if not path.is_file():
-        raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}")
+        inside = ", ".join(found.name for found in checkpoints(folder))
+        hint = f"; there are checkpoints in it: {inside}" if inside else ""
+        raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}{hint}")
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return state
 

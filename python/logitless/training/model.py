@@ -23,6 +23,7 @@ from logitless.training import files
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
+from logitless.training.places import unreadable
 from logitless.types import BackendName, BackwardName
 
 
@@ -30,16 +31,15 @@ def locate(options: TrainOptions) -> str:
     """The name for `from_pretrained`: a hub id or a folder. A GGUF model is converted on the way."""
     name = options.model_name_or_path
     path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model file not found: {name}")
+    if path.suffix.lower() == ".gguf":
         return str(convert_gguf(path, cache_folder(options)))
     if options.gguf_file is not None:
         from transformers.utils import cached_file
 
-        return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
-    if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise InputError(f"{name}: not a model folder, it has no config.json")
+        try:
+            return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
+        except OSError as error:
+            raise unreadable(name, f"file {options.gguf_file}", error) from error
     return name
 
 
@@ -105,8 +105,8 @@ def load_tokenizer(source: str, options: TrainOptions) -> Any:
         return AutoTokenizer.from_pretrained(
             source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: no tokenizer could be loaded from there: {error}") from error
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise unreadable(source, "tokenizer", error) from error
 
 
 def load_model(source: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
@@ -127,9 +127,9 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{source}: no causal language model could be loaded from there: {error}") from error
-    _require_head(model, set(report["missing_keys"]), source)
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise unreadable(source, "causal language model", error) from error
+    _require_weights(model, set(report["missing_keys"]), source)
     if getattr(model, "is_quantized", False):
         raise InputError(f"{source}: the model is quantised, and quantised weights can not be trained")
     model.to(device)
@@ -167,7 +167,8 @@ def load_trained(
     return model
 
 
-def _require_head(model: Any, missing: set[str], source: str) -> None:
+def _require_weights(model: Any, missing: set[str], source: str) -> None:
+    """Raises where the model has no linear head, or parameters that the checkpoint does not have."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise InputError(f"{source}: {type(model).__name__} has no linear output head")
@@ -177,6 +178,10 @@ def _require_head(model: Any, missing: set[str], source: str) -> None:
             f"{source}: the checkpoint has no weights for the output head ({', '.join(sorted(names))}), which would be "
             "random; use a checkpoint of the causal language model, not of its base model"
         )
+    if absent := sorted(missing & {name for name, _ in model.named_parameters()}):
+        some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise InputError(f"{source}: the checkpoint has no weights for {some}, which would be random; its config.json "
+                         "describes another model")  # fmt: skip
 
 
 def choose_attention(options: TrainOptions, device: torch.device) -> str | None:
