@@ -25,7 +25,8 @@ _CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_o
 TEACHER_OPTIONS = (
     *("model_name_or_path", "teacher_model_name_or_path", "model_revision", "gguf_file", "dtype", "bf16"),
     *("attn_implementation", "trust_remote_code", "use_liger_kernel", "use_cpu", "cache_dir", "backend"),
-    *("dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "max_length", "truncation_mode"),
+    *("chat_template_path", "dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field"),
+    *("max_length", "truncation_mode"),
     *("completion_only_loss", "per_device_eval_batch_size"),
 )
 

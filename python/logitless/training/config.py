@@ -71,7 +71,7 @@ UNSUPPORTED_KEYS: dict[str, Any] = {
 
 # Options that may name a file or folder.
 PATHS = (
-    *("model_name_or_path", "teacher_model_name_or_path", "dataset_name", "eval_dataset_name"),
+    *("model_name_or_path", "teacher_model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name"),
     *("cache_dir", "output_dir", "resume_from_checkpoint"),
 )
 
@@ -136,6 +136,12 @@ class TrainOptions:
         group="Model",
     )
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.", group="Model")
+    chat_template_path: str | None = option(
+        None,
+        "Chat template in place of the tokenizer's own, saved with it: a .jinja file, or the folder or hub id of a "
+        "tokenizer.",
+        group="Model",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", group="Model")
     disable_dropout: bool | None = option(
         None, "Set every dropout probability to 0. Default: for losses with a reference model.", group="Model"

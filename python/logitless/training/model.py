@@ -24,6 +24,7 @@ from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
 from logitless.training.places import unreadable
+from logitless.training.template import set_template
 from logitless.types import BackendName, BackwardName
 
 
@@ -98,15 +99,17 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def load_tokenizer(source: str, options: TrainOptions) -> Any:
-    """The tokenizer that comes with the model."""
+    """The tokenizer that comes with the model, with the chat template that the options name, if they name one."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         )
     except Exception as error:  # a damaged file can break the reader anywhere
         raise unreadable(source, "tokenizer", error) from error
+    set_template(tokenizer, options)
+    return tokenizer
 
 
 def load_model(source: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:

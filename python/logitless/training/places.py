@@ -42,8 +42,13 @@ def _require_place(name: str, option: str) -> None:
         _require_model(path, option)
     elif path.is_file():
         raise InputError(f"{option}: expected a model's folder, a hub id or a .gguf file, got the file {name}")
-    elif not _HUB_ID.fullmatch(name):
+    elif not is_hub_id(name):
         raise InputError(f"{option}: model folder not found: {name}{_siblings(path)}")
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name has the form of a repository's: NAME or OWNER/NAME."""
+    return _HUB_ID.fullmatch(name) is not None
 
 
 def _require_model(folder: Path, option: str) -> None:

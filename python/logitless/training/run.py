@@ -200,7 +200,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
-    settings = read_settings(model, tokenizer, options.model_revision)
+    settings = read_settings(model, tokenizer, options)
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     base = Base(world, source, tokenizer.pad_token_id, model, {})

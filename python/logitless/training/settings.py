@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from logitless.training.config import TrainOptions
+
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+_TEMPLATES = (TEMPLATE, "chat_template.json")
 #: Files that may belong to a tokenizer, besides those that its class names.
 TOKENIZER_FILES = (
-    *(TOKENIZER_CONFIG, TEMPLATE, "chat_template.json", "special_tokens_map.json", "added_tokens.json"),
+    *(TOKENIZER_CONFIG, *_TEMPLATES, "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
 )
 _PRECISION = ("dtype", "torch_dtype")
@@ -62,20 +65,28 @@ class Settings:
             (folder / GENERATION_CONFIG).unlink(missing_ok=True)
 
 
-def read_settings(model: Any, tokenizer: Any, revision: str) -> Settings:
-    """The settings in the places that a model and its tokenizer were loaded from, with the tokenizer's own template.
+def read_settings(model: Any, tokenizer: Any, options: TrainOptions) -> Settings:
+    """The settings in the places that a model and its tokenizer were loaded from.
 
-    Args:
-        model: its configuration names the folder or repository. Nothing is downloaded: loading it left the files here.
-        tokenizer: the same of its own.
-        revision: branch, tag or commit on the hub.
+    Nothing is downloaded, because loading them left the files here. A `chat_template_path` of the options replaces the
+    template that came.
     """
     own = tuple(getattr(tokenizer, "vocab_files_names", {}).values())
-    names = tuple(dict.fromkeys((*TOKENIZER_FILES, *own)))
-    return Settings(
-        _read(model.config.name_or_path, (CONFIG, GENERATION_CONFIG), revision),
-        _read(tokenizer.name_or_path, names, revision),
-    )
+    names, revision = tuple(dict.fromkeys((*TOKENIZER_FILES, *own))), options.model_revision
+    tokenizer_files = _read(tokenizer.name_or_path, names, revision)
+    if options.chat_template_path is not None:
+        tokenizer_files = _without_template(tokenizer_files)
+    return Settings(_read(model.config.name_or_path, (CONFIG, GENERATION_CONFIG), revision), tokenizer_files)
+
+
+def _without_template(tokenizer_files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """A tokenizer's files without its chat template, so that the one it writes itself stays."""
+    kept = {name: content for name, content in tokenizer_files.items() if name not in _TEMPLATES}
+    if TOKENIZER_CONFIG in kept and b'"chat_template"' in kept[TOKENIZER_CONFIG]:
+        values = json.loads(kept[TOKENIZER_CONFIG])
+        values.pop("chat_template")
+        kept[TOKENIZER_CONFIG] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
+    return kept
 
 
 def _read(place: str, names: Iterable[str], revision: str) -> dict[str, bytes]:
