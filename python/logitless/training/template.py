@@ -37,7 +37,7 @@ def set_template(tokenizer: Any, options: TrainOptions) -> None:
         template = _of_tokenizer(name, tokenizer, options)
     else:
         raise InputError(f"{_OPTION}: file or folder not found: {name}")
-    for part in _parts(template):
+    for part in _variants(template):
         _require_template(part, tokenizer, str(file))
     tokenizer.chat_template = template
 
@@ -63,7 +63,7 @@ def _of_tokenizer(name: str, tokenizer: Any, options: TrainOptions) -> str | dic
     if isinstance(template, dict) and "default" not in template:
         names = ", ".join(sorted(template))
         raise InputError(f"{_OPTION}: the tokenizer of {name} has no template called 'default', it has {names}")
-    written, known = "".join(_parts(template)), tokenizer.get_vocab()
+    written, known = "".join(_variants(template)), tokenizer.get_vocab()
     if absent := [token for token in other.added_tokens_encoder if token in written and token not in known]:
         raise InputError(
             f"{_OPTION}: the template of {name} writes {absent[0]!r}, which is no token of the model's tokenizer; add "
@@ -72,7 +72,7 @@ def _of_tokenizer(name: str, tokenizer: Any, options: TrainOptions) -> str | dic
     return template
 
 
-def _parts(template: str | dict[str, str]) -> list[str]:
+def _variants(template: str | dict[str, str]) -> list[str]:
     return list(template.values()) if isinstance(template, dict) else [template]
 
 
