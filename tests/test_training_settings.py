@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +163,28 @@ def test_code_that_comes_with_a_model_is_saved_with_it(tmp_path: Path, monkeypat
     assert all((run / name).read_bytes() == (came / name).read_bytes() for name in ("configuration_own.py",
                                                                                    "modeling_own.py"))  # fmt: skip
     assert type(AutoModelForCausalLM.from_pretrained(run, trust_remote_code=True)).__name__ == "OwnForCausalLM"
+
+
+RUN = """
+import json, sys
+from logitless.training import TrainOptions, train
+train(TrainOptions(**json.loads(sys.argv[1])))
+"""
+
+
+def test_a_download_is_saved_as_it_came(tmp_path: Path) -> None:
+    """The hub's cache, as a download leaves it, and no network."""
+    repository = tmp_path / "home" / "hub" / "models--owner--name"
+    came = make_family(repository / "snapshots" / ("0" * 40), "llama")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0" * 40)
+    data = write_jsonl(tmp_path / "rows.jsonl", completion_rows(4))
+    options = make_options(tmp_path / "run", "owner/name", data, max_steps=1).to_dict()
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": str(tmp_path / "home" / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(options)], env=os.environ | home, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    assert read(tmp_path / "run" / "config.json") == read(came / "config.json") | {"dtype": "float32"}
+    assert all((tmp_path / "run" / name).read_bytes() == (came / name).read_bytes() for name in SETTINGS[1:])
 
 
 def test_a_gguf_model_is_saved_as_an_ordinary_one(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A name that can only be a path is never asked of the hub, whose answer would be 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 from pathlib import Path
@@ -21,10 +22,15 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def require_places(options: TrainOptions) -> None:
-    """Raises InputError where the model or the teacher of the options is none, before anything is read."""
+    """Raises InputError where the model or the teacher of the options is none, or nothing can be written."""
     for option in ("model_name_or_path", "teacher_model_name_or_path"):
         if name := getattr(options, option):
             _require_place(name, option)
+    output = Path(options.output_dir)
+    present = next((place for place in (output, *output.parents) if place.exists()), Path())
+    if not present.is_dir() or not os.access(present, os.W_OK):
+        why = "no folder can be written there" if present.is_dir() else f"{present} is a file"
+        raise InputError(f"output_dir: {output}: {why}")
 
 
 def _require_place(name: str, option: str) -> None:
