@@ -150,14 +150,16 @@ def test_code_that_comes_with_a_model_is_saved_with_it(tmp_path: Path, monkeypat
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     came = Path(make_model(tmp_path / "model"))
     (came / "configuration_own.py").write_text(
-        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n"
+        "    def __init__(self, max_length=100, **settings):\n        super().__init__(**settings)\n"
+        "        self.max_length = max_length  # which Transformers refuses to save\n"
     )
     (came / "modeling_own.py").write_text(
         "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n\n\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
     )
     classes = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
-    edit(came / "config.json", model_type="own", architectures=["OwnForCausalLM"], auto_map=classes)
+    edit(came / "config.json", model_type="own", architectures=["OwnForCausalLM"], auto_map=classes, max_length=50)
     run = trained(tmp_path, came, trust_remote_code=True)
     assert read(run / "config.json") == read(came / "config.json")
     assert all((run / name).read_bytes() == (came / name).read_bytes() for name in ("configuration_own.py",

@@ -7,6 +7,7 @@ files are kept when the model is loaded, and put back beside the trained weights
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -44,7 +45,7 @@ class Settings:
 
         What was trained stays true: config.json names the precision of the weights and the class that has them.
         """
-        with _plain_generation(model):
+        with _without_generation(model):
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for name, content in self.tokenizer.items():
@@ -117,16 +118,22 @@ def _in_precision(came: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _plain_generation(model: Any) -> Iterator[None]:
-    """Holds back the generation settings while the model is saved: a refusal of theirs would end a run at its end."""
+def _without_generation(model: Any) -> Iterator[None]:
+    """Holds back what is about generation while the model is saved: a refusal of it would end a run at its end."""
     from transformers import GenerationConfig
 
-    held = getattr(model, "generation_config", None)
-    if held is None or not hasattr(model, "config"):
+    settings, config = getattr(model, "generation_config", None), getattr(model, "config", None)
+    if settings is None:
         yield
         return
+    declared = {each.name for each in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else vars(config)
+    held = {name: value for name, value in vars(config).items() if name in vars(settings).keys() - set(declared)}
+    for name in held:
+        delattr(config, name)
     model.generation_config = GenerationConfig()
     try:
         yield
     finally:
-        model.generation_config = held
+        model.generation_config = settings
+        for name, value in held.items():
+            setattr(config, name, value)
