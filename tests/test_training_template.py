@@ -71,8 +71,9 @@ def test_named_templates_stay_named(tmp_path: Path) -> None:
     other = make_tokenizer()
     other.chat_template = {"default": PLAIN, "tool_use": CHATML}
     other.save_pretrained(tmp_path / "other")
-    run = train(options(tmp_path, tmp_path / "other")).output_dir
+    run = train(options(tmp_path, tmp_path / "other", save_strategy="steps", save_steps=2)).output_dir
     assert read_metrics(run)[0]["num_tokens"] == length(PLAIN)
+    train(options(tmp_path, tmp_path / "other", max_steps=3, resume=True))  # writes over the folder of templates
     assert AutoTokenizer.from_pretrained(run).chat_template == other.chat_template
 
 
