@@ -14,7 +14,7 @@ import pytest
 import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file
-from training_fixtures import completion_rows, make_model, make_options, write_jsonl
+from training_fixtures import completion_rows, make_model, make_options, write_gguf, write_jsonl
 
 from logitless.training import InputError, TrainOptions, train
 from logitless.training.places import unreadable
@@ -82,6 +82,12 @@ def test_an_output_that_can_not_be_written_is_named(tmp_path: Path, model: Path)
 def test_a_gguf_file_that_is_not_in_the_folder_is_named(tmp_path: Path, model: Path) -> None:
     with pytest.raises(InputError, match=r"^gguf_file: none\.gguf is no file in .*model$"):
         train(options(tmp_path, model, gguf_file="none.gguf"))
+    folder = tmp_path / "converted"
+    folder.mkdir()
+    write_gguf(folder / "own.gguf", str(model))
+    with pytest.raises(InputError, match=r"it has no config\.json; gguf_file can name own\.gguf$"):
+        train(options(tmp_path, folder))
+    assert train(options(tmp_path, folder, gguf_file="own.gguf")).step == 1
 
 
 def test_a_home_folder_is_found(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,9 +106,7 @@ def test_a_hub_id_without_a_hub_is_a_sentence(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
     for name in ("nobody/no-such-model", "no-such-model"):
-        message = (
-            f"{name}: no tokenizer could be loaded from there: no folder here has this name, .* HF_HUB_OFFLINE is set"
-        )
+        message = f"{name}: no tokenizer could be loaded from there: it was not found: .* HF_HUB_OFFLINE is set"
         with pytest.raises(InputError, match=message):
             train(options(tmp_path, name))
 
@@ -111,9 +115,12 @@ def test_a_hub_id_without_a_hub_is_a_sentence(tmp_path: Path, monkeypatch: pytes
     ("kind", "message"),
     [
         (errors.GatedRepoError, r"the repository is gated: accept its terms at https://huggingface\.co/owner/name"),
-        (errors.RepositoryNotFoundError, "no folder here and no repository on the hub has this name"),
+        (errors.RepositoryNotFoundError, "not found: there is no such folder here, and no such repository on the hub"),
         (errors.RevisionNotFoundError, "the repository has no such model_revision"),
-        (errors.LocalEntryNotFoundError, "the cache has no download of it, and the hub could not be reached"),
+        (
+            errors.LocalEntryNotFoundError,
+            "no such folder here, no download in the cache, and the hub could not be reached",
+        ),
     ],
 )
 def test_the_hubs_answers_are_sentences(monkeypatch: pytest.MonkeyPatch, kind: type[Exception], message: str) -> None:

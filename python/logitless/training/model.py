@@ -37,8 +37,6 @@ def locate(options: TrainOptions) -> str:
     if options.gguf_file is not None:
         from transformers.utils import cached_file
 
-        if path.is_dir() and not (path / options.gguf_file).is_file():
-            raise InputError(f"gguf_file: {options.gguf_file} is no file in {name}")
         try:
             return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
         except OSError as error:

@@ -15,6 +15,7 @@ from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError, nearest
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]*\w)?")
+_NOT_FOUND = "it was not found: there is no such folder here"
 _LFS_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.*")
@@ -22,10 +23,14 @@ MODEL_FILES = ("config.json", "adapter_config.json")
 
 
 def require_places(options: TrainOptions) -> None:
-    """Raises InputError where the model or the teacher of the options is none, or nothing can be written."""
+    """Raises InputError where the model or the teacher of the options is none; nothing is downloaded."""
     for option in ("model_name_or_path", "teacher_model_name_or_path"):
         if name := getattr(options, option):
-            _require_place(name, option)
+            _require_place(name, option, options.gguf_file)
+
+
+def require_output(options: TrainOptions) -> None:
+    """Raises InputError where no output folder can be made."""
     output = Path(options.output_dir)
     present = next((place for place in (output, *output.parents) if place.exists()), Path())
     if not present.is_dir() or not os.access(present, os.W_OK):
@@ -33,19 +38,14 @@ def require_places(options: TrainOptions) -> None:
         raise InputError(f"output_dir: {output}: {why}")
 
 
-def _require_place(name: str, option: str) -> None:
-    """Raises InputError where a model's name stands for no folder with a model, and can not be a hub id either.
-
-    Args:
-        name: folder, .gguf file or hub id; nothing is downloaded.
-        option: what the message calls it.
-    """
+def _require_place(name: str, option: str, gguf_file: str | None) -> None:
+    """Raises where a model's name stands for no folder with a model, and can not be a hub id either."""
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise InputError(f"{option}: model file not found: {name}")
     elif path.is_dir():
-        _require_model(path, option)
+        _require_model(path, option, gguf_file)
     elif path.is_file():
         raise InputError(f"{option}: expected a model's folder, a hub id or a .gguf file, got the file {name}")
     elif not is_hub_id(name):
@@ -57,11 +57,17 @@ def is_hub_id(name: str) -> bool:
     return _HUB_ID.fullmatch(name) is not None
 
 
-def _require_model(folder: Path, option: str) -> None:
+def _require_model(folder: Path, option: str, gguf_file: str | None) -> None:
+    if gguf_file is not None:
+        if not (folder / gguf_file).is_file():
+            raise InputError(f"gguf_file: {gguf_file} is no file in {folder}")
+        return
     if any((folder / name).is_file() for name in MODEL_FILES):
         return
     inside = sorted(path.parent.name for path in folder.glob("*/*") if path.name in MODEL_FILES)
+    converted = sorted(path.name for path in folder.glob("*.gguf"))
     hint = f"; there are models in {', '.join(inside[:5])}" if inside else ""
+    hint += f"; gguf_file can name {', '.join(converted[:5])}" if converted else ""
     raise InputError(f"{option}: {folder} is not a model folder, it has no config.json{hint}")
 
 
@@ -103,12 +109,12 @@ def _hub_reason(name: str, error: BaseException) -> str | None:
                 f"the repository is gated: accept its terms at https://huggingface.co/{name}, and run `hf auth login`"
             )
         if isinstance(found, errors.RepositoryNotFoundError):
-            return "no folder here and no repository on the hub has this name (a private one needs `hf auth login`)"
+            return f"{_NOT_FOUND}, and no such repository on the hub (a private one needs `hf auth login`)"
         if isinstance(found, errors.RevisionNotFoundError):
             return "the repository has no such model_revision"
         if isinstance(found, errors.OfflineModeIsEnabled | errors.LocalEntryNotFoundError | ConnectionError):
             why = "was not asked, as HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "could not be reached"
-            return f"no folder here has this name, the cache has no download of it, and the hub {why}"
+            return f"{_NOT_FOUND}, no download in the cache, and the hub {why}"
         found = found.__cause__ or found.__context__
     return None
 
