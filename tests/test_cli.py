@@ -300,6 +300,7 @@ def test_version() -> None:
         (["--batch_size", "3"], "(nearest: --per_device_eval_batch_size, --per_device_train_batch_size)"),
         (["--epochs", "3"], "(nearest: --num_train_epochs)"),
         (["--lr", "1"], "unknown option --lr (nearest: --lr_scheduler_type, --lora_r, --learning_rate)"),
+        (["--confg", "a.yaml"], "(nearest: --config"),
         (["--zzz"], "error: command line: unknown option --zzz\n"),
         (["rows.jsonl"], "expected an option (--name), got 'rows.jsonl'"),
         (["--lora_target_modules", "q_proj", "v_proj"], "expected an option (--name), got 'v_proj'"),

@@ -12,7 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from training_fixtures import CHATML, completion_rows, make_model, make_options, make_tokenizer, write_gguf, write_jsonl
+from training_fixtures import (
+    CHATML,
+    completion_rows,
+    make_model,
+    make_options,
+    make_tokenizer,
+    preference_rows,
+    write_gguf,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from logitless.training import train
@@ -81,6 +90,23 @@ def test_settings_are_saved_as_they_came(tmp_path: Path, family: str) -> None:
     loaded = AutoModelForCausalLM.from_pretrained(run)
     assert loaded.config.use_cache == read(came / "config.json").get("use_cache", True)
     assert AutoTokenizer.from_pretrained(run).padding_side == "left"
+
+
+@pytest.mark.parametrize("backend", ["auto", "materialised"])
+@pytest.mark.parametrize("method", ["sft", "dpo", "psft"])
+def test_no_cache_is_made_although_the_configuration_asks_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, backend: str
+) -> None:
+    def refused(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a cache of keys and values was made")
+
+    monkeypatch.setattr("transformers.models.llama.modeling_llama.DynamicCache", refused)
+    came = make_model(tmp_path / "model")
+    with pytest.raises(AssertionError, match="a cache"):
+        AutoModelForCausalLM.from_pretrained(came)(torch.tensor([[5]]))
+    data = write_jsonl(tmp_path / "rows.jsonl", preference_rows() if method == "dpo" else completion_rows())
+    shape = {"method": method, "backend": backend, "eval_fraction": 0.25, "max_steps": 2}
+    train(make_options(tmp_path / "run", came, data, **shape, use_peft=method == "sft"))
 
 
 def test_nothing_changes_where_the_precision_stays(tmp_path: Path) -> None:

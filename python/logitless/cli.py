@@ -122,7 +122,7 @@ def _require_known(option: str, name: str, known: Collection[str]) -> None:
         return
     if option in field_types():
         raise InputError(f"command line: --{name} is an option of train, and of no use to this command")
-    names = [f"--{each}" for each in nearest_names(name, known)]
+    names = [f"--{each}" for each in nearest_names(name, [*known, "config"])]
     raise InputError(f"command line: unknown option --{name}" + (f" (nearest: {', '.join(names)})" if names else ""))
 
 
