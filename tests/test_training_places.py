@@ -82,6 +82,7 @@ def test_an_output_that_can_not_be_written_is_named(tmp_path: Path, model: Path)
 def test_a_gguf_file_that_is_not_in_the_folder_is_named(tmp_path: Path, model: Path) -> None:
     with pytest.raises(InputError, match=r"^gguf_file: none\.gguf is no file in .*model$"):
         train(options(tmp_path, model, gguf_file="none.gguf"))
+    pytest.importorskip("gguf")
     folder = tmp_path / "converted"
     folder.mkdir()
     write_gguf(folder / "own.gguf", str(model))
