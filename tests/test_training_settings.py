@@ -169,7 +169,9 @@ def test_a_model_of_several_parts_names_its_precision_in_each(tmp_path: Path) ->
     settings["text_config"]["torch_dtype"] = "bfloat16"  # as published ones have it
     edit(came / "config.json", **settings)
     settings["text_config"]["torch_dtype"] = settings["dtype"] = "float32"
-    assert read(trained(tmp_path, came) / "config.json") == settings
+    (came / "preprocessor_config.json").write_text('{"size": 28}')
+    run = trained(tmp_path, came)
+    assert read(run / "config.json") == settings and read(run / "preprocessor_config.json") == {"size": 28}
 
 
 def test_code_that_comes_with_a_model_is_saved_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,11 @@ from logitless.training.config import TrainOptions
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 _TEMPLATES = (TEMPLATE, "chat_template.json")
-#: Files that may belong to a tokenizer, besides those that its class names.
+#: Files that may belong to a tokenizer, besides those that its class names, or to the processor around it.
 TOKENIZER_FILES = (
     *(TOKENIZER_CONFIG, *_TEMPLATES, "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 _PRECISION = ("dtype", "torch_dtype")
 
