@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import subprocess
 import sys
@@ -269,12 +270,81 @@ def test_info_says_what_was_found() -> None:
         assert re.search(rf"^{re.escape(name)} +{re.escape(value)}$", result.output, re.M)
 
 
+@pytest.mark.parametrize("name", losses.names())
+def test_losses_lists_them(name: str) -> None:
+    loss = losses.get(name)
+    (line,) = [line for line in text(run("losses")).splitlines() if line.split()[0] == name]
+    shown = line.removeprefix(name).split(maxsplit=1)
+    assert shown[0] == loss.level and all(each in line for each in (*loss.inputs, *loss.optional_inputs))
+    assert line.endswith(".") and shown[1].rstrip(".")
+    whole = text(run("losses", name))
+    assert repr(loss) in whole and inspect.cleandoc(type(loss).__doc__ or "") in whole
+
+
+def test_an_unknown_loss_is_named() -> None:
+    result = run("losses", "dtf")
+    assert result.exit_code == 2 and "error: no loss is named 'dtf' (did you mean 'dft'" in result.output
+
+
+def test_version() -> None:
+    assert run("--version").output == f"logitless {logitless.info()['logitless']}\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--learning_rte", "1"], "unknown option --learning_rte (nearest: --learning_rate)"),
+        (["--learning-rte=1"], "unknown option --learning_rte (nearest: --learning_rate)"),
+        (["--model", "x"], "unknown option --model (nearest: --model_revision, --model_name_or_path, "),
+        (["--dataset", "x"], "unknown option --dataset (nearest: --dataset_name, "),
+        (["--batch_size", "3"], "(nearest: --per_device_eval_batch_size, --per_device_train_batch_size)"),
+        (["--epochs", "3"], "(nearest: --num_train_epochs)"),
+        (["--lr", "1"], "unknown option --lr (nearest: --lr_scheduler_type, --lora_r, --learning_rate)"),
+        (["--confg", "a.yaml"], "(nearest: --config"),
+        (["--zzz"], "error: command line: unknown option --zzz\n"),
+        (["rows.jsonl"], "expected an option (--name), got 'rows.jsonl'"),
+        (["--lora_target_modules", "q_proj", "v_proj"], "expected an option (--name), got 'v_proj'"),
+        (["--torch_dtype", "float8"], "error: dtype must be one of auto, float32"),
+        (["--torch_dtype", "float32", "--dtype", "bfloat16"], "dtype is given twice with different values"),
+        (["--fp16"], "fp16 can only be false, got 'true'"),
+    ],
+)
+def test_unknown_flags_name_the_nearest(given: list[str], message: str) -> None:
+    result = run("train", *given)
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_names_of_other_tools_are_flags_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[TrainOptions] = []
+    monkeypatch.setattr("logitless.training.train", seen.append)
+    file = tmp_path / "a.yaml"
+    file.write_text("dtype: float16\ncompletion_only_loss: true\n")
+    given = ["--torch-dtype=bfloat16", "--assistant_only_loss", "false", "--fp16", "false", "--logging_first_step"]
+    result = run("train", "--config", str(file), *given, "--seed", "-1")
+    assert result.exit_code == 0 and "logging_first_step changes nothing here" in result.output
+    (options,) = seen
+    assert (options.dtype, options.completion_only_loss, options.seed) == ("bfloat16", False, -1)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, small: dict[str, str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    result = run("train", *flags(small))
+    assert result.exit_code == 1
+    assert "error: the package transformers is missing: pip install 'logitless[train]'" in result.output
+
+
+def test_teach_refuses_the_options_of_training(tmp_path: Path) -> None:
+    result = run("teach", "--output", str(tmp_path / "a.jsonl"), "--learning_rate", "1")
+    assert result.exit_code == 2 and "--learning_rate is an option of train, and of no use to this" in result.output
+
+
+@pytest.mark.parametrize("given", [["trian"], ["info", "more"], ["--versoin"], ["losses", "dft", "nll"]])
+def test_unknown_commands_are_errors(given: list[str]) -> None:
+    result = run(*given)
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert given != ["trian"] or "Did you mean 'train'" in text(result)
+
+
 def test_python_m_logitless() -> None:
     shown = subprocess.run([sys.executable, "-m", "logitless", "--help"], capture_output=True, text=True, check=True)
-    assert "train" in shown.stdout and "info" in shown.stdout
-    missing = (
-        "import sys; sys.modules['typer'] = None; import runpy; runpy.run_module('logitless', run_name='__main__')"
-    )
-    result = subprocess.run([sys.executable, "-c", missing], capture_output=True, text=True, check=False)
-    assert result.returncode != 0 and "pip install 'logitless[train]'" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert all(name in shown.stdout for name in ("train", "teach", "info", "losses", "--version"))

@@ -57,7 +57,9 @@ class ChatTemplate:
 
     def generated(self, turns: Sequence[Turn], settings: Mapping[str, Any]) -> list[bool] | None:
         """Which tokens the template marks as generated, by `{% generation %}`; None if it marks nothing."""
-        if not self.tokenizer.is_fast or not _GENERATION.search(self.tokenizer.get_chat_template()):
+        if not self.tokenizer.is_fast or not _GENERATION.search(
+            self.tokenizer.get_chat_template(tools=settings.get("tools"))
+        ):
             return None
         found = self.tokenizer.apply_chat_template(
             self._form(turns),

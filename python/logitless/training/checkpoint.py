@@ -30,6 +30,7 @@ from torch import nn
 from logitless.training import files
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
+from logitless.training.settings import Settings
 
 STATE = "trainer_state.json"
 ESTIMATED = "estimated.safetensors"
@@ -49,6 +50,7 @@ def save(
     *,
     model: Any,
     tokenizer: Any,
+    settings: Settings,
     optimizer: torch.optim.Optimizer,
     estimated: dict[str, torch.Tensor],
     reference: dict[str, torch.Tensor],
@@ -61,7 +63,7 @@ def save(
     generators = generator_states(world)
     if world.is_main:
         with files.new_folder(folder) as unfinished:
-            save_model(unfinished, model, tokenizer)
+            settings.save(unfinished, model, tokenizer)
             save_file(optimizer_state(model, optimizer), unfinished / "optimizer.safetensors")
             save_file(generators, unfinished / "rng_state.safetensors")
             if estimated:
@@ -76,17 +78,13 @@ def save(
     return folder
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Model (or adapter) and tokenizer in the layout that `from_pretrained` reads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def load_state(folder: Path) -> dict[str, Any]:
     """`trainer_state.json` of a checkpoint. Raises InputError where the folder is no complete checkpoint."""
     path = folder / STATE
     if not path.is_file():
-        raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}")
+        inside = ", ".join(found.name for found in checkpoints(folder))
+        hint = f"; there are checkpoints in it: {inside}" if inside else ""
+        raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}{hint}")
     state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return state
 

@@ -68,6 +68,13 @@ UNSUPPORTED_KEYS: dict[str, Any] = {
 }
 
 
+# Options that may name a file or folder.
+PATHS = (
+    *("model_name_or_path", "teacher_model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name"),
+    *("cache_dir", "output_dir", "resume_from_checkpoint"),
+)
+
+
 def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] = ()) -> Any:
     """A dataclass field that carries what the command line needs to know about it."""
     return field(default=default, metadata={"help": help, "group": group, "choices": choices})
@@ -128,6 +135,12 @@ class TrainOptions:
         group="Model",
     )
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.", group="Model")
+    chat_template_path: str | None = option(
+        None,
+        "Chat template in place of the tokenizer's own, saved with it: a .jinja file, or the folder or hub id of a "
+        "tokenizer.",
+        group="Model",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", group="Model")
     disable_dropout: bool | None = option(
         None, "Set every dropout probability to 0. Default: for losses with a reference model.", group="Model"
@@ -262,6 +275,9 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             _check_choice(spec, getattr(self, spec.name))
+        for name in PATHS:  # a shell leaves the ~ of --output_dir=~/run, and of a file of options, as it is
+            if str(path := getattr(self, name)).startswith("~"):
+                object.__setattr__(self, name, str(Path(path).expanduser()))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "lora_r", "lora_alpha", "logging_steps", "save_steps", "old_policy_steps",
                      "ref_model_sync_steps"):  # fmt: skip

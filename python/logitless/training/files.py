@@ -69,8 +69,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def move_into(folder: Path, target: Path) -> None:
-    """Renames every file of `folder` into `target`, each replacing its namesake."""
+    """Renames every file and folder of `folder` into `target`, each replacing its namesake."""
     for path in sorted(folder.iterdir()):
+        if path.is_dir():  # of named chat templates; a folder that holds something is not replaced by a rename
+            shutil.rmtree(target / path.name, ignore_errors=True)
         path.replace(target / path.name)
     _flush(target)
 

@@ -23,6 +23,8 @@ from logitless.training import files
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
+from logitless.training.places import unreadable
+from logitless.training.template import set_template
 from logitless.types import BackendName, BackwardName
 
 
@@ -30,16 +32,15 @@ def locate(options: TrainOptions) -> str:
     """The name for `from_pretrained`: a hub id or a folder. A GGUF model is converted on the way."""
     name = options.model_name_or_path
     path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model file not found: {name}")
+    if path.suffix.lower() == ".gguf":
         return str(convert_gguf(path, cache_folder(options)))
     if options.gguf_file is not None:
         from transformers.utils import cached_file
 
-        return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
-    if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise InputError(f"{name}: not a model folder, it has no config.json")
+        try:
+            return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
+        except OSError as error:
+            raise unreadable(name, f"file {options.gguf_file}", error) from error
     return name
 
 
@@ -98,15 +99,17 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def load_tokenizer(source: str, options: TrainOptions) -> Any:
-    """The tokenizer that comes with the model."""
+    """The tokenizer that comes with the model, with the chat template that the options name, if they name one."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: no tokenizer could be loaded from there: {error}") from error
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise unreadable(source, "tokenizer", error) from error
+    set_template(tokenizer, options)
+    return tokenizer
 
 
 def load_model(source: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
@@ -127,13 +130,12 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{source}: no causal language model could be loaded from there: {error}") from error
-    _require_head(model, set(report["missing_keys"]), source)
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise unreadable(source, "causal language model", error) from error
+    _require_weights(model, set(report["missing_keys"]), source)
     if getattr(model, "is_quantized", False):
         raise InputError(f"{source}: the model is quantised, and quantised weights can not be trained")
     model.to(device)
-    model.config.use_cache = False
     model.requires_grad_(not frozen)
     if options.use_liger_kernel:
         apply_liger(model, device)
@@ -168,7 +170,8 @@ def load_trained(
     return model
 
 
-def _require_head(model: Any, missing: set[str], source: str) -> None:
+def _require_weights(model: Any, missing: set[str], source: str) -> None:
+    """Raises where the model has no linear head, or parameters that the checkpoint does not have."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise InputError(f"{source}: {type(model).__name__} has no linear output head")
@@ -178,6 +181,10 @@ def _require_head(model: Any, missing: set[str], source: str) -> None:
             f"{source}: the checkpoint has no weights for the output head ({', '.join(sorted(names))}), which would be "
             "random; use a checkpoint of the causal language model, not of its base model"
         )
+    if absent := sorted(missing & {name for name, _ in model.named_parameters()}):
+        some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise InputError(f"{source}: the checkpoint has no weights for {some}, which would be random; its config.json "
+                         "describes another model")  # fmt: skip
 
 
 def choose_attention(options: TrainOptions, device: torch.device) -> str | None:

@@ -15,6 +15,7 @@ from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.mixture import ComponentOptions
 from logitless.training.parallel import World
+from logitless.training.places import require_folder
 
 #: Options that a resumed run must share with the one that wrote the checkpoint, or its data position means nothing.
 FIXED = (
@@ -39,10 +40,11 @@ def find_checkpoint(options: TrainOptions) -> Path | None:
     """The checkpoint to resume from, or None for a fresh run.
 
     Raises:
-        InputError: the named checkpoint is incomplete, or a fresh run would mix with an older one's checkpoints.
+        InputError: the named checkpoint is absent or incomplete, or a fresh run would mix with an older one's
+            checkpoints.
     """
     if options.resume_from_checkpoint is not None:
-        folder = Path(options.resume_from_checkpoint)
+        folder = require_folder(options.resume_from_checkpoint, "resume_from_checkpoint")
         checkpoint.load_state(folder)
         return folder
     present = checkpoint.checkpoints(Path(options.output_dir))

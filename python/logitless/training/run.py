@@ -38,9 +38,11 @@ from logitless.training.model import hide_progress_bars, load_tokenizer, load_tr
 from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
+from logitless.training.places import require_output, require_places
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
+from logitless.training.settings import Settings, read_settings
 
 Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
 
@@ -114,6 +116,7 @@ class Run:
     world: World
     components: tuple[Component, ...]
     tokenizer: Any
+    settings: Settings  # of model and tokenizer, to be saved as they came
     model: Any
     parallel: Any  # the model, in DistributedDataParallel where there are several processes
     optimizer: torch.optim.Optimizer
@@ -179,6 +182,10 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """
     planned, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in planned]
+    require_output(options)
+    for each in planned:
+        with each.blamed():
+            require_places(each.options)
     state = first_state(resumed)
     seed_generators(options.seed)
 
@@ -194,6 +201,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
+    settings = read_settings(model, tokenizer, options)
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     base = Base(world, source, tokenizer.pad_token_id, model, {})
@@ -207,8 +215,8 @@ def prepare(options: TrainOptions, world: World) -> Run:
         component.total_steps = total_steps
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
-        options, world, components, tokenizer, model, parallel, optimizer, steps_per_epoch, total_steps, identity,
-        state, reporter,
+        options, world, components, tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
+        identity, state, reporter,
     )  # fmt: skip
     _describe(run)
     if resumed is not None:

@@ -31,6 +31,7 @@ from logitless.training.metrics import Progress
 from logitless.training.model import hide_progress_bars, load_model, load_tokenizer, locate, patched
 from logitless.training.objective import PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
+from logitless.training.places import require_places
 from logitless.training.render import Renderer
 from logitless.training.run import confirm_patch
 from logitless.training.teachers import Listed, ModelTeacher, ServerTeacher, Teacher
@@ -80,6 +81,7 @@ def write_teacher_columns(
 
 
 def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str | None) -> None:
+    require_places(options)
     source = locate(options)
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
