@@ -73,12 +73,6 @@ def test_what_lies_beside_a_missing_folder_is_named(tmp_path: Path, model: Path)
         train(options(tmp_path, model / "config.json"))
 
 
-def test_an_output_that_can_not_be_written_is_named(tmp_path: Path, model: Path) -> None:
-    for name in (model / "config.json", model / "config.json" / "run"):
-        with pytest.raises(InputError, match=r"^output_dir: .*config\.json is a file$"):
-            train(options(tmp_path, model, output_dir=str(name)))
-
-
 def test_a_gguf_file_that_is_not_in_the_folder_is_named(tmp_path: Path, model: Path) -> None:
     with pytest.raises(InputError, match=r"^gguf_file: none\.gguf is no file in .*model$"):
         train(options(tmp_path, model, gguf_file="none.gguf"))

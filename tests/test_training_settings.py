@@ -25,6 +25,7 @@ from training_fixtures import (
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from logitless.training import train
+from logitless.training.settings import read_settings
 
 SIZES: dict[str, Any] = {
     "vocab_size": 258,
@@ -68,6 +69,18 @@ def make_family(folder: Path, family: str) -> Path:
     edit(folder / "config.json", transformers_version="4.40.0", own_key={"a": 1}, temperature=0.3)
     edit(folder / "generation_config.json", temperature=0.6, own_key=3)  # no do_sample: some releases refuse to save it
     edit(folder / "tokenizer_config.json", padding_side="left", add_bos_token=False, own_key=[1])
+    return folder
+
+
+def make_model_with_images(folder: Path) -> Path:
+    """A tiny Gemma 3 that reads images too."""
+    text = SIZES | {"query_pre_attn_scalar": 8, "vocab_size": 270}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    shape: dict[str, Any] = {"text_config": text, "vision_config": vision}
+    config = transformers.Gemma3Config(**shape, mm_tokens_per_image=1, image_token_index=269)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
 
 
@@ -157,14 +170,7 @@ def test_the_tokenizer_beside_an_adapter_is_the_one_that_came(tmp_path: Path) ->
 
 
 def test_a_model_of_several_parts_names_its_precision_in_each(tmp_path: Path) -> None:
-    came = tmp_path / "model"
-    text = SIZES | {"query_pre_attn_scalar": 8, "vocab_size": 270}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    vision |= {"image_size": 28, "patch_size": 14}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1,
-                                       image_token_index=269)  # fmt: skip
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(came)
-    make_tokenizer().save_pretrained(came)
+    came = make_model_with_images(tmp_path / "model")
     settings = read(came / "config.json")
     settings["text_config"]["torch_dtype"] = "bfloat16"  # as published ones have it
     edit(came / "config.json", **settings)
@@ -172,6 +178,27 @@ def test_a_model_of_several_parts_names_its_precision_in_each(tmp_path: Path) ->
     (came / "preprocessor_config.json").write_text('{"size": 28}')
     run = trained(tmp_path, came)
     assert read(run / "config.json") == settings and read(run / "preprocessor_config.json") == {"size": 28}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3 with images"])
+def test_a_shape_that_changed_on_loading_is_saved(tmp_path: Path, family: str) -> None:
+    """A merged adapter may bring rows of the vocabulary, and a head of its own where the base has none."""
+    if family in FAMILIES:
+        came = make_family(tmp_path / "model", family)
+    else:
+        came = make_model_with_images(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(came), AutoTokenizer.from_pretrained(came)
+    options = make_options(tmp_path / "run", str(came), "")
+    assert read_settings(model, tokenizer, options).model["config.json"] == (came / "config.json").read_bytes()
+    model.resize_token_embeddings(300)
+    head = model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach() + 1)
+    model.config.tie_word_embeddings = False
+    read_settings(model, tokenizer, options).save(tmp_path / "run", model, tokenizer)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert torch.equal(loaded.get_output_embeddings().weight, head.weight)
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    assert len(head.weight) == 300
 
 
 def test_code_that_comes_with_a_model_is_saved_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

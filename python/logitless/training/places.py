@@ -6,7 +6,6 @@ A name that can only be a path is never asked of the hub, whose answer would be 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import re
 from pathlib import Path
@@ -27,15 +26,6 @@ def require_places(options: TrainOptions) -> None:
     for option in ("model_name_or_path", "teacher_model_name_or_path"):
         if name := getattr(options, option):
             _require_place(name, option, options.gguf_file)
-
-
-def require_output(options: TrainOptions) -> None:
-    """Raises InputError where no output folder can be made."""
-    output = Path(options.output_dir)
-    present = next((place for place in (output, *output.parents) if place.exists()), Path())
-    if not present.is_dir() or not os.access(present, os.W_OK):
-        why = "no folder can be written there" if present.is_dir() else f"{present} is a file"
-        raise InputError(f"output_dir: {output}: {why}")
 
 
 def _require_place(name: str, option: str, gguf_file: str | None) -> None:

@@ -38,7 +38,7 @@ from logitless.training.model import hide_progress_bars, load_tokenizer, load_tr
 from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
 from logitless.training.optimizer import make_optimizer
 from logitless.training.parallel import World
-from logitless.training.places import require_output, require_places
+from logitless.training.places import require_places
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
@@ -182,7 +182,6 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """
     planned, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in planned]
-    require_output(options)
     for each in planned:
         with each.blamed():
             require_places(each.options)

@@ -27,6 +27,7 @@ TOKENIZER_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 _PRECISION = ("dtype", "torch_dtype")
+_SHAPE = ("vocab_size", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,33 @@ def read_settings(model: Any, tokenizer: Any, options: TrainOptions) -> Settings
     """The settings in the places that a model and its tokenizer were loaded from.
 
     Nothing is downloaded, because loading them left the files here. A `chat_template_path` of the options replaces the
-    template that came.
+    template that came. An adapter that was merged into the model may have changed its vocabulary or untied its head.
     """
     own = tuple(getattr(tokenizer, "vocab_files_names", {}).values())
     names, revision = tuple(dict.fromkeys((*TOKENIZER_FILES, *own))), options.model_revision
     tokenizer_files = _read(tokenizer.name_or_path, names, revision)
     if options.chat_template_path is not None:
         tokenizer_files = _without_template(tokenizer_files)
-    return Settings(_read(model.config.name_or_path, (CONFIG, GENERATION_CONFIG), revision), tokenizer_files)
+    commit = getattr(model.config, "_commit_hash", None) or revision  # the base of an adapter has a revision of its own
+    model_files = _read(model.config.name_or_path, (CONFIG, GENERATION_CONFIG), commit)
+    if CONFIG in model_files:
+        model_files[CONFIG] = _as_loaded(model_files[CONFIG], model.config)
+    return Settings(model_files, tokenizer_files)
+
+
+def _as_loaded(content: bytes, config: Any) -> bytes:
+    """A configuration as it came, but for what was done to the model's shape on loading it."""
+    came = json.loads(content)
+    own = came.get("text_config") if config.get_text_config() is not config else None
+    plain = type(config).from_dict(json.loads(content))
+    for kept, now, before in ((came, config, plain), (own, config.get_text_config(), plain.get_text_config())):
+        if kept is not None and type(now) is type(before):
+            kept |= {name: value for name in _SHAPE if (value := _get(now, name)) != _get(before, name)}
+    return json.dumps(came).encode() if came != json.loads(content) else content
+
+
+def _get(config: Any, name: str) -> Any:
+    return getattr(config, name, None)
 
 
 def _without_template(tokenizer_files: Mapping[str, bytes]) -> dict[str, bytes]:
