@@ -1,0 +1,163 @@
+"""The names of a call's arguments: which are the model's own, and where one of ours belongs that is misplaced.
+
+A Transformers forward takes `**kwargs` and ignores what it does not know. A misspelt argument of a loss would vanish
+there, and the model would train something else. So a name that is one of ours, or nearly, and that the model does not
+have, is an error. Any other name is left to the model, because hosts hand it columns and settings that nothing reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, get_args
+
+from torch import nn
+
+from .. import losses
+from ..arguments import LossArguments
+from ..losses import Loss
+from ..types import OPTION_NAMES
+from .families import base_of
+from .scoring import CALL_SETTINGS, REQUEST_ARGUMENTS, Patch
+
+#: Options of `patch` itself.
+_OF_PATCH = ("backend", "backward", "check", "eval_logits")
+#: Arguments of the ops that have another place, or none, in a call of a model.
+_ELSEWHERE = {
+    "targets": "labels=... (shifted inside) or shift_labels=... (aligned)",
+    "outputs": "token_outputs=(...)",
+    "normalizer": "num_items_in_batch=...",
+    "weight": "loss_inputs={\"token_weight\": ...} for weights of tokens; the head's weight is the model's own",
+    **dict.fromkeys(("hidden", "bias", "logit_scale", "softcap"), "nowhere: it is read from the model"),
+    **{name: f"patch(model, {name}=...)" for name in _OF_PATCH},
+}
+#: What hosts pass whatever the model takes, and what is like a name of ours: columns that `Trainer` keeps or makes, the
+#: boundaries of packed rows, and a setting that Transformers has renamed.
+_OF_HOSTS = (
+    *("label", "label_ids", "length", "lengths", "num_logits_to_keep"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k", "max_length_q", "max_length_k"),
+)
+#: Arguments of the model's loss function that a patched model serves, or that the model itself gives.
+_SERVED = ("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
+
+
+def check_names(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
+    """Raises for a name of a call that is ours, or nearly, but stands in the wrong place.
+
+    Raises:
+        TypeError: the message has the nearest names, and where the argument belongs.
+    """
+    unknown = set(names) - {*REQUEST_ARGUMENTS, *state.names, *_OF_HOSTS}
+    if not unknown:
+        return
+    places = _places(state.loss)
+    for name in sorted(unknown - names_of_model(model) - _of_loss_function(model)):
+        near = [name] if name in places else _near(name, places)
+        if near:
+            raise TypeError(
+                f"{name}: no argument of a patched {type(model).__name__}'s call{_advice(name, near, places)}"
+            )
+
+
+def _advice(name: str, near: list[str], places: dict[str, str]) -> str:
+    """The nearest names, and where each of them goes that is no argument of a call."""
+    meant = "" if near == [name] else f" (did you mean {' or '.join(repr(other) for other in near)}?)"
+    return meant + "".join(f"; {other} goes to {places[other]}" for other in near if other in places)
+
+
+def check_loss_function(model: nn.Module, names: Iterable[str]) -> None:
+    """Raises for an argument that only the model's own loss function reads, which the patch does not run."""
+    for name in sorted(_of_loss_function(model).intersection(names)):
+        raise TypeError(
+            f"{name}: an argument of the loss function of {type(model).__name__}, which a patched model does not run; "
+            "give the loss as loss=..., or unpatch(model)"
+        )
+
+
+def _of_loss_function(model: nn.Module) -> set[str]:
+    function: Any = getattr(model, "loss_function", None)
+    return set() if function is None else {*_parameters(function)} - {*_SERVED, *REQUEST_ARGUMENTS}
+
+
+def names_of_model(model: nn.Module) -> set[str]:
+    """The names that a forward below the model's takes, or reads from its `**kwargs`.
+
+    Below are the base model and every module whose forward takes `**kwargs`, because arguments are handed down by it.
+    """
+    found: set[str] = set()
+    for cls in {type(module) for module in model.modules()}:
+        forward = inspect.unwrap(cls.forward)
+        parameters = _parameters(cls.forward)
+        passing = [p for p in parameters.values() if p.kind is p.VAR_KEYWORD]
+        if passing or cls in (type(model), type(base_of(model))):
+            found.update(parameters)
+        for parameter in passing:
+            found.update(_of_typed_dict(parameter.annotation, forward))
+            found.update(_read_by_name(forward))
+    return found
+
+
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(function).parameters)
+
+
+def _of_typed_dict(annotation: Any, function: Callable[..., Any]) -> Iterator[str]:
+    """The keys of `**kwargs: Unpack[Keywords]`."""
+    if isinstance(annotation, str):
+        try:
+            annotation = eval(annotation, function.__globals__)  # the way typing.get_type_hints reads it
+        except Exception:  # a name that only type checkers import
+            return
+    for keywords in get_args(annotation):
+        yield from getattr(keywords, "__annotations__", ())
+
+
+def _read_by_name(function: Callable[..., Any]) -> Iterator[str]:
+    """The strings in a function's code: `kwargs.get("name")` is one of them."""
+    code = getattr(function, "__code__", None)
+    yield from (value for value in getattr(code, "co_consts", ()) if isinstance(value, str) and value.isidentifier())
+
+
+def _places(current: Loss) -> dict[str, str]:
+    """Where each of our names belongs that is no argument of a call. `current` is the loss that hints prefer."""
+    places: dict[str, str] = {}
+    known = [type(current), *(type(loss) for loss in _defaults())]
+    for cls in known:
+        for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            places.setdefault(field.name, f"loss={cls.__name__}({field.name}=...)")
+    inputs = {name for loss in (current, *_defaults()) for name in _inputs_of(loss)}
+    own = {*LossArguments.__annotations__} - {*OPTION_NAMES, "cu_seqlens", "normalizer"}
+    for name in (*CALL_SETTINGS, *own, *inputs):
+        places[name] = f'loss_inputs={{"{name}": ...}}'
+    places |= dict.fromkeys(OPTION_NAMES, "logitless.linear_loss on the hidden states of hidden_only=True") | _ELSEWHERE
+    return {name: place for name, place in places.items() if name not in REQUEST_ARGUMENTS}
+
+
+def _defaults() -> Iterator[Loss]:
+    """Every registered loss that can be made without an argument."""
+    for name in losses.names():
+        try:
+            yield losses.get(name)
+        except TypeError:
+            continue
+
+
+def _inputs_of(loss: Loss) -> tuple[str, ...]:
+    return (*loss.inputs, *loss.sequence_inputs, *loss.optional_inputs)
+
+
+def _near(name: str, places: Iterable[str]) -> list[str]:
+    """Up to three of our names that this one may be a slip of the pen for.
+
+    A short hyper-parameter has to be nearer than the others, because many a word is like it ("height" and "weight").
+    """
+    by_letters = {_letters(other): other for other in (*places, *REQUEST_ARGUMENTS) if len(other) > 2}
+    found = difflib.get_close_matches(_letters(name), by_letters, 3, 0.8)
+    nearer = difflib.get_close_matches(_letters(name), by_letters, 3, 0.86)
+    return [by_letters[x] for x in found if x in nearer or len(x) > 6 or by_letters[x] in REQUEST_ARGUMENTS]
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "").lower()
