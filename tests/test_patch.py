@@ -561,6 +561,39 @@ def test_several_disabled_and_merged_adapters_are_followed() -> None:
     assert_same()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_trained_tokens_are_followed_into_a_tied_head(tied: bool, patch_first: bool) -> None:
+    tokens, inputs = [5, 6, 20], batch()
+
+    def trained(model: Any) -> Any:
+        return lora(model, target_modules=["q_proj"], trainable_token_indices=tokens)
+
+    model = trained(llama(tie_word_embeddings=tied)).train()
+    ours_model = trained(patch(llama(tie_word_embeddings=tied))).train() if patch_first else copy.deepcopy(model)
+    for each in (model, ours_model):
+        for name, parameter in each.named_parameters():
+            if "trainable_tokens_delta" in name:
+                torch.manual_seed(6)
+                parameter.data.add_(torch.randn_like(parameter))
+    own = model(**inputs)
+    expected = grads(model, own.loss)
+    assert any("trainable_tokens_delta" in name for name in expected)
+    ours_model = ours_model if patch_first else patch(ours_model)
+    ours = ours_model(**inputs)
+    assert ours.logits is None
+    torch.testing.assert_close(ours.loss, own.loss)
+    assert_grads(grads(ours_model, ours.loss), expected)
+    with model.disable_adapter(), ours_model.disable_adapter():
+        bare = model(**inputs).loss
+        assert not torch.allclose(bare, own.loss)
+        torch.testing.assert_close(ours_model(**inputs).loss, bare)
+    ours_model.merge_adapter()
+    torch.testing.assert_close(ours_model(**inputs).loss, own.loss)
+    ours_model.unmerge_adapter()
+    torch.testing.assert_close(ours_model(**inputs).loss, own.loss)
+
+
 @pytest.mark.parametrize("kind", ["dora", "ia3", "loha"])
 def test_other_adapters_on_the_head_are_refused_by_name(kind: str) -> None:
     peft = pytest.importorskip("peft")

@@ -139,6 +139,12 @@ def test_a_misplaced_or_misspelt_argument_of_ours_is_refused_with_its_place(
             model.train(training)(**given, **{name: 1.0})
 
 
+def test_a_misspelt_name_is_named_before_what_is_missing_without_it() -> None:
+    ids = batch()["input_ids"]
+    with pytest.raises(TypeError, match="lables: no argument"):
+        patch(llama())(input_ids=ids, lables=ids, loss="dft")
+
+
 def names_of_losses() -> list[str]:
     """Every input and every hyper-parameter of a loss, and every argument of `linear_loss`."""
     found = {*LossArguments.__annotations__}

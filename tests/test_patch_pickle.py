@@ -6,7 +6,7 @@ import copy
 import inspect
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +131,17 @@ def test_a_spawned_process_gets_a_patched_model(tmp_path: Path) -> None:
     torch.testing.assert_close(loss, model(**inputs).loss.detach())
 
 
-def test_a_host_that_wraps_the_forward_as_a_function_wraps_the_patched_one() -> None:
-    """What accelerate does for mixed precision, and undoes for a checkpoint."""
-    accelerate = pytest.importorskip("accelerate")
-    from accelerate.utils import extract_model_from_parallel
+@pytest.fixture
+def accelerate() -> Iterator[Any]:
+    """The library, without the settings that another test's Trainer has left in it."""
+    library = pytest.importorskip("accelerate")
+    library.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield library
+    library.state.AcceleratorState._reset_state(reset_partial_state=True)
 
+
+def test_a_host_that_wraps_the_forward_as_a_function_wraps_the_patched_one(accelerate: Any) -> None:
+    """What accelerate does for mixed precision, and undoes for a checkpoint."""
     model, inputs, signature = patch(llama()), batch(), inspect.signature(llama().forward)
     expected = model(**inputs).loss
     wrapped = accelerate.Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model)
@@ -145,7 +151,7 @@ def test_a_host_that_wraps_the_forward_as_a_function_wraps_the_patched_one() -> 
     torch.testing.assert_close(output.loss, expected, rtol=1e-2, atol=1e-2)
     with pytest.raises(ValueError, match="wrapped after the patch"):
         unpatch(model)
-    model = extract_model_from_parallel(wrapped, keep_fp32_wrapper=False)
+    model = accelerate.utils.extract_model_from_parallel(wrapped, keep_fp32_wrapper=False)
     assert inspect.signature(model.forward) == signature
     assert torch.equal(model(**inputs).loss, expected)
     assert unpatch(model)(**inputs).logits is not None

@@ -51,11 +51,11 @@ class PatchedForward:
         return PatchedForward, (self.__self__,)
 
     def admit(self, names: tuple[str, ...], ours: bool) -> bool:
-        """Checks the names of a call's arguments; `ours` if the loss is not the model's own."""
-        model, state = self.__self__, self.__self__._logitless_patch
+        """Checks the names of a call's arguments; with `ours` those that the model's own loss function would read."""
         if ours:
-            check_loss_function(model, set(names) - set(state.names))
-        check_names(model, state, names)
+            check_loss_function(self.__self__, self.__self__._logitless_patch, names)
+        else:
+            check_names(self.__self__, self.__self__._logitless_patch, names)
         return True
 
     def confirm(self) -> bool:
@@ -91,6 +91,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     state: Patch = model._logitless_patch  # type: ignore[assignment]
     inputs = {**dict(zip(state.names, args, strict=False)), **kwargs}
     ours = {name: inputs.pop(name) for name in REQUEST_ARGUMENTS if name in inputs}
+    _admit(state, tuple(inputs), ours=False)
     request = Request(inputs, **{name: value for name, value in ours.items() if value is not None})
     check_request(request)
     loss = state.loss if request.loss is None else losses.get(request.loss)
@@ -98,12 +99,12 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         skip = model.training or not state.eval_logits
     else:
         skip = request.skip_logits
-    original = _original_serves(state, request, loss, skip)
-    _admit(state, tuple(inputs), request.scored and not original)
-    if original:
+    if _original_serves(state, request, loss, skip):
         if not request.scored and model.training and torch.is_grad_enabled():
             state.forward.warn()
         return state.original(model, *args, **{k: v for k, v in kwargs.items() if k not in OWN_ARGUMENTS})
+    if request.scored:
+        _admit(state, tuple(inputs), ours=True)
     if request.scored and state.check:
         state.forward.confirm()
     output = score(model, state, request, loss, skip=skip)
@@ -122,15 +123,15 @@ def _original_serves(state: Patch, request: Request, loss: Loss, skip: bool) -> 
     return not ours and request.labels is not None and loss == NLL()
 
 
-def _admit(state: Patch, names: tuple[str, ...], ours: bool) -> None:
-    """Checks the names of the arguments, once for every name."""
+def _admit(state: Patch, names: tuple[str, ...], *, ours: bool) -> None:
+    """Looks at the names of the arguments, once at each; `ours` if the loss is not the model's own."""
     if torch.compiler.is_compiling():
         state.forward.admit(names, ours)
         return
-    looked_at = {f"{name} of a loss" for name in names} if ours else set(names)
-    if not state.admitted.issuperset(looked_at):
+    admitted = state.admitted_to_loss if ours else state.admitted
+    if not admitted.issuperset(names):
         state.forward.admit(names, ours)
-        state.admitted |= looked_at
+        admitted.update(names)
 
 
 def _warn_once(model: nn.Module, state: Patch) -> None:

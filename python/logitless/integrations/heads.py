@@ -96,7 +96,10 @@ def product(inner: nn.Module, hidden: Tensor) -> Product:
         return _adapted(inner, hidden)
     weight = _whole(inner.weight)  # type: ignore[arg-type]
     if weight.is_meta and not hidden.is_meta:
-        raise UnsupportedModelError("the output head's weight is offloaded (meta device): keep the head on its device")
+        raise UnsupportedModelError(
+            "the output head's weight is offloaded (meta device): keep the head on its device, or evaluate with "
+            "skip_logits=False"
+        )
     bias = None if inner.bias is None else _whole(inner.bias)  # type: ignore[arg-type]
     return Product(_fit(hidden, weight), weight, bias)
 

@@ -67,9 +67,9 @@ def _advice(name: str, near: list[str], places: dict[str, str]) -> str:
     return meant + "".join(f"; {other} goes to {places[other]}" for other in near if other in places)
 
 
-def check_loss_function(model: nn.Module, names: Iterable[str]) -> None:
+def check_loss_function(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
     """Raises for an argument that only the model's own loss function reads, which the patch does not run."""
-    for name in sorted(_of_loss_function(model).intersection(names)):
+    for name in sorted(_of_loss_function(model).intersection(names) - {*state.names}):
         raise TypeError(
             f"{name}: an argument of the loss function of {type(model).__name__}, which a patched model does not run; "
             "give the loss as loss=..., or unpatch(model)"

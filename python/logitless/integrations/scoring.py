@@ -42,7 +42,8 @@ class Patch:
     router: RouterLoss | None
     output: type[LinearCausalLMOutput]
     checked: type[nn.Module] | None = None  # class of the head that the self-check has seen
-    admitted: set[str] = field(default_factory=set)  # names of arguments that have been looked at
+    admitted: set[str] = field(default_factory=set)  # names of arguments that have been looked at in a call,
+    admitted_to_loss: set[str] = field(default_factory=set)  # and in one with a loss that is not the model's own
     warned: bool = False  # that a training call computed logits
 
     def original(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -230,7 +231,10 @@ class _HeadCall:
 
     def __call__(self, hidden: Tensor, **extra: Any) -> dict[str, Tensor]:
         if extra:
-            raise ValueError(f"the output head was called with {sorted(extra)}, which the patch does not serve")
+            raise ValueError(
+                f"the output head was called with {sorted(extra)}, which the patch does not serve; skip_logits=False "
+                "runs the model's own forward where the loss is plain NLL"
+            )
         results = self._score(hidden)
         if self.with_logits:
             results["logits"] = self.rule.finish(self.own_forward(hidden))
