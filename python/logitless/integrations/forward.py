@@ -34,6 +34,7 @@ class PatchedForward:
     name, and the name leads to the class's own forward.
     """
 
+    __name__ = "forward"
     __slots__ = ("__func__", "__self__", "__signature__", "__weakref__")
 
     def __init__(self, model: Any) -> None:

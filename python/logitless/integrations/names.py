@@ -26,13 +26,15 @@ from .scoring import CALL_SETTINGS, REQUEST_ARGUMENTS, Patch
 _OF_PATCH = ("backend", "backward", "check", "eval_logits")
 #: Arguments of the ops that have another place, or none, in a call of a model.
 _ELSEWHERE = {
-    "targets": "labels=... (shifted inside) or shift_labels=... (aligned)",
-    "outputs": "token_outputs=(...)",
-    "normalizer": "num_items_in_batch=...",
-    "weight": "loss_inputs={\"token_weight\": ...} for weights of tokens; the head's weight is the model's own",
-    **dict.fromkeys(("hidden", "bias", "logit_scale", "softcap"), "nowhere: it is read from the model"),
-    **{name: f"patch(model, {name}=...)" for name in _OF_PATCH},
+    "targets": "give it as labels=... (shifted inside) or shift_labels=... (aligned)",
+    "outputs": "give it as token_outputs=(...)",
+    "normalizer": "give it as num_items_in_batch=...",
+    "weight": 'the head\'s is read from the model; give those of tokens as loss_inputs={"token_weight": ...}',
+    **dict.fromkeys(("hidden", "bias", "logit_scale", "softcap"), "it is read from the model"),
+    **{name: f"give it as patch(model, {name}=...)" for name in _OF_PATCH},
 }
+#: Losses that a hint names before others that have the same hyper-parameter.
+_WELL_KNOWN = ("nll", "dpo", "ppo")
 #: What hosts pass whatever the model takes, and what is like a name of ours: columns that `Trainer` keeps or makes, the
 #: boundaries of packed rows, and a setting that Transformers has renamed.
 _OF_HOSTS = (
@@ -63,8 +65,10 @@ def check_names(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
 
 def _advice(name: str, near: list[str], places: dict[str, str]) -> str:
     """The nearest names, and where each of them goes that is no argument of a call."""
-    meant = "" if near == [name] else f" (did you mean {' or '.join(repr(other) for other in near)}?)"
-    return meant + "".join(f"; {other} goes to {places[other]}" for other in near if other in places)
+    if near == [name]:
+        return f"; {places[name]}"
+    meant = f" (did you mean {' or '.join(repr(other) for other in near)}?)"
+    return meant + "".join(f"; {other}: {places[other]}" for other in near if other in places)
 
 
 def check_loss_function(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
@@ -123,21 +127,23 @@ def _read_by_name(function: Callable[..., Any]) -> Iterator[str]:
 def _places(current: Loss) -> dict[str, str]:
     """Where each of our names belongs that is no argument of a call. `current` is the loss that hints prefer."""
     places: dict[str, str] = {}
-    known = [type(current), *(type(loss) for loss in _defaults())]
-    for cls in known:
+    for cls in (type(current), *(type(loss) for loss in _defaults())):
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-            places.setdefault(field.name, f"loss={cls.__name__}({field.name}=...)")
+            places.setdefault(field.name, f"give it as loss={cls.__name__}({field.name}=...)")
     inputs = {name for loss in (current, *_defaults()) for name in _inputs_of(loss)}
     own = {*LossArguments.__annotations__} - {*OPTION_NAMES, "cu_seqlens", "normalizer"}
     for name in (*CALL_SETTINGS, *own, *inputs):
-        places[name] = f'loss_inputs={{"{name}": ...}}'
-    places |= dict.fromkeys(OPTION_NAMES, "logitless.linear_loss on the hidden states of hidden_only=True") | _ELSEWHERE
+        places[name] = f'give it as loss_inputs={{"{name}": ...}}'
+    places |= dict.fromkeys(
+        OPTION_NAMES, "give it to logitless.linear_loss, with the hidden states of hidden_only=True"
+    )
+    places |= _ELSEWHERE
     return {name: place for name, place in places.items() if name not in REQUEST_ARGUMENTS}
 
 
 def _defaults() -> Iterator[Loss]:
-    """Every registered loss that can be made without an argument."""
-    for name in losses.names():
+    """Every registered loss that can be made without an argument, the well-known ones first."""
+    for name in (*_WELL_KNOWN, *losses.names()):
         try:
             yield losses.get(name)
         except TypeError:
