@@ -52,23 +52,21 @@ def check_names(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
         TypeError: the message has the nearest names, and where the argument belongs.
     """
     unknown = set(names) - {*REQUEST_ARGUMENTS, *state.names, *_OF_HOSTS}
-    if not unknown:
-        return
-    places = _places(state.loss)
-    for name in sorted(unknown - names_of_model(model) - _of_loss_function(model)):
-        near = [name] if name in places else _near(name, places)
+    unknown = unknown and unknown - names_of_model(model) - _of_loss_function(model)
+    advice = _advice_by_name(state.loss) if unknown else {}
+    for name in sorted(unknown):
+        near = [name] if name in advice else _near(name, advice)
         if near:
-            raise TypeError(
-                f"{name}: no argument of a patched {type(model).__name__}'s call{_advice(name, near, places)}"
-            )
+            kind = type(model).__name__
+            raise TypeError(f"{name}: no argument of a patched {kind}'s call{_hint(name, near, advice)}")
 
 
-def _advice(name: str, near: list[str], places: dict[str, str]) -> str:
+def _hint(name: str, near: list[str], advice: dict[str, str]) -> str:
     """The nearest names, and where each of them goes that is no argument of a call."""
     if near == [name]:
-        return f"; {places[name]}"
+        return f"; {advice[name]}"
     meant = f" (did you mean {' or '.join(repr(other) for other in near)}?)"
-    return meant + "".join(f"; {other}: {places[other]}" for other in near if other in places)
+    return meant + "".join(f"; {other}: {advice[other]}" for other in near if other in advice)
 
 
 def check_loss_function(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
@@ -104,7 +102,10 @@ def names_of_model(model: nn.Module) -> set[str]:
 
 
 def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(function).parameters)
+    try:
+        return dict(inspect.signature(function).parameters)
+    except (TypeError, ValueError):  # compiled code
+        return {}
 
 
 def _of_typed_dict(annotation: Any, function: Callable[..., Any]) -> Iterator[str]:
@@ -124,21 +125,19 @@ def _read_by_name(function: Callable[..., Any]) -> Iterator[str]:
     yield from (value for value in getattr(code, "co_consts", ()) if isinstance(value, str) and value.isidentifier())
 
 
-def _places(current: Loss) -> dict[str, str]:
+def _advice_by_name(current: Loss) -> dict[str, str]:
     """Where each of our names belongs that is no argument of a call. `current` is the loss that hints prefer."""
-    places: dict[str, str] = {}
-    for cls in (type(current), *(type(loss) for loss in _defaults())):
+    advice: dict[str, str] = {}
+    for cls in (type(loss) for loss in (current, *_defaults())):
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-            places.setdefault(field.name, f"give it as loss={cls.__name__}({field.name}=...)")
+            advice.setdefault(field.name, f"give it as loss={cls.__name__}({field.name}=...)")
     inputs = {name for loss in (current, *_defaults()) for name in _inputs_of(loss)}
     own = {*LossArguments.__annotations__} - {*OPTION_NAMES, "cu_seqlens", "normalizer"}
     for name in (*CALL_SETTINGS, *own, *inputs):
-        places[name] = f'give it as loss_inputs={{"{name}": ...}}'
-    places |= dict.fromkeys(
-        OPTION_NAMES, "give it to logitless.linear_loss, with the hidden states of hidden_only=True"
-    )
-    places |= _ELSEWHERE
-    return {name: place for name, place in places.items() if name not in REQUEST_ARGUMENTS}
+        advice[name] = f'give it as loss_inputs={{"{name}": ...}}'
+    by_hand = "give it to logitless.linear_loss, with the hidden states of hidden_only=True"
+    advice |= dict.fromkeys(OPTION_NAMES, by_hand) | _ELSEWHERE
+    return {name: place for name, place in advice.items() if name not in REQUEST_ARGUMENTS}
 
 
 def _defaults() -> Iterator[Loss]:
@@ -154,12 +153,12 @@ def _inputs_of(loss: Loss) -> tuple[str, ...]:
     return (*loss.inputs, *loss.sequence_inputs, *loss.optional_inputs)
 
 
-def _near(name: str, places: Iterable[str]) -> list[str]:
+def _near(name: str, advice: Iterable[str]) -> list[str]:
     """Up to three of our names that this one may be a slip of the pen for.
 
     A short hyper-parameter has to be nearer than the others, because many a word is like it ("height" and "weight").
     """
-    by_letters = {_letters(other): other for other in (*places, *REQUEST_ARGUMENTS) if len(other) > 2}
+    by_letters = {_letters(other): other for other in (*advice, *REQUEST_ARGUMENTS) if len(other) > 2}
     found = difflib.get_close_matches(_letters(name), by_letters, 3, 0.8)
     nearer = difflib.get_close_matches(_letters(name), by_letters, 3, 0.86)
     return [by_letters[x] for x in found if x in nearer or len(x) > 6 or by_letters[x] in REQUEST_ARGUMENTS]

@@ -10,7 +10,6 @@ runs the original forward (`forward.py`), and an argument of ours that stands in
 from __future__ import annotations
 
 import inspect
-import logging
 from typing import Any, TypeVar, get_args
 
 from torch import nn
@@ -19,12 +18,11 @@ from .. import losses
 from ..losses import Loss
 from ..types import BackendName, BackwardName
 from .families import head_rule, router_loss
-from .forward import PatchedForward
+from .forward import PatchedForward, logger
 from .heads import find_head
 from .scoring import Patch, check_temperature
 from .support import causal_lm, check_model
 
-logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
 
 
