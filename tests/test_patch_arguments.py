@@ -251,6 +251,18 @@ def test_a_compiler_checks_the_names_while_it_traces(labelled: bool) -> None:
         compiled(**inputs, use_cache=False, token_weight=torch.ones(B, T))
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("labelled", [True, False], ids=["labels", "no labels"])
+def test_a_patched_model_is_exported(labelled: bool, strict: bool) -> None:
+    model, inputs = patch(llama(), check=False).eval(), batch()
+    ids = inputs.pop("input_ids")
+    given = {**(inputs if labelled else {}), "use_cache": False}
+    program = torch.export.export(model, (ids,), given, strict=strict)
+    found, expected = program.module()(ids, **given), model(ids, **given)
+    assert found.keys() == expected.keys() == {"loss" if labelled else "logits"}
+    torch.testing.assert_close(found, expected)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Temperature
 
@@ -423,6 +435,7 @@ def test_the_warning_is_for_training_calls_alone() -> None:
         model(**batch()).loss.backward()  # with the self-check, and the layers run again in the backward pass
         model(input_ids=ids, hidden_only=True)
         model(**batch(), skip_logits=False)
+        model(ids, skip_logits=False)
         with torch.no_grad():
             model(ids)
         model.generate(ids, max_new_tokens=2)

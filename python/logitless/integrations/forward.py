@@ -47,6 +47,12 @@ class PatchedForward:
         """A call of the model."""
         return _forward(self.__self__, args, kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        """The function's attributes, as a bound method has them: torch.export reads `__code__`."""
+        if name in self.__slots__ or name == "__dict__":
+            raise AttributeError(name)
+        return getattr(self.__func__, name)
+
     def __reduce__(self) -> tuple[type[PatchedForward], tuple[Any]]:
         """For pickle and copy: the forward of that model, which carries its own state."""
         return PatchedForward, (self.__self__,)
@@ -96,21 +102,24 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     request = Request(inputs, **{name: value for name, value in ours.items() if value is not None})
     check_request(request)
     loss = state.loss if request.loss is None else losses.get(request.loss)
-    if request.skip_logits is None:
-        skip = model.training or not state.eval_logits
-    else:
-        skip = request.skip_logits
+    skip = _skips_logits(state, request, model.training)
     if _original_serves(state, request, loss, skip):
-        if not request.scored and model.training and torch.is_grad_enabled():
+        if not request.scored and request.skip_logits is None and model.training and torch.is_grad_enabled():
             state.forward.warn()
         return state.original(model, *args, **{k: v for k, v in kwargs.items() if k not in OWN_ARGUMENTS})
     if request.scored:
         _admit(state, tuple(inputs), ours=True)
-    if request.scored and state.check:
-        state.forward.confirm()
+        if state.check:
+            state.forward.confirm()
     output = score(model, state, request, loss, skip=skip)
     as_dict = getattr(model.config, "return_dict", True) if request.return_dict is None else request.return_dict
     return output if as_dict else output.to_tuple()
+
+
+def _skips_logits(state: Patch, request: Request, training: bool) -> bool:
+    if request.skip_logits is None:
+        return training or not state.eval_logits
+    return request.skip_logits
 
 
 def _original_serves(state: Patch, request: Request, loss: Loss, skip: bool) -> bool:
@@ -144,7 +153,7 @@ def _warn_once(model: nn.Module, state: Patch) -> None:
         "would unpatched. The host takes the labels out, as Trainer does with label_smoothing_factor and "
         "compute_loss_func. Without them: leave the labels in the batch and give the loss to the patch, as "
         'patch(model, loss=losses.NLL(label_smoothing=0.1)) or loss="dft"; or call the model with hidden_only=True, '
-        "and compute the loss by logitless.linear_loss from its hidden states",
+        "and compute the loss by logitless.linear_loss from its hidden states. skip_logits=False asks for logits",
         stacklevel=6,
     )
 

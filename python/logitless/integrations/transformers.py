@@ -77,7 +77,8 @@ def patch(
     The model's other arguments pass, also those that it hands down by `**kwargs`. But a name of ours that stands in the
     wrong place (`token_weight` outside `loss_inputs`, `beta` outside `loss=losses.DPO(beta=...)`), or nearly one of
     ours, is an error: the model would ignore it. A training call without labels runs as if unpatched, with full
-    logits. The first one of a model warns, because hosts take the labels out where one does not expect it.
+    logits. The first one of a model warns, because hosts take the labels out where one does not expect it;
+    `skip_logits=False` asks for them.
 
     LoRA on the head is computed as in PEFT, with several adapters, dropout and bias. It costs one copy of the weight
     per call and one of its gradient. So do the `trainable_token_indices` of a tied head. `modules_to_save` costs
