@@ -145,6 +145,24 @@ def test_a_misspelt_name_is_named_before_what_is_missing_without_it() -> None:
         patch(llama())(input_ids=ids, lables=ids, loss="dft")
 
 
+@pytest.mark.parametrize(
+    ("loss", "name", "message"),
+    [
+        ("nll", "token_weights", r"'nll' does not take it \(did you mean 'token_weight'"),
+        ("nll", "ref_logprob", r"'nll' does not take it.*it takes reduction, max_length, ref_head, token_weight"),
+        ("nll", "label_smoothing", r"; give it as loss=NLL\(label_smoothing=\.\.\.\)"),
+        ("dpo", "ref_logprobs", r"'dpo' does not take it \(did you mean 'ref_logprob'.*it takes ref_logprob, "),
+        ("dpo", "beta", r"; give it as loss=DPO\(beta=\.\.\.\)"),
+        ("ppo", "temperature", r"; give it as temperature=\.\.\."),
+        ("ppo", "normalizer", r"; give it as num_items_in_batch=\.\.\."),
+        ("ppo", "backend", r"; give it as patch\(model, backend=\.\.\.\)"),
+    ],
+)
+def test_a_key_of_loss_inputs_that_the_loss_does_not_take_is_refused(loss: str, name: str, message: str) -> None:
+    with pytest.raises(TypeError, match=rf"^loss_inputs\['{name}'\]: .*{message}"):
+        patch(llama(), check=False)(**batch(), loss=loss, loss_inputs={name: torch.ones(B, T)})
+
+
 def names_of_losses() -> list[str]:
     """Every input and every hyper-parameter of a loss, and every argument of `linear_loss`."""
     found = {*LossArguments.__annotations__}

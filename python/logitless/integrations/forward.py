@@ -17,7 +17,7 @@ from ..losses import Loss
 from ..losses.sft.likelihood import NLL
 from . import selfcheck
 from .heads import check_output_head, find_head
-from .names import check_loss_function, check_names
+from .names import check_loss_function, check_loss_inputs, check_names
 from .scoring import REQUEST_ARGUMENTS, Patch, Request, check_request, score
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,7 @@ def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     request = Request(inputs, **{name: value for name, value in ours.items() if value is not None})
     check_request(request)
     loss = state.loss if request.loss is None else losses.get(request.loss)
+    check_loss_inputs(loss, request.loss_inputs or ())
     skip = _skips_logits(state, request, model.training)
     if _original_serves(state, request, loss, skip):
         if not request.scored and request.skip_logits is None and model.training and torch.is_grad_enabled():

@@ -78,10 +78,10 @@ def check_output_head(model: nn.Module, head: HeadModules) -> None:
     if _is_adapter(head.inner):
         _check_adapter(head.inner)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
-        cure = "use LoRA or modules_to_save there" if _is_peft(linear) else "dequantise a quantised head"
+        cure = "use LoRA or modules_to_save there" if _is_peft(linear) else "dequantise it if it is quantised"
         raise UnsupportedModelError(
             f"{type(model).__name__}: its output head is a {type(linear).__name__}; only a plain torch.nn.Linear is "
-            f"served ({cure})"
+            f"served: {cure}"
         )
     if linear.weight.dtype not in HEAD_DTYPES or not _is_plain(linear.weight):
         raise UnsupportedModelError(

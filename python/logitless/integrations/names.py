@@ -18,6 +18,7 @@ from torch import nn
 from .. import losses
 from ..arguments import LossArguments
 from ..losses import Loss
+from ..losses.checks import near_words
 from ..types import OPTION_NAMES
 from .families import base_of
 from .scoring import CALL_SETTINGS, REQUEST_ARGUMENTS, Patch
@@ -33,6 +34,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("hidden", "bias", "logit_scale", "softcap"), "it is read from the model"),
     **{name: f"give it as patch(model, {name}=...)" for name in _OF_PATCH},
 }
+#: Inputs of `linear_loss` that are tensors of every loss, or are refused by it with a reason.
+_OF_EVERY_LOSS = ("token_weight", "among", "ref_hidden")
 #: Losses that a hint names before others that have the same hyper-parameter.
 _WELL_KNOWN = ("nll", "dpo", "ppo")
 #: What hosts pass whatever the model takes, and what is like a name of ours: columns that `Trainer` keeps or makes, the
@@ -67,6 +70,23 @@ def _hint(name: str, near: list[str], advice: dict[str, str]) -> str:
         return f"; {advice[name]}"
     meant = f" (did you mean {' or '.join(repr(other) for other in near)}?)"
     return meant + "".join(f"; {other}: {advice[other]}" for other in near if other in advice)
+
+
+def check_loss_inputs(loss: Loss, given: Iterable[str]) -> None:
+    """Raises for a key of `loss_inputs` that neither the loss nor `linear_loss` takes from there.
+
+    Raises:
+        TypeError: the message has the keys that the loss takes, the nearest ones, and the place of a misplaced one.
+    """
+    known = (*_inputs_of(loss), *CALL_SETTINGS, *_OF_EVERY_LOSS)
+    for name in given:
+        if name not in known:
+            elsewhere = {**_advice_by_name(loss), "temperature": "give it as temperature=..."}
+            place = elsewhere.get(name, "")
+            raise TypeError(
+                f"loss_inputs[{name!r}]: {loss.name!r} does not take it{near_words(name, known)}; it takes "
+                f"{', '.join(known)}" + (f"; {place}" if place and "loss_inputs" not in place else "")
+            )
 
 
 def check_loss_function(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
