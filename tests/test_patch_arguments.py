@@ -281,6 +281,19 @@ def test_a_patched_model_is_exported(labelled: bool, strict: bool) -> None:
     torch.testing.assert_close(found, expected)
 
 
+def test_a_compiler_takes_a_losss_inputs_and_checks_their_names() -> None:
+    torch._dynamo.reset()
+    model = patch(llama(), loss="ppo")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    given = {"old_logprob": torch.zeros(B, T), "advantages": torch.randn(B, T), "token_weight": torch.rand(B, T)}
+    call = {**batch(), "use_cache": False, "temperature": 0.7, "loss_inputs": given}
+    torch.testing.assert_close(compiled(**call).loss, model(**call).loss)
+    with pytest.raises(
+        Exception, match=r"loss_inputs\['advantage'\]: 'ppo' does not take it \(did you mean 'advantages'"
+    ):
+        compiled(**{**call, "loss_inputs": {"advantage": given["advantages"]}})
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Temperature
 
@@ -375,6 +388,17 @@ def test_the_number_of_items_may_be_any_number_of_seven(items: Any) -> None:
     model = patch(llama())
     mean = model(**batch()).loss
     torch.testing.assert_close(model(**batch(), num_items_in_batch=items).loss, mean * (B * (T - 1)) / 7)
+
+
+def test_a_compiler_takes_one_number_of_items_after_another() -> None:
+    torch._dynamo.reset()
+    model = patch(llama())
+    compiled, mean = torch.compile(model, backend="aot_eager", fullgraph=True), model(**batch()).loss
+    for items in (5, 7, 11, torch.tensor(13)):
+        found = compiled(**batch(), use_cache=False, num_items_in_batch=items).loss
+        torch.testing.assert_close(found, mean * (B * (T - 1)) / items)
+    labels = torch.full((B, T), -100)
+    assert compiled(batch()["input_ids"], labels=labels, use_cache=False, num_items_in_batch=0).loss.item() == 0
 
 
 @pytest.mark.parametrize("items", [-1, -0.5, math.nan, -math.inf, math.inf], ids=str)

@@ -81,12 +81,19 @@ def check_loss_inputs(loss: Loss, given: Iterable[str]) -> None:
     known = (*_inputs_of(loss), *CALL_SETTINGS, *_OF_EVERY_LOSS)
     for name in given:
         if name not in known:
-            elsewhere = {**_advice_by_name(loss), "temperature": "give it as temperature=..."}
-            place = elsewhere.get(name, "")
-            raise TypeError(
-                f"loss_inputs[{name!r}]: {loss.name!r} does not take it{near_words(name, known)}; it takes "
-                f"{', '.join(known)}" + (f"; {place}" if place and "loss_inputs" not in place else "")
-            )
+            _refuse_input(loss.name, name, known)
+
+
+def _refuse_input(loss: str, name: str, known: tuple[str, ...]) -> None:
+    fields = [losses.get(loss)] if loss in losses.names() else []
+    place = {**_advice_by_name(*fields), "temperature": "give it as temperature=..."}.get(name, "loss_inputs")
+    raise TypeError(
+        f"loss_inputs[{name!r}]: {loss!r} does not take it{near_words(name, known)}; it takes {', '.join(known)}"
+        + ("" if "loss_inputs" in place else f"; {place}")
+    )
+
+
+_refuse_input._dynamo_marked_constant = True  # type: ignore[attr-defined]  # a compiler runs it, and raises its error
 
 
 def check_loss_function(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
@@ -145,13 +152,13 @@ def _read_by_name(function: Callable[..., Any]) -> Iterator[str]:
     yield from (value for value in getattr(code, "co_consts", ()) if isinstance(value, str) and value.isidentifier())
 
 
-def _advice_by_name(current: Loss) -> dict[str, str]:
-    """Where each of our names belongs that is no argument of a call. `current` is the loss that hints prefer."""
+def _advice_by_name(*preferred: Loss) -> dict[str, str]:
+    """Where each of our names belongs that is no argument of a call. Hints name the losses that are preferred."""
     advice: dict[str, str] = {}
-    for cls in (type(loss) for loss in (current, *_defaults())):
+    for cls in (type(loss) for loss in (*preferred, *_defaults())):
         for field in dataclasses.fields(cls):  # type: ignore[arg-type]
             advice.setdefault(field.name, f"give it as loss={cls.__name__}({field.name}=...)")
-    inputs = {name for loss in (current, *_defaults()) for name in _inputs_of(loss)}
+    inputs = {name for loss in (*preferred, *_defaults()) for name in _inputs_of(loss)}
     own = {*LossArguments.__annotations__} - {*OPTION_NAMES, "cu_seqlens", "normalizer"}
     for name in (*CALL_SETTINGS, *own, *inputs):
         advice[name] = f'give it as loss_inputs={{"{name}": ...}}'

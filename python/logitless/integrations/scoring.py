@@ -122,8 +122,8 @@ def _number_of_items(items: Any) -> Tensor | float | None:
 
     The value of a tensor on an accelerator is not looked at, because that would wait for it.
     """
-    if not isinstance(items, Tensor) and getattr(items, "size", None) == 1:
-        items = items.item()
+    if not isinstance(items, (Tensor, int, float, type(None))) and getattr(items, "size", None) == 1:
+        items = items.item()  # NumPy's; a compiler's symbolic number is an int and has no attributes
     if isinstance(items, Tensor) and items.numel() != 1:
         raise ValueError(f"num_items_in_batch: expected one number, got a tensor of shape {list(items.shape)}")
     if isinstance(items, bool) or not isinstance(items, (Tensor, int, float, type(None))):
