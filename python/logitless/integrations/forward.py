@@ -96,7 +96,7 @@ def _function_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: Patch = model._logitless_patch  # type: ignore[assignment]
-    inputs = {**dict(zip(state.names, args, strict=False)), **kwargs}
+    inputs = {**dict(zip(state.names[: len(args)], args, strict=True)), **kwargs}
     ours = {name: inputs.pop(name) for name in REQUEST_ARGUMENTS if name in inputs}
     _admit(state, tuple(inputs), ours=False)
     request = Request(inputs, **{name: value for name, value in ours.items() if value is not None})
