@@ -449,8 +449,13 @@ def test_compute_metrics_gets_logits_with_eval_logits(tmp_path: Any) -> None:
         seen.append(prediction.predictions.shape)
         return {}
 
-    trainer(tmp_path, patch(llama(vocab_size=LARGE), eval_logits=True), compute_metrics=metrics).evaluate()
+    host = trainer(tmp_path, patch(llama(vocab_size=LARGE), eval_logits=True), compute_metrics=metrics)
+    host.evaluate()
     assert seen == [(32, 64, LARGE)]
+    assert host.predict(host.eval_dataset).predictions.shape == (32, 64, LARGE)
+    unpatch(host.model)
+    patch(host.model)
+    assert trainer(tmp_path, host.model).predict(host.eval_dataset).predictions == ()
 
 
 @pytest.mark.parametrize(

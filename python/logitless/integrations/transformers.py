@@ -43,8 +43,9 @@ def patch(
     `get_peft_model` may come before or after. Pickle, `torch.save(model)` and `copy.deepcopy` give a patched model.
 
     **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more
-    memory than training. Whoever reads `output.logits` beside the loss says so: `patch(model, eval_logits=True)`, which
-    `Trainer` with `compute_metrics` or `preprocess_logits_for_metrics` needs, or `skip_logits=False` in a call.
+    memory than training. Whoever reads `output.logits` beside the loss says so: `skip_logits=False` in a call, or
+    `patch(model, eval_logits=True)`. `Trainer` needs the latter for `compute_metrics`, `preprocess_logits_for_metrics`
+    and the predictions of `predict`, which are an empty tuple without it.
 
     The patched forward takes, beside the model's own arguments:
 
@@ -72,7 +73,7 @@ def patch(
       `position_ids` that start at 0 in every sequence and no `attention_mask`: then Transformers keeps attention inside
       the sequences. That works without a cache only, so `use_cache` is False unless it is passed.
 
-    It returns `LinearCausalLMOutput`, or a tuple with `return_dict=False`.
+    It returns `LinearCausalLMOutput`, or with `return_dict=False` a tuple, in which skipped logits have no place.
 
     The model's other arguments pass, also those that it hands down by `**kwargs`. But a name of ours that stands in the
     wrong place (`token_weight` outside `loss_inputs`, `beta` outside `loss=losses.DPO(beta=...)`), or nearly one of
@@ -89,9 +90,9 @@ def patch(
             around one.
         loss: the loss to compute: an object with its hyper-parameters or a name with its defaults.
         backend, backward: as in `logitless.linear_logprobs`.
-        temperature: the sampler's, which logits are divided by before loss and `token_outputs` (and those of a
-            reference whose `ref_head` is not a `Head`) are computed from them. 1 by default. The terms that the model
-            adds, and the logits that it returns, stay at 1.
+        temperature: the sampler's. Loss and `token_outputs` are those of the logits divided by it, and so are a
+            reference's, unless its `ref_head` is a `Head`. 1 by default. The terms that the model adds, and the logits
+            that it returns, stay at 1.
         eval_logits: whether a call with labels in evaluation computes true logits too.
         check: whether to compare with the model's own logits before the first loss (`selfcheck.self_check`). This is
             one forward of five tokens that leaves no trace, on every rank alike. It does not run here, because weights
