@@ -42,7 +42,7 @@ def self_check(model: nn.Module, state: Patch) -> float:
     inputs = {"input_ids": ids, **({"use_cache": False} if "use_cache" in state.names else {})}
     with _untouched(model):
         own, gain = _own_forward(model, state, inputs)
-        request = Request(inputs, labels=ids, token_outputs=("logprob", "lse"), gain=gain)
+        request = Request(inputs, labels=ids, token_outputs=("logprob", "lse"), temperature=1.0, gain=gain)
         try:
             ours = score(model, state, request, NLL(), skip=True)
         except (TypeError, ValueError) as error:
@@ -96,7 +96,7 @@ def _own_forward(model: nn.Module, state: Patch, inputs: dict[str, Any]) -> tupl
     fits = inner.weight.shape[0] == text_config(model).vocab_size  # type: ignore[index]
     inner.forward = gained
     try:
-        own = state.original(**inputs, labels=inputs["input_ids"] if fits else None, return_dict=True)
+        own = state.original(model, **inputs, labels=inputs["input_ids"] if fits else None, return_dict=True)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}: the self-check could not run the model's own forward on {TOKENS} tokens "
