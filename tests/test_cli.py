@@ -318,12 +318,12 @@ def test_names_of_other_tools_are_flags_too(tmp_path: Path, monkeypatch: pytest.
     seen: list[TrainOptions] = []
     monkeypatch.setattr("logitless.training.train", seen.append)
     file = tmp_path / "a.yaml"
-    file.write_text("dtype: float16\ncompletion_only_loss: true\n")
-    given = ["--torch-dtype=bfloat16", "--assistant_only_loss", "false", "--fp16", "false", "--logging_first_step"]
+    file.write_text("dtype: float16\ndivergence: js\n")
+    given = ["--torch-dtype=bfloat16", "--f_divergence_type", "alpha", "--fp16", "false", "--logging_first_step"]
     result = run("train", "--config", str(file), *given, "--seed", "-1")
     assert result.exit_code == 0 and "logging_first_step changes nothing here" in result.output
     (options,) = seen
-    assert (options.dtype, options.completion_only_loss, options.seed) == ("bfloat16", False, -1)
+    assert (options.dtype, options.divergence, options.seed) == ("bfloat16", "alpha", -1)
 
 
 def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, small: dict[str, str]) -> None:

@@ -144,7 +144,7 @@ def canonical_pair(row: Row, *, chat: bool = True, repeats: bool = False) -> Row
         return row
     missing = [name for name in ("chosen", "rejected") if not _has(row, name)]
     if missing:
-        raise InputError(f"{row.origin}: {' and '.join(missing)} missing; {_columns_of(row)}")
+        raise InputError(f"{row.origin}: {' and '.join(missing)} missing; {_column_names(row)}")
     answers = {name: _read(name, row) for name in ("chosen", "rejected")}
     if isinstance(answers["chosen"], str) != isinstance(answers["rejected"], str):
         raise InputError(f"{row.origin}: chosen and rejected must both be strings or both lists of turns")
@@ -348,7 +348,7 @@ def _shared_turns(row: Row, prompt: str | None, talks: list[list[Turn]]) -> int:
         )
     if prompt is not None and prompt.strip() not in texts[:shared]:
         raise InputError(
-            f"{row.origin}: prompt is text that no turn has with which the answers begin; {_columns_of(row)}"
+            f"{row.origin}: prompt is text that no turn has with which the answers begin; {_column_names(row)}"
         )
     return shared
 
@@ -429,7 +429,7 @@ def _more(row: Row, question: str) -> str:
     if texts and question != "instruction":
         raise InputError(
             f"{row.origin}: {question} stands beside {next(iter(texts))}, which it may refer to; join them in one "
-            f"column, or rename the other; {_columns_of(row)}"
+            f"column, or rename the other; {_column_names(row)}"
         )
     if len(texts) > 1:
         raise _two_forms(row, *texts)
@@ -459,12 +459,12 @@ def _only(row: Row) -> str:
     return texts[0]
 
 
-def _columns_of(row: Row) -> str:
+def _column_names(row: Row) -> str:
     return f"the columns are {sorted(row.values)}; column_map (new=old) reads one under another name"
 
 
 def _two_forms(row: Row, one: str, other: str) -> InputError:
-    return InputError(f"{row.origin}: {one} and {other} are two forms of a row; keep one of them; {_columns_of(row)}")
+    return InputError(f"{row.origin}: {one} and {other} are two forms of a row; keep one of them; {_column_names(row)}")
 
 
 def _no_form(row: Row, text_field: str) -> InputError:
@@ -472,5 +472,5 @@ def _no_form(row: Row, text_field: str) -> InputError:
     hint = " (chosen and rejected belong to a preference loss: --method dpo)" if "chosen" in row.values else ""
     return InputError(
         f"{row.origin}: expected messages, or prompt and completion, or {text_field}, or a form of other trainers "
-        f"({', '.join((*CONVERSATIONS[1:], *TALKS))}; {others}); {_columns_of(row)}{hint}"
+        f"({', '.join((*CONVERSATIONS[1:], *TALKS))}; {others}); {_column_names(row)}{hint}"
     )

@@ -76,11 +76,11 @@ def read_settings(model: Any, tokenizer: Any, options: TrainOptions) -> Settings
     """
     own = tuple(getattr(tokenizer, "vocab_files_names", {}).values())
     names, revision = tuple(dict.fromkeys((*TOKENIZER_FILES, *own))), options.model_revision
-    tokenizer_files = _read(tokenizer.name_or_path, names, revision)
+    tokenizer_files = _saved_files(tokenizer.name_or_path, names, revision)
     if options.chat_template_path is not None:
         tokenizer_files = _without_template(tokenizer_files)
     commit = getattr(model.config, "_commit_hash", None) or revision  # the base of an adapter has a revision of its own
-    model_files = _read(model.config.name_or_path, (CONFIG, GENERATION_CONFIG), commit)
+    model_files = _saved_files(model.config.name_or_path, (CONFIG, GENERATION_CONFIG), commit)
     if CONFIG in model_files:
         model_files[CONFIG] = _as_loaded(model_files[CONFIG], model.config)
     return Settings(model_files, tokenizer_files)
@@ -111,7 +111,7 @@ def _without_template(tokenizer_files: Mapping[str, bytes]) -> dict[str, bytes]:
     return kept
 
 
-def _read(place: str, names: Iterable[str], revision: str) -> dict[str, bytes]:
+def _saved_files(place: str, names: Iterable[str], revision: str) -> dict[str, bytes]:
     from huggingface_hub import try_to_load_from_cache
 
     found: dict[str, bytes] = {}
