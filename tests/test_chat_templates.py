@@ -209,12 +209,16 @@ def test_a_role_that_the_template_does_not_know_is_not_left_out_in_silence(name:
         one(turns, template(name))
 
 
-def test_settings_of_the_template_stand_in_the_row() -> None:
-    tokenizer = template("qwen3_6")
+def test_variables_of_the_template_stand_in_the_row() -> None:
+    tokenizer = make_tokenizer("{{ mode | default('none') }}" + make_tokenizer().chat_template)
     turns = [user("q"), assistant("A")]
-    texts = [tokenizer.decode(one(turns, tokenizer, {"chat_template_kwargs": {"enable_thinking": on}}).input_ids)
-             for on in (True, False)]  # fmt: skip
-    assert all("A<|im_end|>" in text for text in texts)
+    for variables, text in (({"mode": "on", "other": None}, "on"), ('{"mode": "on"}', "on"), (None, "none"), ({}, "none")):
+        example = one(turns, tokenizer, {"chat_template_kwargs": variables})
+        assert tokenizer.decode(example.input_ids).startswith(f"{text}<|im_start|>user")
+        assert counted(example, tokenizer) == "A<|im_end|>\n"
+    for wrong in ("[1]", 3, "text"):
+        with pytest.raises(InputError, match="line 7: chat_template_kwargs: expected a JSON object"):
+            one(turns, tokenizer, {"chat_template_kwargs": wrong})
 
 
 def test_turns_marked_as_not_to_be_learned_do_not_count() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,8 +29,24 @@ from logitless.training.examples import IGNORED, Example, Item, TokenizedData
 from logitless.training.forms import canonical, canonical_pair, prompts_are_repeated
 from logitless.training.marks import answers, says_something
 from logitless.training.tokens import Encoded, TextEncoder
+from logitless.training.turns import Turn, read_variables
 
-TRAINED = "train"  # the key of a turn that says whether it is learned
+LEARNED = "train"  # the key of a turn that says whether it is learned
+VARIABLES = "chat_template_kwargs"  # the column of further variables of the template, as in TRL
+
+
+class _Talk(NamedTuple):
+    """A conversation and its tokens."""
+
+    conversation: Conversation
+    encoded: Encoded
+    unlearned: frozenset[int]  # turns that say that they are not to be learned
+
+    def without_unlearned(self, example: Example) -> Example:
+        """The example, of which the turns do not count that are not to be learned."""
+        for index in sorted(self.unlearned):
+            example.labels[self.encoded.between(self.conversation.answer(index))] = IGNORED
+        return example
 
 
 @dataclass(frozen=True)
@@ -138,56 +154,42 @@ class Renderer:
             self._refuse_masks(row, assistant_only=self.assistant_only)
             encoded = self._encoder.plain(prompt + completion)
             return _example(encoded, [slice(0 if whole else encoded.token_at(len(prompt)), None)])
-        turns = [*prompt, *completion]
-        conversation = self._conversation(turns, row)
-        encoded = self._encoder.rendered(conversation.text)
-        counted = encoded.between(conversation.completion(len(prompt)))
+        talk = self._talk([*prompt, *completion], row)
+        counted = talk.encoded.between(talk.conversation.completion(len(prompt)))
         if self.assistant_only and not pair:
-            first = 0 if whole else len(prompt)
-            return self._answers(conversation, encoded, turns, [i for i in answers(turns) if i >= first], row)
-        return self._without_untrained(
-            _example(encoded, [slice(None) if whole else counted]), conversation, encoded, turns
-        )
+            return self._answers(talk, 0 if whole else len(prompt))
+        return talk.without_unlearned(_example(talk.encoded, [slice(None) if whole else counted]))
 
     def _messages(self, turns: list[Any], row: Row) -> Example:
         """A whole conversation; the assistant's turns count, or all of it."""
         every = not self.assistant_only and (self.assistant_only is False or self.completion_only is False)
         if not every and not answers(turns):
             raise InputError(f"{row.origin}: messages has no assistant turn to learn from")
-        conversation = self._conversation(turns, row)
-        encoded = self._encoder.rendered(conversation.text)
-        if every:
-            return self._without_untrained(_example(encoded, [slice(None)]), conversation, encoded, turns)
-        return self._answers(conversation, encoded, turns, answers(turns), row)
+        talk = self._talk(turns, row)
+        return talk.without_unlearned(_example(talk.encoded, [slice(None)])) if every else self._answers(talk)
 
-    def _conversation(self, turns: list[Any], row: Row) -> Conversation:
-        plain = [{"content": "", **{key: value for key, value in turn.items() if key != TRAINED}} for turn in turns]
-        settings = {**(row.values.get("chat_template_kwargs") or {}), "tools": row.values.get("tools")}
-        return Conversation(self._template, plain, row.origin, settings)
+    def _talk(self, turns: Sequence[Turn], row: Row) -> _Talk:
+        plain = [{"content": "", **{key: value for key, value in turn.items() if key != LEARNED}} for turn in turns]
+        settings = read_variables(row.values.get(VARIABLES), VARIABLES, row.origin)
+        conversation = Conversation(self._template, plain, row.origin, settings | {"tools": row.values.get("tools")})
+        unlearned = frozenset(index for index, turn in enumerate(turns) if not turn.get(LEARNED, True))
+        return _Talk(conversation, self._encoder.rendered(conversation.text), unlearned)
 
-    def _answers(
-        self, conversation: Conversation, encoded: Encoded, turns: list[Any], numbers: list[int], row: Row
-    ) -> Example:
-        """The assistant's turns count, as far as the template marks them as generated, if it marks anything."""
-        learned = [i for i in numbers if turns[i].get(TRAINED, True)]
+    def _answers(self, talk: _Talk, first: int = 0) -> Example:
+        """The assistant's turns from `first` on count, as far as the template marks anything as generated."""
+        conversation, encoded, unlearned = talk
+        learned = [i for i in answers(conversation.turns) if i >= first and i not in unlearned]
         spans = [encoded.between(conversation.answer(i)) for i in learned]
         example = _example(encoded, spans)
         marks = self._template.generated(conversation.turns, conversation.settings)
         if marks is None:
             return example
         for i, span in zip(learned, spans, strict=True):
-            if says_something(turns[i]) and not any(marks[span]):
-                raise InputError(f"{row.origin}: turn {i + 1}: the chat template's generation marks leave it out")
+            if says_something(conversation.turns[i]) and not any(marks[span]):
+                raise InputError(
+                    f"{conversation.origin}: turn {i + 1}: the chat template's generation marks leave it out"
+                )
         return example._replace(labels=example.labels.where(torch.tensor(marks), torch.tensor(IGNORED).int()))
-
-    def _without_untrained(
-        self, example: Example, conversation: Conversation, encoded: Encoded, turns: list[Any]
-    ) -> Example:
-        """The example without the turns that say that they are not to be learned."""
-        for i in answers(turns):
-            if not turns[i].get(TRAINED, True):
-                example.labels[encoded.between(conversation.answer(i))] = IGNORED
-        return example
 
     def _refuse_masks(self, row: Row, **asked: bool | None) -> None:
         """Raises where options ask for parts that a row of strings does not have."""

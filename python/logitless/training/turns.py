@@ -89,6 +89,12 @@ def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | Non
     return [_tool(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
 
 
+def read_variables(value: Any, name: str, origin: str) -> dict[str, Any]:
+    """The variables of a mapping or of its JSON text; none where there is no value."""
+    where = f"{origin}: {name}"
+    return {} if value in (None, "") else _object(_cleaned(value, where), where)
+
+
 def _tool(value: Any, where: str) -> dict[str, Any]:
     tool = _object(value, where)
     flat = {key: item for key, item in tool.items() if key != "type"}
