@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
+from logitless.training.adapters import find_adapter, require_free
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -178,6 +179,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
         InputError: options, data, model or checkpoint that can not be used.
     """
     planned, resumed = components_of(options), find_checkpoint(options)
+    require_free(options)
     losses = [_make_loss(component) for component in planned]
     state = first_state(resumed)
     seed_generators(options.seed)
@@ -185,9 +187,11 @@ def prepare(options: TrainOptions, world: World) -> Run:
     source = locate_once(options, world)
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
+    adapter = find_adapter(source, options)
     tokenizer = load_tokenizer(source, options)
     data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
     identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
+    identity["adapter"] = None if adapter is None else adapter.digest()
     if resumed is not None:
         require_same(state["identity"], identity, resumed)
 
@@ -211,6 +215,9 @@ def prepare(options: TrainOptions, world: World) -> Run:
         state, reporter,
     )  # fmt: skip
     _describe(run)
+    if adapter is not None:
+        use = "trained on" if options.use_peft else "merged into it"
+        reporter.say(f"{source} holds an adapter of {adapter.base}: it is {use}")
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
         run.restore_estimated(checkpoint.load_estimated(resumed))

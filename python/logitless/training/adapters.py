@@ -1,0 +1,331 @@
+"""LoRA: a new adapter to train, and a folder that holds an adapter as the model to start from.
+
+    folder with adapter_config.json ──> base that it names + adapter ──> use_peft: the adapter is trained, base frozen
+                                                                    └──> otherwise: the adapter is merged into the base
+
+The model as it was given is the base with its adapter in both cases, and the reference too. What is saved is an
+adapter of the base that it came with, or a whole model: `from_pretrained` of either gives the model that was trained.
+A new adapter over a merged one would name the wrong base when saved, so a given one is trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from logitless.training.config import TrainOptions
+from logitless.training.errors import InputError
+
+ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
+LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # of a new adapter, where the options leave them open
+_UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what peft raises for files that do not fit
+
+
+class Adapter(NamedTuple):
+    """An adapter in a folder or on the hub, and the model that it belongs on."""
+
+    source: str
+    revision: str
+    config: Any  # peft's
+    base: str
+    base_revision: str
+
+    @property
+    def kind(self) -> str:
+        """The name that peft has for this kind of adapter, such as LORA."""
+        return str(getattr(self.config.peft_type, "value", self.config.peft_type))
+
+    def digest(self) -> str:
+        """A hash of its weights and of what says how they are used.
+
+        Raises:
+            InputError: its weights are not there, or can not be read.
+        """
+        from peft.utils import load_peft_weights
+
+        try:
+            weights = load_peft_weights(self.source, device="cpu", revision=self.revision)
+        except _UNREADABLE as error:
+            raise InputError(f"{self.source}: the adapter's weights can not be read: {error}") from error
+        digest = hashlib.sha256(repr(settings_of(self.config)).encode())
+        for name, tensor in sorted(weights.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()[:32]
+
+
+def find_adapter(source: str, options: TrainOptions) -> Adapter | None:
+    """The adapter that a folder or hub id holds; None where it holds a whole model.
+
+    Raises:
+        InputError: peft is missing, or the adapter can be neither trained nor merged, or its base is not there.
+    """
+    if not _holds(source, ADAPTER_CONFIG, options.model_revision):
+        return None
+    _require_no_weights(source)
+    peft = _peft(f"{source} holds an adapter, which")
+    try:
+        config = peft.PeftConfig.from_pretrained(source, revision=options.model_revision)
+    except _UNREADABLE as error:
+        raise InputError(f"{source}: its {ADAPTER_CONFIG} can not be read: {error}") from error
+    if config.is_prompt_learning:
+        raise InputError(f"{source}: an adapter of kind {config.peft_type.value} is made of virtual tokens, which can "
+                         "be neither merged into the model nor trained on here")  # fmt: skip
+    base, revision = config.base_model_name_or_path, config.revision or "main"
+    _require_base(source, base, revision)
+    return Adapter(source, options.model_revision, config, base, revision)
+
+
+def _holds(source: str, name: str, revision: str) -> bool:
+    """Whether a folder or hub repository has a file of this name."""
+    from transformers.utils import cached_file
+
+    if Path(source).is_dir():
+        return (Path(source) / name).is_file()
+    try:
+        return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False) is not None  # fmt: skip
+    except (OSError, ValueError):  # no such repository
+        return False
+
+
+def _require_no_weights(source: str) -> None:
+    """Raises where a folder holds a model's weights beside the adapter: `from_pretrained` would load both.
+
+    A model's configuration alone, which some trainers copy beside the adapter, is no model.
+    """
+    folder = Path(source)
+    weights = [path.name for pattern in ("model*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
+    if weights:
+        raise InputError(f"{source}: it holds a whole model ({weights[0]}) and an adapter ({ADAPTER_CONFIG}), so which "
+                         "of them to start from is open; move one of them into a folder of its own")  # fmt: skip
+
+
+def _require_base(source: str, base: str | None, revision: str) -> None:
+    """Raises where the model that an adapter names as its base is not there, or is an adapter itself."""
+    name = f"{source}: the adapter's base model {base!r} (base_model_name_or_path in {ADAPTER_CONFIG})"
+    if base is None:
+        raise InputError(f"{source}: its {ADAPTER_CONFIG} names no base_model_name_or_path")
+    if _holds(base, ADAPTER_CONFIG, revision):
+        raise InputError(f"{name} holds an adapter itself; merge that one into its own base first")
+    if not _holds(base, MODEL_CONFIG, revision):
+        raise InputError(f"{name} was not found; write there where it is now")
+
+
+def adapters_below(folder: Path) -> list[str]:
+    """The names of the sub-folders that hold an adapter."""
+    return sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+
+
+def tokenizer_source(source: str, options: TrainOptions) -> tuple[str, str]:
+    """Where a model's tokenizer is, and its revision: with the adapter, or else with the adapter's base."""
+    revision = options.model_revision
+    if not _holds(source, ADAPTER_CONFIG, revision) or _holds(source, "tokenizer_config.json", revision):
+        return source, revision
+    adapter = find_adapter(source, options)
+    assert adapter is not None
+    return adapter.base, adapter.base_revision
+
+
+def require_free(options: TrainOptions) -> None:
+    """Raises where the output folder holds what `from_pretrained` would read together with what this run saves."""
+    other = MODEL_CONFIG if options.use_peft else ADAPTER_CONFIG
+    if (Path(options.output_dir) / other).is_file():
+        held, saved = ("a whole model", "an adapter") if options.use_peft else ("an adapter", "a whole model")
+        raise InputError(f"output_dir {options.output_dir} holds {held} ({other}), which would be loaded together with "
+                         f"{saved} that this run saves there; choose another --output_dir")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Adapters on a model
+
+
+def add_lora(model: Any, options: TrainOptions, adapter: Adapter | None, resumed: Path | None) -> Any:
+    """The frozen model under a trainable adapter: that of a checkpoint, or the given one, or else a new one.
+
+    Raises:
+        InputError: peft is missing or does not take the options, or they ask for another adapter than the given one.
+    """
+    if adapter is None and resumed is None:
+        return _new_lora(model, options)
+    source, revision = (adapter.source, adapter.revision) if adapter and not resumed else (str(resumed), None)
+    config = _peft("use_peft").PeftConfig.from_pretrained(source, revision=revision)
+    if config.peft_type != "LORA":
+        raise InputError(f"use_peft: {source} holds an adapter of kind {config.peft_type.value}, and LoRA is what is "
+                         "trained here; without use_peft it is merged into its base")  # fmt: skip
+    _require_same_lora(model, options, config, source)
+    if options.lora_dropout is not None:
+        config.lora_dropout = options.lora_dropout
+    return put_on(model, source, revision, config, trainable=True)
+
+
+def _new_lora(model: Any, options: TrainOptions) -> Any:
+    peft = _peft("use_peft")
+    targets = options.lora_target_modules
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=LORA_R if options.lora_r is None else options.lora_r,
+        lora_alpha=LORA_ALPHA if options.lora_alpha is None else options.lora_alpha,
+        lora_dropout=LORA_DROPOUT if options.lora_dropout is None else options.lora_dropout,
+        target_modules="all-linear" if targets == ("all-linear",) else list(targets) if targets else None,
+    )
+    try:
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise InputError(f"lora_target_modules: {error}") from error
+
+
+def _require_same_lora(model: Any, options: TrainOptions, config: Any, source: str) -> None:
+    """Raises where the options ask for an adapter of another shape than the one that is trained on."""
+    for name, given, own in (
+        ("lora_r", options.lora_r, config.r),
+        ("lora_alpha", options.lora_alpha, config.lora_alpha),
+    ):
+        if given is not None and given != own:
+            raise InputError(_other_lora(name, given, own, source))
+    asked = options.lora_target_modules
+    if asked and _adapted_modules(model, asked) != _adapted_modules(model, config.target_modules):
+        own = config.target_modules
+        raise InputError(
+            _other_lora("lora_target_modules", list(asked), own if isinstance(own, str) else sorted(own), source)
+        )
+
+
+def _other_lora(name: str, given: Any, own: Any, source: str) -> str:
+    return (f"{name}: the adapter in {source}, which is trained on, has {own!r}, got {given!r}; leave {name} out, or "
+            "merge the adapter into its base (peft's merge_and_unload) and start from that")  # fmt: skip
+
+
+def _adapted_modules(model: nn.Module, names: Any) -> set[str]:
+    """The modules that peft adapts for these names, or for a pattern, or for all-linear."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+    from transformers.pytorch_utils import Conv1D
+
+    if names in ("all-linear", ("all-linear",)):
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        modules = model.named_modules()
+        return {name for name, module in modules if isinstance(module, (nn.Linear, Conv1D)) and module is not head}
+    config = LoraConfig(target_modules=names if isinstance(names, str) else list(names))
+    return {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
+
+
+def put_on(model: Any, source: str, revision: str | None, config: Any, *, trainable: bool) -> Any:
+    """The model under the adapter in a folder or on the hub, with every weight of it in place.
+
+    Raises:
+        InputError: files that are missing, or that do not fit the model. peft itself warns where names do not.
+    """
+    peft = _peft(source)
+    try:
+        adapted = peft.PeftModel.from_pretrained(
+            model, source, config=config, is_trainable=trainable, revision=revision
+        )
+        report = adapted.load_adapter(source, NAME, is_trainable=trainable, revision=revision)
+    except _UNREADABLE as error:
+        raise InputError(f"{source}: the adapter does not fit {model.name_or_path}: {error}") from error
+    if unmatched := [*report.missing_keys, *report.unexpected_keys]:
+        raise InputError(f"{source}: the adapter does not fit {model.name_or_path}: {len(unmatched)} weights have no "
+                         f"counterpart, such as {unmatched[0]}")  # fmt: skip
+    return adapted
+
+
+@torch.no_grad()
+def merged(adapted: Any, source: str) -> Any:
+    """The base with the adapter merged into its weights, an ordinary model whose logits are those of `adapted`.
+
+    Raises:
+        InputError: a kind of adapter that peft can not merge, or a model in which merging gives other logits.
+    """
+    adapted.eval()
+    ids = torch.tensor([[1, 2, 3]], device=adapted.device)
+    before = adapted(input_ids=ids, use_cache=False).logits.float()
+    _separate_head(adapted)
+    try:
+        model = adapted.merge_and_unload()
+    except (AttributeError, NotImplementedError, *_UNREADABLE) as error:
+        raise InputError(f"{source}: its adapter can not be merged into the base: {error}") from error
+    _say_where_untied(model)
+    off = (model(input_ids=ids, use_cache=False).logits.float() - before).abs().max()
+    if not off <= 64 * torch.finfo(model.dtype).eps * before.abs().max():
+        raise InputError(f"{source}: merging its adapter into the base changes the logits by {off:.2g}; merge it by "
+                         "hand, or train it on with use_peft")  # fmt: skip
+    return model
+
+
+def _separate_head(adapted: Any) -> None:
+    """Gives a head that shares the embedding's weight one of its own if an adapter is merged into either.
+
+    peft merges in place, so that the other of the two would get the adapter as well.
+    """
+    head, embedding = (_base_of(module) for module in (adapted.get_output_embeddings(), adapted.get_input_embeddings()))
+    adapts = any(
+        hasattr(module, "lora_A") for module in (adapted.get_output_embeddings(), adapted.get_input_embeddings())
+    )
+    if adapts and head.weight is embedding.weight:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+
+
+def _base_of(module: Any) -> Any:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _say_where_untied(model: Any) -> None:
+    """Says in the configuration that head and embedding are not tied, if they are not: saving would tie them again."""
+    if model.get_output_embeddings().weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = False
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model as it was given
+
+
+def given_weights(model: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
+    """The trainable parameters as the adapter's files have them, by name; the model keeps those that it has."""
+    own = _trainable(model)
+    model.load_adapter(adapter.source, NAME, is_trainable=True, revision=adapter.revision)
+    given = _trainable(model)
+    parameters = dict(model.named_parameters())
+    for name, value in own.items():
+        parameters[name].data.copy_(value)
+    return given
+
+
+def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in model.named_parameters() if x.requires_grad}
+
+
+@contextmanager
+def holding(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Has the model's parameters of these names hold these values meanwhile."""
+    parameters = dict(model.named_parameters())
+    own = {name: parameters[name].data for name in weights}
+    try:
+        for name, value in weights.items():
+            parameters[name].data = value
+        yield
+    finally:
+        for name, value in own.items():
+            parameters[name].data = value
+
+
+def settings_of(config: Any) -> dict[str, Any]:
+    """What an adapter's configuration says of how its weights are used, as plain values in one order."""
+    about = {"base_model_name_or_path", "revision", "inference_mode", "peft_version", "auto_mapping"}
+    values = {name: value for name, value in config.to_dict().items() if name not in about}
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in sorted(values.items())}
+
+
+def _peft(needed_by: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise InputError(f"{needed_by} needs the peft library (pip install peft)") from error
+    return peft
