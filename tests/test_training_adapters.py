@@ -472,3 +472,72 @@ def test_two_processes_take_the_same_steps(bench: Bench, use_peft: bool) -> None
     together = [record for record in read_metrics(bench.folder / "together") if "loss" in record]
     for ours, theirs in zip(together, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=3e-5)
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapter_brings_the_rows_of_its_own_tokens(tmp_path: Path, tied: bool, use_peft: bool) -> None:
+    bench = Bench(tmp_path, tied=tied)
+    config = peft.LoraConfig(**LORA, modules_to_save=["embed_tokens"] if tied else ["embed_tokens", "lm_head"],
+                             ensure_weight_tying=tied)  # fmt: skip
+    grown = AutoModelForCausalLM.from_pretrained(bench.base)
+    grown.resize_token_embeddings(261)
+    torch.manual_seed(1)
+    model = peft.get_peft_model(grown, config).eval()
+    model.get_input_embeddings().weight.data.add_(0.05)
+    model.save_pretrained(tmp_path / "grown")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool>", "</tool>", "<end>"])
+    tokenizer.save_pretrained(tmp_path / "grown")
+    rows = [{"prompt": "p", "completion": "<tool>1</tool>"}] * 4
+    bench.rows = write_jsonl(tmp_path / "tools.jsonl", rows)
+    result, _ = bench.run(str(tmp_path / "grown"), use_peft=use_peft, learning_rate=0.0, max_steps=1)
+    ids = tokenizer("p<tool>1</tool>", return_tensors="pt").input_ids
+    assert ids.max() == 259
+    with torch.no_grad():
+        expected = model(ids).logits
+        if use_peft:
+            base = AutoModelForCausalLM.from_pretrained(bench.base)
+            base.resize_token_embeddings(261)
+            again = peft.PeftModel.from_pretrained(base, result.output_dir).eval()
+        else:
+            again = AutoModelForCausalLM.from_pretrained(result.output_dir).eval()
+            assert again.config.vocab_size == 261
+        torch.testing.assert_close(again(ids).logits, expected, rtol=0, atol=1e-5)
+    assert bench.run(str(tmp_path / "grown"), use_peft=use_peft, method="dpo")[1][0]["loss"] == pytest.approx(
+        math.log(2)
+    )
+
+
+def test_rows_that_neither_base_nor_adapter_has(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, tied=False)
+    grown = AutoModelForCausalLM.from_pretrained(bench.base)
+    grown.resize_token_embeddings(261)
+    config = peft.LoraConfig(**LORA, modules_to_save=["embed_tokens"])
+    peft.get_peft_model(grown, config).save_pretrained(tmp_path / "grown", save_embedding_layers=False)
+    assert "was trained with 261 rows of the vocabulary, and its base" in bench.refusal(str(tmp_path / "grown"))
+
+
+@pytest.mark.parametrize("kind", ["dora on the head", "ia3", "tokens"])
+def test_any_adapter_that_can_be_merged_is_a_teacher_of_lora(tmp_path: Path, kind: str) -> None:
+    bench = Bench(tmp_path, kind)
+    changes: dict[str, Any] = {"method": "distillation", "use_peft": True, "max_steps": 1}
+    _, records = bench.run(bench.base, teacher_model_name_or_path=bench.adapter, **changes)
+    assert records[0]["loss"] > 1e-4
+    merged, _ = bench.run(max_steps=1, learning_rate=0.0)
+    _, same = bench.run(str(merged.output_dir), teacher_model_name_or_path=bench.adapter, **changes)
+    assert same[0]["loss"] == pytest.approx(0, abs=1e-6)
+
+
+def test_an_activated_lora_is_refused(bench: Bench) -> None:
+    edit(bench.adapter, alora_invocation_tokens=[70, 71])
+    for use_peft in (False, True):
+        assert "an activated LoRA (alora_invocation_tokens)" in bench.refusal(use_peft=use_peft)
+
+
+@pytest.mark.parametrize("changes", [{"packing": True}, {"padding_free": True}, {"gradient_checkpointing": True},
+                                     {"backend": "materialised"}, {"backend": "reference"}], ids=str)  # fmt: skip
+def test_the_shape_of_a_run_changes_nothing(bench: Bench, changes: dict[str, Any]) -> None:
+    for use_peft in (False, True):
+        result, _ = bench.run(use_peft=use_peft, learning_rate=0.0, max_steps=1, **changes)
+        assert_is(result.output_dir, bench.start)

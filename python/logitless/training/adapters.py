@@ -26,6 +26,9 @@ ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # of a new adapter, where the options leave them open
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what peft raises for files that do not fit
+# Names that peft saves an embedding or a head of another size by, whole, and those that it saves beside, a second time
+_WHOLE = (".weight", ".base_layer.weight", ".token_adapter.base_layer.weight")
+_TWICE = (".modules_to_save.weight", ".token_adapter.trainable_tokens_delta")
 
 
 class Adapter(NamedTuple):
@@ -48,16 +51,8 @@ class Adapter(NamedTuple):
         Raises:
             InputError: its weights are not there, or can not be read.
         """
-        from peft.utils import load_peft_weights
-
-        try:
-            weights = load_peft_weights(self.source, device="cpu", revision=self.revision)
-        except _UNREADABLE as error:
-            raise InputError(f"{self.source}: the adapter's weights can not be read: {error}") from error
         digest = hashlib.sha256(repr(settings_of(self.config)).encode())
-        for name, tensor in sorted(weights.items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        update_hash(digest, _weights(self.source, self.revision))
         return digest.hexdigest()[:32]
 
 
@@ -78,6 +73,9 @@ def find_adapter(source: str, options: TrainOptions) -> Adapter | None:
     if config.is_prompt_learning:
         raise InputError(f"{source}: an adapter of kind {config.peft_type.value} is made of virtual tokens, which can "
                          "be neither merged into the model nor trained on here")  # fmt: skip
+    if getattr(config, "alora_invocation_tokens", None):
+        raise InputError(f"{source}: an activated LoRA (alora_invocation_tokens) acts on a part of each row, which is "
+                         "not served here")  # fmt: skip
     base, revision = config.base_model_name_or_path, config.revision or "main"
     _require_base(source, base, revision)
     return Adapter(source, options.model_revision, config, base, revision)
@@ -217,6 +215,33 @@ def _adapted_modules(model: nn.Module, names: Any) -> set[str]:
     return {name for name, _ in model.named_modules() if check_target_module_exists(config, name)}
 
 
+def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
+    """The tensors of an adapter's file. Raises InputError if there is none, or none that can be read."""
+    from peft.utils import load_peft_weights
+
+    try:
+        weights: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", revision=revision)
+    except _UNREADABLE as error:
+        raise InputError(f"{source}: the adapter's weights can not be read: {error}") from error
+    return weights
+
+
+def _fit_vocabulary(model: Any, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Gives the base as many rows of embedding and head as the adapter was trained with, which must bring them all."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = [name for name, module in model.named_modules() if module is embedding or module is head]
+    wholes = [
+        weights[key] for name in names for inner in _WHOLE if (key := f"base_model.model.{name}{inner}") in weights
+    ]
+    rows = {len(weight) for weight in wholes}
+    if rows <= {len(embedding.weight)}:
+        return
+    if len(rows) > 1 or len(wholes) < (1 if embedding.weight is head.weight else 2):
+        raise InputError(f"{source}: the adapter was trained with {max(rows)} rows of the vocabulary, and its base "
+                         f"{model.name_or_path} has {len(embedding.weight)}; neither has all of them")  # fmt: skip
+    model.resize_token_embeddings(rows.pop(), mean_resizing=False)
+
+
 def put_on(model: Any, source: str, revision: str | None, config: Any, *, trainable: bool) -> Any:
     """The model under the adapter in a folder or on the hub, with every weight of it in place.
 
@@ -224,6 +249,7 @@ def put_on(model: Any, source: str, revision: str | None, config: Any, *, traina
         InputError: files that are missing, or that do not fit the model. peft itself warns where names do not.
     """
     peft = _peft(source)
+    _fit_vocabulary(model, _weights(source, revision), source)
     try:
         adapted = peft.PeftModel.from_pretrained(
             model, source, config=config, is_trainable=trainable, revision=revision
@@ -231,7 +257,8 @@ def put_on(model: Any, source: str, revision: str | None, config: Any, *, traina
         report = adapted.load_adapter(source, NAME, is_trainable=trainable, revision=revision)
     except _UNREADABLE as error:
         raise InputError(f"{source}: the adapter does not fit {model.name_or_path}: {error}") from error
-    if unmatched := [*report.missing_keys, *report.unexpected_keys]:
+    unexpected = [name for name in report.unexpected_keys if not name.endswith(_TWICE)]
+    if unmatched := [*report.missing_keys, *unexpected]:
         raise InputError(f"{source}: the adapter does not fit {model.name_or_path}: {len(unmatched)} weights have no "
                          f"counterpart, such as {unmatched[0]}")  # fmt: skip
     return adapted
@@ -314,6 +341,13 @@ def holding(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[N
     finally:
         for name, value in own.items():
             parameters[name].data = value
+
+
+def update_hash(digest: Any, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Adds every tensor's name, dtype, shape and bytes to a hash."""
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def settings_of(config: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from torch import nn
 
 from logitless.losses import Loss
 from logitless.training import files
-from logitless.training.adapters import find_adapter, given_weights, holding, settings_of
+from logitless.training.adapters import find_adapter, given_weights, holding, settings_of, update_hash
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -120,7 +120,8 @@ def load_reference(
         as_given = _adapter_as_given(trained, source, options)
         return ReferenceModel(engine, trained, loss, names, as_given=as_given)
     if teacher is not None:
-        source = locate_once(dataclasses.replace(options, model_name_or_path=teacher), world)
+        options = dataclasses.replace(options, model_name_or_path=teacher, use_peft=False)
+        source = locate_once(options, world)
     frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
     if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
         raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
@@ -168,9 +169,7 @@ def cache_file(cache: Path, depends_on: dict[str, Any]) -> Path:
 def hash_weights(model: nn.Module) -> str:
     """A hash of every parameter and buffer, its name, dtype and shape."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    update_hash(digest, model.state_dict())
     return digest.hexdigest()
 
 
