@@ -398,6 +398,7 @@ def test_an_output_folder_never_holds_both(bench: Bench) -> None:
     whole, _ = bench.run(max_steps=1)
     assert "holds an adapter (adapter_config.json)" in bench.refusal(output_dir=str(adapted.output_dir))
     assert "holds a whole model (config.json)" in bench.refusal(output_dir=str(whole.output_dir), use_peft=True)
+    assert "is the base of the adapter" in bench.refusal(output_dir=bench.base)
 
 
 def test_several_adapters_in_one_folder(bench: Bench) -> None:
@@ -424,6 +425,27 @@ def test_every_weight_of_an_adapter_finds_its_place(bench: Bench) -> None:
     assert prefix in damaged(bench, lambda w: {k: v[:, :1].clone() if "lora_B" in k else v for k, v in w.items()})
     (Path(bench.adapter) / "adapter_model.safetensors").unlink()
     assert "the adapter's weights can not be read" in bench.refusal()
+    (Path(bench.adapter) / "adapter_model.safetensors").write_bytes(b"no tensors")
+    assert "the adapter's weights can not be read" in bench.refusal()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("{", "its adapter_config.json can not be read: JSONDecodeError"),
+        ('{"peft_type": "OF_TOMORROW", "base_model_name_or_path": "base"}', "can not be read: KeyError: 'OF_TOMORROW'"),
+    ],
+)
+def test_a_configuration_that_can_not_be_read(bench: Bench, settings: str, message: str) -> None:
+    (Path(bench.adapter) / "adapter_config.json").write_text(settings)
+    assert message in bench.refusal(use_peft=True)
+
+
+def test_what_peft_does_not_know_is_no_matter_only_where_it_is_off(bench: Bench) -> None:
+    edit(bench.adapter, of_tomorrow=False, tomorrows_size=16, tomorrows_config=None, peft_version="99.0")
+    bench.run(use_peft=True, max_steps=1)
+    edit(bench.adapter, of_tomorrow=True)
+    assert "does not know of_tomorrow in adapter_config.json, which peft 99.0 wrote" in bench.refusal(use_peft=True)
 
 
 def test_an_adapter_of_a_deeper_model_does_not_fit(bench: Bench) -> None:

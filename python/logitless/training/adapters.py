@@ -11,6 +11,7 @@ A new adapter over a merged one would name the wrong base when saved, so a given
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,36 +63,53 @@ def find_adapter(source: str, options: TrainOptions) -> Adapter | None:
     Raises:
         InputError: peft is missing, or the adapter can be neither trained nor merged, or its base is not there.
     """
-    if not _holds(source, ADAPTER_CONFIG, options.model_revision):
+    file = _file(source, ADAPTER_CONFIG, options.model_revision)
+    if file is None:
         return None
     _require_no_weights(source)
+    config = _read_config(source, options.model_revision, file)
+    base, revision = config.base_model_name_or_path, config.revision or "main"
+    _require_base(source, base, revision)
+    return Adapter(source, options.model_revision, config, base, revision)
+
+
+def _read_config(source: str, revision: str, file: Path) -> Any:
+    """peft's configuration of an adapter. Raises InputError if it can not be read, or says what is not served here."""
     peft = _peft(f"{source} holds an adapter, which")
     try:
-        config = peft.PeftConfig.from_pretrained(source, revision=options.model_revision)
+        config = peft.PeftConfig.from_pretrained(source, revision=revision)
+        settings = json.loads(file.read_text(encoding="utf-8"))
     except _UNREADABLE as error:
-        raise InputError(f"{source}: its {ADAPTER_CONFIG} can not be read: {error}") from error
+        raise InputError(f"{source}: its {ADAPTER_CONFIG} can not be read: {type(error).__name__}: {error}") from error
     if config.is_prompt_learning:
         raise InputError(f"{source}: an adapter of kind {config.peft_type.value} is made of virtual tokens, which can "
                          "be neither merged into the model nor trained on here")  # fmt: skip
     if getattr(config, "alora_invocation_tokens", None):
         raise InputError(f"{source}: an activated LoRA (alora_invocation_tokens) acts on a part of each row, which is "
                          "not served here")  # fmt: skip
-    base, revision = config.base_model_name_or_path, config.revision or "main"
-    _require_base(source, base, revision)
-    return Adapter(source, options.model_revision, config, base, revision)
+    # peft drops what it does not know; a newer one also writes what is off, and sizes that then mean nothing
+    dropped = [
+        x for x, value in settings.items() if not hasattr(config, x) and value and isinstance(value, (bool, dict))
+    ]
+    if dropped:
+        raise InputError(f"{source}: peft {peft.__version__} does not know {', '.join(dropped)} in {ADAPTER_CONFIG}, "
+                         f"which peft {settings.get('peft_version', '')} wrote; install that one")  # fmt: skip
+    return config
 
 
-def _holds(source: str, name: str, revision: str) -> bool:
-    """Whether a folder or hub repository has a file of this name."""
+def _file(source: str, name: str, revision: str) -> Path | None:
+    """The file of this name in a folder or hub repository; None where it has none."""
     from transformers.utils import cached_file
 
     if Path(source).is_dir():
-        return (Path(source) / name).is_file()
+        path = Path(source) / name
+        return path if path.is_file() else None
     try:
-        return cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False) is not None  # fmt: skip
+        found = cached_file(source, name, revision=revision, _raise_exceptions_for_missing_entries=False,
+                            _raise_exceptions_for_connection_errors=False)  # fmt: skip
     except (OSError, ValueError):  # no such repository
-        return False
+        return None
+    return None if found is None else Path(found)
 
 
 def _require_no_weights(source: str) -> None:
@@ -111,10 +129,10 @@ def _require_base(source: str, base: str | None, revision: str) -> None:
     name = f"{source}: the adapter's base model {base!r} (base_model_name_or_path in {ADAPTER_CONFIG})"
     if base is None:
         raise InputError(f"{source}: its {ADAPTER_CONFIG} names no base_model_name_or_path")
-    if _holds(base, ADAPTER_CONFIG, revision):
+    if _file(base, ADAPTER_CONFIG, revision):
         raise InputError(f"{name} holds an adapter itself; merge that one into its own base first")
-    if not _holds(base, MODEL_CONFIG, revision):
-        raise InputError(f"{name} was not found; write there where it is now")
+    if not _file(base, MODEL_CONFIG, revision):
+        raise InputError(f"{name} was not found; write there where it is")
 
 
 def adapters_below(folder: Path) -> list[str]:
@@ -125,15 +143,15 @@ def adapters_below(folder: Path) -> list[str]:
 def tokenizer_source(source: str, options: TrainOptions) -> tuple[str, str]:
     """Where a model's tokenizer is, and its revision: with the adapter, or else with the adapter's base."""
     revision = options.model_revision
-    if not _holds(source, ADAPTER_CONFIG, revision) or _holds(source, "tokenizer_config.json", revision):
-        return source, revision
-    adapter = find_adapter(source, options)
-    assert adapter is not None
-    return adapter.base, adapter.base_revision
+    adapter = None if _file(source, "tokenizer_config.json", revision) else find_adapter(source, options)
+    return (source, revision) if adapter is None else (adapter.base, adapter.base_revision)
 
 
-def require_free(options: TrainOptions) -> None:
-    """Raises where the output folder holds what `from_pretrained` would read together with what this run saves."""
+def require_free(options: TrainOptions, adapter: Adapter | None) -> None:
+    """Raises where what the run saves would not be what `from_pretrained` reads, or would change the adapter's base."""
+    if adapter is not None and Path(options.output_dir).resolve() == Path(adapter.base).resolve():
+        raise InputError(f"output_dir {options.output_dir} is the base of the adapter in {adapter.source}, which would "
+                         "then lie on another model; choose another --output_dir")  # fmt: skip
     other = MODEL_CONFIG if options.use_peft else ADAPTER_CONFIG
     if (Path(options.output_dir) / other).is_file():
         held, saved = ("a whole model", "an adapter") if options.use_peft else ("an adapter", "a whole model")
@@ -221,7 +239,7 @@ def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
 
     try:
         weights: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", revision=revision)
-    except _UNREADABLE as error:
+    except Exception as error:  # a damaged file can break the reader anywhere
         raise InputError(f"{source}: the adapter's weights can not be read: {error}") from error
     return weights
 

@@ -179,7 +179,6 @@ def prepare(options: TrainOptions, world: World) -> Run:
         InputError: options, data, model or checkpoint that can not be used.
     """
     planned, resumed = components_of(options), find_checkpoint(options)
-    require_free(options)
     losses = [_make_loss(component) for component in planned]
     state = first_state(resumed)
     seed_generators(options.seed)
@@ -188,6 +187,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     adapter = find_adapter(source, options)
+    require_free(options, adapter)
     tokenizer = load_tokenizer(source, options)
     data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
     identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
