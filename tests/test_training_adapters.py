@@ -145,6 +145,19 @@ def test_without_use_peft_it_is_merged_into_its_base(tmp_path: Path, kind: str, 
     assert (logits(trained.output_dir) - bench.start).abs().max() > 1e-3
 
 
+def test_dora_keeps_its_magnitudes(bench: Bench) -> None:
+    """Compared through peft: Transformers 5.24 leaves the magnitudes of the file out."""
+    adapter, start = add_adapter(bench.base, bench.folder / "dora", peft.LoraConfig(**LORA, use_dora=True))
+    for use_peft in (True, False):
+        result, records = bench.run(adapter, use_peft=use_peft, method="dpo", learning_rate=0.0, max_steps=1)
+        assert records[0]["loss"] == pytest.approx(math.log(2))
+        model = AutoModelForCausalLM.from_pretrained(bench.base if use_peft else result.output_dir)
+        if use_peft:
+            model = peft.PeftModel.from_pretrained(model, result.output_dir)
+        with torch.no_grad():
+            torch.testing.assert_close(model.eval()(IDS).logits, start, rtol=0, atol=1e-5)
+
+
 def test_two_runs_in_a_row_as_the_first_page_of_the_documents_has_them(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     sft, _ = bench.run(bench.base, use_peft=True, learning_rate=0.02, lora_dropout=None)
