@@ -141,7 +141,8 @@ def adapters_below(folder: Path) -> list[str]:
 def tokenizer_source(source: str, options: TrainOptions) -> tuple[str, str]:
     """Where a model's tokenizer is, and its revision: with the adapter, or else with the adapter's base."""
     revision = options.model_revision
-    adapter = None if _file(source, "tokenizer_config.json", revision) else find_adapter(source, options)
+    files = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
+    adapter = None if any(_file(source, name, revision) for name in files) else find_adapter(source, options)
     return (source, revision) if adapter is None else (adapter.base, adapter.base_revision)
 
 
