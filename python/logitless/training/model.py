@@ -173,6 +173,14 @@ def patched(model: Any, options: TrainOptions, loss: Loss) -> Any:
         raise InputError(f"{options.model_name_or_path}: {error}") from error
 
 
+def _load_under_lora(options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device) -> Any:
+    """The frozen base, patched, under the adapter to train."""
+    adapter = adapters.find_adapter(source, options)
+    base, revision = (source, options.model_revision) if adapter is None else (adapter.base, adapter.base_revision)
+    model = patched(load_base(base, revision, options, device, frozen=True), options, loss)
+    return adapters.add_lora(model, options, adapter, resumed)
+
+
 def load_trained(
     options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device, *, dropout: bool
 ) -> Any:
@@ -186,14 +194,6 @@ def load_trained(
     if options.gradient_checkpointing:
         checkpoint_activations(model)
     return model
-
-
-def _load_under_lora(options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device) -> Any:
-    """The frozen base, patched, under the adapter to train."""
-    adapter = adapters.find_adapter(source, options)
-    base, revision = (source, options.model_revision) if adapter is None else (adapter.base, adapter.base_revision)
-    model = patched(load_base(base, revision, options, device, frozen=True), options, loss)
-    return adapters.add_lora(model, options, adapter, resumed)
 
 
 def _require_head(model: Any, missing: set[str], source: str) -> None:

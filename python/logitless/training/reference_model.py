@@ -25,7 +25,7 @@ from torch import nn
 
 from logitless.losses import Loss
 from logitless.training import files
-from logitless.training.adapters import find_adapter, given_weights, holding, settings_of, update_hash
+from logitless.training.adapters import find_adapter, given_weights, holding, settings_of
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -169,7 +169,9 @@ def cache_file(cache: Path, depends_on: dict[str, Any]) -> Path:
 def hash_weights(model: nn.Module) -> str:
     """A hash of every parameter and buffer, its name, dtype and shape."""
     digest = hashlib.sha256()
-    update_hash(digest, model.state_dict())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -73,4 +73,4 @@ def require_same(saved: dict[str, Any], now: dict[str, Any], source: Path) -> No
     """Raises InputError naming what a resumed run may not change and did."""
     changed = [f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in now if saved.get(name) != now[name]]
     if changed:
-        raise InputError(f"{source} can not be continued, it would be another run: {'; '.join(changed)}")
+        raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(changed)}")

@@ -105,9 +105,12 @@ def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer,
     """The teacher's model, frozen and patched; it must give every token the id that the rows have."""
     if options.backend == "materialised":
         raise InputError("backend: a teacher's hidden states are needed, which 'materialised' does not have")
-    name = options.teacher_model_name_or_path or options.model_name_or_path
-    options = dataclasses.replace(options, model_name_or_path=name, use_peft=False)
-    source = locate(options)
+    options = dataclasses.replace(
+        options,
+        model_name_or_path=options.teacher_model_name_or_path or options.model_name_or_path,
+        use_peft=False,
+    )
+    source, name = locate(options), options.model_name_or_path
     theirs, ours = load_tokenizer(source, options).get_vocab(), tokenizer.tokenizer.get_vocab()
     if different := [token for token, number in ours.items() if theirs.get(token, number) != number]:
         raise InputError(f"{name}: the teacher has other ids than the data's tokenizer, as for {different[0]!r}")
