@@ -61,15 +61,19 @@ def find_head(model: nn.Module) -> HeadModules:
     return HeadModules(outer, _inner(outer))
 
 
+def own_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
+    """The head's own weight and bias, without any adapter."""
+    linear = head.inner.base_layer if _is_adapter(head.inner) else head.inner
+    return linear.weight, linear.bias  # type: ignore[return-value,union-attr]
+
+
 def dense_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
     """The head's weight and bias, with the adapter that is active on it added to a copy of them."""
     layer: Any = head.inner
-    if not _is_adapter(layer):
-        return layer.weight, layer.bias
-    _check_adapter(layer)
-    weight, bias = layer.base_layer.weight, layer.base_layer.bias
-    if layer.disable_adapters or layer.merged:
+    weight, bias = own_product(head)
+    if not _is_adapter(layer) or layer.disable_adapters or layer.merged:
         return weight, bias
+    _check_adapter(layer)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             weight = weight + layer.get_delta_weight(name).to(weight)
