@@ -415,11 +415,11 @@ def test_an_output_folder_never_holds_both(bench: Bench) -> None:
 
 
 def test_several_adapters_in_one_folder(bench: Bench) -> None:
-    """The one in the folder itself is the model; if there is none, the message names those below."""
+    """The one in the folder itself is the model; those in folders below are others."""
     several = bench.folder / "several"
     for name in ("first", "second"):
         shutil.copytree(bench.adapter, several / name)
-    assert "it has adapters in first, second: name one of them" in bench.refusal(str(several), use_peft=True)
+    assert "not a model folder, it has no config.json" in bench.refusal(str(several), use_peft=True)
     shutil.copytree(bench.adapter, several, dirs_exist_ok=True)
     result, _ = bench.run(str(several), use_peft=True, learning_rate=0.0, max_steps=1)
     assert_is(result.output_dir, bench.start)

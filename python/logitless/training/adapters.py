@@ -131,11 +131,6 @@ def _require_base(source: str, base: str | None, revision: str) -> None:
         raise InputError(f"{name} was not found; write there where it is")
 
 
-def adapters_below(folder: Path) -> list[str]:
-    """The names of the sub-folders that hold an adapter."""
-    return sorted(path.parent.name for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
-
-
 def tokenizer_source(source: str, options: TrainOptions) -> tuple[str, str]:
     """Where a model's tokenizer is, and its revision: with the adapter, or else with the adapter's base."""
     revision = options.model_revision

@@ -39,9 +39,7 @@ def locate(options: TrainOptions) -> str:
 
         return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        below = adapters.adapters_below(path)
-        held = f"; it has adapters in {', '.join(below)}: name one of them" if below else ""
-        raise InputError(f"{name}: not a model folder, it has no config.json{held}")
+        raise InputError(f"{name}: not a model folder, it has no config.json")
     return name
 
 
