@@ -212,7 +212,12 @@ def test_a_role_that_the_template_does_not_know_is_not_left_out_in_silence(name:
 def test_variables_of_the_template_stand_in_the_row() -> None:
     tokenizer = make_tokenizer("{{ mode | default('none') }}" + make_tokenizer().chat_template)
     turns = [user("q"), assistant("A")]
-    for variables, text in (({"mode": "on", "other": None}, "on"), ('{"mode": "on"}', "on"), (None, "none"), ({}, "none")):
+    for variables, text in (
+        ({"mode": "on", "other": None}, "on"),
+        ('{"mode": "on"}', "on"),
+        (None, "none"),
+        ({}, "none"),
+    ):
         example = one(turns, tokenizer, {"chat_template_kwargs": variables})
         assert tokenizer.decode(example.input_ids).startswith(f"{text}<|im_start|>user")
         assert counted(example, tokenizer) == "A<|im_end|>\n"

@@ -67,6 +67,22 @@ def own_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
     return linear.weight, linear.bias  # type: ignore[return-value,union-attr]
 
 
+def dense_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
+    """The head's weight and bias, with the adapter that is active on it added to a copy of them."""
+    layer: Any = head.inner
+    weight, bias = own_product(head)
+    if not _is_adapter(layer) or layer.disable_adapters or layer.merged:
+        return weight, bias
+    _check_adapter(layer)
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name).to(weight)
+            extra = layer.lora_B[name].bias
+            if extra is not None:
+                bias = layer.scaling[name] * extra + (0 if bias is None else bias)
+    return weight, bias
+
+
 def check_output_head(model: nn.Module, head: HeadModules) -> None:
     """Raises unless the head is an unquantised linear layer on the base model's output; the message says why."""
     if not any(child is head.outer for child in model.children()):

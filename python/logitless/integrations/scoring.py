@@ -19,7 +19,7 @@ from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs
 from ..types import OUTPUTS, BackendName, BackwardName, Head, LogitTransform, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
-from .heads import HeadModules, find_head, own_product, product
+from .heads import HeadModules, dense_product, find_head, own_product, product
 from .support import causal_lm
 
 if TYPE_CHECKING:
@@ -336,10 +336,19 @@ class _HeadCall:
 
 
 def plain_head(model: nn.Module) -> Head:
-    """A model's own output head without any adapter, as a reference model's hidden states need it."""
+    """A model's own output head without any adapter."""
+    return _head_of(model, own_product)
+
+
+def dense_head(model: nn.Module) -> Head:
+    """A model's output head with its active adapter in it, as a reference model's hidden states need it."""
+    return _head_of(model, dense_product)
+
+
+def _head_of(model: nn.Module, product_of: Callable[[HeadModules], tuple[Tensor, Tensor | None]]) -> Head:
     inner = causal_lm(model)
     rule = head_rule(inner)
-    weight, bias = rule.cut(*own_product(find_head(inner)))
+    weight, bias = rule.cut(*product_of(find_head(inner)))
     return Head(weight.detach(), None if bias is None else bias.detach(), *rule.transform.numbers)
 
 

@@ -151,12 +151,24 @@ class TrainOptions:
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.", group="Model")
 
     # LoRA
-    use_peft: bool = option(False, "Train a LoRA adapter instead of the model.", group="LoRA")
-    lora_r: int = option(16, "Rank.", group="LoRA")
-    lora_alpha: int = option(32, "Scale: the update is multiplied by lora_alpha / lora_r.", group="LoRA")
-    lora_dropout: float = option(0.05, "Dropout in front of the adapter.", group="LoRA")
+    use_peft: bool = option(
+        False,
+        "Train a LoRA adapter instead of the model: a new one, or the one that the model comes with.",
+        group="LoRA",
+    )
+    lora_r: int | None = option(None, "Rank. Default: 16, or the given adapter's.", group="LoRA")
+    lora_alpha: int | None = option(
+        None,
+        "Scale: the update is multiplied by lora_alpha / lora_r. Default: 32, or the given adapter's.",
+        group="LoRA",
+    )
+    lora_dropout: float | None = option(
+        None, "Dropout in front of the adapter. Default: 0.05, or the given adapter's.", group="LoRA"
+    )
     lora_target_modules: tuple[str, ...] | None = option(
-        None, "Module names, comma-separated, or all-linear. Default: peft's choice for the model.", group="LoRA"
+        None,
+        "Module names, comma-separated, or all-linear. Default: peft's choice for the model, or the given adapter's.",
+        group="LoRA",
     )
 
     # Data
@@ -279,15 +291,15 @@ class TrainOptions:
             if str(path := getattr(self, name)).startswith("~"):
                 object.__setattr__(self, name, str(Path(path).expanduser()))
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "lora_r", "lora_alpha", "logging_steps", "save_steps", "old_policy_steps",
-                     "ref_model_sync_steps"):  # fmt: skip
+                     "logging_steps", "save_steps", "old_policy_steps", "ref_model_sync_steps"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_steps", "save_total_limit"):
+        for name in ("eval_steps", "save_total_limit", "lora_r", "lora_alpha"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("adam_beta1", "adam_beta2", "eval_fraction", "lora_dropout", "warmup_ratio"):
+        for name in ("adam_beta1", "adam_beta2", "eval_fraction", "warmup_ratio"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("lora_dropout", self.lora_dropout is None or 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")

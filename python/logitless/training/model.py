@@ -1,4 +1,4 @@
-"""The model and its tokenizer: loading, GGUF conversion, LoRA, precision, attention, and what is refused.
+"""The model and its tokenizer: loading, GGUF conversion, precision, attention, and what is refused.
 
 A GGUF model loaded through Transformers counts as quantised although its tensors are plain floats: it can neither be
 saved nor trained. It is rebuilt once from its configuration and tensors and kept as an ordinary folder in the cache,
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from logitless.losses import Loss
-from logitless.training import files
+from logitless.training import adapters, files
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
@@ -99,12 +99,13 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def load_tokenizer(source: str, options: TrainOptions) -> Any:
-    """The tokenizer that comes with the model, with the chat template that the options name, if they name one."""
+    """The tokenizer of the model, or of an adapter's base; with the chat template that the options name, if any."""
     from transformers import AutoTokenizer
 
+    source, revision = adapters.tokenizer_source(source, options)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+            source, revision=revision, trust_remote_code=options.trust_remote_code
         )
     except Exception as error:  # a damaged file can break the reader anywhere
         raise unreadable(source, "tokenizer", error) from error
@@ -113,7 +114,26 @@ def load_tokenizer(source: str, options: TrainOptions) -> Any:
 
 
 def load_model(source: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
-    """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels and dropout as asked.
+    """The model that a source holds, as it was given: with an adapter, its base under it.
+
+    The adapter is merged into the base unless the run trains adapters: then both of a comparison are computed alike.
+
+    Raises:
+        InputError: `load_base`'s, or an adapter that does not fit its base or can not be merged.
+    """
+    adapter = adapters.find_adapter(source, options)
+    if adapter is None:
+        return load_base(source, options.model_revision, options, device, frozen=frozen)
+    base = load_base(adapter.base, adapter.base_revision, options, device, frozen=True)
+    model = adapters.put_on(base, source, adapter.revision, adapter.config, trainable=False)
+    if not options.use_peft:
+        model = adapters.merged(model, source)
+    model.requires_grad_(not frozen)
+    return model
+
+
+def load_base(source: str, revision: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
+    """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels as asked.
 
     Raises:
         InputError: nothing there, not a causal LM, or no weights for its output head.
@@ -124,7 +144,7 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=options.model_revision,
+            revision=revision,
             trust_remote_code=options.trust_remote_code,
             dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
             attn_implementation=attention,
@@ -155,14 +175,22 @@ def patched(model: Any, options: TrainOptions, loss: Loss) -> Any:
         raise InputError(f"{options.model_name_or_path}: {error}") from error
 
 
+def _load_under_lora(options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device) -> Any:
+    """The frozen base, patched, under the adapter to train."""
+    adapter = adapters.find_adapter(source, options)
+    base, revision = (source, options.model_revision) if adapter is None else (adapter.base, adapter.base_revision)
+    model = patched(load_base(base, revision, options, device, frozen=True), options, loss)
+    return adapters.add_lora(model, options, adapter, resumed)
+
+
 def load_trained(
     options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device, *, dropout: bool
 ) -> Any:
     """The model to train: patched, under its adapter if there is one, from the checkpoint if a run goes on."""
-    full_checkpoint = str(resumed) if resumed is not None and not options.use_peft else source
-    model = patched(load_model(full_checkpoint, options, device, frozen=options.use_peft), options, loss)
     if options.use_peft:
-        model = add_lora(model, options, resumed)
+        model = _load_under_lora(options, source, resumed, loss, device)
+    else:
+        model = patched(load_model(source if resumed is None else str(resumed), options, device), options, loss)
     if not dropout:
         disable_dropout(model)
     if options.gradient_checkpointing:
@@ -248,32 +276,6 @@ def apply_liger(model: Any, device: torch.device) -> None:
     wanted["fused_linear_cross_entropy"] = False
     known = inspect.signature(apply).parameters
     apply(model=model, **{name: value for name, value in wanted.items() if name in known})
-
-
-def add_lora(model: Any, options: TrainOptions, adapter: Path | None) -> Any:
-    """The model under a LoRA adapter: a new one, or the one in the folder `adapter`, trainable.
-
-    Raises:
-        InputError: peft is missing, or has no default target modules for this model and none are given.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError("use_peft needs the peft library (pip install peft)") from error
-    if adapter is not None:
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    targets: Any = list(options.lora_target_modules) if options.lora_target_modules else None
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"lora_target_modules: {error}") from error
 
 
 @torch.no_grad()

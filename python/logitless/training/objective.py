@@ -19,7 +19,7 @@ import torch
 
 from logitless import reduce, reference
 from logitless.arguments import loss_inputs
-from logitless.integrations.scoring import plain_head
+from logitless.integrations.scoring import dense_head
 from logitless.losses import NLL, Loss
 from logitless.losses.layout import TokenLayout, token_layout
 from logitless.losses.whole_sequence import WholeSequenceLoss
@@ -110,7 +110,7 @@ class PatchedEngine:
         """The inputs of a distribution loss: the model's hidden states and its head, as the reference's."""
         with autocast(self.device, self.bf16):
             output = model(**forward_inputs(model, batch), hidden_only=True)
-        return {"ref_hidden": output.logits, "ref_head": plain_head(model)}
+        return {"ref_hidden": output.logits, "ref_head": dense_head(model)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Per-token values of the reference model, for the losses that compare with one.
 
 The reference is the model as the run found it, or follows the trained one (`Following`). Its values are computed batch
-by batch while training (from a frozen copy, or from the model itself with its LoRA adapter switched off), or once
+by batch while training (from a frozen copy, or from the model itself with its adapter as it was given), or once
 before training and kept in a file whose name is a hash of everything they depend on: weights, tokens, precision and the
 values asked for.
 """
@@ -12,8 +12,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import nn
 
 from logitless.losses import Loss
 from logitless.training import files
+from logitless.training.adapters import find_adapter, given_weights, holding, settings_of
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -62,10 +64,11 @@ class ReferenceModel:
 
     Args:
         engine: how it is asked, in the precision of the run.
-        model: the frozen copy, or the trained model under LoRA, whose adapter is switched off meanwhile.
+        model: the frozen copy, or the trained model under LoRA.
         loss: the loss whose inputs it gives.
         names: those inputs, of `REFERENCE_FIELDS`.
         following: how it follows the trained model; None, the default, where it stays.
+        as_given: makes the model what it was at the start, while it is asked. Nothing, the default, for a frozen copy.
     """
 
     engine: Engine
@@ -73,6 +76,7 @@ class ReferenceModel:
     loss: Loss
     names: tuple[str, ...]
     following: Following | None = None
+    as_given: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def follow(self, trained: nn.Module, done: int) -> None:
         """Moves towards the trained model, if it follows it and update `done` is one after which it does."""
@@ -89,7 +93,7 @@ class ReferenceModel:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+            with self.as_given():
                 if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
                     return self.engine.hidden(self.model, batch)
                 fields = {name: REFERENCE_FIELDS[name] for name in self.names}
@@ -104,8 +108,8 @@ def load_reference(
 ) -> ReferenceModel:
     """The model that gives a loss the inputs of these names, or its whole distributions.
 
-    It is the teacher of the options, or else the trained model as the run found it: the one without its adapter, or a
-    frozen copy.
+    It is the teacher of the options, or else the trained model as the run found it: the one itself with its adapter as
+    it was given, or a frozen copy.
     """
     teacher, following = options.teacher_model_name_or_path, _following(options)
     if loss.compares_distributions and options.precompute_ref_log_probs:
@@ -113,13 +117,24 @@ def load_reference(
     if loss.compares_distributions and not isinstance(engine, PatchedEngine):
         raise InputError(f"backend: {loss.name} compares distributions, which 'materialised' does not")
     if options.use_peft and not options.precompute_ref_log_probs and teacher is None:
-        return ReferenceModel(engine, trained, loss, names)
+        as_given = _adapter_as_given(trained, source, options)
+        return ReferenceModel(engine, trained, loss, names, as_given=as_given)
     if teacher is not None:
-        source = locate_once(dataclasses.replace(options, model_name_or_path=teacher), world)
+        options = dataclasses.replace(options, model_name_or_path=teacher, use_peft=False)
+        source = locate_once(options, world)
     frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
     if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
         raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
     return ReferenceModel(engine, frozen, loss, names, following)
+
+
+def _adapter_as_given(trained: Any, source: str, options: TrainOptions) -> Callable[[], AbstractContextManager[Any]]:
+    """How the trained adapter becomes what it was at the start: off if it is new, else with its first weights."""
+    adapter = find_adapter(source, options)
+    if adapter is None:
+        off: Callable[[], AbstractContextManager[Any]] = trained.disable_adapter
+        return off
+    return partial(holding, trained, given_weights(trained, adapter))
 
 
 def _following(options: TrainOptions) -> Following | None:
@@ -131,7 +146,7 @@ def _following(options: TrainOptions) -> Following | None:
     if not options.sync_ref_model:
         return None
     reasons = {
-        "use_peft: the reference is the model without its adapter": options.use_peft,
+        "use_peft: the reference is the trained model with its adapter as it was given": options.use_peft,
         "precompute_ref_log_probs: the values are those of the start": options.precompute_ref_log_probs,
         "teacher_model_name_or_path: a teacher stays as it is": options.teacher_model_name_or_path is not None,
     }
@@ -216,6 +231,7 @@ def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, 
     """The reference's values of a loader's items, from the cache, where the main process puts them first."""
     depends_on = {
         "weights": hash_weights(asked.model),
+        "adapters": {name: settings_of(config) for name, config in getattr(asked.model, "peft_config", {}).items()},
         "data": loader.data.fingerprint(),
         "inputs": asked.names,
         "dtype": options.dtype,

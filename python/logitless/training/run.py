@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
+from logitless.training.adapters import find_adapter, require_free
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -191,9 +192,12 @@ def prepare(options: TrainOptions, world: World) -> Run:
     source = locate_once(options, world)
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
+    adapter = find_adapter(source, options)
+    require_free(options, adapter)
     tokenizer = load_tokenizer(source, options)
     data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
     identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
+    identity["adapter"] = None if adapter is None else adapter.digest()
     if resumed is not None:
         require_same(state["identity"], identity, resumed)
 
@@ -218,6 +222,9 @@ def prepare(options: TrainOptions, world: World) -> Run:
         identity, state, reporter,
     )  # fmt: skip
     _describe(run)
+    if adapter is not None:
+        use = "trained on" if options.use_peft else "merged into it"
+        reporter.say(f"{source} holds an adapter of {adapter.base}: it is {use}")
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
         run.restore_estimated(checkpoint.load_estimated(resumed))

@@ -117,7 +117,9 @@ def _model_teacher(options: TrainOptions, world: World, renderer: Renderer, k: i
     if options.backend == "materialised":
         raise InputError("backend: a teacher's hidden states are needed, which 'materialised' does not have")
     options = dataclasses.replace(
-        options, model_name_or_path=options.teacher_model_name_or_path or options.model_name_or_path
+        options,
+        model_name_or_path=options.teacher_model_name_or_path or options.model_name_or_path,
+        use_peft=False,
     )
     source, name = locate(options), options.model_name_or_path
     theirs, ours = load_tokenizer(source, options).get_vocab(), renderer.tokenizer.get_vocab()
