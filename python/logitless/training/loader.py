@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from logitless.losses import Loss, PairLoss
+from logitless.training.checks import Reach, embedding_rows, reach_of
 from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
@@ -21,10 +22,17 @@ from logitless.training.tokenize import RowTokenizer, TokenizedData
 TOGETHER = "group"  # the input that says which rows a loss compares, so that they must be in one batch
 
 
-def load_data(
-    options: TrainOptions, tokenizer: object, loss: Loss, estimated: Collection[str]
-) -> tuple[InputSources, TokenizedData, TokenizedData | None]:
-    """Where the loss's inputs come from; training and evaluation data (None where there is none), tokenised.
+class Loaded(NamedTuple):
+    """The data of a run, tokenised."""
+
+    sources: InputSources  # of the loss's inputs
+    training: TokenizedData
+    held_out: TokenizedData | None  # to evaluate on, if any
+    reach: tuple[Reach, ...]  # of both
+
+
+def load_data(options: TrainOptions, tokenizer: object, loss: Loss, estimated: Collection[str]) -> Loaded:
+    """The rows to train on and those to evaluate on, tokenised, and where the loss's inputs come from.
 
     Args:
         estimated: the inputs that the run can estimate.
@@ -42,7 +50,11 @@ def load_data(
     if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
                          "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
-    return sources, read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
+    data = read(rows, options.dataset_name)
+    if held_out is None:
+        return Loaded(sources, data, None, (reach_of(data, rows),))
+    evaluated = read(held_out, origin)
+    return Loaded(sources, data, evaluated, (reach_of(data, rows), reach_of(evaluated, held_out)))
 
 
 def row_tokenizer(
@@ -101,7 +113,8 @@ def make_loaders(
         raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
     if options.packing or flat:
         check_packing(model)
-    pad_token = 0 if pad_token is None else pad_token
+    if pad_token is None or pad_token >= embedding_rows(model):  # added to the tokenizer alone; nothing reads it
+        pad_token = 0
     capacity = options.max_length if options.packing else None
     # Flash attention finds boundaries in a single row only.
     together = TOGETHER if TOGETHER in loss.inputs else None

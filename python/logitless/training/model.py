@@ -276,8 +276,8 @@ def check_packing(model: Any) -> None:
     Families whose positions or states do not restart with `position_ids` (state-space models, ALiBi) are found here
     rather than in a worse model. Flash attention is checked on GPU tensors, SDPA and eager anywhere.
     """
-    head = model.get_output_embeddings()
-    vocabulary, device = head.weight.shape[0], head.weight.device
+    embedding = model.get_input_embeddings().weight
+    vocabulary, device = embedding.shape[0], embedding.device
     parts = [torch.arange(1, 1 + n, device=device)[None] * 7 % vocabulary for n in (5, 4)]
     positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
     was_training = model.training

@@ -25,24 +25,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
+from logitless.training.checks import check_positions, check_vocabulary, check_weights, embedding_rows, head_rows
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
 from logitless.training.inputs import InputSources
-from logitless.training.loader import Loader, load_data, make_loaders
+from logitless.training.loader import Loaded, Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
 from logitless.training.mixture import ComponentOptions, components_of, prefixed, without_prefix
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
 from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
-from logitless.training.optimizer import make_optimizer
+from logitless.training.optimizer import make_optimizer, peak_learning_rate
 from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
 from logitless.training.sampler import Sampler
-from logitless.training.tokenize import TokenizedData
-
-Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
 
 
 @dataclass
@@ -187,13 +185,16 @@ def prepare(options: TrainOptions, world: World) -> Run:
         hide_progress_bars()
     tokenizer = load_tokenizer(source, options)
     data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
-    identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
+    identity = identity_of(planned, [loaded.training.fingerprint() for loaded in data], world)
     if resumed is not None:
         require_same(state["identity"], identity, resumed)
 
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
+    rate = peak_learning_rate(options, losses)
+    notes = check_weights(model, options, rate)
+    notes += [note for each in zip(planned, data, strict=True) for note in _check_rows(model, tokenizer, *each)]
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     base = Base(world, source, tokenizer.pad_token_id, model, {})
@@ -211,6 +212,8 @@ def prepare(options: TrainOptions, world: World) -> Run:
         state, reporter,
     )  # fmt: skip
     _describe(run)
+    for note in notes:
+        reporter.say(f"note: {note}")
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
         run.restore_estimated(checkpoint.load_estimated(resumed))
@@ -224,9 +227,17 @@ def _make_loss(component: ComponentOptions) -> Loss:
         return component.options.make_loss()
 
 
-def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Data:
+def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Loaded:
     with component.blamed():
         return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
+
+
+def _check_rows(model: Any, tokenizer: Any, component: ComponentOptions, data: Loaded) -> list[str]:
+    """Notes on the rows of a component, which the model must be able to read."""
+    with component.blamed():
+        for reach in data.reach:
+            check_vocabulary(model, tokenizer, reach, component.options.model_name_or_path)
+        return [note for reach in data.reach for note in check_positions(model, reach)]
 
 
 def _compares(loss: Loss, sources: InputSources) -> bool:
@@ -234,9 +245,9 @@ def _compares(loss: Loss, sources: InputSources) -> bool:
     return bool(sources.reference or sources.estimates) or loss.compares_distributions
 
 
-def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> Component:
+def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -> Component:
     """A component of the run: its engine, loaders, reference, estimates and sampler."""
-    options, world, (sources, training, held_out) = planned.options, base.world, data
+    options, world, (sources, training, held_out, _) = planned.options, base.world, data
     estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
     with planned.blamed():
         engine = engine_of(options, loss, world.device)
@@ -294,7 +305,7 @@ def _check_estimates(
 
 def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
     """Has the patch compare itself with the model's logits now, before data and time are spent."""
-    ids = torch.tensor([[1, 2, 3]], device=device)
+    ids = torch.tensor([[1, 2, 3]], device=device) % min(embedding_rows(model), head_rows(model))
     try:
         with torch.no_grad():
             engine.stats(model, Batch(ids, ids), ("logprob",))
