@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import random
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,8 @@ FIXED = (
     "use_peft",
     "teacher_model_name_or_path",
 )
+#: Options of other groups that decide which tokens the rows have.
+_OF_TOKENS = ("model_name_or_path", "model_revision", "gguf_file", "method", "loss", "mixture")
 
 
 def seed_generators(value: int) -> None:
@@ -54,9 +60,16 @@ def find_checkpoint(options: TrainOptions) -> Path | None:
     return present[-1] if present else None
 
 
-def first_state(resumed: Path | None) -> dict[str, Any]:
-    """Step, counters and open log window: a checkpoint's, or those of a fresh run."""
-    return {"step": 0, "num_tokens": 0, "window": []} if resumed is None else checkpoint.load_state(resumed)
+def first_state(resumed: Path | None, world: World) -> dict[str, Any]:
+    """Step, counters, open log window and the date of the start: a checkpoint's, or those of a fresh run."""
+    state = {"step": 0, "num_tokens": 0, "window": []} if resumed is None else checkpoint.load_state(resumed)
+    return {"date": _today(world)} | state
+
+
+def _today(world: World) -> str:
+    """Date and time of the main process, which all of them write into their texts."""
+    now = datetime.now().isoformat(timespec="seconds")
+    return bytes(world.gather({"now": torch.tensor(list(now.encode()))})[0]["now"].tolist()).decode()
 
 
 def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[str], world: World) -> dict[str, Any]:
@@ -69,8 +82,46 @@ def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[s
     return identity
 
 
-def require_same(saved: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    """Raises InputError naming what a resumed run may not change and did."""
-    changed = [f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in now if saved.get(name) != now[name]]
-    if changed:
-        raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(changed)}")
+def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
+    """Hashes of what a tokenizer makes tokens with, which a checkpoint keeps to say why a later run has others."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    parts = {"chat template": str(tokenizer.chat_template), "tokenizer": vocabulary}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+
+
+def require_same(
+    state: dict[str, Any], identity: dict[str, Any], options: TrainOptions, parts: dict[str, str], source: Path
+) -> None:
+    """Raises InputError naming what a resumed run may not change and did.
+
+    Args:
+        state: the checkpoint's.
+        identity: the run's own, of `identity_of`.
+        options: the run's own, and
+        parts: its tokenizer's, of `tokenizer_parts`, by which other tokens are explained.
+        source: the checkpoint's folder.
+    """
+    saved = state["identity"]
+    changed = [name for name in identity if saved.get(name) != identity[name]]
+    if not changed:
+        return
+    named = [f"{name} was {saved.get(name)!r} and is {identity[name]!r}" for name in changed]
+    if any(name.rpartition("/")[2] == "data" for name in changed):
+        named.append(_other_tokens(state, options, parts, changed))
+    raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(named)}")
+
+
+def _other_tokens(state: dict[str, Any], options: TrainOptions, parts: dict[str, str], known: Sequence[str]) -> str:
+    """What has changed of that on which the data's tokens depend, besides the options that are `known` to have."""
+    was, now = state.get("options", {}), options.to_dict()
+    names = [spec.name for spec in dataclasses.fields(options)
+             if spec.metadata["group"] == "Data" or spec.name in _OF_TOKENS]  # fmt: skip
+    reasons = [
+        f"{name} was {was[name]!r} and is {now[name]!r}"
+        for name in names
+        if name in was and name not in known and was[name] != json.loads(json.dumps(now[name]))
+    ]
+    saved = state.get("tokenizer", parts)
+    reasons += [f"the {name} is another" for name in parts if saved.get(name) != parts[name]]
+    return f"the tokens are others: {'; '.join(reasons) or 'the rows of dataset_name are, as no option says why'}"

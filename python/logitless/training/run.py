@@ -17,6 +17,7 @@ import gc
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,8 +40,16 @@ from logitless.training.objective import Engine, computes_in_bf16, engine_of, lo
 from logitless.training.optimizer import make_optimizer, peak_learning_rate
 from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
-from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
+from logitless.training.resume import (
+    find_checkpoint,
+    first_state,
+    identity_of,
+    require_same,
+    seed_generators,
+    tokenizer_parts,
+)
 from logitless.training.sampler import Sampler
+from logitless.training.template_date import with_date
 
 
 @dataclass
@@ -177,23 +186,27 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """
     planned, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in planned]
-    state = first_state(resumed)
+    state = first_state(resumed, world)
     seed_generators(options.seed)
 
     source = locate_once(options, world)
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     tokenizer = load_tokenizer(source, options)
-    data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
+    dated = with_date(tokenizer, datetime.fromisoformat(state["date"]))
+    data = [_load_data(component, dated, loss) for component, loss in zip(planned, losses, strict=True)]
     identity = identity_of(planned, [loaded.training.fingerprint() for loaded in data], world)
     if resumed is not None:
-        require_same(state["identity"], identity, resumed)
+        require_same(state, identity, options, tokenizer_parts(tokenizer), resumed)
+    state["tokenizer"] = tokenizer_parts(tokenizer)
 
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
-    rate = peak_learning_rate(options, losses)
-    notes = check_weights(model, options, rate)
+    notes = check_weights(model, options, peak_learning_rate(options, losses))
+    if dated is not tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
+        notes.append(f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; "
+                     "stored values of the reference serve the runs of that day")  # fmt: skip
     notes += [note for each in zip(planned, data, strict=True) for note in _check_rows(model, tokenizer, *each)]
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model

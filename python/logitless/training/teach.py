@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,6 +32,7 @@ from logitless.training.objective import PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
 from logitless.training.run import confirm_patch
 from logitless.training.teachers import Listed, ModelTeacher, ServerTeacher, Teacher
+from logitless.training.template_date import with_date
 from logitless.training.tokenize import IGNORED, Example, RowTokenizer
 from logitless.types import BackendName
 
@@ -81,7 +83,7 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
-    tokenizer = row_tokenizer(options, load_tokenizer(source, options))
+    tokenizer = row_tokenizer(options, with_date(load_tokenizer(source, options), datetime.now()))
     data = tokenizer.sequences(rows, options.dataset_name)
     rows, examples = [rows[number] for number in data.kept], [example for (example,) in data.items]
     size = options.per_device_eval_batch_size
