@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import torch
 from training_fixtures import completion_rows, make_model, make_options, make_tokenizer, preference_rows, write_jsonl
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
-from logitless.training import InputError, train, trainer
+from logitless.training import InputError, reference_model, train, trainer
 from logitless.training.checks import learned_positions
 from logitless.training.collate import Piece, packed
 from logitless.training.tokenize import Example
@@ -206,3 +208,210 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
     broken.save_pretrained(folder)
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
         run(tmp_path, folder, completion_rows())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Teachers
+
+
+def make_teacher(folder: Path, rows: int = 258, swapped: str = "", added: tuple[str, ...] = ()) -> str:
+    """Another model, of so many rows; two letters may have changed places in its tokenizer, which may know more."""
+    make_model(folder, tied=False)
+    torch.manual_seed(5)
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(list(added), special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    if swapped:
+        file = folder / "tokenizer.json"
+        content = json.loads(file.read_text())
+        vocabulary, (a, b) = content["model"]["vocab"], swapped
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+        file.write_text(json.dumps(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_a_longer_head_of_a_teacher_counts_over_the_shared_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """The divergence in float64 between the model and the teacher without its rows behind the model's."""
+    folder, teacher = make_model(tmp_path / "model"), make_teacher(tmp_path / "teacher", rows=264)
+    texts = ["of two texts", "the other"]
+    same = {"method": "distillation", "learning_rate": 0.0, "max_steps": 1, "loss": {"kind": kind}}
+    found = run(tmp_path, folder, [{"text": x} for x in texts], teacher_model_name_or_path=teacher, **same).train_loss
+    assert f"the head of {teacher} has 264 rows and that of the trained model 258" in capsys.readouterr().out
+    ours, theirs = (LlamaForCausalLM.from_pretrained(x).double() for x in (folder, teacher))
+    parts = []
+    for text in texts:
+        ids = torch.tensor([make_tokenizer()(text)["input_ids"] + [1]])
+        with torch.no_grad():
+            p, q = (m(input_ids=ids).logits[0, :-1, :258].log_softmax(-1) for m in (theirs, ours))
+        p, q = (p, q) if kind == "forward_kl" else (q, p)
+        parts.append((p.exp() * (p - q)).sum(-1))
+    assert found == pytest.approx(float(torch.cat(parts).mean()), rel=1e-4)
+
+
+def test_a_teacher_of_a_shorter_head_is_refused(tmp_path: Path) -> None:
+    folder, teacher = make_teacher(tmp_path / "model", rows=264), make_model(tmp_path / "teacher")
+    with pytest.raises(InputError, match="has 258 rows and that of the trained model 264"):
+        run(tmp_path, folder, completion_rows(), method="distillation", teacher_model_name_or_path=teacher)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(258, 264), (264, 258)])
+@pytest.mark.parametrize("backend", ["auto", "materialised"])
+def test_log_probabilities_of_a_teacher_need_no_equal_heads(
+    tmp_path: Path, ours: int, theirs: int, backend: str
+) -> None:
+    """A teacher normalises over all rows that it has, as its own logits do."""
+    folder, teacher = make_teacher(tmp_path / "model", rows=ours), make_teacher(tmp_path / "teacher", rows=theirs)
+    rows = [{"prompt": "q", "chosen": "yes", "rejected": "no"}] * 2
+    changes = {"method": "dpo", "learning_rate": 0.0, "max_steps": 1, "backend": backend}
+    found = run(tmp_path, folder, rows, teacher_model_name_or_path=teacher, **changes).train_loss
+    sums = []
+    for name in (folder, teacher):
+        model = LlamaForCausalLM.from_pretrained(name).double()
+        for answer in ("yes", "no"):
+            ids = torch.tensor([make_tokenizer()("q" + answer)["input_ids"] + [1]])
+            with torch.no_grad():
+                logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            sums.append(float(logp.gather(1, ids[0, 1:, None]).sum()))
+    margin = 0.1 * (sums[0] - sums[1] - sums[2] + sums[3])
+    assert found == pytest.approx(math.log1p(math.exp(-margin)), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["dpo", "distillation"])
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path: Path, method: str) -> None:
+    teacher = make_teacher(tmp_path / "teacher", swapped="ab")
+    rows = [{"prompt": "q", "chosen": "a", "rejected": "c", "completion": "a"}] * 2
+    with pytest.raises(InputError, match=r"the teacher has another tokenizer: the id \d+ is 'a' to .* and 'b' to"):
+        run(tmp_path, make_model(tmp_path / "model"), rows, method=method, teacher_model_name_or_path=teacher)
+
+
+def test_tokens_that_no_row_has_matter_where_distributions_are_compared(tmp_path: Path) -> None:
+    folder, teacher = make_model(tmp_path / "model"), make_teacher(tmp_path / "teacher", swapped="ab")
+    rows = [{"prompt": "q", "chosen": "x", "rejected": "y", "completion": "z"}] * 2
+    assert run(tmp_path, folder, rows, method="dpo", teacher_model_name_or_path=teacher).step == 4
+    with pytest.raises(InputError, match="the teacher has another tokenizer"):
+        run(tmp_path, folder, rows, method="distillation", teacher_model_name_or_path=teacher)
+
+
+def test_added_tokens_that_differ_matter_where_rows_have_them(tmp_path: Path) -> None:
+    folder, teacher = make_teacher(tmp_path / "model", rows=260, added=("<a>",)), tmp_path / "teacher"
+    options = {"method": "distillation", "teacher_model_name_or_path": make_teacher(teacher, rows=260, added=("<b>",))}
+    assert run(tmp_path, folder, completion_rows(), **options).step == 4
+    with pytest.raises(InputError, match="the id 258 is '<a>' to the data's tokenizer and '<b>' to the teacher's"):
+        run(tmp_path, folder, [{"text": "x <a>"}], **options)
+
+
+@pytest.mark.parametrize("method", ["dpo", "distillation"])
+def test_ids_beyond_the_teachers_embedding_are_refused(tmp_path: Path, method: str) -> None:
+    folder, teacher = make_teacher(tmp_path / "model", rows=259, added=("<a>",)), make_model(tmp_path / "teacher")
+    if method == "distillation":
+        folder, teacher = make_teacher(tmp_path / "model", rows=258, added=("<a>",)), folder
+    rows = [{"prompt": "q", "chosen": "x", "rejected": "y", "completion": "z"}] * 2
+    rows.append(rows[0] | {"chosen": "<a>", "completion": "<a>"})
+    with pytest.raises(InputError, match=r"line 3: the token '<a>' has the id 258, but the embedding of .* 258 rows"):
+        run(tmp_path, folder, rows, method=method, teacher_model_name_or_path=teacher)
+
+
+def test_a_teacher_without_a_tokenizer_is_taken_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, teacher = make_model(tmp_path / "model"), make_teacher(tmp_path / "teacher")
+    for file in Path(teacher).glob("*token*"):
+        file.unlink()
+    assert run(tmp_path, folder, preference_rows(), method="dpo", teacher_model_name_or_path=teacher).step == 4
+    assert "the teacher's tokens are not compared" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values of the reference that are kept
+
+
+def first_loss(tmp_path: Path, model: str, **changes: Any) -> float:
+    stored = {"precompute_ref_log_probs": True, "learning_rate": 0.0, "max_steps": 1, "method": "dpo"}
+    return run(tmp_path, model, preference_rows(), **stored | changes).train_loss
+
+
+def kept(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "reference").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("rms_norm_eps", 0.5), ("rope_parameters", {"rope_theta": 50.0, "rope_type": "default"}), ("hidden_act", "gelu")],
+)
+def test_another_configuration_is_another_reference(tmp_path: Path, key: str, value: Any) -> None:
+    """Model and reference are one, so that the first loss is log 2 whatever the configuration."""
+    folder = make_teacher(tmp_path / "model")
+    assert first_loss(tmp_path, folder) == pytest.approx(math.log(2), abs=1e-6)
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    assert first_loss(tmp_path, folder) == pytest.approx(math.log(2), abs=1e-6)
+    assert len(kept(tmp_path)) == 2
+
+
+def test_a_moved_folder_has_the_same_reference(tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "model")
+    first_loss(tmp_path, folder)
+    first_loss(tmp_path, str(Path(folder).rename(tmp_path / "elsewhere")))
+    assert len(kept(tmp_path)) == 1
+
+
+@pytest.mark.parametrize("changes", [{"attn_implementation": "eager"}, {"dtype": "bfloat16"}, {"backend": "reference"}])
+def test_what_changes_the_values_changes_their_file(tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = make_teacher(tmp_path / "model")
+    first_loss(tmp_path, folder)
+    first_loss(tmp_path, folder, **changes)
+    assert len(kept(tmp_path)) == 2
+
+
+def test_another_version_changes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_teacher(tmp_path / "model")
+    first_loss(tmp_path, folder)
+    monkeypatch.setattr(reference_model, "__version__", "9.9")
+    first_loss(tmp_path, folder)
+    assert len(kept(tmp_path)) == 2
+
+
+def test_code_that_comes_with_the_checkpoint_changes_the_file(tmp_path: Path) -> None:
+    """A checkpoint with a model of its own, whose code takes another activation the second time."""
+    folder = Path(make_teacher(tmp_path / "model"))
+    code = "from transformers import LlamaForCausalLM\n\nclass Own(LlamaForCausalLM):\n"
+    code += "    def __init__(self, config):\n        super().__init__(config)\n"
+    code += "        for layer in self.model.layers:\n            layer.mlp.act_fn = torch.nn.{act}()\n"
+    file = folder / "config.json"
+    own = {"architectures": ["Own"], "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    for act in ("ReLU", "Tanh"):
+        (folder / "modeling_own.py").write_text("import torch\n" + code.format(act=act))
+        loss = first_loss(tmp_path, str(folder), trust_remote_code=True)
+        assert loss == pytest.approx(math.log(2), abs=1e-6)
+    assert len(kept(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "empty", "other"])
+def test_damaged_values_are_computed_again(tmp_path: Path, damage: str) -> None:
+    folder = make_teacher(tmp_path / "model")
+    first_loss(tmp_path, folder)
+    (file,) = kept(tmp_path)
+    good = file.read_bytes()
+    broken = {
+        "flipped": good[:-7] + bytes([good[-7] ^ 0x40]) + good[-6:],
+        "cut": good[: len(good) // 2],
+        "empty": b"",
+        "other": b"text, and no safetensors",
+    }
+    file.write_bytes(broken[damage])
+    assert first_loss(tmp_path, folder) == pytest.approx(math.log(2), abs=1e-6)
+    assert file.read_bytes() == good
+
+
+def test_a_cache_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
+    folder = make_teacher(tmp_path / "model")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cache_dir: nothing can be kept in"):
+        first_loss(tmp_path, folder, cache_dir=str(tmp_path / "file"))

@@ -98,6 +98,43 @@ def check_vocabulary(model: Any, tokenizer: Any, reach: Reach, name: str) -> Non
             )
 
 
+def check_tokenizers(ours: Any, theirs: Any, data: Sequence[TokenizedData], name: str, *, whole: bool) -> None:
+    """Raises InputError where a teacher reads other tokens than the rows were made of.
+
+    Every id of the rows must be the same token to both tokenizers. Added tokens that no row uses may differ.
+
+    Args:
+        ours: the tokenizer of the rows.
+        theirs: the teacher's.
+        data: the rows.
+        name: the teacher's, for the message.
+        whole: whether the teacher's distributions are compared, so that the ids that no row has mean something too.
+    """
+    known, taught = _by_id(ours.get_vocab()), _by_id(theirs.get_vocab())
+    used = _used_ids([example for each in data for item in each.items for example in item])
+    if whole:
+        added = {*ours.get_added_vocab().values(), *theirs.get_added_vocab().values()}
+        used |= (known.keys() & taught.keys()) - added
+    for number in sorted(used):
+        if known.get(number) != taught.get(number):
+            there = f"{taught[number]!r} to" if number in taught else "no token of"
+            raise InputError(
+                f"{name}: the teacher has another tokenizer: the id {number} is {known.get(number)!r} to the data's "
+                f"tokenizer and {there} the teacher's; expected a teacher with the same tokens"
+            )
+
+
+def _used_ids(examples: Sequence[Example]) -> set[int]:
+    used = torch.zeros(1 + max(int(example.input_ids.max()) for example in examples), dtype=torch.bool)
+    for example in examples:
+        used[example.input_ids.long()] = True
+    return set(used.nonzero()[:, 0].tolist())
+
+
+def _by_id(vocabulary: dict[str, int]) -> dict[int, str]:
+    return {number: token for token, number in vocabulary.items()}
+
+
 def learned_positions(model: Any) -> int | None:
     """How many positions the model has a table of; None where it can compute any (rotary embeddings, ALiBi)."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -26,7 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
-from logitless.training.checks import check_positions, check_vocabulary, check_weights, embedding_rows, head_rows
+from logitless.training.checks import (
+    check_positions,
+    check_tokenizers,
+    check_vocabulary,
+    check_weights,
+    embedding_rows,
+    head_rows,
+)
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -173,9 +180,10 @@ class Base(NamedTuple):
 
     world: World
     source: str  # of the model
-    pad_token: int | None
+    tokenizer: Any
     model: Any
     frozen: dict[str | None, Any]  # reference models by teacher
+    notes: list[str]  # for the log, once there is one
 
 
 def prepare(options: TrainOptions, world: World) -> Run:
@@ -207,10 +215,12 @@ def prepare(options: TrainOptions, world: World) -> Run:
     if dated is not tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
         notes.append(f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; "
                      "stored values of the reference serve the runs of that day")  # fmt: skip
-    notes += [note for each in zip(planned, data, strict=True) for note in _check_rows(model, tokenizer, *each)]
+    for each, loaded in zip(planned, data, strict=True):
+        with each.blamed():
+            notes += _check_rows(model, tokenizer, options.model_name_or_path, loaded)
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    base = Base(world, source, tokenizer.pad_token_id, model, {})
+    base = Base(world, source, tokenizer, model, {}, notes)
     components = tuple(_prepared(base, *each) for each in zip(planned, losses, data, strict=True))
 
     optimizer = make_optimizer(model, options)
@@ -245,12 +255,11 @@ def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Loade
         return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
 
 
-def _check_rows(model: Any, tokenizer: Any, component: ComponentOptions, data: Loaded) -> list[str]:
-    """Notes on the rows of a component, which the model must be able to read."""
-    with component.blamed():
-        for reach in data.reach:
-            check_vocabulary(model, tokenizer, reach, component.options.model_name_or_path)
-        return [note for reach in data.reach for note in check_positions(model, reach)]
+def _check_rows(model: Any, tokenizer: Any, name: str, data: Loaded) -> list[str]:
+    """Notes on the rows, which the model of this name must be able to read."""
+    for reach in data.reach:
+        check_vocabulary(model, tokenizer, reach, name)
+    return [note for reach in data.reach for note in check_positions(model, reach)]
 
 
 def _compares(loss: Loss, sources: InputSources) -> bool:
@@ -264,7 +273,7 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
     estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
     with planned.blamed():
         engine = engine_of(options, loss, world.device)
-        loaders = make_loaders(options, loss, base.model, base.pad_token, training, held_out)
+        loaders = make_loaders(options, loss, base.model, base.tokenizer.pad_token_id, training, held_out)
         reference = None
         if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
             raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
@@ -272,6 +281,7 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
             raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
         if sources.reference or loss.compares_distributions:
             reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
+            base.notes.extend(_check_teacher(base, options, reference, data))
         _check_estimates(options, loss, reference, estimates)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
@@ -279,6 +289,28 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
     del reference  # the component's alone, which may drop it
     _store_or_share(component, base.frozen)
     return component
+
+
+def _check_teacher(base: Base, options: TrainOptions, reference: ReferenceModel, data: Loaded) -> list[str]:
+    """Notes on a teacher, which must be able to read the rows."""
+    teacher = options.teacher_model_name_or_path
+    if teacher is None:
+        return []
+    notes = _check_rows(reference.model, base.tokenizer, teacher, data)
+    try:
+        options = dataclasses.replace(options, model_name_or_path=teacher)
+        theirs = load_tokenizer(locate_once(options, base.world), options)
+    except InputError as error:
+        notes.append(f"the teacher's tokens are not compared with the data's: {error}")
+    else:
+        read = [each for each in (data.training, data.held_out) if each is not None]
+        check_tokenizers(base.tokenizer, theirs, read, teacher, whole=reference.loss.compares_distributions)
+    if reference.rows is not None:
+        notes.append(
+            f"the head of {teacher} has {head_rows(reference.model)} rows and that of the trained model "
+            f"{reference.rows}; the distributions are compared over these {reference.rows}"
+        )
+    return notes
 
 
 def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any, cast
 from logitless.integrations.scoring import plain_head
 from logitless.losses import NLL
 from logitless.training import files, parallel
+from logitless.training.checks import Reach, check_positions, check_tokenizers, check_vocabulary, reach_of
 from logitless.training.collate import consecutive
 from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TEACHER_IDS, TrainOptions
@@ -33,7 +34,7 @@ from logitless.training.parallel import World
 from logitless.training.run import confirm_patch
 from logitless.training.teachers import Listed, ModelTeacher, ServerTeacher, Teacher
 from logitless.training.template_date import with_date
-from logitless.training.tokenize import IGNORED, Example, RowTokenizer
+from logitless.training.tokenize import IGNORED, Example, RowTokenizer, TokenizedData
 from logitless.types import BackendName
 
 Taught = Mapping[str, list[Any]]  # the columns of a row
@@ -85,9 +86,12 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     tokenizer = row_tokenizer(options, with_date(load_tokenizer(source, options), datetime.now()))
     data = tokenizer.sequences(rows, options.dataset_name)
-    rows, examples = [rows[number] for number in data.kept], [example for (example,) in data.items]
+    whole, rows, examples = rows, [rows[number] for number in data.kept], [example for (example,) in data.items]
     size = options.per_device_eval_batch_size
-    teacher = _model_teacher(options, world, tokenizer, k) if server is None else ServerTeacher(server, k, size)
+    if server is None:
+        teacher: Teacher = _model_teacher(options, world, tokenizer, k, data, reach_of(data, whole))
+    else:
+        teacher = ServerTeacher(server, k, size)
     batches = consecutive(len(rows), size)
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(0, len(batches))
@@ -103,7 +107,9 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
         progress.stop()
 
 
-def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer, k: int) -> Teacher:
+def _model_teacher(
+    options: TrainOptions, world: World, tokenizer: RowTokenizer, k: int, data: TokenizedData, reach: Reach
+) -> Teacher:
     """The teacher's model, frozen and patched; it must give every token the id that the rows have."""
     if options.backend == "materialised":
         raise InputError("backend: a teacher's hidden states are needed, which 'materialised' does not have")
@@ -111,12 +117,12 @@ def _model_teacher(options: TrainOptions, world: World, tokenizer: RowTokenizer,
         options, model_name_or_path=options.teacher_model_name_or_path or options.model_name_or_path
     )
     source, name = locate(options), options.model_name_or_path
-    theirs, ours = load_tokenizer(source, options).get_vocab(), tokenizer.tokenizer.get_vocab()
-    if different := [token for token, number in ours.items() if theirs.get(token, number) != number]:
-        raise InputError(f"{name}: the teacher has other ids than the data's tokenizer, as for {different[0]!r}")
+    check_tokenizers(tokenizer.tokenizer, load_tokenizer(source, options), [data], name, whole=True)
     loss = NLL()
     engine = PatchedEngine(loss, world.device, computes_in_bf16(options, world.device))
     model = patched(load_model(source, options, world.device, frozen=True), options, loss).eval()
+    check_vocabulary(model, tokenizer.tokenizer, reach, name)
+    check_positions(model, reach)
     confirm_patch(engine, model, options, world.device)
     vocabulary = len(plain_head(model).weight)
     if k > vocabulary:
