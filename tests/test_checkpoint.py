@@ -173,6 +173,17 @@ def test_what_may_not_change_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         train(runs.options("run", resume_from_checkpoint=str(tmp_path / "model")))
 
 
+@pytest.mark.parametrize("name", [STATE, "optimizer.safetensors", "rng_state.safetensors", "rng_state.json"])
+@pytest.mark.parametrize("left", [0, 40])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, left: int) -> None:
+    runs = Runs(tmp_path, "sft")
+    runs.interrupted("run", monkeypatch, 3)
+    file = tmp_path / "run" / "checkpoint-2" / name
+    file.write_bytes(file.read_bytes()[:left])
+    with pytest.raises(InputError, match=f"checkpoint-2/{name}: the checkpoint is damaged: .*delete its folder"):
+        train(runs.options("run", resume=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -210,6 +210,73 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -
         run(tmp_path, folder, completion_rows())
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("num_hidden_layers", 3, r"lacks 9 of the weights .* the first is model\.layers\.2\.input_layernorm\.weight"),
+        ("vocab_size", 300, "no causal language model could be loaded"),
+    ],
+)
+def test_a_configuration_of_other_weights_is_refused(tmp_path: Path, key: str, value: int, message: str) -> None:
+    """Weights that the checkpoint lacks would be random."""
+    folder = Path(make_model(tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, str(folder), completion_rows())
+
+
+def test_weights_that_were_cut_off_are_refused(tmp_path: Path) -> None:
+    folder = Path(make_model(tmp_path / "model"))
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(InputError, match="no causal language model could be loaded"):
+        run(tmp_path, str(folder), completion_rows())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Options and folders
+
+
+@pytest.mark.parametrize("name", ["file", "file/below"])
+def test_an_output_folder_that_can_not_be_written_is_refused(tmp_path: Path, name: str) -> None:
+    """At once: there is no model to load."""
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="output_dir: nothing can be written into"):
+        run(tmp_path, "no model", completion_rows(), output_dir=str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"learning_rate": math.inf}, {"num_train_epochs": math.inf}, {"seed": 2**64}, {"warmup_steps": math.inf},
+     {"weight_decay": math.inf}],
+)  # fmt: skip
+def test_numbers_that_no_run_can_have_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"{next(iter(changes))} must be"):
+        make_options(tmp_path, "model", "data", **changes)
+
+
+def test_a_gguf_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gguf_file: .*none\.gguf"):
+        run(tmp_path, make_model(tmp_path / "model"), completion_rows(), gguf_file="none.gguf")
+
+
+def test_what_is_unusual_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = make_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    run(tmp_path, folder, completion_rows(), warmup_steps=7)
+    found = capsys.readouterr().out
+    assert "note: warmup_steps: the learning rate rises for 7 steps, longer than the run, which has 4" in found
+    assert "note: the tokenizer has no end-of-text token" in found
+
+
+def test_an_ordinary_run_has_no_notes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, make_model(tmp_path / "model"), completion_rows())
+    assert "note: " not in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Teachers
 

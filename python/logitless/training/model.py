@@ -35,12 +35,19 @@ def locate(options: TrainOptions) -> str:
             raise InputError(f"model file not found: {name}")
         return str(convert_gguf(path, cache_folder(options)))
     if options.gguf_file is not None:
-        from transformers.utils import cached_file
-
-        return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
+        return str(convert_gguf(_gguf_inside(name, options.gguf_file), cache_folder(options)))
     if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
         raise InputError(f"{name}: not a model folder, it has no config.json")
     return name
+
+
+def _gguf_inside(name: str, file: str) -> Path:
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, file))
+    except OSError as error:
+        raise InputError(f"gguf_file: {error}") from error
 
 
 def locate_once(options: TrainOptions, world: World) -> str:
@@ -113,8 +120,9 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels and dropout as asked.
 
     Raises:
-        InputError: nothing there, not a causal LM, or no weights for its output head.
+        InputError: nothing there, not a causal LM, or one without some of its weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     attention = choose_attention(options, device)
@@ -127,9 +135,9 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{source}: no causal language model could be loaded from there: {error}") from error
-    _require_head(model, set(report["missing_keys"]), source)
+    _require_weights(model, set(report["missing_keys"]), source)
     if getattr(model, "is_quantized", False):
         raise InputError(f"{source}: the model is quantised, and quantised weights can not be trained")
     model.to(device)
@@ -168,7 +176,7 @@ def load_trained(
     return model
 
 
-def _require_head(model: Any, missing: set[str], source: str) -> None:
+def _require_weights(model: Any, missing: set[str], source: str) -> None:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise InputError(f"{source}: {type(model).__name__} has no linear output head")
@@ -177,6 +185,11 @@ def _require_head(model: Any, missing: set[str], source: str) -> None:
         raise InputError(
             f"{source}: the checkpoint has no weights for the output head ({', '.join(sorted(names))}), which would be "
             "random; use a checkpoint of the causal language model, not of its base model"
+        )
+    if absent := sorted(missing & {name for name, _ in model.named_parameters()}):
+        raise InputError(
+            f"{source}: the checkpoint lacks {len(absent)} of the weights that its config.json asks for, which would "
+            f"be random; the first is {absent[0]}"
         )
 
 

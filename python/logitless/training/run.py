@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -194,6 +194,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """
     planned, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in planned]
+    require_output(options, world)
     state = first_state(resumed, world)
     seed_generators(options.seed)
 
@@ -212,9 +213,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
     notes = check_weights(model, options, peak_learning_rate(options, losses))
-    if dated is not tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
-        notes.append(f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; "
-                     "stored values of the reference serve the runs of that day")  # fmt: skip
+    notes += _notes_on_text(planned, tokenizer, dated, state)
     for each, loaded in zip(planned, data, strict=True):
         with each.blamed():
             notes += _check_rows(model, tokenizer, options.model_name_or_path, loaded)
@@ -229,6 +228,9 @@ def prepare(options: TrainOptions, world: World) -> Run:
     total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
     for component in components:
         component.total_steps = total_steps
+    if options.warmup(total_steps) > total_steps and options.lr_scheduler_type != "constant":
+        notes.append(f"warmup_steps: the learning rate rises for {options.warmup(total_steps)} steps, longer than the "
+                     f"run, which has {total_steps}")  # fmt: skip
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
         options, world, components, tokenizer, model, parallel, optimizer, steps_per_epoch, total_steps, identity,
@@ -253,6 +255,21 @@ def _make_loss(component: ComponentOptions) -> Loss:
 def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Loaded:
     with component.blamed():
         return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
+
+
+def _notes_on_text(
+    planned: Sequence[ComponentOptions], tokenizer: Any, dated: Any, state: Mapping[str, Any]
+) -> list[str]:
+    """Notes on what a tokenizer and its template put into every text; `dated` is it with the run's date."""
+    notes = []
+    if tokenizer.eos_token is None:
+        notes.append("the tokenizer has no end-of-text token, so that strings are learned without an end")
+    if dated is not tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
+        notes.append(
+            f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; stored "
+            "values of the reference serve the runs of that day"
+        )
+    return notes
 
 
 def _check_rows(model: Any, tokenizer: Any, name: str, data: Loaded) -> list[str]:
@@ -348,6 +365,16 @@ def _check_estimates(
                              f"a column {name} can give it")  # fmt: skip
 
 
+def require_output(options: TrainOptions, world: World) -> None:
+    """Raises InputError where nothing can be written into the output folder, which it makes."""
+    if world.is_main:
+        try:
+            files.require_writable(Path(options.output_dir))
+        except OSError as error:
+            raise InputError(f"output_dir: nothing can be written into {options.output_dir}: {error}") from error
+    world.wait()
+
+
 def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
     """Has the patch compare itself with the model's logits now, before data and time are spent."""
     ids = torch.tensor([[1, 2, 3]], device=device) % min(embedding_rows(model), head_rows(model))
@@ -361,7 +388,6 @@ def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: tor
 def _reporter(options: TrainOptions, world: World, resumed_step: int, total_steps: int) -> Reporter:
     """The reporter of a run, in an output folder without the leftovers of killed runs."""
     output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         files.clean(output)
     return Reporter(
