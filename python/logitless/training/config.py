@@ -206,7 +206,7 @@ class TrainOptions:
     teacher_model_name_or_path: str | None = option(
         None,
         "Model that the loss compares with (a distillation's teacher); default: the trained model as the run found it. "
-        "It reads the same tokens and has the same vocabulary.",
+        "It must have the same tokens.",
         group="Reference",
     )
     old_policy_steps: int = option(

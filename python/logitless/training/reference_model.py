@@ -100,7 +100,7 @@ class ReferenceModel:
             with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
                 if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
                     given = self.engine.hidden(self.model, batch)
-                    return given | {"ref_head": _cut(given["ref_head"], self.rows)}
+                    return given | {"ref_head": first_rows(given["ref_head"], self.rows)}
                 fields = {name: REFERENCE_FIELDS[name] for name in self.names}
                 stats = self.engine.stats(self.model, batch, tuple(fields.values()))
         finally:
@@ -147,7 +147,8 @@ def _shared_rows(frozen: Any, trained: Any, loss: Loss, teacher: str | None) -> 
     return ours
 
 
-def _cut(head: Head, rows: int | None) -> Head:
+def first_rows(head: Head, rows: int | None) -> Head:
+    """A view of a head's first rows; all of them if None."""
     return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
 
 

@@ -17,10 +17,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from logitless.integrations.scoring import plain_head
 from logitless.losses import NLL
 from logitless.training import files, parallel
-from logitless.training.checks import Reach, check_positions, check_tokenizers, check_vocabulary, reach_of
+from logitless.training.checks import Reach, check_positions, check_tokenizers, check_vocabulary, head_rows, reach_of
 from logitless.training.collate import consecutive
 from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TEACHER_IDS, TrainOptions
@@ -97,6 +96,8 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     progress = Progress(0, len(batches))
     try:
         progress.say(f"data: {data.summary()}")
+        if server is not None:
+            progress.say(f"note: the server's tokens are not compared with those of {options.model_name_or_path}")
         with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, tokenizer) as write:
             for number, batch in enumerate(batches, 1):
                 own = [rows[i] for i in batch]
@@ -124,10 +125,10 @@ def _model_teacher(
     check_vocabulary(model, tokenizer.tokenizer, reach, name)
     check_positions(model, reach)
     confirm_patch(engine, model, options, world.device)
-    vocabulary = len(plain_head(model).weight)
+    vocabulary = min(head_rows(model), 1 + max(tokenizer.tokenizer.get_vocab().values()))
     if k > vocabulary:
         raise InputError(f"k: expected at most {vocabulary}, the vocabulary of {name}, got {k}")
-    return ModelTeacher(engine, model, k, cast(BackendName, options.backend))
+    return ModelTeacher(engine, model, k, cast(BackendName, options.backend), vocabulary)
 
 
 def _taught(teacher: Teacher, tokenizer: RowTokenizer, rows: list[Row], cut: list[Example]) -> list[Taught]:
