@@ -386,6 +386,33 @@ def test_ids_beyond_the_teachers_embedding_are_refused(tmp_path: Path, method: s
         run(tmp_path, folder, rows, method=method, teacher_model_name_or_path=teacher)
 
 
+def test_a_padding_token_that_the_teacher_lacks_pads_all_the_same(tmp_path: Path) -> None:
+    folder, teacher = make_teacher(tmp_path / "model", rows=260), make_teacher(tmp_path / "teacher")
+    options = {"method": "dpo", "teacher_model_name_or_path": teacher}
+    want = run(tmp_path, folder, preference_rows(), **options).train_loss
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    assert run(tmp_path, folder, preference_rows(), **options).train_loss == want
+
+
+def test_a_teacher_with_weights_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    teacher = make_teacher(tmp_path / "teacher")
+    broken = LlamaForCausalLM.from_pretrained(teacher)
+    broken.model.norm.weight.data[3] = math.nan
+    broken.save_pretrained(teacher)
+    with pytest.raises(InputError, match=r"teacher: the weight model\.norm\.weight has values that are not finite"):
+        run(tmp_path, make_model(tmp_path / "model"), completion_rows(), method="distillation",
+            teacher_model_name_or_path=teacher)  # fmt: skip
+
+
+def test_rows_beyond_the_teachers_positions_are_refused(tmp_path: Path) -> None:
+    teacher = make_gpt2(tmp_path / "teacher")
+    rows = [{"prompt": "q", "chosen": "x" * 40, "rejected": "y"}] * 2
+    with pytest.raises(InputError, match=r"line 1: the row has 42 tokens, but .* has learned 32 positions"):
+        run(tmp_path, make_model(tmp_path / "model"), rows, method="dpo", teacher_model_name_or_path=teacher)
+
+
 def test_a_teacher_without_a_tokenizer_is_taken_with_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, teacher = make_model(tmp_path / "model"), make_teacher(tmp_path / "teacher")
     for file in Path(teacher).glob("*token*"):

@@ -76,6 +76,12 @@ def head_rows(model: Any) -> int:
     return len(plain_head(model).weight)
 
 
+def padding_token(tokenizer: Any, *models: Any) -> int:
+    """The id to pad with, 0 unless the tokenizer has one that is a row of every model's embedding: nothing reads it."""
+    own = tokenizer.pad_token_id
+    return 0 if own is None or own >= min(map(embedding_rows, models)) else int(own)
+
+
 def check_vocabulary(model: Any, tokenizer: Any, reach: Reach, name: str) -> None:
     """Raises InputError where a row has an id beyond the model's embedding, or predicts one beyond its head.
 
@@ -152,7 +158,7 @@ def _is_table(name: str) -> bool:
     return bool(_TABLES.fullmatch(name.rpartition(".")[2])) and not _NOT_TEXT.search(name)
 
 
-def check_positions(model: Any, reach: Reach) -> list[str]:
+def check_positions(model: Any, reach: Reach, name: str) -> list[str]:
     """A note for the log where a row is longer than what the model was trained with.
 
     Raises:
@@ -162,7 +168,7 @@ def check_positions(model: Any, reach: Reach) -> list[str]:
     most = learned_positions(model)
     if most is not None and length > most:
         raise InputError(
-            f"{origin}: the row has {length} tokens, but the model has learned {most} positions; expected a max_length "
+            f"{origin}: the row has {length} tokens, but {name} has learned {most} positions; expected a max_length "
             f"of at most {most}"
         )
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
@@ -173,6 +179,16 @@ def check_positions(model: Any, reach: Reach) -> list[str]:
     return []
 
 
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raises InputError where a model of this name has a weight that is NaN or infinite."""
+    for weight, parameter in model.named_parameters():
+        if parameter.numel() and not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):
+            raise InputError(
+                f"{name}: the weight {weight} has values that are not finite (NaN, infinite); the checkpoint is "
+                "damaged, or was saved after its training had failed"
+            )
+
+
 def check_weights(model: nn.Module, options: TrainOptions, rate: float) -> list[str]:
     """Notes for the log where the weights' precision loses part of what is trained.
 
@@ -180,15 +196,8 @@ def check_weights(model: nn.Module, options: TrainOptions, rate: float) -> list[
         rate: the highest learning rate of the run. AdamW moves a weight by about as much at a step.
 
     Raises:
-        InputError: a weight that is not finite; weights, or an `adam_epsilon`, that AdamW can not work with in their
-            precision.
+        InputError: weights, or an `adam_epsilon`, that AdamW can not work with in their precision.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.numel() and not all(bound.isfinite() for bound in torch.aminmax(parameter.detach())):
-            raise InputError(
-                f"{options.model_name_or_path}: the weight {name} has values that are not finite (NaN, infinite); the "
-                "checkpoint is damaged, or was saved after its training had failed"
-            )
     trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
     for dtype in {parameter.dtype for parameter in trained}:
         if dtype == torch.float16:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from logitless.losses import Loss, PairLoss
-from logitless.training.checks import Reach, embedding_rows, reach_of
+from logitless.training.checks import Reach, reach_of
 from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
@@ -98,7 +98,7 @@ def make_loaders(
     options: TrainOptions,
     loss: Loss,
     model: Any,
-    pad_token: int | None,
+    pad_token: int,
     data: TokenizedData,
     eval_data: TokenizedData | None,
 ) -> tuple[Loader, Loader | None]:
@@ -113,8 +113,6 @@ def make_loaders(
         raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
     if options.packing or flat:
         check_packing(model)
-    if pad_token is None or pad_token >= embedding_rows(model):  # added to the tokenizer alone; nothing reads it
-        pad_token = 0
     capacity = options.max_length if options.packing else None
     # Flash attention finds boundaries in a single row only.
     together = TOGETHER if TOGETHER in loss.inputs else None

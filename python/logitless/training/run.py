@@ -27,12 +27,14 @@ from torch.nn.parallel import DistributedDataParallel
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
 from logitless.training.checks import (
+    check_finite,
     check_positions,
     check_tokenizers,
     check_vocabulary,
     check_weights,
     embedding_rows,
     head_rows,
+    padding_token,
 )
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
@@ -212,6 +214,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
+    check_finite(model, options.model_name_or_path)
     notes = check_weights(model, options, peak_learning_rate(options, losses))
     notes += _notes_on_text(planned, tokenizer, dated, state)
     for each, loaded in zip(planned, data, strict=True):
@@ -276,7 +279,7 @@ def _check_rows(model: Any, tokenizer: Any, name: str, data: Loaded) -> list[str
     """Notes on the rows, which the model of this name must be able to read."""
     for reach in data.reach:
         check_vocabulary(model, tokenizer, reach, name)
-    return [note for reach in data.reach for note in check_positions(model, reach)]
+    return [note for reach in data.reach for note in check_positions(model, reach, name)]
 
 
 def _compares(loss: Loss, sources: InputSources) -> bool:
@@ -290,7 +293,6 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
     estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
     with planned.blamed():
         engine = engine_of(options, loss, world.device)
-        loaders = make_loaders(options, loss, base.model, base.tokenizer.pad_token_id, training, held_out)
         reference = None
         if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
             raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
@@ -300,6 +302,8 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
             reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
             base.notes.extend(_check_teacher(base, options, reference, data))
         _check_estimates(options, loss, reference, estimates)
+        pad_token = padding_token(base.tokenizer, base.model, base.model if reference is None else reference.model)
+        loaders = make_loaders(options, loss, base.model, pad_token, training, held_out)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
     component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
@@ -313,9 +317,11 @@ def _check_teacher(base: Base, options: TrainOptions, reference: ReferenceModel,
     teacher = options.teacher_model_name_or_path
     if teacher is None:
         return []
+    options = dataclasses.replace(options, model_name_or_path=teacher)
+    check_finite(reference.model, teacher)
     notes = _check_rows(reference.model, base.tokenizer, teacher, data)
+    confirm_patch(reference.engine, reference.model, options, base.world.device)
     try:
-        options = dataclasses.replace(options, model_name_or_path=teacher)
         theirs = load_tokenizer(locate_once(options, base.world), options)
     except InputError as error:
         notes.append(f"the teacher's tokens are not compared with the data's: {error}")

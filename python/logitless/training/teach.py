@@ -123,7 +123,7 @@ def _model_teacher(
     engine = PatchedEngine(loss, world.device, computes_in_bf16(options, world.device))
     model = patched(load_model(source, options, world.device, frozen=True), options, loss).eval()
     check_vocabulary(model, tokenizer.tokenizer, reach, name)
-    check_positions(model, reach)
+    check_positions(model, reach, name)
     confirm_patch(engine, model, options, world.device)
     vocabulary = min(head_rows(model), 1 + max(tokenizer.tokenizer.get_vocab().values()))
     if k > vocabulary:
