@@ -82,6 +82,24 @@ def test_targets_beyond_the_head_are_refused(tmp_path: Path) -> None:
         run(tmp_path, folder, rows, method="top_k_distillation")
 
 
+@pytest.mark.parametrize(
+    ("method", "columns", "message"),
+    [
+        ("reinforce", {"advantages": math.nan}, "line 13: the column advantages has a value that is NaN"),
+        ("reinforce", {"advantages": math.inf}, "line 13: the column advantages has a value that is NaN or infinite"),
+        ("top_k_distillation", {"target_ids": [[5, -7], [6]]}, "line 13: target_ids lists -7; expected ids from 0 on"),
+    ],
+)
+def test_values_that_no_loss_can_read_are_refused(
+    tmp_path: Path, method: str, columns: dict[str, Any], message: str
+) -> None:
+    good = {"advantages": 1.0, "target_ids": [[5]], "teacher_logprob": [[-1.0]]}
+    lists = {"teacher_logprob": [[-1.0, -2.0], [-1.0]]} if method != "reinforce" else {}
+    rows = [*(row | good for row in completion_rows(12)), {"prompt": "q", "completion": "a"} | good | lists | columns]
+    with pytest.raises(InputError, match=message):
+        run(tmp_path, make_model(tmp_path / "model"), rows, method=method)
+
+
 def test_an_added_token_that_no_row_uses_is_no_obstacle(tmp_path: Path, model: str) -> None:
     assert run(tmp_path, model, completion_rows()).step == 4
 

@@ -9,6 +9,7 @@ The rows' part is kept as small as its question: the largest id and the greatest
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from logitless.integrations.scoring import plain_head
-from logitless.training.columns import TARGET_IDS
+from logitless.training.columns import ABSENT, TARGET_IDS
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row
 from logitless.training.errors import InputError
@@ -76,6 +77,20 @@ def head_rows(model: Any) -> int:
     return len(plain_head(model).weight)
 
 
+def check_columns(data: TokenizedData, rows: Sequence[Row]) -> None:
+    """Raises InputError where a column of a row has NaN, an infinite value, or a negative id.
+
+    -inf is a number there: the logarithm of 0, as of a tail that has nothing.
+    """
+    for number, item in zip(data.kept, data.items, strict=True):
+        for name, values in (pair for example in item for pair in example.inputs.items()):
+            if name == TARGET_IDS and ((values < 0) & (values != ABSENT)).any():
+                raise InputError(f"{rows[number].origin}: {name} lists {int(values[values != ABSENT].min())}; expected "
+                                 f"ids from 0 on, or {ABSENT} where there is none")  # fmt: skip
+            if values.is_floating_point() and not (values < math.inf).all():
+                raise InputError(f"{rows[number].origin}: the column {name} has a value that is NaN or infinite")
+
+
 def padding_token(tokenizer: Any, *models: Any) -> int:
     """The id to pad with, 0 unless the tokenizer has one that is a row of every model's embedding: nothing reads it."""
     own = tokenizer.pad_token_id
@@ -95,13 +110,16 @@ def check_vocabulary(model: Any, tokenizer: Any, reach: Reach, name: str) -> Non
         ("listed", "output head", head_rows(model)),
     ):
         number, origin = getattr(reach, kind)
-        if number >= rows:
-            token = tokenizer.convert_ids_to_tokens(number) if number < len(tokenizer) else None
-            named = f"the token {token!r} has" if kind != "listed" else f"{TARGET_IDS} lists"
-            raise InputError(
-                f"{origin}: {named} the id {number}, but the {part} of {name} has {rows} rows. Use the tokenizer that "
-                f"belongs to the model, or resize the model (resize_token_embeddings({len(tokenizer)})) and save it"
-            )
+        if number < rows:
+            continue
+        if kind == "listed":
+            raise InputError(f"{origin}: {TARGET_IDS} lists the id {number}, but the {part} of {name} has {rows} rows; "
+                             "expected ids that are tokens of the model")  # fmt: skip
+        raise InputError(
+            f"{origin}: the token {tokenizer.convert_ids_to_tokens(number)!r} has the id {number}, but the {part} of "
+            f"{name} has {rows} rows. Use the tokenizer that belongs to the model, or resize the model "
+            f"(resize_token_embeddings({len(tokenizer)})) and save it"
+        )
 
 
 def check_tokenizers(ours: Any, theirs: Any, data: Sequence[TokenizedData], name: str, *, whole: bool) -> None:

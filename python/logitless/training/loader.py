@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from logitless.losses import Loss, PairLoss
-from logitless.training.checks import Reach, reach_of
+from logitless.training.checks import Reach, check_columns, reach_of
 from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
@@ -50,11 +50,13 @@ def load_data(options: TrainOptions, tokenizer: object, loss: Loss, estimated: C
     if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
                          "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
-    data = read(rows, options.dataset_name)
-    if held_out is None:
-        return Loaded(sources, data, None, (reach_of(data, rows),))
-    evaluated = read(held_out, origin)
-    return Loaded(sources, data, evaluated, (reach_of(data, rows), reach_of(evaluated, held_out)))
+    given = [(read(rows, options.dataset_name), rows)]
+    if held_out is not None:
+        given.append((read(held_out, origin), held_out))
+    for each in given:
+        check_columns(*each)
+    data, evaluated = given[0][0], None if held_out is None else given[1][0]
+    return Loaded(sources, data, evaluated, tuple(reach_of(*each) for each in given))
 
 
 def row_tokenizer(
