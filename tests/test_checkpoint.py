@@ -191,7 +191,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         ({"completion_only_loss": False}, "completion_only_loss was None and is False"),
         ({"max_length": 30}, "max_length was 40 and is 30"),
         ("template", "the chat template is another"),
-        ("rows", "the rows of dataset_name are"),
+        ("rows", "no option says why, so the rows of dataset_name are$"),
     ],
 )
 def test_why_the_tokens_are_others_is_named(
@@ -278,6 +278,32 @@ def test_a_checkpoint_without_a_date_goes_on(tmp_path: Path, monkeypatch: pytest
     del state["date"], state["tokenizer"]
     write_json(path, state)
     assert train(runs.options("run", resume=True)).step == 6
+
+
+def test_a_checkpoint_without_a_date_names_the_template_that_writes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: Any
+) -> None:
+    runs = Runs(tmp_path, "sft")
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    runs.data = write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns}] * 6)
+    make_tokenizer(DATED).save_pretrained(runs.model)
+    runs.interrupted("run", monkeypatch, 3)
+    path = tmp_path / "run" / "checkpoint-2" / STATE
+    state = json.loads(path.read_text())
+    del state["date"]
+    write_json(path, state)
+    clock.day = 2
+    with pytest.raises(InputError, match="or the date that its template writes"):
+        train(runs.options("run", resume=True))
+
+
+def test_stored_values_of_dated_texts_are_noted(tmp_path: Path, clock: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = Runs(tmp_path, "dpo")
+    make_tokenizer(DATED).save_pretrained(runs.model)
+    for clock.day, files in ((1, 1), (2, 2)):
+        train(runs.options(f"run-{clock.day}", precompute_ref_log_probs=True, max_steps=1))
+        assert f"the date of the run's start, 2026-05-0{clock.day}" in capsys.readouterr().out
+        assert len(list((tmp_path / "cache" / "reference").iterdir())) == files
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
 
 
 def require_same(
-    state: dict[str, Any], identity: dict[str, Any], options: TrainOptions, parts: dict[str, str], source: Path
+    state: dict[str, Any], identity: dict[str, Any], options: TrainOptions, tokenizer: Any, source: Path
 ) -> None:
     """Raises InputError naming what a resumed run may not change and did.
 
@@ -99,7 +99,7 @@ def require_same(
         state: the checkpoint's.
         identity: the run's own, of `identity_of`.
         options: the run's own, and
-        parts: its tokenizer's, of `tokenizer_parts`, by which other tokens are explained.
+        tokenizer: its tokenizer, by which other tokens are explained.
         source: the checkpoint's folder.
     """
     saved = state["identity"]
@@ -108,11 +108,11 @@ def require_same(
         return
     named = [f"{name} was {saved.get(name)!r} and is {identity[name]!r}" for name in changed]
     if any(name.rpartition("/")[2] == "data" for name in changed):
-        named.append(_other_tokens(state, options, parts, changed))
+        named.append(_other_tokens(state, options, tokenizer, changed))
     raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(named)}")
 
 
-def _other_tokens(state: dict[str, Any], options: TrainOptions, parts: dict[str, str], known: Sequence[str]) -> str:
+def _other_tokens(state: dict[str, Any], options: TrainOptions, tokenizer: Any, known: Sequence[str]) -> str:
     """What has changed of that on which the data's tokens depend, besides the options that are `known` to have."""
     was, now = state.get("options", {}), options.to_dict()
     names = [spec.name for spec in dataclasses.fields(options)
@@ -122,6 +122,11 @@ def _other_tokens(state: dict[str, Any], options: TrainOptions, parts: dict[str,
         for name in names
         if name in was and name not in known and was[name] != json.loads(json.dumps(now[name]))
     ]
-    saved = state.get("tokenizer", parts)
-    reasons += [f"the {name} is another" for name in parts if saved.get(name) != parts[name]]
-    return f"the tokens are others: {'; '.join(reasons) or 'the rows of dataset_name are, as no option says why'}"
+    parts = tokenizer_parts(tokenizer)
+    reasons += [f"the {name} is another" for name in parts if state.get("tokenizer", parts).get(name) != parts[name]]
+    if not reasons:
+        dated = "strftime_now" in str(tokenizer.chat_template)
+        reasons = [
+            "no option says why, so the rows of dataset_name are" + dated * ", or the date that its template writes"
+        ]
+    return f"the tokens are others: {'; '.join(reasons)}"

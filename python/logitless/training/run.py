@@ -208,7 +208,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     data = [_load_data(component, dated, loss) for component, loss in zip(planned, losses, strict=True)]
     identity = identity_of(planned, [loaded.training.fingerprint() for loaded in data], world)
     if resumed is not None:
-        require_same(state, identity, options, tokenizer_parts(tokenizer), resumed)
+        require_same(state, identity, options, tokenizer, resumed)
     state["tokenizer"] = tokenizer_parts(tokenizer)
 
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
