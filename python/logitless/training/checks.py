@@ -2,7 +2,8 @@
 
     ids          every token that is read has a row of the embedding, every target one of the head
     positions    no row is longer than the positions that the model has a table of
-    weights      they are finite, something is trained, and AdamW can move it in its precision
+    weights      they are finite, and AdamW can move those that are trained in their precision
+    teachers     they have the tokens of the rows
 
 The rows' part is kept as small as its question: the largest id and the greatest length, and where they stand.
 """

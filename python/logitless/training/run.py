@@ -214,12 +214,11 @@ def prepare(options: TrainOptions, world: World) -> Run:
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
-    check_finite(model, options.model_name_or_path)
-    notes = check_weights(model, options, peak_learning_rate(options, losses))
-    notes += _notes_on_text(planned, tokenizer, dated, state)
-    for each, loaded in zip(planned, data, strict=True):
-        with each.blamed():
-            notes += _check_rows(model, tokenizer, options.model_name_or_path, loaded)
+    notes = [
+        *check_weights(model, options, peak_learning_rate(options, losses)),
+        *_notes_on_text(planned, tokenizer, dated, state),
+        *_check_model(options, model, tokenizer, planned, data),
+    ]
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     base = Base(world, source, tokenizer, model, {}, notes)
@@ -231,17 +230,12 @@ def prepare(options: TrainOptions, world: World) -> Run:
     total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
     for component in components:
         component.total_steps = total_steps
-    if options.warmup(total_steps) > total_steps and options.lr_scheduler_type != "constant":
-        notes.append(f"warmup_steps: the learning rate rises for {options.warmup(total_steps)} steps, longer than the "
-                     f"run, which has {total_steps}")  # fmt: skip
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
         options, world, components, tokenizer, model, parallel, optimizer, steps_per_epoch, total_steps, identity,
         state, reporter,
     )  # fmt: skip
-    _describe(run)
-    for note in notes:
-        reporter.say(f"note: {note}")
+    _describe(run, notes)
     if resumed is not None:
         checkpoint.restore(resumed, model, optimizer, world)
         run.restore_estimated(checkpoint.load_estimated(resumed))
@@ -272,6 +266,18 @@ def _notes_on_text(
             f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; stored "
             "values of the reference serve the runs of that day"
         )
+    return notes
+
+
+def _check_model(
+    options: TrainOptions, model: Any, tokenizer: Any, planned: Sequence[ComponentOptions], data: Sequence[Loaded]
+) -> list[str]:
+    """Notes on the model that is trained, which must be able to read the rows of every component."""
+    check_finite(model, options.model_name_or_path)
+    notes: list[str] = []
+    for component, loaded in zip(planned, data, strict=True):
+        with component.blamed():
+            notes += _check_rows(model, tokenizer, options.model_name_or_path, loaded)
     return notes
 
 
@@ -405,7 +411,7 @@ def _reporter(options: TrainOptions, world: World, resumed_step: int, total_step
     )
 
 
-def _describe(run: Run) -> None:
+def _describe(run: Run, notes: Sequence[str]) -> None:
     """Tells the reader of the terminal what is trained, how, and with what."""
     options, model, device = run.options, run.model, run.world.device
     loss = " + ".join(_weighted(component) for component in run.components)
@@ -418,6 +424,15 @@ def _describe(run: Run) -> None:
     )
     for component in run.components:
         _describe_data(run.reporter, component)
+    for note in [*notes, *_notes_on_warmup(options, run.total_steps)]:
+        run.reporter.say(f"note: {note}")
+
+
+def _notes_on_warmup(options: TrainOptions, total_steps: int) -> list[str]:
+    warmup = options.warmup(total_steps)
+    if warmup <= total_steps or options.lr_scheduler_type == "constant":
+        return []
+    return [f"warmup_steps: the learning rate rises for {warmup} steps, longer than the run, which has {total_steps}"]
 
 
 def _weighted(component: Component) -> str:
