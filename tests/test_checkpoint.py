@@ -173,6 +173,28 @@ def test_what_may_not_change_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         train(runs.options("run", resume_from_checkpoint=str(tmp_path / "model")))
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "refused"),
+    [("sft", {"use_peft": True}, True), ("dpo", {}, True), ("sft", {}, False)],
+)
+def test_another_model_under_an_adapter_or_as_the_reference_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, changes: dict[str, Any], refused: bool
+) -> None:
+    """A moved folder is the same model; a full fine-tune reads its own weights alone."""
+    runs = Runs(tmp_path, method)
+    runs.interrupted("run", monkeypatch, 3, **changes)
+    runs.model = str(Path(runs.model).rename(tmp_path / "moved"))
+    runs.interrupted("run", monkeypatch, 5, resume=True, **changes)
+    model = AutoModelForCausalLM.from_pretrained(runs.model)
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    model.save_pretrained(runs.model)
+    if refused:
+        with pytest.raises(InputError, match="moved has other weights than the model that the run started from"):
+            train(runs.options("run", resume=True, **changes))
+    else:
+        assert train(runs.options("run", resume=True, **changes)).step == 6
+
+
 @pytest.mark.parametrize("name", [STATE, "optimizer.safetensors", "rng_state.safetensors", "rng_state.json"])
 @pytest.mark.parametrize("left", [0, 40])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, left: int) -> None:
@@ -275,7 +297,7 @@ def test_a_checkpoint_without_a_date_goes_on(tmp_path: Path, monkeypatch: pytest
     runs.interrupted("run", monkeypatch, 3)
     path = tmp_path / "run" / "checkpoint-2" / STATE
     state = json.loads(path.read_text())
-    del state["date"], state["tokenizer"]
+    del state["date"], state["tokenizer"], state["model"]
     write_json(path, state)
     assert train(runs.options("run", resume=True)).step == 6
 

@@ -32,6 +32,7 @@ FIXED = (
 )
 #: Options of other groups that decide which tokens the rows have.
 _OF_TOKENS = ("model_name_or_path", "model_revision", "gguf_file", "method", "loss", "mixture")
+_SAMPLES = 16  # places of a file of weights that are read to recognise it
 
 
 def seed_generators(value: int) -> None:
@@ -88,6 +89,33 @@ def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     parts = {"chat template": str(tokenizer.chat_template), "tokenizer": vocabulary}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+
+
+def weights_named(source: str, revision: str) -> str:
+    """What tells one model's weights from another's: a hash of samples of a folder's files, or the hub's name."""
+    if not Path(source).is_dir():
+        return f"{source}@{revision}"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(_SAMPLES):
+                file.seek(size * part // _SAMPLES)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def require_same_model(state: dict[str, Any], weights: str, options: TrainOptions, source: Path) -> None:
+    """Raises InputError where the model that a run started from is another than the checkpoint's run had.
+
+    An adapter is trained over it, and a reference is it, so that another one would be trained or compared with.
+    """
+    if state.get("model", weights) != weights:
+        raise InputError(
+            f"{source} can not be continued: {options.model_name_or_path} has other weights than the model that the "
+            "run started from, which its adapter or its reference belongs to"
+        )
 
 
 def require_same(

@@ -54,8 +54,10 @@ from logitless.training.resume import (
     first_state,
     identity_of,
     require_same,
+    require_same_model,
     seed_generators,
     tokenizer_parts,
+    weights_named,
 )
 from logitless.training.sampler import Sampler
 from logitless.training.template_date import with_date
@@ -212,6 +214,10 @@ def prepare(options: TrainOptions, world: World) -> Run:
     state["tokenizer"] = tokenizer_parts(tokenizer)
 
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
+    weights = weights_named(source, options.model_revision)
+    if resumed is not None and (compares or options.use_peft):
+        require_same_model(state, weights, options, resumed)
+    state["model"] = weights
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
     notes = [
