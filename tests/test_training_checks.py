@@ -14,7 +14,7 @@ from training_fixtures import completion_rows, make_model, make_options, make_to
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
 
 from logitless.training import InputError, reference_model, train, trainer
-from logitless.training.checks import learned_positions
+from logitless.training.checks import Extreme, Reach, check_vocabulary, learned_positions
 from logitless.training.collate import Piece, packed
 from logitless.training.tokenize import Example
 
@@ -81,6 +81,16 @@ def test_targets_beyond_the_head_are_refused(tmp_path: Path) -> None:
     rows = [{"prompt": "q", "completion": "a", "target_ids": [[5], [258]], "teacher_logprob": [[-1.0], [-1.0]]}]
     with pytest.raises(InputError, match=r"line 1: target_ids lists the id 258, but the output head .* has 258 rows"):
         run(tmp_path, folder, rows, method="top_k_distillation")
+
+
+def test_predicted_tokens_beyond_the_head_are_refused(tmp_path: Path) -> None:
+    """A head of fewer rows than the embedding has."""
+    model = LlamaForCausalLM.from_pretrained(make_model(tmp_path / "model", tied=False))
+    model.lm_head = torch.nn.Linear(32, 200, bias=False)
+    read = Reach(read=Extreme(257, "line 4"), target=Extreme(199, "line 5"))
+    check_vocabulary(model, make_tokenizer(), read, "it")
+    with pytest.raises(InputError, match=r"line 6: the token 'Ċ' has the id 200, but the output head of it has 200"):
+        check_vocabulary(model, make_tokenizer(), read._replace(target=Extreme(200, "line 6")), "it")
 
 
 @pytest.mark.parametrize(

@@ -85,9 +85,9 @@ def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[s
 
 def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
     """Hashes of what a tokenizer makes tokens with, which a checkpoint keeps to say why a later run has others."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
-    parts = {"chat template": str(tokenizer.chat_template), "tokenizer": vocabulary}
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if hasattr(backend, "to_str") else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = {"chat template": str(getattr(tokenizer, "chat_template", None)), "tokenizer": whole}
     return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
 
 
