@@ -290,7 +290,7 @@ def _depends_on(asked: ReferenceModel, loader: Loader, options: TrainOptions, wo
 
 
 def _own_code(model: nn.Module) -> dict[str, str]:
-    """Hashes of the source files of modules that come with the checkpoint instead of a library, helpers included."""
+    """Hashes of the source files of modules that come with the checkpoint instead of a library, all of its folder."""
     modules = {type(module).__module__ for module in model.modules()}
     own = {name for name in modules if name.partition(".")[0] == "transformers_modules"}
     folders = {Path(str(sys.modules[name].__file__)).parent for name in own}
