@@ -394,8 +394,35 @@ def test_a_teacher_of_other_ids_is_refused(teacher: str, data: str, tmp_path: Pa
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match=r"other ids than the data's tokenizer, as for '[ab]'"):
+    with pytest.raises(InputError, match=r"another tokenizer: the id \d+ is '[ab]' to the data's"):
         taught(teacher, data, teacher_model_name_or_path=other)
+
+
+def test_rows_of_a_head_that_are_no_tokens_are_left_out(teacher: str, data: str, tmp_path: Path) -> None:
+    """Lists and tail are those of the 258 tokens, so that a model of a shorter head can learn them."""
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(264, mean_resizing=False)
+    model.get_output_embeddings().weight.data[258:] = model.get_output_embeddings().weight.data[:6] * 1.5
+    model.save_pretrained(tmp_path / "padded")
+    make_tokenizer().save_pretrained(tmp_path / "padded")
+    found = taught(teacher, data, teacher_model_name_or_path=str(tmp_path / "padded"))
+    for values, row in zip(found, completion_rows(6), strict=True):
+        ids, start = ids_of(row)
+        with torch.no_grad():
+            full = model(torch.tensor([ids])).logits[0, :-1, :258].double().log_softmax(-1)
+        assert_columns(values, full[start - 1 :])
+    with pytest.raises(InputError, match="k: expected at most 258"):
+        write_teacher_columns(options(teacher, data), str(tmp_path / "x.jsonl"), k=259)
+
+
+def test_ids_beyond_the_teachers_embedding_are_refused(teacher: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": "<tool>"}])
+    with pytest.raises(InputError, match=r"line 2: the token '<tool>' has the id 258, but the embedding of"):
+        taught(folder, data)
 
 
 def command(*arguments: str) -> Result:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -85,21 +86,31 @@ def load_state(folder: Path) -> dict[str, Any]:
         inside = ", ".join(found.name for found in checkpoints(folder))
         hint = f"; there are checkpoints in it: {inside}" if inside else ""
         raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}{hint}")
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    state: dict[str, Any] = _load(path)
     return state
+
+
+def _load(path: Path) -> Any:
+    """Tensors or JSON of a checkpoint; raises InputError where the file is missing or damaged."""
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(
+            f"{path}: the checkpoint is damaged: {error}; delete its folder to go on from an older one"
+        ) from error
 
 
 def load_estimated(folder: Path) -> dict[str, torch.Tensor]:
     """The estimated inputs of a checkpoint; none where it has none."""
     path = folder / ESTIMATED
-    return load_file(path) if path.is_file() else {}
+    return _load(path) if path.is_file() else {}
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Puts back the optimizer's and the generators' states."""
-    load_optimizer_state(model, optimizer, load_file(folder / "optimizer.safetensors"), folder)
-    set_generator_states(load_file(folder / "rng_state.safetensors"), world)
-    set_python_generators(json.loads((folder / "rng_state.json").read_text(encoding="utf-8")))
+    load_optimizer_state(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
+    set_generator_states(_load(folder / "rng_state.safetensors"), world)
+    set_python_generators(_load(folder / "rng_state.json"))
 
 
 @torch.no_grad()
@@ -109,7 +120,7 @@ def restore_reference(folder: Path, reference: dict[str, torch.Tensor]) -> None:
     Raises:
         InputError: the checkpoint has one and the run does not, or the other way round: it would begin anew.
     """
-    saved = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
+    saved = _load(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
     if saved.keys() != reference.keys():
         more = len(saved) > len(reference)
         was, now = ("followed the trained model", "stays") if more else ("stayed", "follows it")

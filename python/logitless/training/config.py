@@ -242,7 +242,7 @@ class TrainOptions:
     teacher_model_name_or_path: str | None = option(
         None,
         "Model that the loss compares with (a distillation's teacher); default: the trained model as the run found it. "
-        "It reads the same tokens and has the same vocabulary.",
+        "It must have the same tokens.",
         group="Reference",
     )
     old_policy_steps: int = option(
@@ -303,6 +303,9 @@ class TrainOptions:
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
+        for name in ("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "adam_epsilon"):
+            self._require(name, getattr(self, name) != math.inf, "finite")
+        self._require("seed", abs(self.seed) < 2**32, "of at most 32 bits")
         self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
         self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
         if self.warmup_ratio and self.warmup_steps:

@@ -57,6 +57,14 @@ def new_file(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Makes the folder; raises OSError where it is none, or no file can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = folder / f"{UNFINISHED}trial-{os.getpid()}"
+    trial.touch()
+    trial.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with new_file(path) as unfinished:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from logitless.losses import Loss, PairLoss
+from logitless.training.checks import Reach, reach_of
 from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
@@ -24,10 +25,17 @@ TOGETHER = "group"  # the input that says which rows a loss compares, so that th
 DESIRABLE = "desirable"  # the input that marks single completions, which a pair gives too
 
 
-def load_data(
-    options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Collection[str]
-) -> tuple[InputSources, TokenizedData, TokenizedData | None]:
-    """Where the loss's inputs come from; training and evaluation data (None where there is none), tokenised.
+class Loaded(NamedTuple):
+    """The data of a run, tokenised."""
+
+    sources: InputSources  # of the loss's inputs
+    training: TokenizedData
+    held_out: TokenizedData | None  # to evaluate on, if any
+    reach: tuple[Reach, ...]  # of both
+
+
+def load_data(options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Collection[str]) -> Loaded:
+    """The rows to train on and those to evaluate on, tokenised, and where the loss's inputs come from.
 
     Args:
         estimated: the inputs that the run can estimate.
@@ -47,8 +55,10 @@ def load_data(
     if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
                          "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
-    data = read(single(rows), options.dataset_name)
-    return sources, data, None if held_out is None else read(single(held_out), origin)
+    parts = [(single(rows), options.dataset_name)] + ([] if held_out is None else [(single(held_out), origin)])
+    found = [(read(part, name), part) for part, name in parts]
+    evaluated = None if held_out is None else found[1][0]
+    return Loaded(sources, found[0][0], evaluated, tuple(reach_of(*each) for each in found))
 
 
 def _as_single(loss: Loss, tokenizer: Any) -> Callable[[list[Row]], list[Row]]:
@@ -102,7 +112,7 @@ def make_loaders(
     options: TrainOptions,
     loss: Loss,
     model: Any,
-    pad_token: int | None,
+    pad_token: int,
     data: TokenizedData,
     eval_data: TokenizedData | None,
 ) -> tuple[Loader, Loader | None]:
@@ -117,7 +127,6 @@ def make_loaders(
         raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
     if options.packing or flat:
         check_packing(model)
-    pad_token = 0 if pad_token is None else pad_token
     capacity = options.max_length if options.packing else None
     # Flash attention finds boundaries in a single row only.
     together = TOGETHER if TOGETHER in loss.inputs else None

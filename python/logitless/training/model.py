@@ -35,13 +35,17 @@ def locate(options: TrainOptions) -> str:
     if path.suffix.lower() == ".gguf":
         return str(convert_gguf(path, cache_folder(options)))
     if options.gguf_file is not None:
-        from transformers.utils import cached_file
-
-        try:
-            return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
-        except OSError as error:
-            raise unreadable(name, f"file {options.gguf_file}", error) from error
+        return str(convert_gguf(_gguf_inside(name, options.gguf_file), cache_folder(options)))
     return name
+
+
+def _gguf_inside(name: str, file: str) -> Path:
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, file))
+    except OSError as error:
+        raise unreadable(name, f"file {file}", error) from error
 
 
 def locate_once(options: TrainOptions, world: World) -> str:
@@ -136,7 +140,7 @@ def load_base(source: str, revision: str, options: TrainOptions, device: torch.d
     """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels as asked.
 
     Raises:
-        InputError: nothing there, not a causal LM, or no weights for its output head.
+        InputError: nothing there, not a causal LM, or one without some of its weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -285,8 +289,8 @@ def check_packing(model: Any) -> None:
     Families whose positions or states do not restart with `position_ids` (state-space models, ALiBi) are found here
     rather than in a worse model. Flash attention is checked on GPU tensors, SDPA and eager anywhere.
     """
-    head = model.get_output_embeddings()
-    vocabulary, device = head.weight.shape[0], head.weight.device
+    embedding = model.get_input_embeddings().weight
+    vocabulary, device = embedding.shape[0], embedding.device
     parts = [torch.arange(1, 1 + n, device=device)[None] * 7 % vocabulary for n in (5, 4)]
     positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
     was_training = model.training

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from logitless.training.chat import ChatTemplate
-from logitless.training.columns import TARGET_IDS, read_columns
+from logitless.training.columns import ABSENT, TARGET_IDS, read_columns
 from logitless.training.conversation import Conversation
 from logitless.training.data import Row, require_text
 from logitless.training.errors import InputError
@@ -210,11 +210,19 @@ def _example(encoded: Encoded, counted: Sequence[slice]) -> Example:
 
 
 def _require_ids(item: Item, row: Row) -> None:
-    """Raises where a token counts that lists no ids: the mean would count it, and nothing would be learnt from it."""
+    """Raises where an id is negative, and where a token counts that lists none.
+
+    The mean would count such a token, and nothing would be learnt from it.
+    """
     for example in item:
         listed = example.inputs.get(TARGET_IDS)
         if listed is None:
             continue
+        if (negative := listed[(listed < 0) & (listed != ABSENT)]).numel():
+            raise InputError(
+                f"{row.origin}: {TARGET_IDS} lists {int(negative.min())}; expected ids from 0 on, or {ABSENT} where "
+                "there is none"
+            )
         without = (listed[:-1] < 0).flatten(1).all(1) & (example.labels[1:] != IGNORED)
         if without.any():
             raise InputError(

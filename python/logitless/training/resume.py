@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import random
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,9 @@ FIXED = (
     "use_peft",
     "teacher_model_name_or_path",
 )
+#: Options of other groups that decide which tokens the rows have.
+_OF_TOKENS = ("model_name_or_path", "model_revision", "gguf_file", "method", "loss", "mixture")
+_SAMPLES = 16  # places of a file of weights that are read to recognise it
 
 
 def seed_generators(value: int) -> None:
@@ -56,9 +63,16 @@ def find_checkpoint(options: TrainOptions) -> Path | None:
     return present[-1] if present else None
 
 
-def first_state(resumed: Path | None) -> dict[str, Any]:
-    """Step, counters and open log window: a checkpoint's, or those of a fresh run."""
-    return {"step": 0, "num_tokens": 0, "window": []} if resumed is None else checkpoint.load_state(resumed)
+def first_state(resumed: Path | None, world: World) -> dict[str, Any]:
+    """Step, counters, open log window and the date of the start: a checkpoint's, or those of a fresh run."""
+    state = {"step": 0, "num_tokens": 0, "window": []} if resumed is None else checkpoint.load_state(resumed)
+    return {"date": _today(world)} | state
+
+
+def _today(world: World) -> str:
+    """Date and time of the main process, which all of them write into their texts."""
+    now = datetime.now().isoformat(timespec="seconds")
+    return bytes(world.gather({"now": torch.tensor(list(now.encode()))})[0]["now"].tolist()).decode()
 
 
 def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[str], world: World) -> dict[str, Any]:
@@ -71,8 +85,78 @@ def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[s
     return identity
 
 
-def require_same(saved: dict[str, Any], now: dict[str, Any], source: Path) -> None:
-    """Raises InputError naming what a resumed run may not change and did."""
-    changed = [f"{name} was {saved.get(name)!r} and is {now[name]!r}" for name in now if saved.get(name) != now[name]]
-    if changed:
-        raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(changed)}")
+def tokenizer_parts(tokenizer: Any) -> dict[str, str]:
+    """Hashes of what a tokenizer makes tokens with, which a checkpoint keeps to say why a later run has others."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    whole = backend.to_str() if hasattr(backend, "to_str") else json.dumps(sorted(tokenizer.get_vocab().items()))
+    parts = {"chat template": str(getattr(tokenizer, "chat_template", None)), "tokenizer": whole}
+    return {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in parts.items()}
+
+
+def weights_named(source: str, revision: str) -> str:
+    """What tells one model's weights from another's: a hash of samples of a folder's files, or the hub's name."""
+    if not Path(source).is_dir():
+        return f"{source}@{revision}"
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(source).iterdir() if path.suffix in (".safetensors", ".bin")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for part in range(_SAMPLES):
+                file.seek(size * part // _SAMPLES)
+                digest.update(file.read(1 << 16))
+    return digest.hexdigest()[:16]
+
+
+def require_same_model(state: dict[str, Any], weights: str, options: TrainOptions, source: Path) -> None:
+    """Raises InputError where the model that a run started from is another than the checkpoint's run had.
+
+    An adapter is trained over it, and a reference is it, so that another one would be trained or compared with.
+    """
+    if state.get("model", weights) != weights:
+        raise InputError(
+            f"{source} can not be continued: {options.model_name_or_path} has other weights than the model that the "
+            "run started from, which its adapter or its reference belongs to"
+        )
+
+
+def require_same(
+    state: dict[str, Any], identity: dict[str, Any], options: TrainOptions, tokenizer: Any, source: Path
+) -> None:
+    """Raises InputError naming what a resumed run may not change and did.
+
+    Args:
+        state: the checkpoint's.
+        identity: the run's own, of `identity_of`.
+        options: the run's own, and
+        tokenizer: its tokenizer, by which other tokens are explained.
+        source: the checkpoint's folder.
+    """
+    saved = state["identity"]
+    changed = [name for name in identity if saved.get(name) != identity[name]]
+    if not changed:
+        return
+    named = [f"{name} was {saved.get(name)!r} and is {identity[name]!r}" for name in changed]
+    if any(name.rpartition("/")[2] == "data" for name in changed):
+        named.append(_other_tokens(state, options, tokenizer, changed))
+    raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(named)}")
+
+
+def _other_tokens(state: dict[str, Any], options: TrainOptions, tokenizer: Any, known: Sequence[str]) -> str:
+    """What has changed of that on which the data's tokens depend, besides the options that are `known` to have."""
+    was, now = state.get("options", {}), options.to_dict()
+    names = [spec.name for spec in dataclasses.fields(options)
+             if spec.metadata["group"] == "Data" or spec.name in _OF_TOKENS]  # fmt: skip
+    reasons = [
+        f"{name} was {was[name]!r} and is {now[name]!r}"
+        for name in names
+        if name in was and name not in known and was[name] != json.loads(json.dumps(now[name]))
+    ]
+    parts = tokenizer_parts(tokenizer)
+    reasons += [f"the {name} is another" for name in parts if state.get("tokenizer", parts).get(name) != parts[name]]
+    if not reasons:
+        dated = "strftime_now" in str(tokenizer.chat_template)
+        reasons = [
+            "no option says why, so the rows of dataset_name are" + dated * ", or the date that its template writes"
+        ]
+    return f"the tokens are others: {'; '.join(reasons)}"

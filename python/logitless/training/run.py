@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,26 +27,43 @@ from torch.nn.parallel import DistributedDataParallel
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
 from logitless.training.adapters import find_adapter, require_free
+from logitless.training.checks import (
+    check_finite,
+    check_positions,
+    check_tokenizers,
+    check_vocabulary,
+    check_weights,
+    embedding_rows,
+    head_rows,
+    padding_token,
+)
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
-from logitless.training.examples import TokenizedData
 from logitless.training.inputs import InputSources
-from logitless.training.loader import Loader, load_data, make_loaders
+from logitless.training.loader import Loaded, Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
 from logitless.training.mixture import ComponentOptions, components_of, prefixed, without_prefix
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
 from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
-from logitless.training.optimizer import make_optimizer
+from logitless.training.optimizer import make_optimizer, peak_learning_rate
 from logitless.training.parallel import World
 from logitless.training.places import require_places
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
-from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
+from logitless.training.resume import (
+    find_checkpoint,
+    first_state,
+    identity_of,
+    require_same,
+    require_same_model,
+    seed_generators,
+    tokenizer_parts,
+    weights_named,
+)
 from logitless.training.sampler import Sampler
 from logitless.training.settings import Settings, read_settings
-
-Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
+from logitless.training.template_date import with_date
 
 
 @dataclass
@@ -170,9 +188,10 @@ class Base(NamedTuple):
 
     world: World
     source: str  # of the model
-    pad_token: int | None
+    tokenizer: Any
     model: Any
     frozen: dict[str | None, Any]  # reference models by teacher
+    notes: list[str]  # for the log, once there is one
 
 
 def prepare(options: TrainOptions, world: World) -> Run:
@@ -183,10 +202,11 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """
     planned, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in planned]
+    require_output(options, world)
     for each in planned:
         with each.blamed():
             require_places(each.options)
-    state = first_state(resumed)
+    state = first_state(resumed, world)
     seed_generators(options.seed)
 
     source = locate_once(options, world)
@@ -195,19 +215,30 @@ def prepare(options: TrainOptions, world: World) -> Run:
     adapter = find_adapter(source, options)
     require_free(options, adapter)
     tokenizer = load_tokenizer(source, options)
-    data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
-    identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
+    dated = with_date(tokenizer, datetime.fromisoformat(state["date"]))
+    data = [_load_data(component, dated, loss) for component, loss in zip(planned, losses, strict=True)]
+    identity = identity_of(planned, [loaded.training.fingerprint() for loaded in data], world)
     identity["adapter"] = None if adapter is None else adapter.digest()
     if resumed is not None:
-        require_same(state["identity"], identity, resumed)
+        require_same(state, identity, options, tokenizer, resumed)
+    state["tokenizer"] = tokenizer_parts(tokenizer)
 
     compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
+    weights = weights_named(source, options.model_revision)
+    if resumed is not None and (compares or options.use_peft):
+        require_same_model(state, weights, options, resumed)
+    state["model"] = weights
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
     settings = read_settings(model, tokenizer, options)
+    notes = [
+        *check_weights(model, options, peak_learning_rate(options, losses)),
+        *_notes_on_text(planned, tokenizer, dated, state),
+        *_check_model(options, model, tokenizer, planned, data),
+    ]
     confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    base = Base(world, source, tokenizer.pad_token_id, model, {})
+    base = Base(world, source, tokenizer, model, {}, notes)
     components = tuple(_prepared(base, *each) for each in zip(planned, losses, data, strict=True))
 
     optimizer = make_optimizer(model, options)
@@ -221,7 +252,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
         options, world, components, tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
         identity, state, reporter,
     )  # fmt: skip
-    _describe(run)
+    _describe(run, notes)
     if adapter is not None:
         use = "trained on" if options.use_peft else "merged into it"
         reporter.say(f"{source} holds an adapter of {adapter.base}: it is {use}")
@@ -238,9 +269,43 @@ def _make_loss(component: ComponentOptions) -> Loss:
         return component.options.make_loss()
 
 
-def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Data:
+def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Loaded:
     with component.blamed():
         return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
+
+
+def _notes_on_text(
+    planned: Sequence[ComponentOptions], tokenizer: Any, dated: Any, state: Mapping[str, Any]
+) -> list[str]:
+    """Notes on what a tokenizer and its template put into every text; `dated` is it with the run's date."""
+    notes = []
+    if tokenizer.eos_token is None:
+        notes.append("the tokenizer has no end-of-text token, so that strings are learned without an end")
+    if dated is not tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
+        notes.append(
+            f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; stored "
+            "values of the reference serve the runs of that day"
+        )
+    return notes
+
+
+def _check_model(
+    options: TrainOptions, model: Any, tokenizer: Any, planned: Sequence[ComponentOptions], data: Sequence[Loaded]
+) -> list[str]:
+    """Notes on the model that is trained, which must be able to read the rows of every component."""
+    check_finite(model, options.model_name_or_path)
+    notes: list[str] = []
+    for component, loaded in zip(planned, data, strict=True):
+        with component.blamed():
+            notes += _check_rows(model, tokenizer, options.model_name_or_path, loaded)
+    return notes
+
+
+def _check_rows(model: Any, tokenizer: Any, name: str, data: Loaded) -> list[str]:
+    """Notes on the rows, which the model of this name must be able to read."""
+    for reach in data.reach:
+        check_vocabulary(model, tokenizer, reach, name)
+    return [note for reach in data.reach for note in check_positions(model, reach, name)]
 
 
 def _compares(loss: Loss, sources: InputSources) -> bool:
@@ -248,13 +313,12 @@ def _compares(loss: Loss, sources: InputSources) -> bool:
     return bool(sources.reference or sources.estimates) or loss.compares_distributions
 
 
-def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> Component:
+def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -> Component:
     """A component of the run: its engine, loaders, reference, estimates and sampler."""
-    options, world, (sources, training, held_out) = planned.options, base.world, data
+    options, world, (sources, training, held_out, _) = planned.options, base.world, data
     estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
     with planned.blamed():
         engine = engine_of(options, loss, world.device)
-        loaders = make_loaders(options, loss, base.model, base.pad_token, training, held_out)
         reference = None
         if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
             raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
@@ -262,13 +326,40 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> 
             raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
         if sources.reference or loss.compares_distributions:
             reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
+            base.notes.extend(_check_teacher(base, options, reference, data))
         _check_estimates(options, loss, reference, estimates)
+        pad_token = padding_token(base.tokenizer, base.model, base.model if reference is None else reference.model)
+        loaders = make_loaders(options, loss, base.model, pad_token, training, held_out)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
     component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
     del reference  # the component's alone, which may drop it
     _store_or_share(component, base.frozen)
     return component
+
+
+def _check_teacher(base: Base, options: TrainOptions, reference: ReferenceModel, data: Loaded) -> list[str]:
+    """Notes on a teacher, which must be able to read the rows."""
+    teacher = options.teacher_model_name_or_path
+    if teacher is None:
+        return []
+    options = dataclasses.replace(options, model_name_or_path=teacher)
+    check_finite(reference.model, teacher)
+    notes = _check_rows(reference.model, base.tokenizer, teacher, data)
+    confirm_patch(reference.engine, reference.model, options, base.world.device)
+    try:
+        theirs = load_tokenizer(locate_once(options, base.world), options)
+    except InputError as error:
+        notes.append(f"the teacher's tokens are not compared with the data's: {error}")
+    else:
+        read = [each for each in (data.training, data.held_out) if each is not None]
+        check_tokenizers(base.tokenizer, theirs, read, teacher, whole=reference.loss.compares_distributions)
+    if reference.rows is not None:
+        notes.append(
+            f"the head of {teacher} has {head_rows(reference.model)} rows and that of the trained model "
+            f"{reference.rows}; the distributions are compared over these {reference.rows}"
+        )
+    return notes
 
 
 def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None:
@@ -306,9 +397,19 @@ def _check_estimates(
                              f"a column {name} can give it")  # fmt: skip
 
 
+def require_output(options: TrainOptions, world: World) -> None:
+    """Raises InputError where nothing can be written into the output folder, which it makes."""
+    if world.is_main:
+        try:
+            files.require_writable(Path(options.output_dir))
+        except OSError as error:
+            raise InputError(f"output_dir: nothing can be written into {options.output_dir}: {error}") from error
+    world.wait()
+
+
 def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
     """Has the patch compare itself with the model's logits now, before data and time are spent."""
-    ids = torch.tensor([[1, 2, 3]], device=device)
+    ids = torch.tensor([[1, 2, 3]], device=device) % min(embedding_rows(model), head_rows(model))
     try:
         with torch.no_grad():
             engine.stats(model, Batch(ids, ids), ("logprob",))
@@ -319,7 +420,6 @@ def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: tor
 def _reporter(options: TrainOptions, world: World, resumed_step: int, total_steps: int) -> Reporter:
     """The reporter of a run, in an output folder without the leftovers of killed runs."""
     output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         files.clean(output)
     return Reporter(
@@ -331,7 +431,7 @@ def _reporter(options: TrainOptions, world: World, resumed_step: int, total_step
     )
 
 
-def _describe(run: Run) -> None:
+def _describe(run: Run, notes: Sequence[str]) -> None:
     """Tells the reader of the terminal what is trained, how, and with what."""
     options, model, device = run.options, run.model, run.world.device
     loss = " + ".join(_weighted(component) for component in run.components)
@@ -344,6 +444,15 @@ def _describe(run: Run) -> None:
     )
     for component in run.components:
         _describe_data(run.reporter, component)
+    for note in [*notes, *_notes_on_warmup(options, run.total_steps)]:
+        run.reporter.say(f"note: {note}")
+
+
+def _notes_on_warmup(options: TrainOptions, total_steps: int) -> list[str]:
+    warmup = options.warmup(total_steps)
+    if warmup <= total_steps or options.lr_scheduler_type == "constant":
+        return []
+    return [f"warmup_steps: the learning rate rises for {warmup} steps, longer than the run, which has {total_steps}"]
 
 
 def _weighted(component: Component) -> str:

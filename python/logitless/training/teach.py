@@ -13,18 +13,19 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
-from logitless.integrations.scoring import plain_head
 from logitless.losses import NLL
 from logitless.training import files, parallel
+from logitless.training.checks import Reach, check_positions, check_tokenizers, check_vocabulary, head_rows, reach_of
 from logitless.training.collate import consecutive
 from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TEACHER_IDS, TrainOptions
 from logitless.training.data import Row, read_rows
 from logitless.training.errors import InputError
-from logitless.training.examples import IGNORED, Example
+from logitless.training.examples import IGNORED, Example, TokenizedData
 from logitless.training.forms import renamed
 from logitless.training.loader import row_renderer
 from logitless.training.metrics import Progress
@@ -32,9 +33,9 @@ from logitless.training.model import hide_progress_bars, load_model, load_tokeni
 from logitless.training.objective import PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
 from logitless.training.places import require_places
-from logitless.training.render import Renderer
 from logitless.training.run import confirm_patch
 from logitless.training.teachers import Listed, ModelTeacher, ServerTeacher, Teacher
+from logitless.training.template_date import with_date
 from logitless.types import BackendName
 
 Taught = Mapping[str, list[Any]]  # the columns of a row
@@ -86,20 +87,26 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
-    renderer = row_renderer(options, load_tokenizer(source, options))
-    data = renderer.sequences(renamed(rows, options.column_map), options.dataset_name)
+    renderer = row_renderer(options, with_date(load_tokenizer(source, options), datetime.now()))
+    mapped = renamed(rows, options.column_map)
+    data = renderer.sequences(mapped, options.dataset_name)
 
     def whole(row: Row) -> Example:
         return renderer.whole(*renamed([row], options.column_map))
 
     rows, examples = [rows[number] for number in data.kept], [example for (example,) in data.items]
     size = options.per_device_eval_batch_size
-    teacher = _model_teacher(options, world, renderer, k) if server is None else ServerTeacher(server, k, size)
+    if server is None:
+        teacher: Teacher = _model_teacher(options, world, renderer.tokenizer, k, data, reach_of(data, mapped))
+    else:
+        teacher = ServerTeacher(server, k, size)
     batches = consecutive(len(rows), size)
     path.parent.mkdir(parents=True, exist_ok=True)
     progress = Progress(0, len(batches))
     try:
         progress.say(f"data: {data.summary()}")
+        if server is not None:
+            progress.say(f"note: the server's tokens are not compared with those of {options.model_name_or_path}")
         with files.new_file(path) as unfinished, _WRITERS[path.suffix.lower()](unfinished, rows, whole) as write:
             for number, batch in enumerate(batches, 1):
                 own = [rows[i] for i in batch]
@@ -112,7 +119,9 @@ def _teach(options: TrainOptions, world: World, path: Path, k: int, server: str 
         progress.stop()
 
 
-def _model_teacher(options: TrainOptions, world: World, renderer: Renderer, k: int) -> Teacher:
+def _model_teacher(
+    options: TrainOptions, world: World, tokenizer: Any, k: int, data: TokenizedData, reach: Reach
+) -> Teacher:
     """The teacher's model, frozen and patched; it must give every token the id that the rows have."""
     if options.backend == "materialised":
         raise InputError("backend: a teacher's hidden states are needed, which 'materialised' does not have")
@@ -122,17 +131,17 @@ def _model_teacher(options: TrainOptions, world: World, renderer: Renderer, k: i
         use_peft=False,
     )
     source, name = locate(options), options.model_name_or_path
-    theirs, ours = load_tokenizer(source, options).get_vocab(), renderer.tokenizer.get_vocab()
-    if different := [token for token, number in ours.items() if theirs.get(token, number) != number]:
-        raise InputError(f"{name}: the teacher has other ids than the data's tokenizer, as for {different[0]!r}")
+    check_tokenizers(tokenizer, load_tokenizer(source, options), [data], name, whole=True)
     loss = NLL()
     engine = PatchedEngine(loss, world.device, computes_in_bf16(options, world.device))
     model = patched(load_model(source, options, world.device, frozen=True), options, loss).eval()
+    check_vocabulary(model, tokenizer, reach, name)
+    check_positions(model, reach, name)
     confirm_patch(engine, model, options, world.device)
-    vocabulary = len(plain_head(model).weight)
+    vocabulary = min(head_rows(model), 1 + max(tokenizer.get_vocab().values()))
     if k > vocabulary:
         raise InputError(f"k: expected at most {vocabulary}, the vocabulary of {name}, got {k}")
-    return ModelTeacher(engine, model, k, cast(BackendName, options.backend))
+    return ModelTeacher(engine, model, k, cast(BackendName, options.backend), vocabulary)
 
 
 def _columns(whole: Example, cut: Example, listed: Listed, options: TrainOptions) -> Taught:
