@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
-from logitless.training.adapters import find_adapter, require_free
+from logitless.training.adapters import Adapter, find_adapter, require_free
 from logitless.training.checks import (
     check_finite,
     check_positions,
@@ -194,6 +194,16 @@ class Base(NamedTuple):
     notes: list[str]  # for the log, once there is one
 
 
+class Read(NamedTuple):
+    """What a run reads before its model."""
+
+    source: str  # of the model
+    adapter: Adapter | None  # at the source
+    tokenizer: Any
+    dated: Any  # the tokenizer, of which the template writes the date of the run's start
+    data: list[Loaded]  # of each component
+
+
 def prepare(options: TrainOptions, world: World) -> Run:
     """The run that the options describe, at step 0 or at the checkpoint that it goes on from.
 
@@ -202,44 +212,18 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """
     planned, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in planned]
-    require_output(options, world)
-    for each in planned:
-        with each.blamed():
-            require_places(each.options)
+    _require_folders(options, planned, world)
     state = first_state(resumed, world)
     seed_generators(options.seed)
 
-    source = locate_once(options, world)
-    if Path(source).is_dir():  # a download's bars stay
-        hide_progress_bars()
-    adapter = find_adapter(source, options)
-    require_free(options, adapter)
-    tokenizer = load_tokenizer(source, options)
-    dated = with_date(tokenizer, datetime.fromisoformat(state["date"]))
-    data = [_load_data(component, dated, loss) for component, loss in zip(planned, losses, strict=True)]
-    identity = identity_of(planned, [loaded.training.fingerprint() for loaded in data], world)
-    identity["adapter"] = None if adapter is None else adapter.digest()
-    if resumed is not None:
-        require_same(state, identity, options, tokenizer, resumed)
-    state["tokenizer"] = tokenizer_parts(tokenizer)
-
-    compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
-    weights = weights_named(source, options.model_revision)
-    if resumed is not None and (compares or options.use_peft):
-        require_same_model(state, weights, options, resumed)
-    state["model"] = weights
-    dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
-    model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
-    settings = read_settings(model, tokenizer, options)
-    notes = [
-        *check_weights(model, options, peak_learning_rate(options, losses)),
-        *_notes_on_text(planned, tokenizer, dated, state),
-        *_check_model(options, model, tokenizer, planned, data),
-    ]
-    confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
+    read = _read(options, planned, losses, state, world)
+    identity = _identify(read, planned, losses, state, resumed, world)
+    model, notes = _load(options, read, planned, losses, resumed, world)
+    settings = read_settings(model, read.tokenizer, options)
+    notes += _notes_on_text(planned, read, state)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    base = Base(world, source, tokenizer, model, {}, notes)
-    components = tuple(_prepared(base, *each) for each in zip(planned, losses, data, strict=True))
+    base = Base(world, read.source, read.tokenizer, model, {}, notes)
+    components = tuple(_prepared(base, *each) for each in zip(planned, losses, read.data, strict=True))
 
     optimizer = make_optimizer(model, options)
     steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
@@ -249,19 +233,88 @@ def prepare(options: TrainOptions, world: World) -> Run:
         component.total_steps = total_steps
     reporter = _reporter(options, world, state["step"], total_steps)
     run = Run(
-        options, world, components, tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
+        options, world, components, read.tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
         identity, state, reporter,
     )  # fmt: skip
     _describe(run, notes)
-    if adapter is not None:
-        use = "trained on" if options.use_peft else "merged into it"
-        reporter.say(f"{source} holds an adapter of {adapter.base}: it is {use}")
     if resumed is not None:
-        checkpoint.restore(resumed, model, optimizer, world)
-        run.restore_estimated(checkpoint.load_estimated(resumed))
-        checkpoint.restore_reference(resumed, run.moved_references())
-        reporter.say(f"resumed from {resumed}")
+        _go_on(run, resumed)
     return run
+
+
+def _require_folders(options: TrainOptions, planned: Sequence[ComponentOptions], world: World) -> None:
+    require_output(options, world)
+    for component in planned:
+        with component.blamed():
+            require_places(component.options)
+
+
+def _read(
+    options: TrainOptions,
+    planned: Sequence[ComponentOptions],
+    losses: Sequence[Loss],
+    state: Mapping[str, Any],
+    world: World,
+) -> Read:
+    source = locate_once(options, world)
+    if Path(source).is_dir():  # a download's bars stay
+        hide_progress_bars()
+    adapter = find_adapter(source, options)
+    require_free(options, adapter)
+    tokenizer = load_tokenizer(source, options)
+    dated = with_date(tokenizer, datetime.fromisoformat(state["date"]))
+    data = [_load_data(component, dated, loss) for component, loss in zip(planned, losses, strict=True)]
+    return Read(source, adapter, tokenizer, dated, data)
+
+
+def _identify(
+    read: Read,
+    planned: Sequence[ComponentOptions],
+    losses: Sequence[Loss],
+    state: dict[str, Any],
+    resumed: Path | None,
+    world: World,
+) -> dict[str, Any]:
+    """What a resumed run must share with its checkpoint's; the state keeps what explains a difference."""
+    options = planned[0].options
+    identity = identity_of(planned, [loaded.training.fingerprint() for loaded in read.data], world)
+    identity["adapter"] = None if read.adapter is None else read.adapter.digest()
+    weights = weights_named(read.source, options.model_revision)
+    if resumed is not None:
+        require_same(state, identity, options, read.tokenizer, resumed)
+        if options.use_peft or _any_compares(losses, read.data):
+            require_same_model(state, weights, options, resumed)
+    state |= {"tokenizer": tokenizer_parts(read.tokenizer), "model": weights}
+    return identity
+
+
+def _load(
+    options: TrainOptions,
+    read: Read,
+    planned: Sequence[ComponentOptions],
+    losses: Sequence[Loss],
+    resumed: Path | None,
+    world: World,
+) -> tuple[Any, list[str]]:
+    """The model to train, which can read the rows, and notes on it."""
+    compares = _any_compares(losses, read.data)
+    dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
+    model = load_trained(options, read.source, resumed, losses[0], world.device, dropout=dropout)
+    notes = check_weights(model, options, peak_learning_rate(options, losses))
+    notes += _check_model(options, model, read.tokenizer, planned, read.data)
+    if read.adapter is not None:
+        use = "trained on" if options.use_peft else "merged into it"
+        notes.append(f"{read.source} holds an adapter of {read.adapter.base}: it is {use}")
+    confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
+    return model, notes
+
+
+def _go_on(run: Run, checkpoint_folder: Path) -> None:
+    """Brings the run to where the checkpoint was written."""
+    checkpoint.restore(checkpoint_folder, run.model, run.optimizer, run.world)
+    run.restore_estimated(checkpoint.load_estimated(checkpoint_folder))
+    checkpoint.restore_reference(checkpoint_folder, run.moved_references())
+    run.reporter.say(f"resumed from {checkpoint_folder}")
 
 
 def _make_loss(component: ComponentOptions) -> Loss:
@@ -274,14 +327,12 @@ def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Loade
         return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
 
 
-def _notes_on_text(
-    planned: Sequence[ComponentOptions], tokenizer: Any, dated: Any, state: Mapping[str, Any]
-) -> list[str]:
-    """Notes on what a tokenizer and its template put into every text; `dated` is it with the run's date."""
+def _notes_on_text(planned: Sequence[ComponentOptions], read: Read, state: Mapping[str, Any]) -> list[str]:
+    """Notes on what a tokenizer and its template put into every text."""
     notes = []
-    if tokenizer.eos_token is None:
+    if read.tokenizer.eos_token is None:
         notes.append("the tokenizer has no end-of-text token, so that strings are learned without an end")
-    if dated is not tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
+    if read.dated is not read.tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
         notes.append(
             f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; stored "
             "values of the reference serve the runs of that day"
@@ -311,6 +362,10 @@ def _check_rows(model: Any, tokenizer: Any, name: str, data: Loaded) -> list[str
 def _compares(loss: Loss, sources: InputSources) -> bool:
     """Whether values of one batch under two models or at two times meet, which dropout would tell apart."""
     return bool(sources.reference or sources.estimates) or loss.compares_distributions
+
+
+def _any_compares(losses: Sequence[Loss], data: Sequence[Loaded]) -> bool:
+    return any(_compares(loss, loaded.sources) for loss, loaded in zip(losses, data, strict=True))
 
 
 def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -> Component:
