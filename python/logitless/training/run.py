@@ -216,9 +216,9 @@ def prepare(options: TrainOptions, world: World) -> Run:
     state = first_state(resumed, world)
     seed_generators(options.seed)
 
-    read = _read(options, planned, losses, state, world)
+    read = _read_data(options, planned, losses, state, world)
     identity = _identify(read, planned, losses, state, resumed, world)
-    model, notes = _load(options, read, planned, losses, resumed, world)
+    model, notes = _load_model(options, read, planned, losses, resumed, world)
     settings = read_settings(model, read.tokenizer, options)
     notes += _notes_on_text(planned, read, state)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
@@ -249,7 +249,7 @@ def _require_folders(options: TrainOptions, planned: Sequence[ComponentOptions],
             require_places(component.options)
 
 
-def _read(
+def _read_data(
     options: TrainOptions,
     planned: Sequence[ComponentOptions],
     losses: Sequence[Loss],
@@ -288,7 +288,7 @@ def _identify(
     return identity
 
 
-def _load(
+def _load_model(
     options: TrainOptions,
     read: Read,
     planned: Sequence[ComponentOptions],
