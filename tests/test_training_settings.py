@@ -203,6 +203,8 @@ def test_a_shape_that_changed_on_loading_is_saved(tmp_path: Path, family: str) -
 
 def test_code_that_comes_with_a_model_is_saved_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # another test's, from another folder
     came = Path(make_model(tmp_path / "model"))
     (came / "configuration_own.py").write_text(
         "from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n"
