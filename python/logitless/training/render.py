@@ -172,13 +172,16 @@ class Renderer:
         learned = [i for i in numbers if turns[i].get(TRAINED, True)]
         spans = [encoded.between(conversation.answer(i)) for i in learned]
         example = _example(encoded, spans)
-        marks = self._template.generated(conversation.turns, conversation.settings)
-        if marks is None:
+        marked = self._template.generated(conversation.turns, conversation.settings)
+        if marked is None:
             return example
-        for i, span in zip(learned, spans, strict=True):
-            if says_something(turns[i]) and not any(marks[span]):
+        marks = torch.zeros_like(example.labels, dtype=torch.bool)
+        for span in marked:
+            marks[encoded.touching(span)] = True
+        for i, tokens in zip(learned, spans, strict=True):
+            if says_something(turns[i]) and not marks[tokens].any():
                 raise InputError(f"{row.origin}: turn {i + 1}: the chat template's generation marks leave it out")
-        return example._replace(labels=example.labels.where(torch.tensor(marks), torch.tensor(IGNORED).int()))
+        return example._replace(labels=example.labels.masked_fill(~marks, IGNORED))
 
     def _without_untrained(
         self, example: Example, conversation: Conversation, encoded: Encoded, turns: list[Any]

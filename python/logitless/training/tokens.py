@@ -19,6 +19,11 @@ class Encoded(NamedTuple):
         """The tokens of a span of characters; one that reaches into the span from before belongs to it."""
         return slice(*map(self.token_at, span))
 
+    def touching(self, span: tuple[int, int]) -> slice:
+        """The tokens of a span of characters, with one that reaches into it or out of it."""
+        begin, end = span
+        return slice(self.token_at(begin), max(self.token_at(end), self.token_at(end - 1) + 1))
+
 
 class TextEncoder:
     """A tokenizer that writes one start token and one end token, whoever else wants to add them.
