@@ -156,7 +156,7 @@ def test_nothing_of_another_turn_counts_whatever_the_conversation(
         example = one([in_parts(turn) for turn in turns] if parts else turns, tokenizer)
     except InputError as error:  # a role that the template does not know, or a text that it would leave out
         assert re.search(
-            r"refuses this row|leaves \w+ out|rewrites content|once an answer|completion left", str(error)
+            r"refuses this row|leaves \w+ out|rewrites content|once an answer|token that counts", str(error)
         ), error
         return
     found = counted(example, tokenizer)
@@ -244,6 +244,32 @@ def test_settings_of_the_template_stand_in_the_row() -> None:
     texts = [tokenizer.decode(one(turns, tokenizer, {"chat_template_kwargs": {"enable_thinking": on}}).input_ids)
              for on in (True, False)]  # fmt: skip
     assert all("A<|im_end|>" in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("no JSON", "expected a JSON object or its JSON text, got str 'no JSON'"),
+        ([1], r"expected a JSON object, got list \[1\]"),
+        ({"continue_final_message": True}, "continue_final_message: expected variables that are the chat template's"),
+        ({"add_generation_prompt": True}, "add_generation_prompt: expected variables"),
+        ({"tokenize": True}, "tokenize: expected variables"),
+        ({"messages": []}, "messages: expected variables"),
+        ({"tools": [WEATHER]}, "tools: expected variables"),
+    ],
+)
+def test_settings_that_are_no_variables_of_the_template_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"line 7: chat_template_kwargs(:|,) {message}"):
+        one([user("q"), assistant("A")], template("qwen3"), {"chat_template_kwargs": given})
+
+
+def test_settings_of_the_template_may_be_json_text() -> None:
+    tokenizer, turns = template("qwen3_training"), [user("q"), assistant("A")]
+    texts = [
+        tokenizer.decode(one(turns, tokenizer, {"chat_template_kwargs": given}).input_ids)
+        for given in ('{"enable_thinking": false}', {"enable_thinking": False, "other": None}, "")
+    ]
+    assert texts[0] == texts[1] and "A<|im_end|>" in texts[2]
 
 
 def test_turns_marked_as_not_to_be_learned_do_not_count() -> None:

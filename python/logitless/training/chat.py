@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -72,6 +73,12 @@ class ChatTemplate:
             **{**self.tokenizer.special_tokens_map, **settings},
         )
         return [(begin, end) for begin, end in spans[0] if begin < end]
+
+    @cached_property
+    def reserved(self) -> frozenset[str]:
+        """Names that no further variable can have, because they say what is rendered and how."""
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        return frozenset(own) - {"documents", "kwargs"} | {"messages"}
 
     def generation_prompt(self, settings: Mapping[str, Any]) -> str:
         """What the template writes between a user's turn and the answer; "" if it refuses to tell."""

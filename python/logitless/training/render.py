@@ -29,8 +29,10 @@ from logitless.training.examples import IGNORED, Example, Item, TokenizedData
 from logitless.training.forms import canonical, canonical_pair, prompts_are_repeated
 from logitless.training.marks import answers, says_something
 from logitless.training.tokens import Encoded, TextEncoder
+from logitless.training.turns import read_settings
 
 TRAINED = "train"  # the key of a turn that says whether it is learned
+SETTINGS = "chat_template_kwargs"  # the column of further variables of the template
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Renderer:
         if not items:
             same = f", or chosen and rejected that differ ({ties} are the same tokens)" if ties else ""
             raise InputError(
-                f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}{same}"
+                f"{origin}: none of {total} rows has a token that counts within max_length={self.max_length}{same}"
             )
         return TokenizedData(items, total, total - len(items) - ties, truncated, tuple(kept), ties)
 
@@ -162,8 +164,12 @@ class Renderer:
 
     def _conversation(self, turns: list[Any], row: Row) -> Conversation:
         plain = [{"content": "", **{key: value for key, value in turn.items() if key != TRAINED}} for turn in turns]
-        settings = {**(row.values.get("chat_template_kwargs") or {}), "tools": row.values.get("tools")}
-        return Conversation(self._template, plain, row.origin, settings)
+        settings = read_settings(row.values.get(SETTINGS), SETTINGS, row.origin)
+        if taken := self._template.reserved & settings.keys():
+            raise InputError(
+                f"{row.origin}: {SETTINGS}, {min(taken)}: expected variables that are the chat template's own"
+            )
+        return Conversation(self._template, plain, row.origin, settings | {"tools": row.values.get("tools")})
 
     def _answers(
         self, conversation: Conversation, encoded: Encoded, turns: list[Any], numbers: list[int], row: Row
