@@ -109,6 +109,16 @@ class ChatTemplate:
                 return change
         return None
 
+    @cached_property
+    def end(self) -> str:
+        """The special token that the template writes right behind an answer's text; "" if there is none."""
+        turns = [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "omega"}]
+        try:
+            behind = self._text(self._form(turns), {}).rpartition("omega")[2]
+        except Exception:  # as in `render`
+            return ""
+        return behind[: self.first_special(behind)]
+
     def _finds(self, turns: Sequence[Turn]) -> bool:
         try:
             text = self._text(turns, {})

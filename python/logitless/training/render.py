@@ -29,10 +29,10 @@ from logitless.training.examples import IGNORED, Example, Item, TokenizedData
 from logitless.training.forms import canonical, canonical_pair, prompts_are_repeated
 from logitless.training.marks import answers, says_something
 from logitless.training.tokens import Encoded, TextEncoder
-from logitless.training.turns import read_settings
+from logitless.training.turns import Turn, read_variables
 
 TRAINED = "train"  # the key of a turn that says whether it is learned
-SETTINGS = "chat_template_kwargs"  # the column of further variables of the template
+VARIABLES = "chat_template_kwargs"  # the column of further variables of the template
 
 
 @dataclass(frozen=True)
@@ -164,12 +164,20 @@ class Renderer:
 
     def _conversation(self, turns: list[Any], row: Row) -> Conversation:
         plain = [{"content": "", **{key: value for key, value in turn.items() if key != TRAINED}} for turn in turns]
-        settings = read_settings(row.values.get(SETTINGS), SETTINGS, row.origin)
+        plain = [self._ended_once(turn) for turn in plain]
+        settings = read_variables(row.values.get(VARIABLES), VARIABLES, row.origin)
         if taken := self._template.reserved & settings.keys():
             raise InputError(
-                f"{row.origin}: {SETTINGS}, {min(taken)}: expected variables that are the chat template's own"
+                f"{row.origin}: {VARIABLES}, {min(taken)}: expected variables that are the chat template's own"
             )
         return Conversation(self._template, plain, row.origin, settings | {"tools": row.values.get("tools")})
+
+    def _ended_once(self, turn: Turn) -> Turn:
+        """An assistant's turn without an end token of its own behind its text, where the template writes it."""
+        text, end = turn["content"].rstrip(), self._template.end
+        if turn["role"] != "assistant" or not end or not text.endswith(end):
+            return turn
+        return {**turn, "content": text.removesuffix(end)}
 
     def _answers(
         self, conversation: Conversation, encoded: Encoded, turns: list[Any], numbers: list[int], row: Row

@@ -36,11 +36,15 @@ class TextEncoder:
         self.tokenizer = tokenizer
 
     def plain(self, text: str) -> Encoded:
-        """A text between the tokenizer's start token and its end token, each once, also where the text has it."""
+        """A text between the tokenizer's start token and its end token, each once, also where the text has it.
+
+        White space behind the text's own end token stays, as chat templates write it.
+        """
         encoded = self.rendered(text)
         start, end = self._added
         start = [] if encoded.ids[: len(start)] == start else start
-        end = [] if end and encoded.ids[-len(end) :] == end else end
+        written = encoded.ids[: encoded.token_at(len(text.rstrip()))]
+        end = [] if end and written[-len(end) :] == end else end
         return Encoded([*start, *encoded.ids, *end], lambda place: len(start) + encoded.token_at(place))
 
     def rendered(self, text: str) -> Encoded:

@@ -106,7 +106,7 @@ def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | Non
     return [_tool(tool, f"{where}[{index}]") for index, tool in enumerate(tools)]
 
 
-def read_settings(value: Any, name: str, origin: str) -> dict[str, Any]:
+def read_variables(value: Any, name: str, origin: str) -> dict[str, Any]:
     """The variables of a chat template in a mapping or its JSON text; empty where there are none."""
     where = f"{origin}: {name}"
     found = _from_json(value, where, "a JSON object") if isinstance(value, str) else _cleaned(value, where)
