@@ -438,7 +438,7 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
             {"messages": str(TALK)},
             "messages must be a non-empty list of turns, got text that is no JSON of one: Expecting property name",
         ),
-        ({"prompt": "q", "response": None}, r"expected .*the columns are .* \(of which response hold nothing"),
+        ({"prompt": "q", "response": None}, r"expected .*the columns are .* \(without a value in this row: response"),
         ({"messages": {"messages": TALK}}, "messages, turn 1: expected role and content, got dict"),
         ({"conversations": []}, "conversations must be a non-empty list of turns, got list"),
         ({"text": 3}, "text must be a string, got int"),

@@ -462,7 +462,7 @@ def _only(row: Row) -> str:
 def _column_names(row: Row) -> str:
     names = sorted(row.values)
     empty = [name for name in names if not _has(row, name)]
-    without = f" (of which {', '.join(empty)} hold nothing in this row)" if empty else ""
+    without = f" (without a value in this row: {', '.join(empty)})" if empty else ""
     return f"the columns are {names}{without}; column_map (new=old) reads one under another name"
 
 
