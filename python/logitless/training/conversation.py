@@ -68,7 +68,7 @@ class Conversation:
                     f"{origin}: turn {index + 1}: the tokenizer's chat template leaves content out that the role "
                     f"{turn['role']!r} says; name a role that it knows, or use another template (chat_template_path)"
                 )
-        if self.settings.get("tools") and template.render(turns, origin, {**self.settings, "tools": None}) == self.text:
+        if self.settings.get("tools") and not self._writes_tools():
             raise InputError(
                 f"{origin}: tools: the tokenizer's chat template writes none of them; use one that does "
                 "(chat_template_path), or leave the column out to train without it"
@@ -107,6 +107,13 @@ class Conversation:
         text = said(self.turns[index])
         marked = not self._found[0] or index in self._text_ends
         return not text or (marked and any(form in self.text for form in written(text)))
+
+    def _writes_tools(self) -> bool:
+        """Whether the text is another one than that of the conversation without tools."""
+        try:
+            return self.template.render(self.turns, self.origin, {**self.settings, "tools": None}) != self.text
+        except InputError:  # the template asks for them
+            return True
 
     def _start(self, index: int, appended: bool = False) -> int:
         """Behind the prompt for an answer, which has the empty thinking that the template writes and not the turn."""
