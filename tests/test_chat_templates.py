@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from training_fixtures import make_tokenizer
 
 from logitless.training import InputError
@@ -155,7 +157,7 @@ def test_nothing_of_another_turn_counts_whatever_the_conversation(
         example = one([in_parts(turn) for turn in turns] if parts else turns, tokenizer)
     except InputError as error:  # a role that the template does not know, or a text that it would leave out
         assert re.search(
-            r"refuses this row|leaves \w+ out|rewrites content|once an answer|completion left", str(error)
+            r"refuses this row|leaves \w+ out|rewrites content|once an answer|token that counts", str(error)
         ), error
         return
     found = counted(example, tokenizer)
@@ -171,6 +173,9 @@ def test_nothing_of_another_turn_counts_whatever_the_conversation(
         place += len(said(turn))
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}
+
+
 @pytest.mark.parametrize(
     "name", ["qwen3", "qwen3_6", "qwen2_5_training", "glm4moe", "llama3_1", "gptoss", "deepseekv3"]
 )
@@ -178,15 +183,15 @@ def test_calls_count_and_what_tools_say_does_not(name: str) -> None:
     tokenizer = template(name)
     turns = [user("q"), assistant("", tool_calls=[call("weather", city="Oslo")]),
              {"role": "tool", "content": "sunny"}, assistant("It is fine.")]  # fmt: skip
-    found = counted(
-        one(
-            turns,
-            tokenizer,
-            {"tools": [{"type": "function", "function": {"name": "weather", "description": "d", "parameters": {}}}]},
-        ),
-        tokenizer,
-    )
+    columns = {} if name == "deepseekv3" else {"tools": [WEATHER]}  # which writes none
+    found = counted(one(turns, tokenizer, columns), tokenizer)
     assert "weather" in found and "Oslo" in found and "It is fine." in found and "sunny" not in found
+
+
+@pytest.mark.parametrize("name", ["deepseekv3", "llama3", "gemma3", "phi3"])
+def test_tools_that_the_template_does_not_write_are_not_left_out_in_silence(name: str) -> None:
+    with pytest.raises(InputError, match=r"line 7: tools: .* writes none of them"):
+        one([user("q"), assistant("weather")], template(name), {"tools": [WEATHER]})
 
 
 def test_thinking_counts_where_the_template_writes_it_and_empty_thinking_is_prompt() -> None:
@@ -200,13 +205,38 @@ def test_thinking_counts_where_the_template_writes_it_and_empty_thinking_is_prom
     assert counted(one(within, tokenizer), tokenizer) == "<think>\nwhy\n</think>\n\nA<|im_end|>\n"
     with pytest.raises(InputError, match=r"line 7: turn 2: .* leaves reasoning out: 'R'"):
         one([user("q"), assistant("A", reasoning_content="R")], make_tokenizer())
+    with pytest.raises(InputError, match=r"line 7: turn 2: .* leaves reasoning out: 'Well.'"):
+        one([user("q"), assistant("Well. <think>why</think>A")], tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("glm4moe", "A1\n<think>R</think>\nA2"),
+        ("nemotron_3_nano", "A1<|im_end|>\nR\n</think>\nA2<|im_end|>\n"),
+    ],
+)
+def test_the_empty_place_of_earlier_thinking_is_not_learned(name: str, expected: str) -> None:
+    turns = [user("q1"), assistant("A1", reasoning_content="first"), user("q2"), assistant("A2", reasoning_content="R")]
+    assert counted(one(turns, template(name)), template(name)) == expected
+
+
+def test_an_answer_counts_where_the_thinking_before_its_tool_call_is_left_out() -> None:
+    tokenizer = template("gptoss")
+    turns = [user("q"), assistant("", thinking="which", tool_calls=[call("weather", city="Oslo")]),
+             {"role": "tool", "content": "sunny"}, assistant("Fine.", thinking="R")]  # fmt: skip
+    assert counted(one(turns, tokenizer, {"tools": [WEATHER]}), tokenizer) == (
+        ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Oslo"}<|call|>'
+        "<|channel|>analysis<|message|>R<|end|><|start|>assistant<|channel|>final<|message|>Fine.<|return|>"
+    )
 
 
 @pytest.mark.parametrize(("name", "role"), [("qwen3", "developer"), ("phi3", "tool"), ("deepseekv3", "ipython")])
 def test_a_role_that_the_template_does_not_know_is_not_left_out_in_silence(name: str, role: str) -> None:
-    turns = [{"role": role, "content": "said by nobody"}, user("q"), assistant("A")]
-    with pytest.raises(InputError, match=rf"line 7: turn 1: .* leaves content out that the role '{role}' says"):
-        one(turns, template(name))
+    for text in ("said by nobody", "a"):  # which stands in other texts too
+        turns = [{"role": role, "content": text}, user("a q"), assistant("A")]
+        with pytest.raises(InputError, match=rf"line 7: turn 1: .* leaves content out that the role '{role}' says"):
+            one(turns, template(name))
 
 
 def test_variables_of_the_template_stand_in_the_row() -> None:
@@ -224,6 +254,32 @@ def test_variables_of_the_template_stand_in_the_row() -> None:
     for wrong in ("[1]", 3, "text"):
         with pytest.raises(InputError, match="line 7: chat_template_kwargs: expected a JSON object"):
             one(turns, tokenizer, {"chat_template_kwargs": wrong})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("no JSON", "expected a JSON object or its JSON text, got str 'no JSON'"),
+        ([1], r"expected a JSON object, got list \[1\]"),
+        ({"continue_final_message": True}, "continue_final_message: expected variables that are the chat template's"),
+        ({"add_generation_prompt": True}, "add_generation_prompt: expected variables"),
+        ({"tokenize": True}, "tokenize: expected variables"),
+        ({"messages": []}, "messages: expected variables"),
+        ({"tools": [WEATHER]}, "tools: expected variables"),
+    ],
+)
+def test_settings_that_are_no_variables_of_the_template_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match=rf"line 7: chat_template_kwargs(:|,) {message}"):
+        one([user("q"), assistant("A")], template("qwen3"), {"chat_template_kwargs": given})
+
+
+def test_settings_of_the_template_may_be_json_text() -> None:
+    tokenizer, turns = template("qwen3_training"), [user("q"), assistant("A")]
+    texts = [
+        tokenizer.decode(one(turns, tokenizer, {"chat_template_kwargs": given}).input_ids)
+        for given in ('{"enable_thinking": false}', {"enable_thinking": False, "other": None}, "")
+    ]
+    assert texts[0] == texts[1] and "A<|im_end|>" in texts[2]
 
 
 def test_turns_marked_as_not_to_be_learned_do_not_count() -> None:
@@ -270,6 +326,10 @@ def test_the_marks_of_a_template_say_what_is_generated() -> None:
     tokenizer = make_tokenizer(marked)
     turns = [user("q"), assistant("WRONG", train=False), user("no"), assistant("RIGHT")]
     assert counted(one(turns, tokenizer), tokenizer) == "RIGHT<|im_end|>"
+    trimming = make_tokenizer(marked.replace("<|im_end|>{% endgeneration", "{% endgeneration"))
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    spaced = [user("q"), assistant("\n A "), user("no"), assistant(" B\n")]
+    assert counted(one(spaced, trimming), trimming) == "\n A  B\n"
     with pytest.raises(InputError, match=r"turn 4: .*marks leave it out"):
         one(turns, make_tokenizer(marked.replace("m['role'] == 'assistant'", "loop.first and m['role'] == 'x'")
                                   + "{% generation %}{% endgeneration %}"))  # fmt: skip
@@ -285,17 +345,34 @@ ANSWERED = "{% for m in messages %}[x]{{ m['content'] if m['role'] == 'user' els
         (ANSWERED.replace("ANSWER", "m['content'] | upper"), "rewrites content"),
         (ANSWERED.replace("ANSWER", "m['content'][:2]"), "rewrites content"),
         ("{% for m in messages %}[x]{{ m['content'] | upper }}{% endfor %}", "leaves content out"),
-        (
-            "{% if messages|length > 3 %}LONG{% else %}SHORT{% endif %}{% for m in messages %}[{{ m['content'] }}]"
-            "{% endfor %}{% if add_generation_prompt %}>{% endif %}",
-            "differently once an answer follows",
-        ),
     ],
 )
 def test_templates_that_write_another_text_are_refused(text: str, message: str) -> None:
     turns = [user("q one"), assistant("answer one"), user("q two"), assistant("answer two")]
     with pytest.raises(InputError, match=rf"line 7: .*{message}"):
         one(turns, make_tokenizer(text))
+
+
+def test_a_prompt_that_the_template_writes_otherwise_behind_it_is_refused() -> None:
+    tokenizer = make_tokenizer(
+        "{% if messages|length > 1 %}LONG{% else %}SHORT{% endif %}{% for m in messages %}[{{ m['content'] }}]"
+        "{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    )
+    row = Row({"prompt": [user("q")], "completion": [assistant("A")]}, "line 7")
+    with pytest.raises(InputError, match=r"line 7: .* differently once an answer follows"):
+        Renderer(tokenizer, 512).sequences([row], "x")
+    assert counted(one([user("q"), assistant("A")], tokenizer), tokenizer) == "[A]"
+
+
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [("qwen3", "<|im_end|>"), ("llama3", "<|eot_id|>"), ("phi3", "<|end|>"), ("gemma3", "<end_of_turn>")],
+)
+def test_an_end_token_that_an_answer_brings_stands_once(name: str, end: str) -> None:
+    bare = [user("q"), assistant("A"), user(f"r{end}"), assistant("B ")]
+    ended = [user("q"), assistant(f"A{end}"), user(f"r{end}"), assistant(f"B {end}\n")]
+    found, expected = (one(turns, template(name)) for turns in (ended, bare))
+    assert torch.equal(found.input_ids, expected.input_ids) and torch.equal(found.labels, expected.labels)
 
 
 def test_an_answer_in_a_question_is_no_answer() -> None:
@@ -353,8 +430,6 @@ def test_the_cost_of_a_conversation_grows_with_its_length(name: str, monkeypatch
 
 def adding(bos: bool, eos: bool) -> Any:
     """The byte tokenizer, which adds start and end tokens itself."""
-    from tokenizers import processors
-
     tokenizer = make_tokenizer()
     single = ("<|im_start|> " if bos else "") + "$A" + (" <|im_end|>" if eos else "")
     pairs = [("<|im_start|>", 0), ("<|im_end|>", 1)]
@@ -369,6 +444,8 @@ def adding(bos: bool, eos: bool) -> Any:
     [
         ({"text": "abc"}, "abc<|im_end|>"),
         ({"text": "abc<|im_end|>"}, "abc<|im_end|>"),
+        ({"text": "abc<|im_end|>\n"}, "abc<|im_end|>\n"),
+        ({"text": "abc\n"}, "abc\n<|im_end|>"),
         ({"text": "<|im_start|>abc"}, "<|im_start|>abc<|im_end|>"),
         ({"text": ""}, "<|im_end|>"),
         ({"prompt": "ab", "completion": "c"}, "abc<|im_end|>"),

@@ -319,6 +319,13 @@ TEXTUAL = {"name": "find", "arguments": '{"city": "Oslo"}'}
         (assistant("a", weight=None), assistant("a")),
         (assistant("a", weight=0, train=False), assistant("a", train=False)),
         (user("q") | {"weight": 0, "train": False}, user("q")),
+        *(
+            (assistant("a", **{key: 0.0}), assistant("a", train=False))
+            for key in ("step_loss_mask", "loss_weight", "loss_scale")
+        ),
+        (assistant("a", masked=True, weight=0), assistant("a", train=False)),
+        (assistant("a", masked=False), assistant("a")),
+        (user("q") | {"masked": True, "mask": None}, user("q")),
     ],
 )
 def test_every_form_of_a_turn_is_one(turn: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -410,6 +417,12 @@ def test_every_form_of_tools_is_one(columns: dict[str, Any], expected: list[Any]
         (assistant("a", weight=0, train=True), "train and weight contradict each other"),
         (user("q") | {"train": True}, "train: the loss counts on the assistant's turns"),
         (user("q") | {"weight": 1}, "weight: the loss counts on the assistant's turns"),
+        (user("q") | {"masked": False}, "masked: .* expected 1 or true, or none, at a turn of the role user, got bool"),
+        (assistant("a", masked=True, train=True), "train and masked contradict each other"),
+        (assistant("a", loss_scale=0.3), "loss_scale: expected 0 or 1, or false or true, got float 0.3"),
+        (assistant("a", mask=True), "mask: expected the key train, false for a turn that is not learned as a whole"),
+        (assistant("a", train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}]), "train_detail: expected"),
+        ({"role": "user", "text": "q"}, r"content is missing or null; the keys are \['role', 'text'\]"),
     ],
 )  # fmt: skip
 def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: str) -> None:
@@ -421,7 +434,11 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
     ("values", "message"),
     [
         ({"messages": "hello"}, "messages must be a non-empty list of turns, got text that is no JSON of one"),
-        ({"messages": str(TALK)}, "messages must be a non-empty list of turns, got text that is no JSON of one"),
+        (
+            {"messages": str(TALK)},
+            "messages must be a non-empty list of turns, got text that is no JSON of one: Expecting property name",
+        ),
+        ({"prompt": "q", "response": None}, r"expected .*the columns are .* \(without a value in this row: response"),
         ({"messages": {"messages": TALK}}, "messages, turn 1: expected role and content, got dict"),
         ({"conversations": []}, "conversations must be a non-empty list of turns, got list"),
         ({"text": 3}, "text must be a string, got int"),

@@ -145,6 +145,9 @@ def test_distributions_are_compared_with_the_model_at_the_start(folder: Path, lo
 def test_a_missing_column_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"rows\.jsonl: dense_path_reinforce needs a column sft_logprob"):
         curve(folder, {"name": "dense_path_reinforce"})
+    write_jsonl(folder / "unlabelled.jsonl", [{"prompt": "q", "completion": "a"}])
+    with pytest.raises(InputError, match=r"unlabelled\.jsonl: kto needs a column desirable or label: one number"):
+        train(make_options(folder / "x", str(folder / "model"), str(folder / "unlabelled.jsonl"), method="kto"))
     write_jsonl(folder / "pairs-of-one-reward.jsonl", [{**row, "rejected_reward": None} for row in PAIRS])
     with pytest.raises(InputError, match=r"line 1: the loss reads the column rejected_reward, .*got None"):
         train(

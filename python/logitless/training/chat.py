@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -55,20 +56,29 @@ class ChatTemplate:
             )
         )
 
-    def generated(self, turns: Sequence[Turn], settings: Mapping[str, Any]) -> list[bool] | None:
-        """Which tokens the template marks as generated, by `{% generation %}`; None if it marks nothing."""
-        if not self.tokenizer.is_fast or not _GENERATION.search(
-            self.tokenizer.get_chat_template(tools=settings.get("tools"))
-        ):
+    def generated(self, turns: Sequence[Turn], settings: Mapping[str, Any]) -> list[tuple[int, int]] | None:
+        """The spans of the text that the template marks as generated, by `{% generation %}`; None without such marks.
+
+        Transformers' own mask is one of tokens, in which white space that a tokenizer trims is missing.
+        """
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        template = self.tokenizer.get_chat_template(tools=settings.get("tools"))
+        if not _GENERATION.search(template):
             return None
-        found = self.tokenizer.apply_chat_template(
-            self._form(turns),
-            return_dict=True,
+        _, spans = render_jinja_template(
+            conversations=[self._form(turns)],
+            chat_template=template,
             return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
-            **settings,
+            **{**self.tokenizer.special_tokens_map, **settings},
         )
-        return [bool(x) for x in found["assistant_masks"]]
+        return [(begin, end) for begin, end in spans[0] if begin < end]
+
+    @cached_property
+    def reserved(self) -> frozenset[str]:
+        """Names that no further variable can have, because they say what is rendered and how."""
+        own = inspect.signature(self.tokenizer.apply_chat_template).parameters
+        return frozenset(own) - {"documents", "kwargs"} | {"messages"}
 
     def generation_prompt(self, settings: Mapping[str, Any]) -> str:
         """What the template writes between a user's turn and the answer; "" if it refuses to tell."""
@@ -98,6 +108,16 @@ class ChatTemplate:
             if not self._finds([asked, answer]) and self._finds([change(asked), change(answer)]):
                 return change
         return None
+
+    @cached_property
+    def end(self) -> str:
+        """The special token that the template writes right behind an answer's text; "" if there is none."""
+        turns = [{"role": "user", "content": "alpha"}, {"role": "assistant", "content": "omega"}]
+        try:
+            behind = self._text(self._form(turns), {}).rpartition("omega")[2]
+        except Exception:  # as in `render`
+            return ""
+        return behind[: self.first_special(behind)]
 
     def _finds(self, turns: Sequence[Turn]) -> bool:
         try:

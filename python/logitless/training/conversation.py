@@ -53,7 +53,8 @@ class Conversation:
         settings: further variables of the template, such as tools.
 
     Raises:
-        InputError: the template refuses the conversation, or leaves out what a role says that it does not know.
+        InputError: the template refuses the conversation, or leaves out the tools, or what a role says that it does
+            not know.
     """
 
     def __init__(
@@ -62,11 +63,16 @@ class Conversation:
         self.template, self.turns, self.origin, self.settings = template, turns, origin, settings or {}
         self.text = template.render(turns, origin, self.settings)
         for index, turn in enumerate(turns):
-            if turn["role"] != "assistant" and not any(form in self.text for form in written(said(turn))):
+            if turn["role"] != "assistant" and not self._is_written(index):
                 raise InputError(
                     f"{origin}: turn {index + 1}: the tokenizer's chat template leaves content out that the role "
                     f"{turn['role']!r} says; name a role that it knows, or use another template (chat_template_path)"
                 )
+        if self.settings.get("tools") and not self._writes_tools():
+            raise InputError(
+                f"{origin}: tools: the tokenizer's chat template writes none of them; use one that does "
+                "(chat_template_path), or leave the column out to train without it"
+            )
         self._known: dict[_Kind, str] = {}  # how texts end behind a kind of turn
 
     def answer(self, index: int) -> Span:
@@ -96,19 +102,33 @@ class Conversation:
                 self._require_text(number, span, alone=False)
         return span
 
+    def _is_written(self, index: int) -> bool:
+        """Whether the text of a turn stands in what the template wrote, and not only as a part of another text."""
+        text = said(self.turns[index])
+        marked = not self._found[0] or index in self._text_ends
+        return not text or (marked and any(form in self.text for form in written(text)))
+
+    def _writes_tools(self) -> bool:
+        """Whether the text is another one than that of the conversation without tools."""
+        try:
+            return self.template.render(self.turns, self.origin, {**self.settings, "tools": None}) != self.text
+        except InputError:  # the template asks for them
+            return True
+
     def _start(self, index: int, appended: bool = False) -> int:
-        """Behind the prompt for an answer, which has the empty thinking of a turn that does not think."""
+        """Behind the prompt for an answer, which has the empty thinking that the template writes and not the turn."""
         place = self._behind_prompt(index, appended)
-        thinks = thoughts(self.turns[index]) or "</think>" in self.turns[index]["content"]
-        empty = None if thinks else _NO_THINKING.match(self.text, place)
+        turn = self.turns[index]
+        own = "</think>" in turn["content"] and not thoughts(turn)  # the turn writes that it does not think
+        empty = None if own else _NO_THINKING.match(self.text, place)
         return empty.end() if empty else place
 
     def _behind_prompt(self, index: int, appended: bool) -> int:
-        appended = appended or index == len(self.turns) - 1
+        last = index == len(self.turns) - 1  # which has a prompt of its own in many templates
         try:
             if not index:
                 raise InputError("there is no conversation before the first turn")
-            tail = self._tail(index, generation_prompt=True, known=not appended)
+            tail = self._tail(index, generation_prompt=True, known=not (appended or last))
         except InputError:  # many templates refuse a conversation without a user
             return self._start_by_prompt(index)
         place, whole = self._agreed(self._appended(tail) if appended else tail)

@@ -59,6 +59,6 @@ class TokenizedData:
         """One line for the log."""
         line = f"{len(self.items)} of {self.rows} rows, {self.tokens} tokens, loss on {self.counted}"
         notes = [f"{self.truncated} truncated"] if self.truncated else []
-        notes += [f"{self.dropped} dropped: no completion left within max_length"] if self.dropped else []
+        notes += [f"{self.dropped} dropped: no token that counts within max_length"] if self.dropped else []
         notes += [f"{self.ties} dropped: chosen and rejected are the same tokens"] if self.ties else []
         return f"{line} ({'; '.join(notes)})" if notes else line

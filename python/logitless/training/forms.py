@@ -460,7 +460,10 @@ def _only(row: Row) -> str:
 
 
 def _column_names(row: Row) -> str:
-    return f"the columns are {sorted(row.values)}; column_map (new=old) reads one under another name"
+    names = sorted(row.values)
+    empty = [name for name in names if not _has(row, name)]
+    without = f" (without a value in this row: {', '.join(empty)})" if empty else ""
+    return f"the columns are {names}{without}; column_map (new=old) reads one under another name"
 
 
 def _two_forms(row: Row, one: str, other: str) -> InputError:

@@ -28,9 +28,9 @@ def says_something(turn: Turn) -> bool:
 
 
 def thoughts(turn: Turn) -> list[str]:
-    """What the turn thinks, as a key of its own or within its content."""
+    """What the turn thinks, as a key of its own or within its content, with what stands before that."""
     inside, closed, _ = str(turn["content"]).rpartition("</think>")
-    found = [inside.rpartition("<think>")[2]] if closed else []
+    found = re.split("</?think>", inside) if closed else []
     found += [str(turn[key]) for key in REASONING if turn.get(key)][:1]
     return [text.strip() for text in found if text.strip()]
 

@@ -114,7 +114,7 @@ class Renderer:
         if not items:
             same = f", or chosen and rejected that differ ({ties} are the same tokens)" if ties else ""
             raise InputError(
-                f"{origin}: none of {total} rows has a completion left within max_length={self.max_length}{same}"
+                f"{origin}: none of {total} rows has a token that counts within max_length={self.max_length}{same}"
             )
         return TokenizedData(items, total, total - len(items) - ties, truncated, tuple(kept), ties)
 
@@ -171,9 +171,21 @@ class Renderer:
     def _talk(self, turns: Sequence[Turn], row: Row) -> _Talk:
         plain = [{"content": "", **{key: value for key, value in turn.items() if key != LEARNED}} for turn in turns]
         settings = read_variables(row.values.get(VARIABLES), VARIABLES, row.origin)
-        conversation = Conversation(self._template, plain, row.origin, settings | {"tools": row.values.get("tools")})
+        if taken := self._template.reserved & settings.keys():
+            raise InputError(
+                f"{row.origin}: {VARIABLES}, {min(taken)}: expected variables that are the chat template's own"
+            )
+        settings |= {"tools": row.values.get("tools")}
+        conversation = Conversation(self._template, list(map(self._ended_once, plain)), row.origin, settings)
         unlearned = frozenset(index for index, turn in enumerate(turns) if not turn.get(LEARNED, True))
         return _Talk(conversation, self._encoder.rendered(conversation.text), unlearned)
+
+    def _ended_once(self, turn: Turn) -> Turn:
+        """An assistant's turn without an end token of its own behind its text, where the template writes it."""
+        text, end = turn["content"].rstrip(), self._template.end
+        if turn["role"] != "assistant" or not end or not text.endswith(end):
+            return turn
+        return {**turn, "content": text.removesuffix(end)}
 
     def _answers(self, talk: _Talk, first: int = 0) -> Example:
         """The assistant's turns from `first` on count, as far as the template marks anything as generated."""
@@ -181,15 +193,18 @@ class Renderer:
         learned = [i for i in answers(conversation.turns) if i >= first and i not in unlearned]
         spans = [encoded.between(conversation.answer(i)) for i in learned]
         example = _example(encoded, spans)
-        marks = self._template.generated(conversation.turns, conversation.settings)
-        if marks is None:
+        marked = self._template.generated(conversation.turns, conversation.settings)
+        if marked is None:
             return example
-        for i, span in zip(learned, spans, strict=True):
-            if says_something(conversation.turns[i]) and not any(marks[span]):
+        marks = torch.zeros_like(example.labels, dtype=torch.bool)
+        for span in marked:
+            marks[encoded.touching(span)] = True
+        for i, tokens in zip(learned, spans, strict=True):
+            if says_something(conversation.turns[i]) and not marks[tokens].any():
                 raise InputError(
                     f"{conversation.origin}: turn {i + 1}: the chat template's generation marks leave it out"
                 )
-        return example._replace(labels=example.labels.where(torch.tensor(marks), torch.tensor(IGNORED).int()))
+        return example._replace(labels=example.labels.masked_fill(~marks, IGNORED))
 
     def _refuse_masks(self, row: Row, **asked: bool | None) -> None:
         """Raises where options ask for parts that a row of strings does not have."""

@@ -19,6 +19,11 @@ class Encoded(NamedTuple):
         """The tokens of a span of characters; one that reaches into the span from before belongs to it."""
         return slice(*map(self.token_at, span))
 
+    def touching(self, span: tuple[int, int]) -> slice:
+        """The tokens of a span of characters, with one that reaches into it or out of it."""
+        begin, end = span
+        return slice(self.token_at(begin), max(self.token_at(end), self.token_at(end - 1) + 1))
+
 
 class TextEncoder:
     """A tokenizer that writes one start token and one end token, whoever else wants to add them.
@@ -31,11 +36,15 @@ class TextEncoder:
         self.tokenizer = tokenizer
 
     def plain(self, text: str) -> Encoded:
-        """A text between the tokenizer's start token and its end token, each once, also where the text has it."""
+        """A text between the tokenizer's start token and its end token, each once, also where the text has it.
+
+        White space behind the text's own end token stays, as chat templates write it.
+        """
         encoded = self.rendered(text)
         start, end = self._added
         start = [] if encoded.ids[: len(start)] == start else start
-        end = [] if end and encoded.ids[-len(end) :] == end else end
+        written = encoded.ids[: encoded.token_at(len(text.rstrip()))]
+        end = [] if end and written[-len(end) :] == end else end
         return Encoded([*start, *encoded.ids, *end], lambda place: len(start) + encoded.token_at(place))
 
     def rendered(self, text: str) -> Encoded:

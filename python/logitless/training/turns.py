@@ -33,7 +33,14 @@ ROLES = {
 #: Roles whose content is the call of a tool, as JSON text.
 CALLING = ("function_call", "tool_call")
 #: Keys of a turn that say whether it is learned, in the order in which errors name them.
-FLAGS = ("train", "weight", "trainable", "training", "loss", "loss_mask", "train_on_turn")
+FLAGS = (
+    *("train", "weight", "trainable", "training", "loss", "loss_mask", "step_loss_mask", "loss_weight", "loss_scale"),
+    "train_on_turn",
+)
+#: The key of a turn that says whether it is hidden from the loss.
+MASKED = "masked"
+#: Keys that say what is learned within a turn, or do so in two senses.
+_UNREAD = ("train_detail", "training_detail", "mask")
 #: Keys that say more than text, which no template writes down.
 _LOST = ("refusal", "audio", "image", "images", "video", "videos")
 REASONING = ("reasoning_content", "reasoning", "thinking")
@@ -54,7 +61,7 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
     turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
     turns = [turns] if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
-        got = "text that is no JSON of one" if isinstance(value, str) else _described(value)
+        got = f"text that is no JSON of one{_reason(value)}" if isinstance(value, str) else _described(value)
         raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {got}")
     return [_turn(turn, f"{origin}: {name}, turn {number}") for number, turn in enumerate(turns, 1)]
 
@@ -70,6 +77,16 @@ def turns_of_text(text: str) -> list[Any] | None:
     turns = value if isinstance(value, list) else [value]
     named = all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
     return turns if turns and named else None
+
+
+def _reason(text: str) -> str:
+    """Why a text is no JSON, where it seems to be meant as such."""
+    try:
+        if text.lstrip().startswith(("[", "{")):
+            _parsed(text)
+    except ValueError as error:
+        return f": {error}"
+    return ""
 
 
 def is_list_of_turns(value: Any) -> bool:
@@ -90,9 +107,10 @@ def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | Non
 
 
 def read_variables(value: Any, name: str, origin: str) -> dict[str, Any]:
-    """The variables of a mapping or of its JSON text; none where there is no value."""
+    """The variables of a chat template in a mapping or its JSON text; empty where there are none."""
     where = f"{origin}: {name}"
-    return {} if value in (None, "") else _object(_cleaned(value, where), where)
+    found = _from_json(value, where, "a JSON object") if isinstance(value, str) else _cleaned(value, where)
+    return {} if _is_empty(found) else _object(found, where)
 
 
 def _tool(value: Any, where: str) -> dict[str, Any]:
@@ -116,6 +134,12 @@ def _turn(value: Any, where: str) -> Turn:
     for key in _LOST:
         if turn.get(key):
             raise InputError(f"{where}, {key}: only text is trained on, got {_described(turn[key])}")
+    for key in _UNREAD:
+        if not _is_empty(turn.get(key)):
+            raise InputError(
+                f"{where}, {key}: expected the key train, false for a turn that is not learned as a whole, got "
+                f"{_described(turn[key])}"
+            )
     role = _one_of(turn, ("role", "from"), where)
     if not isinstance(role, str):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
@@ -129,7 +153,9 @@ def _turn(value: Any, where: str) -> Turn:
     calls = _calls(turn, where)
     reasons = any(turn.get(key) for key in REASONING)
     learned = _learned(turn, role, where)
-    return {"role": role, "content": _content(content, where, may_miss=bool(calls or reasons))} | turn | calls | learned
+    if content is None and not calls and not reasons:
+        raise InputError(f"{where}: content is missing or null; the keys are {sorted(map(str, value))}")
+    return {"role": role, "content": _content(content, where)} | turn | calls | learned
 
 
 def _one_of(turn: Turn, keys: tuple[str, str], where: str) -> Any:
@@ -140,14 +166,10 @@ def _one_of(turn: Turn, keys: tuple[str, str], where: str) -> Any:
     return given[0] if given else None
 
 
-def _content(value: Any, where: str, *, may_miss: bool) -> str:
-    """A turn's text; parts are joined, and without content the calls of a tool have the empty one."""
-    if isinstance(value, str):
-        return value
-    if value is None and may_miss:
-        return ""
-    if value is None:
-        raise InputError(f"{where}: content is missing")
+def _content(value: Any, where: str) -> str:
+    """A turn's text; parts are joined, and calls of tools without content have the empty one."""
+    if value is None or isinstance(value, str):
+        return value or ""
     if not isinstance(value, list):
         raise InputError(f"{where}, content: expected text or a list of parts with text, got {_described(value)}")
     return "".join(_part(part, f"{where}, content[{index}]") for index, part in enumerate(value))
@@ -201,16 +223,19 @@ def _call(value: Any, where: str) -> dict[str, Any]:
 
 def _learned(turn: Turn, role: str, where: str) -> Turn:
     """Takes the marks of what is learned off the turn, as {"train": False} where an assistant's is not."""
-    given = {key: turn.pop(key) for key in FLAGS if key in turn}
+    given = {key: turn.pop(key) for key in (*FLAGS, MASKED) if key in turn}
     for key, value in given.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise InputError(f"{where}, {key}: expected 0 or 1, or false or true, got {_described(value)}")
-        if value != next(iter(given.values())):
-            raise InputError(f"{where}: {next(iter(given))} and {key} contradict each other")
-        if value and role != "assistant":
-            raise InputError(f"{where}, {key}: the loss counts on the assistant's turns; expected 0 or false, or none, "
-                             f"at a turn of the role {role}, got {_described(value)}")  # fmt: skip
-    return {"train": False} if role == "assistant" and given and not next(iter(given.values())) else {}
+    says = {key: bool(value) != (key == MASKED) for key, value in given.items()}
+    for key, learned in says.items():
+        if learned != next(iter(says.values())):
+            raise InputError(f"{where}: {next(iter(says))} and {key} contradict each other")
+        if learned and role != "assistant":
+            expected = "1 or true" if key == MASKED else "0 or false"
+            raise InputError(f"{where}, {key}: the loss counts on the assistant's turns; expected {expected}, or none, "
+                             f"at a turn of the role {role}, got {_described(given[key])}")  # fmt: skip
+    return {"train": False} if role == "assistant" and says and not next(iter(says.values())) else {}
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
