@@ -19,16 +19,14 @@ import typer
 
 from logitless import commands
 from logitless.training.config import (
-    ALIASES,
-    INERT_KEYS,
     TEACHER_IDS,
-    UNSUPPORTED_KEYS,
     TrainOptions,
     field_types,
     options_from_mapping,
     read_yaml,
 )
 from logitless.training.errors import InputError, NonFiniteLossError, nearest_names
+from logitless.training.other_names import ALIASES, INERT_KEYS, LOSS_SETTINGS, UNSUPPORTED_KEYS
 
 # --learning-rate and --learning_rate are the same flag
 _CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
@@ -117,7 +115,7 @@ def _further(arguments: Sequence[str], known: Collection[str]) -> dict[str, Any]
 
 def _require_known(option: str, name: str, known: Collection[str]) -> None:
     """Raises InputError for an option that is another command's or no option at all."""
-    if option in known or (option in INERT_KEYS or option in UNSUPPORTED_KEYS):
+    if option in known or option in {*INERT_KEYS, *UNSUPPORTED_KEYS, *LOSS_SETTINGS}:
         return
     if option in field_types():
         raise InputError(f"command line: --{name} is an option of train, and of no use to this command")

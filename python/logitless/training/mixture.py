@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from logitless.training.config import ALIASES, TrainOptions, coerce, convert
+from logitless.training.config import TrainOptions, coerce, convert
 from logitless.training.errors import InputError, nearest
+from logitless.training.other_names import ALIASES
 
 _GROUPS = ("Method", "Data", "Reference")
 _SHARED = ("backend", "backward", "mixture")
