@@ -214,6 +214,10 @@ def test_loss_of_the_options(values: dict[str, Any], loss: losses.Loss) -> None:
         ({"max_length": 1}, "max_length must be at least 2"),
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
         ({"eval_fraction": 1.0}, r"eval_fraction must be in \[0, 1\), got 1.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan"),
+        ({"learning_rate": "inf"}, "learning_rate must be a finite number, got 'inf'"),
+        ({"seed": 2**64}, "seed must be a number of 64 bits"),
+        ({"method": "DPO"}, r"\(nearest: dpo"),
         ({"num_train_epochs": 0}, "num_train_epochs must be above 0"),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "two names of one setting"),
         ({"dtype": "float32", "torch_dtype": "bfloat16"}, "dtype is given twice with different values"),
@@ -259,6 +263,9 @@ def test_bad_losses_are_named(values: dict[str, Any], message: str) -> None:
         ("- a\n", "expected a mapping"),
         ("", "expected a mapping"),
         ("1: 2", "expected a map"),
+        ("seed: 1\nmax_steps: 2\nseed: 3\n", r"not valid YAML: seed is given twice\s+in .*line 3"),
+        ("loss: {beta: 1, beta: 2}", "beta is given twice"),
+        ("? [a, b]\n: 1", "not valid YAML"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, content: str, message: str) -> None:
@@ -374,6 +381,31 @@ def test_a_package_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, sma
     result = run("train", *flags(small))
     assert result.exit_code == 1
     assert "error: the package transformers is missing: pip install 'logitless[train]'" in result.output
+
+
+@pytest.mark.parametrize("word", ["true", "True", "1", "false", "False", "no"])
+@pytest.mark.parametrize("form", ["--{}={}", "--{} {}"])
+def test_switches_take_a_value_too(monkeypatch: pytest.MonkeyPatch, form: str, word: str) -> None:
+    seen: list[TrainOptions] = []
+    monkeypatch.setattr("logitless.training.train", seen.append)
+    names = ("bf16", "use_peft", "gradient-checkpointing", "completion_only_loss")
+    given = [part for name in names for part in form.format(name, word).split()]
+    result = run("train", *given, "--seed", "1", "--column_map=bf16=false")
+    assert result.exit_code == 0, result.output
+    (options,) = seen
+    held = (options.bf16, options.use_peft, options.gradient_checkpointing, options.completion_only_loss)
+    assert held == (word in ("true", "True", "1"),) * 4
+    assert options.seed == 1 and options.column_map == {"bf16": "false"}
+
+
+def test_a_switch_takes_no_other_value() -> None:
+    result = run("train", "--packing", "perhaps")
+    assert result.exit_code == 2 and "expected an option (--name), got 'perhaps'" in result.output
+
+
+def test_an_output_folder_that_can_not_be_made_is_named(small: dict[str, str]) -> None:
+    result = run("train", *flags(small | {"output_dir": small["dataset_name"]}))
+    assert result.exit_code == 2 and f"output_dir: the folder {small['dataset_name']} can not be made" in result.output
 
 
 def test_teach_refuses_the_options_of_training(tmp_path: Path) -> None:

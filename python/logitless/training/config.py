@@ -36,6 +36,8 @@ TEACHER_IDS = 64  # ids a token that `logitless teach` writes
 LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
 PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
 
+#: Words for a switch.
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 DIVERGENCE_ALIASES = {"js_divergence": "js", "alpha_divergence": "alpha"}
 
 # Options that may name a file or folder.
@@ -260,6 +262,7 @@ class TrainOptions:
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
+        self._require("seed", -(2**63) <= self.seed < 2**64, "a number of 64 bits")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
         self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
@@ -386,12 +389,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"config file not found: {file}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _loader_of_single_keys())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{file}: expected a mapping of option names to values, got {type(content).__name__}")
     return content
+
+
+def _loader_of_single_keys() -> Any:
+    """YAML's safe loader, which takes the last of two values of a key, made to refuse the second."""
+    import yaml
+
+    class SingleKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = {"<<": None}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+                if key.value in found:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                found[key.value] = None
+            return super().construct_mapping(node, deep)
+
+    return SingleKeys
 
 
 def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
@@ -412,7 +431,7 @@ def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
 def _to_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+    return TRUTH[str(value).lower()]
 
 
 def _to_int(value: Any) -> int:
@@ -422,7 +441,7 @@ def _to_int(value: Any) -> int:
 
 
 def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise TypeError(value)
     return float(value)
 
@@ -485,7 +504,7 @@ def _number(value: Any) -> Any:
         return value
 
 
-_DESCRIBED = {Mapping[str, str]: "list new=old,... or a mapping, with every name once"}
+_DESCRIBED = {float: "finite number", Mapping[str, str]: "list new=old,... or a mapping, with every name once"}
 _CONVERT: dict[Any, Any] = {
     bool: _to_bool,
     int: _to_int,

@@ -27,7 +27,7 @@ ALIASES = {
 LOSS_SETTINGS = ("desirable_weight", "undesirable_weight")
 
 # Options that TRL leaves null for "not given"; null elsewhere has a meaning of its own there, or none.
-NULLABLE = ("model_name_or_path", "dataset_name", "attn_implementation", "gradient_checkpointing")
+NULLABLE = ("model_name_or_path", "dataset_name", "attn_implementation", "gradient_checkpointing", "warmup_ratio")
 
 _INERT = {
     "rows are tokenised in one process": ("dataset_num_proc",),

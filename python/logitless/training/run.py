@@ -312,7 +312,10 @@ def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: tor
 def _reporter(options: TrainOptions, world: World, resumed_step: int, total_steps: int) -> Reporter:
     """The reporter of a run, in an output folder without the leftovers of killed runs."""
     output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"output_dir: the folder {output} can not be made: {error.strerror}") from error
     if world.is_main:
         files.clean(output)
     return Reporter(
