@@ -198,7 +198,7 @@ def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [(), ("train", "--config", "a.yaml"), ("teach",), ("inof",)])
+@pytest.mark.parametrize("command", [(), ("train", "--config", "a.yaml"), ("teach",)])
 def test_command_line_names_the_package_that_it_lacks(command: tuple[str, ...]) -> None:
     done = bare(*command)
     assert done.returncode == 1 and not done.stdout
@@ -218,7 +218,24 @@ def test_commands_that_need_torch_alone_work_without_the_extras() -> None:
     assert "train and teach need typer" in shown["--help"].stdout
     wrong = bare("losses", "dtf")
     assert wrong.returncode == 2 and wrong.stderr.startswith("error: no loss is named 'dtf' (did you mean 'dft'")
-    assert bare("info", "more").returncode == 2
+    for given in (("info", "more"), ("inof",), ("--versoin",), ("--",)):
+        wrong = bare(*given)
+        assert wrong.returncode == 2 and "info | losses" in wrong.stderr and "Traceback" not in wrong.stderr
+
+
+def test_commands_work_in_a_source_tree_that_is_not_installed() -> None:
+    code = (
+        "import importlib.metadata as m, sys; from logitless.__main__ import main\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version; main()"
+    )
+    for command, expected in (
+        ("--version", "logitless not installed"),
+        ("info", "logitless "),
+        ("losses", f"{logitless.losses.names()[0]} "),
+    ):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, command], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(expected), done.stderr
 
 
 def test_import_adds_little_to_torchs() -> None:

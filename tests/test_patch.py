@@ -561,6 +561,20 @@ def test_several_disabled_and_merged_adapters_are_followed() -> None:
     assert_same()
 
 
+def test_rows_of_several_adapters_are_followed_from_the_first_call_on() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**settings)).eval()
+    model.add_adapter("second", peft.LoraConfig(**settings))
+    inputs = batch()
+    named = {**inputs, "adapter_names": ["second", "__base__", "default"][: len(inputs["labels"])]}
+    own, alone = model(**named).loss, model(**inputs).loss
+    patch(model)
+    torch.testing.assert_close(model(**named).loss, own)
+    torch.testing.assert_close(model(**inputs).loss, alone)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("patch_first", [True, False])
 def test_trained_tokens_are_followed_into_a_tied_head(tied: bool, patch_first: bool) -> None:

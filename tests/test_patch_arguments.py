@@ -112,7 +112,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
         ("backend", r"patch\(model, backend=\.\.\.\)"),
         ("eval_logits", r"patch\(model, eval_logits=\.\.\.\)"),
         ("los", r"did you mean 'loss'"),
-        ("Loss", r"did you mean 'loss'"),
+        ("LOSS", r"did you mean 'loss'\?\)$"),
         ("skip_logit", r"did you mean 'skip_logits'"),
         ("token_output", r"did you mean 'token_outputs'"),
         ("loss_input", r"did you mean 'loss_inputs'"),
@@ -125,6 +125,17 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
         ("token_weights", r"did you mean 'token_weight'.*loss_inputs=\{\"token_weight\""),
         ("ref_logprobs", r"did you mean 'ref_logprob'.*loss_inputs"),
         ("advantage", r"did you mean 'advantages'.*loss_inputs"),
+        ("ref_logps", r"did you mean 'ref_logprob'\?\); ref_logprob: give it as loss_inputs=[^;]*$"),
+        ("old_per_token_logps", r"did you mean 'old_logprob'"),
+        ("only_hidden", r"did you mean 'hidden_only'"),
+        ("skip_all_logits", r"did you mean 'skip_logits'"),
+        ("return_logits", r"did you mean 'skip_logits'"),
+        ("loss_kwargs", r"did you mean 'loss_inputs'"),
+        ("loss_weights", r"did you mean 'token_weight'"),
+        ("temp", r"did you mean 'temperature'"),
+        ("lse_square_scale", r"did you mean 'z_loss'.*loss=NLL\(z_loss"),
+        ("accum_dtype", r"did you mean 'chunk_dtype'.*linear_loss"),
+        ("class_weight", "linear_cross_entropy.*hidden_only"),
         ("label_smoothing_factor", r"did you mean 'label_smoothing'.*loss=NLL\(label_smoothing"),
     ],
 )
@@ -208,6 +219,12 @@ def test_what_hosts_pass_reaches_the_model(training: bool, cls: Any) -> None:
     torch.testing.assert_close(ours.loss, own.loss)
     bare = patch(llama(cls)).train(training)(inputs["input_ids"], **HOST_ARGUMENTS)
     torch.testing.assert_close(bare.logits, own.logits)
+
+
+def test_too_many_positional_arguments_are_counted() -> None:
+    names = len(inspect.signature(transformers.LlamaForCausalLM.forward).parameters) - 1
+    with pytest.raises(TypeError, match=f"LlamaForCausalLM: takes at most {names} positional arguments, got 30"):
+        patch(llama())(*[None] * 30)
 
 
 def test_what_the_models_own_code_reads_by_name_is_the_models() -> None:
@@ -332,6 +349,15 @@ def test_loss_and_statistics_are_those_of_logits_over_the_temperature(
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("kind", [numpy.float32, numpy.float64, numpy.int64, int])
+def test_the_temperature_may_be_any_number_of_two(kind: Any) -> None:
+    expected = patch(llama(), temperature=2.0)(**batch()).loss
+    assert torch.equal(patch(llama(), temperature=kind(2))(**batch()).loss, expected)
+    assert torch.equal(patch(llama())(**batch(), temperature=kind(2)).loss, expected)
+    with pytest.raises(ValueError, match="temperature: expected a positive number, got a tensor"):
+        patch(llama())(**batch(), temperature=torch.tensor(2.0))
+
+
 def test_a_policy_losss_ratio_is_one_at_the_samplers_temperature() -> None:
     model, inputs = llama(), batch()
     targets = shifted(inputs["labels"])
@@ -381,6 +407,8 @@ def test_no_items_give_zero_connected_to_the_graph(zero: Any, asked: tuple[str, 
     loss = model(input_ids=ids, labels=labels, num_items_in_batch=zero, token_outputs=asked).loss
     assert loss.item() == 0
     assert not any(gradient.any() for gradient in gradients(model, loss).values())
+    beside = model(input_ids=ids, labels=labels, num_items_in_batch=zero, skip_logits=False)
+    assert beside.loss.item() == 0 and beside.logits.shape == (B, T, V)
 
 
 @pytest.mark.parametrize("items", [7, 7.0, torch.tensor([7]), numpy.int64(7), numpy.array([7])], ids=repr)

@@ -122,6 +122,21 @@ def test_no_cache_is_made_although_the_configuration_asks_for_one(
     train(make_options(tmp_path / "run", came, data, **shape, use_peft=method == "sft"))
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_within_the_tokenizers_configuration_stays_there(tmp_path: Path, named: bool) -> None:
+    came = Path(make_model(tmp_path / "model"))
+    text = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (came / "chat_template.jinja").unlink(missing_ok=True)
+    several = [{"name": name, "template": text + name} for name in ("default", "tool_use")]
+    edit(came / "tokenizer_config.json", chat_template=several if named else text)
+    run = trained(tmp_path, came)
+    for folder in (run, run / "checkpoint-1"):
+        assert (folder / "tokenizer_config.json").read_bytes() == (came / "tokenizer_config.json").read_bytes()
+        assert not [path for path in folder.iterdir() if "template" in path.name]
+    expected = AutoTokenizer.from_pretrained(came).chat_template
+    assert AutoTokenizer.from_pretrained(run).chat_template == expected != text * named
+
+
 def test_nothing_changes_where_the_precision_stays(tmp_path: Path) -> None:
     came = make_family(tmp_path / "model", "llama")
     run = trained(tmp_path, came, dtype="auto")
@@ -203,6 +218,7 @@ def test_a_shape_that_changed_on_loading_is_saved(tmp_path: Path, family: str) -
 
 def test_code_that_comes_with_a_model_is_saved_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
         monkeypatch.delitem(sys.modules, name)  # another test's, from another folder
     came = Path(make_model(tmp_path / "model"))

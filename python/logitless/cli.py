@@ -16,19 +16,19 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from logitless import commands
 from logitless.training.config import (
-    ALIASES,
-    INERT_KEYS,
     TEACHER_IDS,
-    UNSUPPORTED_KEYS,
+    TRUTH,
     TrainOptions,
     field_types,
     options_from_mapping,
     read_yaml,
 )
 from logitless.training.errors import InputError, NonFiniteLossError, nearest_names
+from logitless.training.other_names import ALIASES, INERT_KEYS, LOSS_SETTINGS, UNSUPPORTED_KEYS
 
 # --learning-rate and --learning_rate are the same flag
 _CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
@@ -48,6 +48,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings=_CONTEXT,
 )
+
+
+class _Command(TyperCommand):
+    """A command whose switches take a value too, as Hugging Face's do: `--bf16 true`, `--packing=false`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        switches = {name for name, kind in field_types().items() if kind in (bool, bool | None)}
+        found: list[str] = []
+        rest = deque(args)
+        while rest:
+            argument = rest.popleft()
+            first, given, value = argument.partition("=")
+            name = first[2:].replace("-", "_") if first.startswith("--") else ""
+            if ALIASES.get(name, name) in switches and not given and rest and rest[0].lower() in TRUTH:
+                given, value = "=", rest.popleft()
+            if name in switches and value.lower() in TRUTH:
+                argument = f"--{name}" if TRUTH[value.lower()] else f"--no_{name}"
+            elif given:
+                argument = f"{first}={value}"
+            found.append(argument)
+        return super().parse_args(ctx, found)
 
 
 def train(context: typer.Context, config: str | None, **flags: Any) -> None:
@@ -117,7 +138,7 @@ def _further(arguments: Sequence[str], known: Collection[str]) -> dict[str, Any]
 
 def _require_known(option: str, name: str, known: Collection[str]) -> None:
     """Raises InputError for an option that is another command's or no option at all."""
-    if option in known or (option in INERT_KEYS or option in UNSUPPORTED_KEYS):
+    if option in known or option in {*INERT_KEYS, *UNSUPPORTED_KEYS, *LOSS_SETTINGS}:
         return
     if option in field_types():
         raise InputError(f"command line: --{name} is an option of train, and of no use to this command")
@@ -189,9 +210,9 @@ def _with_context(parameters: list[inspect.Parameter]) -> inspect.Signature:
 
 
 train.__signature__ = _with_context(_flags(field_types()))  # type: ignore[attr-defined]
-app.command(context_settings=_FURTHER)(train)
+app.command(cls=_Command, context_settings=_FURTHER)(train)
 teach.__signature__ = _with_context(_teacher_flags() + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
-app.command(context_settings=_FURTHER)(teach)
+app.command(cls=_Command, context_settings=_FURTHER)(teach)
 
 
 @app.command()

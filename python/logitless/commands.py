@@ -7,18 +7,17 @@ is a command line of what is left.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import inspect
 import sys
 
 from . import losses
-from .info import info
+from .info import info, version_of
 from .losses import Loss
 
 
 def version() -> str:
     """The version of the installed package."""
-    return f"logitless {importlib.metadata.version('logitless')}"
+    return f"logitless {version_of('logitless')}"
 
 
 def info_lines() -> list[str]:
@@ -64,15 +63,14 @@ def _columns_of(rows: list[tuple[str, ...]]) -> list[str]:
 
 def main(missing: str | None) -> None:
     """The command line without the packages of `train`, the first of which to be missing is given."""
-    own = {"info", "losses", "--version", "--help", "-h"}
-    if not sys.argv[1:] or sys.argv[1] not in own:
+    if not sys.argv[1:] or sys.argv[1] in ("train", "teach"):
         what = " ".join(("logitless", *sys.argv[1:2]))
         sys.exit(f"{what} needs {missing}: pip install 'logitless[train]'; info, losses and --version work without it")
     parser = argparse.ArgumentParser(
         "logitless", epilog=f"train and teach need {missing}, which pip install 'logitless[train]' brings."
     )
     parser.add_argument("--version", action="version", version=version())
-    commands = parser.add_subparsers(dest="command", metavar="info | losses [NAME]")
+    commands = parser.add_subparsers(dest="command", metavar="info | losses [NAME]", required=True)
     commands.add_parser("info", help=inspect.getdoc(info_lines))
     commands.add_parser("losses", help="The losses, or everything about one.").add_argument("name", nargs="?")
     arguments = parser.parse_args()

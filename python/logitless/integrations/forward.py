@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import losses
 from ..losses import Loss
@@ -96,6 +96,9 @@ def _function_of(cls: type[nn.Module]) -> Callable[..., Any]:
 
 def _forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state: Patch = model._logitless_patch  # type: ignore[assignment]
+    if len(args) > len(state.names):
+        kind = type(model).__name__
+        raise TypeError(f"{kind}: takes at most {len(state.names)} positional arguments, got {len(args)}")
     inputs = {**dict(zip(state.names[: len(args)], args, strict=True)), **kwargs}
     ours = {name: inputs.pop(name) for name in REQUEST_ARGUMENTS if name in inputs}
     _admit(state, tuple(inputs), ours=False)
@@ -130,7 +133,10 @@ def _original_serves(state: Patch, request: Request, loss: Loss, skip: bool) -> 
     if not request.scored:
         return True
     tempered = (state.temperature if request.temperature is None else request.temperature) != 1.0
-    ours = skip or request.token_outputs or request.cu_seqlens is not None or request.loss_inputs or tempered
+    items = request.num_items_in_batch
+    none = isinstance(items, Tensor) and items.device.type == "cpu" and not torch.compiler.is_compiling() and items == 0
+    asked = request.token_outputs or request.cu_seqlens is not None or request.loss_inputs
+    ours = skip or asked or tempered or none  # its own loss divides by 0 items
     return not ours and request.labels is not None and loss == NLL()
 
 

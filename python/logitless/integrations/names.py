@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, get_args
 
@@ -30,6 +31,7 @@ _ELSEWHERE = {
     "targets": "give it as labels=... (shifted inside) or shift_labels=... (aligned)",
     "outputs": "give it as token_outputs=(...)",
     "normalizer": "give it as num_items_in_batch=...",
+    "class_weight": "give it to logitless.linear_cross_entropy, with the hidden states of hidden_only=True",
     "weight": 'the head\'s is read from the model; give those of tokens as loss_inputs={"token_weight": ...}',
     **dict.fromkeys(("hidden", "bias", "logit_scale", "softcap"), "it is read from the model"),
     **{name: f"give it as patch(model, {name}=...)" for name in _OF_PATCH},
@@ -44,6 +46,18 @@ _OF_HOSTS = (
     *("label", "label_ids", "length", "lengths", "num_logits_to_keep"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k", "max_length_q", "max_length_k"),
 )
+#: What others call a thing of ours: Liger's loss, Keras, and slips that share no spelling. No host passes these.
+_OTHER_WORDS = {
+    **dict.fromkeys(("sample_weight", "sample_weights", "loss_weight", "loss_weights"), "token_weight"),
+    **dict.fromkeys(("loss_kwargs", "loss_args", "loss_params"), "loss_inputs"),
+    **dict.fromkeys(("return_logits", "with_logits", "no_logits", "compute_logits", "output_logits"), "skip_logits"),
+    **dict.fromkeys(("return_hidden", "return_hidden_states"), "hidden_only"),
+    **dict.fromkeys(("lse_square_scale", "return_z_loss"), "z_loss"),
+    **dict.fromkeys(("loss_name", "loss_func"), "loss"),
+    **dict.fromkeys(("temp", "tau"), "temperature"),
+    **dict.fromkeys(("class_weight", "class_weights", "ce_weight"), "class_weight"),
+    "accum_dtype": "chunk_dtype",
+}
 #: Arguments of the model's loss function that a patched model serves, or that the model itself gives.
 _SERVED = ("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
 
@@ -184,12 +198,23 @@ def _near(name: str, advice: Iterable[str]) -> list[str]:
     """Up to three of our names that this one may be a slip of the pen for.
 
     A short hyper-parameter has to be nearer than the others, because many a word is like it ("height" and "weight").
+    The words of one of our names in another order, or with others between them, are a slip too ("only_hidden").
     """
+    if name.lower() in _OTHER_WORDS:
+        return [_OTHER_WORDS[name.lower()]]
+    words = set(name.lower().split("_"))
+    same = [own for own in REQUEST_ARGUMENTS if "_" in own and words.issuperset(own.split("_"))]
+    if same:
+        return same
     by_letters = {_letters(other): other for other in (*advice, *REQUEST_ARGUMENTS) if len(other) > 2}
+    if _letters(name) in by_letters:
+        return [by_letters[_letters(name)]]
     found = difflib.get_close_matches(_letters(name), by_letters, 3, 0.8)
     nearer = difflib.get_close_matches(_letters(name), by_letters, 3, 0.86)
     return [by_letters[x] for x in found if x in nearer or len(x) > 6 or by_letters[x] in REQUEST_ARGUMENTS]
 
 
 def _letters(name: str) -> str:
-    return name.replace("_", "").lower()
+    """The name in one spelling: `old_per_token_logps` is `old_logprob`."""
+    plain = name.lower().replace("_", "").replace("pertoken", "").replace("reference", "ref")
+    return re.sub("log(probs|ps?)$", "logprob", plain)

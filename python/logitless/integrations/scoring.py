@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,7 @@ def check_request(request: Request) -> None:
     if request.num_items_in_batch is not None and reduction in ("none", "sum"):
         raise ValueError(f"num_items_in_batch: divides a mean, and loss_inputs has reduction={reduction!r}")
     if request.temperature is not None:
-        check_temperature(request.temperature)
+        request.temperature = check_temperature(request.temperature)
     if not request.scored:
         needing = {
             "loss": request.loss is not None,
@@ -110,11 +111,16 @@ def check_request(request: Request) -> None:
                 raise ValueError(f"{name}: needs labels or shift_labels, got neither")
 
 
-def check_temperature(temperature: object) -> None:
-    """Raises unless the temperature is a positive number: LogitTransform's own check."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
-    LogitTransform(temperature=temperature)
+def check_temperature(temperature: Any) -> float:
+    """The temperature as a number of Python's; raises ValueError unless it is a positive one, NumPy's included.
+
+    A tensor is none: its value would have to come from the device at every call.
+    """
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+        got = f"a tensor, {temperature!r}" if isinstance(temperature, Tensor) else repr(temperature)
+        raise ValueError(f"temperature: expected a positive number, got {got}")
+    LogitTransform(temperature=float(temperature))
+    return float(temperature)
 
 
 def _number_of_items(items: Any) -> Tensor | float | None:

@@ -54,7 +54,8 @@ def patch(
       argument too, -100 by default) does not count. The loss is the mean over the
       tokens that count, or their sum over `num_items_in_batch` if that is passed (an int or a tensor). For a pair loss
       it is the number of pairs, and for a loss whose reduction counts sequences the number of sequences. If all
-      positions are ignored the loss is 0, where Transformers gives NaN. The terms that the model itself adds (a
+      positions are ignored the loss is 0, where Transformers' own loss is NaN (also here, if it computes it: see
+      `skip_logits`). The terms that the model itself adds (a
       router's loss, a z-loss) are added to any loss.
     - `skip_logits`: True computes no logits. False computes true logits besides the loss. None (the default) skips
       them, but not in evaluation with `eval_logits=True`. Skipped logits are `None` in the output. The original forward
@@ -111,7 +112,7 @@ def patch(
     for name, value, choices in (("backend", backend, BackendName), ("backward", backward, BackwardName)):
         if value not in get_args(choices):
             raise ValueError(f"{name}: expected one of {list(get_args(choices))}, got {value!r}")
-    check_temperature(temperature)
+    temperature = check_temperature(temperature)
     from .outputs import LinearCausalLMOutput  # imports Transformers, whose model this is
 
     state = Patch(

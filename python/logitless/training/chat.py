@@ -41,8 +41,8 @@ class ChatTemplate:
         """
         if not self.tokenizer.chat_template:
             raise InputError(
-                f"{origin}: a chat row, but the tokenizer has no chat template; use the model's instruction-tuned "
-                "variant, set chat_template in its tokenizer, or give prompt and completion as strings"
+                f"{origin}: a chat row, but the tokenizer has no chat template; name one by chat_template_path, use "
+                "the model's instruction-tuned variant, or give prompt and completion as strings"
             )
         try:
             return self._text(self._form(turns), settings, generation_prompt)

@@ -17,6 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from logitless.training.errors import InputError, nearest
+from logitless.training.other_names import (
+    ALIASES,
+    INERT_KEYS,
+    LOSS_SETTINGS,
+    NULLABLE,
+    UNSUPPORTED_KEYS,
+    notes_of,
+    require_unused,
+)
 from logitless.types import BackwardName
 
 if TYPE_CHECKING:
@@ -27,46 +36,9 @@ TEACHER_IDS = 64  # ids a token that `logitless teach` writes
 LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
 PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
 
-# The same option under the name another tool gives it.
-ALIASES = {
-    "torch_dtype": "dtype",
-    "f_divergence_type": "divergence",
-    "f_alpha_divergence_coef": "alpha",
-}
+#: Words for a switch.
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 DIVERGENCE_ALIASES = {"js_divergence": "js", "alpha_divergence": "alpha"}
-
-# Keys common in TRL files that change nothing here, with the reason printed when one is met.
-INERT_KEYS = {
-    "dataset_num_proc": "rows are tokenised in one process",
-    "dataloader_num_workers": "batches are made in the main process",
-    "dataloader_pin_memory": "batches are made in the main process",
-    "remove_unused_columns": "columns that no form uses are always ignored",
-    "gradient_checkpointing_kwargs": "checkpointing is always the non-reentrant form",
-    "disable_tqdm": "progress bars appear on terminals only",
-    "run_name": "runs are named by their output_dir",
-    "do_train": "the command always trains",
-    "do_eval": "evaluation runs whenever there is evaluation data",
-    "lora_task_type": "the task is always CAUSAL_LM",
-    "packing_strategy": "packing is always best-fit decreasing",
-    "average_tokens_across_devices": "tokens are always averaged across devices",
-    "logging_first_step": "the first step is always logged",
-    "log_level": "every record is shown",
-    "hub_model_id": "nothing is pushed to the hub",
-    "hub_strategy": "nothing is pushed to the hub",
-}
-
-# Keys that are accepted with this one value: what they would switch on is not there.
-UNSUPPORTED_KEYS: dict[str, Any] = {
-    "push_to_hub": False,
-    "fp16": False,
-    "load_in_4bit": False,
-    "load_in_8bit": False,
-    "use_dora": False,
-    "use_rslora": False,
-    "dataset_streaming": False,
-    "logging_strategy": "steps",
-}
-
 
 # Options that may name a file or folder.
 PATHS = (
@@ -302,6 +274,7 @@ class TrainOptions:
         self._require("lora_dropout", self.lora_dropout is None or 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
+        self._require("seed", -(2**63) <= self.seed < 2**64, "a number of 64 bits")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         for name in ("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "adam_epsilon"):
             self._require(name, getattr(self, name) != math.inf, "finite")
@@ -334,8 +307,8 @@ class TrainOptions:
         name = settings.pop("name", METHODS.get(self.method, self.method))
         flags = ("beta", "loss_type", "label_smoothing", "divergence", "alpha")
         settings |= {key: value for key in flags if (value := getattr(self, key)) is not None}
-        if name == "nll" and settings.get("loss_type") in ("nll", "dft"):  # how TRL's SFT names its two losses
-            name = settings.pop("loss_type")
+        if name in ("nll", settings.get("loss_type")) and settings.get("loss_type") in ("nll", "dft"):
+            name = settings.pop("loss_type")  # how TRL's SFT names its two losses
         if "divergence" in settings:
             settings["divergence"] = DIVERGENCE_ALIASES.get(settings["divergence"], settings["divergence"])
         try:
@@ -389,7 +362,7 @@ def options_from_mapping(values: Mapping[str, Any], source: str) -> tuple[TrainO
     `source` names where the values come from in error messages. Numbers may come as text (YAML 1.1 reads 2e-5 as a
     string). Raises InputError for an unknown key, with the nearest known name, or a value of the wrong type.
     """
-    notes = [f"{source}: {key} changes nothing here: {INERT_KEYS[key]}" for key in values if key in INERT_KEYS]
+    notes = list(notes_of(values, source))
     given = convert({key: value for key, value in values.items() if key not in INERT_KEYS}, source)
     return TrainOptions(**given), notes
 
@@ -398,11 +371,14 @@ def convert(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Arguments of `TrainOptions` from string keys, under whatever name and as text or not; raises as above."""
     hints = field_types()
     given: dict[str, Any] = {}
+    settings = {key: values[key] for key in LOSS_SETTINGS if values.get(key) is not None}
     for key, value in values.items():
         if key in UNSUPPORTED_KEYS:
-            _require_unused(key, value, source)
+            require_unused(key, value, source)
             continue
         name = ALIASES.get(key, key)
+        if key in LOSS_SETTINGS or (value is None and name in NULLABLE):
+            continue
         if name not in hints:
             raise InputError(f"{source}: unknown option {key!r}{nearest(key, [*hints, *ALIASES, *INERT_KEYS])}")
         if key == "resume_from_checkpoint" and value in (True, "true", "True"):  # Transformers: "the newest one"
@@ -415,13 +391,9 @@ def convert(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         if given.get(name, converted) != converted:
             raise InputError(f"{source}: {name} is given twice with different values ({key!r} is another name of it)")
         given[name] = converted
+    if settings:
+        given["loss"] = {**(given.get("loss") or {}), **coerce("loss", settings, hints["loss"], source)}
     return given
-
-
-def _require_unused(key: str, value: Any, source: str) -> None:
-    accepted = UNSUPPORTED_KEYS[key]
-    if str(value).lower() != str(accepted).lower():
-        raise InputError(f"{source}: {key} can only be {str(accepted).lower()}, got {value!r}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -432,12 +404,28 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"config file not found: {file}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _loader_of_single_keys())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{file}: expected a mapping of option names to values, got {type(content).__name__}")
     return content
+
+
+def _loader_of_single_keys() -> Any:
+    """YAML's safe loader, which takes the last of two values of a key, made to refuse the second."""
+    import yaml
+
+    class SingleKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = {"<<": None}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+                if key.value in found:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                found[key.value] = None
+            return super().construct_mapping(node, deep)
+
+    return SingleKeys
 
 
 def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
@@ -458,7 +446,7 @@ def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
 def _to_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+    return TRUTH[str(value).lower()]
 
 
 def _to_int(value: Any) -> int:
@@ -468,14 +456,14 @@ def _to_int(value: Any) -> int:
 
 
 def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise TypeError(value)
     return float(value)
 
 
 def _to_str(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 1:  # TRL lists what may be combined there: loss_type, report_to
-        value = value[0]
+    if isinstance(value, list) and len(value) < 2:  # TRL lists what may be combined there: loss_type, report_to
+        value = value[0] if value else "none"
     if isinstance(value, bool):  # YAML 1.1 reads a bare no as False: eval_strategy: no
         return "yes" if value else "no"
     if not isinstance(value, (str, int, float)):
@@ -531,7 +519,7 @@ def _number(value: Any) -> Any:
         return value
 
 
-_DESCRIBED = {Mapping[str, str]: "list new=old,... or a mapping, with every name once"}
+_DESCRIBED = {float: "finite number", Mapping[str, str]: "list new=old,... or a mapping, with every name once"}
 _CONVERT: dict[Any, Any] = {
     bool: _to_bool,
     int: _to_int,

@@ -20,7 +20,7 @@ def nearest_names(name: str, known: Iterable[str]) -> list[str]:
     After names that differ in a letter or two come those that have all of its words or these initials, such as
     model_name_or_path for model or learning_rate for lr, and at last those that are spelt somewhat alike.
     """
-    names = sorted(known)
+    names, name = sorted(known), name.lower()
     close, distant = (difflib.get_close_matches(name, names, n=3, cutoff=cutoff) for cutoff in (0.85, 0.6))
     longer = [each for each in names if _shortened(name, each)]
     longer.sort(key=lambda each: (not each.startswith(name), len(each)))

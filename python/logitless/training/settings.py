@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from logitless.training.config import TrainOptions
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+NAMED_TEMPLATES = "additional_chat_templates"
 _TEMPLATES = (TEMPLATE, "chat_template.json")
 #: Files that may belong to a tokenizer, besides those that its class names, or to the processor around it.
 TOKENIZER_FILES = (
@@ -52,6 +54,9 @@ class Settings:
         tokenizer.save_pretrained(folder)
         for name, content in self.tokenizer.items():
             (folder / name).write_bytes(content)
+        if TEMPLATE not in self.tokenizer and b'"chat_template"' in self.tokenizer.get(TOKENIZER_CONFIG, b""):
+            (folder / TEMPLATE).unlink(missing_ok=True)  # the configuration has it, as it came
+            shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
         if (folder / CONFIG).is_file():
             self._put_back(folder)
 
