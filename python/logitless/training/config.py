@@ -434,7 +434,7 @@ def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
     if value is None or (value == "none" and type(None) in kinds and str not in kinds):
         if type(None) in kinds:
             return None
-        raise InputError(f"{source}: {name} can not be empty")
+        raise InputError(f"{source}: {name} cannot be empty")
     kind = next(kind for kind in kinds if kind is not type(None))
     try:
         return _CONVERT[kind if kind in _CONVERT else typing.get_origin(kind)](value)

@@ -29,7 +29,7 @@ def require_places(options: TrainOptions) -> None:
 
 
 def _require_place(name: str, option: str, gguf_file: str | None) -> None:
-    """Raises where a model's name stands for no folder with a model, and can not be a hub id either."""
+    """Raises where a model's name stands for no folder with a model, and cannot be a hub id either."""
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():

@@ -208,7 +208,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """The run that the options describe, at step 0 or at the checkpoint that it goes on from.
 
     Raises:
-        InputError: options, data, model or checkpoint that can not be used.
+        InputError: options, data, model or checkpoint that cannot be used.
     """
     planned, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in planned]

@@ -60,7 +60,7 @@ def write_teacher_columns(
         server: address of an OpenAI-compatible server with vLLM's `prompt_logprobs`, in place of the teacher's model.
 
     Raises:
-        InputError: options, rows, teacher, or an answer of the server that can not be used.
+        InputError: options, rows, teacher, or an answer of the server that cannot be used.
     """
     path = Path(output)
     if path.suffix.lower() not in _WRITERS:

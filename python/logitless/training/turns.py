@@ -56,7 +56,7 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
         origin: where the row stands.
 
     Raises:
-        InputError: no list of turns, or a turn that can not be read.
+        InputError: no list of turns, or a turn that cannot be read.
     """
     turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
     turns = [turns] if isinstance(turns, dict) else turns
