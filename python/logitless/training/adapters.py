@@ -22,8 +22,8 @@ from torch import nn
 
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.places import ADAPTER_CONFIG, MODEL_CONFIG
 
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # of a new adapter, where the options leave them open
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what peft raises for files that do not fit
