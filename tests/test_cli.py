@@ -403,7 +403,7 @@ def test_a_switch_takes_no_other_value() -> None:
     assert result.exit_code == 2 and "expected an option (--name), got 'perhaps'" in result.output
 
 
-def test_an_output_folder_that_can_not_be_made_is_named(small: dict[str, str]) -> None:
+def test_an_output_folder_that_cannot_be_made_is_named(small: dict[str, str]) -> None:
     result = run("train", *flags(small | {"output_dir": small["dataset_name"]}))
     assert result.exit_code == 2 and f"output_dir: nothing can be written into {small['dataset_name']}" in result.output
 

@@ -272,7 +272,7 @@ def test_one_object_that_may_be_a_row_is_a_row(tmp_path: Path, row: dict[str, An
         ('[{"a": 1},\n{"a": ' + '{"a":' * 10**5, ", line 2, row 2: lists or objects are nested too deeply"),
     ],
 )
-def test_json_that_can_not_be_read_is_reported_with_its_place(tmp_path: Path, content: str, message: str) -> None:
+def test_json_that_cannot_be_read_is_reported_with_its_place(tmp_path: Path, content: str, message: str) -> None:
     for name in ("rows.json", "rows.jsonl"):
         found, at = refusal(tmp_path / name, content), 0
         for part in message.split(".*"):
@@ -372,7 +372,7 @@ def test_arrow_types_are_read_or_reported_with_their_row(tmp_path: Path) -> None
         assert message.startswith(f", row 1: the column {name} (") and "cannot be read" in message
 
 
-def test_parquet_that_can_not_be_read_is_reported(tmp_path: Path) -> None:
+def test_parquet_that_cannot_be_read_is_reported(tmp_path: Path) -> None:
     whole = contents()[".parquet"]
     for content in (b"", b"text", b"PAR1" + b"x" * 40 + b"PAR1", b"PARE" + b"x" * 40 + b"PARE", whole[:-20]):
         assert ": not a readable Parquet file" in refusal(tmp_path / "rows.parquet", content)

@@ -496,7 +496,7 @@ def test_compute_metrics_gets_logits_with_eval_logits(tmp_path: Any) -> None:
 )
 def test_a_host_that_takes_the_labels_out_of_a_training_call_is_named_once(tmp_path: Any, changes: Any) -> None:
     host = trainer(tmp_path, patch(llama(vocab_size=LARGE)), **changes)
-    host.args.max_steps = 3
+    host.args.max_steps = 2
     with pytest.warns(UserWarning, match="no labels, so that it computed full logits") as seen:
         host.train()
     assert len([w for w in seen if "full logits" in str(w.message)]) == 1

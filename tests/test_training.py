@@ -376,7 +376,7 @@ def test_a_model_of_nan_is_refused(bench: Bench) -> None:
         bench.run()
 
 
-def test_models_that_can_not_be_trained_are_named(bench: Bench, tmp_path: Path) -> None:
+def test_models_that_cannot_be_trained_are_named(bench: Bench, tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path / "empty")
     config = LlamaConfig.from_pretrained(bench.model, tie_word_embeddings=False)
     LlamaModel(config).save_pretrained(tmp_path / "headless")

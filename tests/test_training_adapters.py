@@ -449,7 +449,7 @@ def test_every_weight_of_an_adapter_finds_its_place(bench: Bench) -> None:
         ('{"peft_type": "OF_TOMORROW", "base_model_name_or_path": "base"}', "cannot be read: KeyError: 'OF_TOMORROW'"),
     ],
 )
-def test_a_configuration_that_can_not_be_read(bench: Bench, settings: str, message: str) -> None:
+def test_a_configuration_that_cannot_be_read(bench: Bench, settings: str, message: str) -> None:
     (Path(bench.adapter) / "adapter_config.json").write_text(settings)
     assert message in bench.refusal(use_peft=True)
 

@@ -76,7 +76,7 @@ def test_a_dropped_row_does_not_shift_the_line_that_is_refused(tmp_path: Path, m
 
 
 def test_targets_beyond_the_head_are_refused(tmp_path: Path) -> None:
-    """A head of fewer rows than the embedding, and lists of ids that another model has."""
+    """Lists of ids, as of a teacher whose head is longer."""
     folder = make_model(tmp_path / "model", tied=False)
     rows = [{"prompt": "q", "completion": "a", "target_ids": [[5], [258]], "teacher_logprob": [[-1.0], [-1.0]]}]
     with pytest.raises(InputError, match=r"line 1: target_ids lists the id 258, but the output head .* has 258 rows"):
@@ -223,7 +223,7 @@ def test_an_adapter_over_float16_trains_with_a_note(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.parametrize(("epsilon", "dtype"), [(0.0, "float32"), (1e-50, "float32"), (1e-45, "bfloat16")])
-def test_an_epsilon_that_its_weights_can_not_hold_is_refused(tmp_path: Path, epsilon: float, dtype: str) -> None:
+def test_an_epsilon_that_its_weights_cannot_hold_is_refused(tmp_path: Path, epsilon: float, dtype: str) -> None:
     with pytest.raises(InputError, match=f"adam_epsilon: .* is 0 in {dtype}"):
         run(tmp_path, make_model(tmp_path / "model"), completion_rows(), adam_epsilon=epsilon, dtype=dtype)
 
@@ -281,7 +281,7 @@ def test_weights_that_were_cut_off_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["file", "file/below"])
-def test_an_output_folder_that_can_not_be_written_is_refused(tmp_path: Path, name: str) -> None:
+def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path, name: str) -> None:
     """At once: there is no model to load."""
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="output_dir: nothing can be written into"):
@@ -546,7 +546,7 @@ def test_damaged_values_are_computed_again(tmp_path: Path, damage: str) -> None:
     assert file.read_bytes() == good
 
 
-def test_a_cache_that_can_not_be_written_is_refused(tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     folder = make_teacher(tmp_path / "model")
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cache_dir: nothing can be kept in"):

@@ -248,7 +248,7 @@ def test_best_fit_packs_everything_once_and_wastes_little(lengths: list[int], ca
     assert sum(2 * size <= capacity for size in sizes) <= 1
 
 
-def test_best_fit_refuses_what_can_not_fit() -> None:
+def test_best_fit_refuses_what_cannot_fit() -> None:
     with pytest.raises(ValueError, match="length 9 is above the capacity 8"):
         best_fit([3, 9], 8)
 

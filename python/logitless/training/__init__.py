@@ -1,6 +1,6 @@
 """The training loop behind `logitless train`; needs the `train` extra (Transformers and friends).
 
-    options     config, mixture
+    options     config, other_names, mixture, errors
     rows        data, formats, arrow_json          a file, folder or hub dataset, row by row with its place
                 forms, turns                       one form of row, one form of turn
                 template, template_date, chat      the chat template

@@ -24,7 +24,7 @@ from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.places import ADAPTER_CONFIG, MODEL_CONFIG
 
-NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
+ADAPTER_NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # of a new adapter, where the options leave them open
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what peft raises for files that do not fit
 # Names that peft saves an embedding or a head of another size by, whole, and those that it saves beside, a second time
@@ -260,7 +260,7 @@ def put_on(model: Any, source: str, revision: str | None, config: Any, *, traina
         adapted = peft.PeftModel.from_pretrained(
             model, source, config=config, is_trainable=trainable, revision=revision
         )
-        report = adapted.load_adapter(source, NAME, is_trainable=trainable, revision=revision)
+        report = adapted.load_adapter(source, ADAPTER_NAME, is_trainable=trainable, revision=revision)
     except _UNREADABLE as error:
         raise InputError(f"{source}: the adapter does not fit {model.name_or_path}: {error}") from error
     unexpected = [name for name in report.unexpected_keys if not name.endswith(_TWICE)]
@@ -322,7 +322,7 @@ def _say_where_untied(model: Any) -> None:
 def given_weights(model: Any, adapter: Adapter) -> dict[str, torch.Tensor]:
     """The trainable parameters as the adapter's files have them, by name; the model keeps those that it has."""
     own = _trainable(model)
-    model.load_adapter(adapter.source, NAME, is_trainable=True, revision=adapter.revision)
+    model.load_adapter(adapter.source, ADAPTER_NAME, is_trainable=True, revision=adapter.revision)
     given = _trainable(model)
     parameters = dict(model.named_parameters())
     for name, value in own.items():

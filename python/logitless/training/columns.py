@@ -16,9 +16,9 @@ from logitless.training.data import Row
 from logitless.training.errors import InputError
 
 ABSENT = -100  # fills the lists of tokens that have fewer ids, or log-probabilities, than others
-OTHER_NAMES = {"desirable": "label"}  # TRL's
+OTHER_NAMES = {"desirable": "label"}  # names of columns in TRL's rows
 #: Columns that are true or false, for which 1 and 0 stand too.
-MARKS = ("desirable", "from_reference")
+BOOLEANS = ("desirable", "from_reference")
 #: The column of the ids that each token lists, for a loss that reads lists of them.
 TARGET_IDS = "target_ids"
 _INTEGER_TEXT = re.compile(r"[+-]?[0-9]+")
@@ -48,8 +48,8 @@ def read_columns(
     for name in names:
         called = f"{side}_{name}" if side else _called(name, row)
         values = _numbers(_value(row, name, side), called, row)
-        if name in MARKS:
-            values = _marks(values, called, row)
+        if name in BOOLEANS:
+            values = _booleans(values, called, row)
         if name in single and values.shape != (1,):
             raise InputError(f"{row.origin}: the column {called} has {len(values)} values; expected one for the row")
         found[name] = _at_predictions(values, called, row, counts)
@@ -115,7 +115,7 @@ def _finite_numbers(numbers: list[Any], name: str, row: Row) -> torch.Tensor:
     return values
 
 
-def _marks(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
+def _booleans(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
     if not ((values == 0) | (values == 1)).all():
         raise InputError(f"{row.origin}: the column {name} must be true or false, or 1 or 0, got {values.tolist()}")
     return values.bool()

@@ -262,6 +262,14 @@ class TrainOptions:
         for name in PATHS:  # a shell leaves the ~ of --output_dir=~/run, and of a file of options, as it is
             if str(path := getattr(self, name)).startswith("~"):
                 object.__setattr__(self, name, str(Path(path).expanduser()))
+        self._require_ranges()
+        self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
+        if self.warmup_ratio and self.warmup_steps:
+            raise InputError("warmup_steps and warmup_ratio are two names of one setting: give one of them")
+        if self.eval_fraction and self.eval_dataset_name:
+            raise InputError("eval_fraction and eval_dataset_name both name evaluation data: give one of them")
+
+    def _require_ranges(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "logging_steps", "save_steps", "old_policy_steps", "ref_model_sync_steps"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
@@ -279,11 +287,6 @@ class TrainOptions:
             self._require(name, getattr(self, name) != math.inf, "finite")
         self._require("seed", abs(self.seed) < 2**32, "a number of at most 32 bits")
         self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
-        self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
-        if self.warmup_ratio and self.warmup_steps:
-            raise InputError("warmup_steps and warmup_ratio are two names of one setting: give one of them")
-        if self.eval_fraction and self.eval_dataset_name:
-            raise InputError("eval_fraction and eval_dataset_name both name evaluation data: give one of them")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -29,7 +29,7 @@ from logitless.training.marks import Marks, Place, answers, called, said, says_s
 from logitless.training.turns import Turn
 
 Span = tuple[int, int]  # of characters
-_Kind = tuple[str, bool, str, bool]  # of the end of a rendering
+_Kind = tuple[str, bool, str, bool]  # a turn's role, whether it calls tools, the space at its end; a prompt behind it?
 
 _NO_THINKING = re.compile(r"\s*(<think>)?\s*</think>\s*")
 
@@ -124,10 +124,10 @@ class Conversation:
         return empty.end() if empty else place
 
     def _behind_prompt(self, index: int, appended: bool) -> int:
+        if not index:
+            return self._start_by_prompt(index)
         last = index == len(self.turns) - 1  # which has a prompt of its own in many templates
         try:
-            if not index:
-                raise InputError("there is no conversation before the first turn")
             tail = self._tail(index, generation_prompt=True, known=not (appended or last))
         except InputError:  # many templates refuse a conversation without a user
             return self._start_by_prompt(index)

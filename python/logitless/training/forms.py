@@ -15,7 +15,7 @@ from typing import Any
 from logitless.training.data import Row
 from logitless.training.errors import InputError, nearest
 from logitless.training.tokens import common_prefix
-from logitless.training.turns import LEARNED, Turn, is_list_of_turns, read_tools, read_turns, turns_of_text
+from logitless.training.turns import LEARNED, MEDIA, Turn, is_list_of_turns, read_tools, read_turns, turns_of_text
 
 #: Columns that hold a conversation, and others that may hold one.
 CONVERSATIONS = ("messages", "conversations")
@@ -26,12 +26,12 @@ QUESTIONS = (
     *(("query", "response"), ("question", "response"), ("question", "answer"), ("question", "answers")),
     *(("problem", "solution"), ("input", "output"), ("input", "target")),
 )
+#: Columns that may hold a question, and those that may hold the first turn.
 _ASKING = tuple(dict.fromkeys(question for question, _ in QUESTIONS))
 _SYSTEM = ("system", "system_prompt")
 #: Columns that a question may refer to.
 _MORE = ("input", "context", "history")
-#: Columns of what is not text.
-_MEDIA = ("images", "image", "videos", "video", "audios", "audio")
+#: Columns that forms are made of, which the row that is made does not keep.
 _READ = frozenset((
     *CONVERSATIONS, *TALKS, *(name for pair in QUESTIONS for name in pair), *_SYSTEM, *_MORE,
     "chosen", "rejected", "tools", "functions",
@@ -147,7 +147,11 @@ def canonical_pair(row: Row, *, chat: bool = True, repeats: bool = False) -> Row
         raise InputError(f"{row.origin}: {' and '.join(missing)} missing; {_column_names(row)}")
     answers = {name: _read(name, row) for name in ("chosen", "rejected")}
     if isinstance(answers["chosen"], str) != isinstance(answers["rejected"], str):
-        raise InputError(f"{row.origin}: chosen and rejected must both be strings or both lists of turns")
+        came = {name: "a string" if isinstance(each, str) else "turns" for name, each in answers.items()}
+        raise InputError(
+            f"{row.origin}: chosen and rejected must both be strings or both lists of turns, got {came['chosen']} and "
+            f"{came['rejected']}"
+        )
     if _has(row, "prompt"):
         found: tuple[Text | None, dict[str, Text]] = _read("prompt", row), answers
     else:
@@ -206,7 +210,7 @@ def _sides(row: Row, chat: bool, repeats: bool) -> list[Row]:
 
 def _made(row: Row, form: dict[str, Any], text_field: str) -> Row:
     """The row with these columns in place of all that forms are made of."""
-    for name in _MEDIA:
+    for name in MEDIA:
         if row.values.get(name):
             raise InputError(f"{row.origin}: {name}: only text is trained on; leave the column out to train without it")
     tools = _tools(row)

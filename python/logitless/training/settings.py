@@ -29,6 +29,7 @@ TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
+#: Keys of config.json for the precision of the weights, and those that merging an adapter may change.
 _PRECISION = ("dtype", "torch_dtype")
 _SHAPE = ("vocab_size", "tie_word_embeddings")
 

@@ -48,7 +48,10 @@ class TextEncoder:
         return Encoded([*start, *encoded.ids, *end], lambda place: len(start) + encoded.token_at(place))
 
     def rendered(self, text: str) -> Encoded:
-        """A text that has its special tokens already, as a chat template writes it."""
+        """A text that has its special tokens already, as a chat template writes it.
+
+        A tokenizer without offsets is asked again for the start of the text, whenever a place is looked up.
+        """
         if not self.tokenizer.is_fast:
             ids = self._ids(text)
             return Encoded(ids, lambda place: common_prefix(self._ids(text[:place]), ids))

@@ -43,9 +43,13 @@ FLAGS = (
 MASKED = "masked"
 #: Keys that say what is learned within a turn, or do so in two senses.
 _UNREAD = ("train_detail", "training_detail", "mask")
+#: Keys of a turn, and columns of a row, for what is not text.
+MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 #: Keys that say more than text, which no template writes down.
-_LOST = ("refusal", "audio", "image", "images", "video", "videos")
+_LOST = ("refusal", *MEDIA)
+#: Keys of an assistant's turn for what it thinks before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Types of the parts of a list of content that are text.
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
