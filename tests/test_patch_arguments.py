@@ -166,6 +166,8 @@ def test_a_misspelt_name_is_named_before_what_is_missing_without_it() -> None:
         ("dpo", "beta", r"; give it as loss=DPO\(beta=\.\.\.\)"),
         ("ppo", "temperature", r"; give it as temperature=\.\.\."),
         ("ppo", "normalizer", r"; give it as num_items_in_batch=\.\.\."),
+        ("nll", "num_items_in_batch", r"; give it as num_items_in_batch=\.\.\."),
+        ("nll", "loss", r"; give it as loss=\.\.\."),
         ("ppo", "backend", r"; give it as patch\(model, backend=\.\.\.\)"),
     ],
 )

@@ -209,7 +209,7 @@ def test_malformed_preference_rows_are_reported(values: dict[str, Any], message:
 
 def test_a_chat_row_needs_a_chat_template() -> None:
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-    with pytest.raises(InputError, match="line 7: .* has no chat template; name one by chat_template_path"):
+    with pytest.raises(InputError, match=r"line 7: .* has no chat template; name one by chat_template_path"):
         one(row, tokenizer=make_tokenizer(chat_template=None))
 
 
