@@ -195,6 +195,12 @@ def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             {"method": "kto", "desirable_weight": "1.3", "loss": {"undesirable_weight": 2.0}},
             losses.KTO(desirable_weight=1.3, undesirable_weight=2.0),
         ),
+        ({"method": "dpo", "ld_alpha": 0.3, "use_weighting": True}, losses.DPO(tail_weight=0.3, use_weighting=True)),
+        (
+            {"method": "dpo", "loss_type": ["discopop"], "discopop_tau": 0.1},
+            losses.DPO(loss_type="discopop", discopop_tau=0.1),
+        ),
+        ({"method": "simpo", "use_weighting": False, "discopop_tau": 0.05, "ld_alpha": None}, losses.SimPO()),
     ],
 )
 def test_loss_of_the_options(values: dict[str, Any], loss: losses.Loss) -> None:
@@ -244,6 +250,7 @@ def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
     [
         ({"method": "dpo", "beta": -0.1}, "beta must be a finite number"),
         ({"method": "dpo", "loss_type": "sigmoidd"}, "'sigmoid'"),
+        ({"method": "kto", "ld_alpha": 0.3}, "tail_weight is no setting of the loss 'kto'"),
         ({"method": "dft", "loss_type": "nll"}, r"loss_type is no setting of the loss 'dft'"),
         ({"method": "dft", "beta": 0.1}, r"beta is no setting of the loss 'dft', which has \['power'\]"),
         ({"loss": {"name": "dtf"}}, "did you mean 'dft'"),

@@ -23,8 +23,15 @@ ALIASES = {
     "use_liger": "use_liger_kernel",
 }
 
-# Settings of a loss that stand beside the options in TRL's files.
-LOSS_SETTINGS = ("desirable_weight", "undesirable_weight")
+# Settings of a loss that stand beside the options in TRL's files: the loss's name of each, and TRL's default. That is
+# the loss's own default too, or one that switches off what a loss without the setting does not have.
+LOSS_SETTINGS: dict[str, tuple[str, Any]] = {
+    "desirable_weight": ("desirable_weight", 1.0),
+    "undesirable_weight": ("undesirable_weight", 1.0),
+    "discopop_tau": ("discopop_tau", 0.05),
+    "use_weighting": ("use_weighting", False),
+    "ld_alpha": ("tail_weight", None),
+}
 
 # Options that TRL leaves null for "not given"; null elsewhere has a meaning of its own there, or none.
 NULLABLE = ("model_name_or_path", "dataset_name", "attn_implementation", "gradient_checkpointing", "warmup_ratio")
@@ -62,18 +69,19 @@ _INERT = {
     ),
     "no checkpoint is the best one": ("metric_for_best_model", "greater_is_better"),
     "every checkpoint is whole": (
-        *("save_only_model", "save_safetensors", "save_on_each_node", "enable_jit_checkpoint"),
+        *("save_only_model", "save_on_each_node", "enable_jit_checkpoint"),
         "restore_callback_states_from_checkpoint",
     ),
     "progress bars appear on terminals only": ("disable_tqdm",),
-    "runs are named by their output_dir": ("run_name", "project", "overwrite_output_dir"),
+    "runs are named by their output_dir": ("run_name", "project"),
+    "a folder that holds checkpoints is continued by resume, or refused": ("overwrite_output_dir",),
+    "weights are saved as safetensors": ("save_safetensors",),
     "records are written to output_dir": ("logging_dir",),
     "the first step is always logged": ("logging_first_step",),
     "every record is shown": ("log_level", "log_level_replica", "log_on_each_node"),
     "a loss that is not finite ends the run": ("logging_nan_inf_filter",),
     "the tokens seen are always logged": ("include_num_input_tokens_seen",),
     "the reference reads batches of per_device_eval_batch_size": ("precompute_ref_batch_size",),
-    "no loss here reads it": ("discopop_tau",),
     "the task is always CAUSAL_LM": ("lora_task_type",),
     "weights are not quantised": ("bnb_4bit_quant_type", "bnb_4bit_quant_storage", "use_bnb_nested_quant"),
     "nothing is pushed to the hub": (
@@ -90,13 +98,13 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("push_to_hub", "fp16", "load_in_4bit", "load_in_8bit", "use_dora", "use_rslora"), (False,)),
     **dict.fromkeys(("dataset_streaming", "load_best_model_at_end", "full_determinism"), (False,)),
     **dict.fromkeys(("auto_find_batch_size", "dataloader_drop_last", "ignore_data_skip"), (False,)),
-    **dict.fromkeys(("use_weighting", "reference_free", "generate_during_eval"), (False,)),
+    **dict.fromkeys(("reference_free", "generate_during_eval"), (False,)),
     **dict.fromkeys(("bf16_full_eval", "fp16_full_eval"), (False,)),
     **dict.fromkeys(("label_smoothing_factor", "eval_delay"), (0, 0.0)),
     **dict.fromkeys(("data_seed", "dataset_kwargs", "deepspeed", "fsdp", "fsdp_config", "parallelism_config"), ()),
     **dict.fromkeys(("lr_scheduler_kwargs", "optim_args", "optim_target_modules", "neftune_noise_alpha"), ()),
     **dict.fromkeys(("model_init_kwargs", "router_aux_loss_coef", "liger_kernel_config", "eval_packing"), ()),
-    **dict.fromkeys(("lora_modules_to_save", "lora_target_parameters", "loss_weights", "ld_alpha"), ()),
+    **dict.fromkeys(("lora_modules_to_save", "lora_target_parameters", "loss_weights"), ()),
     **dict.fromkeys(("rpo_alpha", "max_prompt_length", "max_completion_length"), ()),
     "logging_strategy": ("steps",),
     "eos_token": ("<EOS_TOKEN>",),  # what a saved configuration has in place of every token, null or not
@@ -123,6 +131,12 @@ _INSTEAD = {
     "max_prompt_length": "max_length and truncation_mode cut a whole row",
     "max_completion_length": "max_length and truncation_mode cut a whole row",
 }
+
+
+def loss_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those settings of the loss that stand beside the options, under the loss's own names, unless at TRL's default."""
+    given = {name: (value, *LOSS_SETTINGS[name]) for name, value in values.items() if name in LOSS_SETTINGS}
+    return {own: value for value, own, default in given.values() if value not in (None, default)}
 
 
 def notes_of(values: Mapping[str, Any], source: str) -> Iterator[str]:
