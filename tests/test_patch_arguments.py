@@ -223,6 +223,22 @@ def test_what_hosts_pass_reaches_the_model(training: bool, cls: Any) -> None:
     torch.testing.assert_close(bare.logits, own.logits)
 
 
+class Narrow(transformers.LlamaForCausalLM):
+    """A model of somebody's own code that takes three arguments and no others."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_a_model_that_takes_few_arguments_is_served() -> None:
+    own = llama(Narrow)(**batch()).loss
+    model = patch(llama(Narrow))
+    torch.testing.assert_close(model(**batch()).loss, own)
+    torch.testing.assert_close(model(**batch(), skip_logits=False).loss, own)
+    with pytest.raises(TypeError, match="token_weight: no argument of a patched Narrow's call"):
+        model(**batch(), token_weight=torch.ones(B, T))
+
+
 def test_too_many_positional_arguments_are_counted() -> None:
     names = len(inspect.signature(transformers.LlamaForCausalLM.forward).parameters) - 1
     with pytest.raises(TypeError, match=f"LlamaForCausalLM: takes at most {names} positional arguments, got 30"):
