@@ -158,6 +158,16 @@ def test_a_whole_configuration_of_trl_is_read(tmp_path: Path, name: str, saved: 
     assert len(notes) == len({note.split("here: ")[1] for note in notes})
 
 
+def test_keys_of_older_releases_are_read_at_their_defaults() -> None:
+    values = {"fp16_opt_level": "O1", "half_precision_backend": "auto", "past_index": -1, "adafactor": False}
+    values |= {"fsdp": [], "fsdp_config": {"min_num_params": 0, "xla": False}, "per_gpu_train_batch_size": None}
+    values |= {"evaluation_strategy": "no", "no_cuda": True, "max_seq_length": 64, "save_safetensors": True}
+    options, _ = options_from_mapping(values, "a.yaml")
+    assert (options.eval_strategy, options.use_cpu, options.max_length) == ("no", True, 64)
+    with pytest.raises(InputError, match="adafactor can only be false, got True"):
+        options_from_mapping({"adafactor": True}, "a.yaml")
+
+
 def test_a_note_names_the_keys_of_one_reason_together() -> None:
     values = {"hub_model_id": "a/b", "hub_strategy": "end", "hub_token": None, "run_name": "x"}
     assert options_from_mapping(values, "a.yaml")[1] == [
