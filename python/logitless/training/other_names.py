@@ -142,7 +142,7 @@ _INSTEAD = {
 
 
 def loss_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those settings of the loss that stand beside the options, under the loss's own names, unless at TRL's default."""
+    """The settings of the loss that stand beside the options, under the loss's own names, unless at TRL's default."""
     given = {name: (value, *LOSS_SETTINGS[name]) for name, value in values.items() if name in LOSS_SETTINGS}
     return {own: value for value, own, default in given.values() if value not in (None, default)}
 
