@@ -210,6 +210,11 @@ def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             {"method": "dpo", "loss_type": ["discopop"], "discopop_tau": 0.1},
             losses.DPO(loss_type="discopop", discopop_tau=0.1),
         ),
+        (
+            {"method": "dpo", "use_weighting": "true", "ld_alpha": "3e-1"},
+            losses.DPO(tail_weight=0.3, use_weighting=True),
+        ),
+        ({"method": "dft", "use_weighting": "false", "discopop_tau": "0.05"}, losses.DFT()),
         ({"method": "simpo", "use_weighting": False, "discopop_tau": 0.05, "ld_alpha": None}, losses.SimPO()),
     ],
 )
@@ -260,6 +265,7 @@ def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
     [
         ({"method": "dpo", "beta": -0.1}, "beta must be a finite number"),
         ({"method": "dpo", "loss_type": "sigmoidd"}, "'sigmoid'"),
+        ({"method": "kto", "desirable_weight": "[much"}, r"desirable_weight .*\[much"),
         ({"method": "kto", "ld_alpha": 0.3}, "tail_weight is no setting of the loss 'kto'"),
         ({"method": "dft", "loss_type": "nll"}, r"loss_type is no setting of the loss 'dft'"),
         ({"method": "dft", "beta": 0.1}, r"beta is no setting of the loss 'dft', which has \['power'\]"),

@@ -143,8 +143,19 @@ _INSTEAD = {
 
 def loss_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the loss that stand beside the options, under the loss's own names, unless at TRL's default."""
-    given = {name: (value, *LOSS_SETTINGS[name]) for name, value in values.items() if name in LOSS_SETTINGS}
-    return {own: value for value, own, default in given.values() if value not in (None, default)}
+    given = [(*LOSS_SETTINGS[name], _plain(value)) for name, value in values.items() if name in LOSS_SETTINGS]
+    return {own: value for own, default, value in given if value not in (None, default)}
+
+
+def _plain(value: Any) -> Any:
+    """Text of a command line as the number or the truth that it says; whatever else it is, the loss refuses it."""
+    words = {"true": True, "false": False, "none": None}
+    if not isinstance(value, str):
+        return value
+    try:
+        return words[value.lower()] if value.lower() in words else float(value)
+    except ValueError:
+        return value
 
 
 def notes_of(values: Mapping[str, Any], source: str) -> Iterator[str]:
