@@ -164,7 +164,7 @@ def test_an_older_run_is_not_overwritten(tmp_path: Path) -> None:
 def test_what_may_not_change_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = Runs(tmp_path, "sft")
     runs.interrupted("run", monkeypatch, 3)
-    with pytest.raises(InputError, match=r"can not be continued.*: seed was 42 and is 7"):
+    with pytest.raises(InputError, match=r"cannot be continued.*: seed was 42 and is 7"):
         train(runs.options("run", resume=True, seed=7))
     write_jsonl(tmp_path / "rows.jsonl", completion_rows(11))
     with pytest.raises(InputError, match=r"data was '\w+' and is"):
@@ -231,7 +231,7 @@ def test_why_the_tokens_are_others_is_named(
     if changes == "rows":
         write_jsonl(tmp_path / "rows.jsonl", rows[1:])
     given = {"max_length": 40} | (changes if isinstance(changes, dict) else {})
-    with pytest.raises(InputError, match=f"can not be continued.*{reason}"):
+    with pytest.raises(InputError, match=f"cannot be continued.*{reason}"):
         train(runs.options("run", resume=True, **given))
 
 

@@ -118,7 +118,7 @@ def test_another_ending_is_refused_with_those_that_are_read(tmp_path: Path, name
         ("a.jsonl,b.jsonl", "no pattern and no list"),
         ("https://example.org/rows.jsonl", "data file not found: https"),
         ("none\0.x", "data file not found"),
-        ("n" * 5000, "can not be read: File name too long"),
+        ("n" * 5000, "cannot be read: File name too long"),
         (["a.jsonl", "b.jsonl"], r"expected the name of one file, folder or dataset, got \['a.jsonl', 'b.jsonl'\]"),
     ],
 )
@@ -137,7 +137,7 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
     expected = {
         "dangling": "is a link to .*gone, which is not there",
         "loop": "symbolic links",
-        "folder": "can not be read as a save_to_disk folder or a folder of data files",
+        "folder": "cannot be read as a save_to_disk folder or a folder of data files",
         "pipe": "neither a file nor a folder",
     }
     for name, message in expected.items():
@@ -149,7 +149,7 @@ def test_what_is_no_file_is_said(tmp_path: Path) -> None:
 def test_a_file_without_permission_is_said(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.touch(mode=0o000)
-    with pytest.raises(InputError, match=r"can not be read as .jsonl: Permission denied"):
+    with pytest.raises(InputError, match=r"cannot be read as .jsonl: Permission denied"):
         read_rows(str(path))
 
 
@@ -160,7 +160,7 @@ def test_a_file_without_permission_is_said(tmp_path: Path) -> None:
 def test_a_broken_archive_is_reported_with_its_file(tmp_path: Path, packed: str) -> None:
     whole = PACKERS[packed](contents()[".jsonl"] * 500)
     for content in (whole[:-20], whole[:7], b"no archive"):
-        assert "can not be read as .jsonl in " + packed in refusal(tmp_path / f"rows.jsonl{packed}", content)
+        assert "cannot be read as .jsonl in " + packed in refusal(tmp_path / f"rows.jsonl{packed}", content)
     assert ": no rows" in refusal(tmp_path / f"empty.jsonl{packed}", PACKERS[packed](b""))
 
 
@@ -266,8 +266,8 @@ def test_one_object_that_may_be_a_row_is_a_row(tmp_path: Path, row: dict[str, An
         ('{"a": {"0": "x"}, "b": {"0": "z"}}', ", line 1: one object of objects, named 'a', 'b'; .*orient='records'"),
         ('{"a": 1}\n{"a": 1, "a": 2}', ", line 2: .* the name 'a' stands twice in one object"),
         ('[{"a": 1},\n{"b": {"c": 1, "c": 1}}]', ", line 2, row 2: .* the name 'c' stands twice"),
-        ('{"a": 1}\n{"a": ' + "9" * 5000 + "}", ", line 2: a value that can not be read: .*5000 digits"),
-        ('[{"a": 1},\n{"a": ' + "9" * 5000 + "}]", ", line 2, row 2: a value that can not be read"),
+        ('{"a": 1}\n{"a": ' + "9" * 5000 + "}", ", line 2: a value that cannot be read: .*5000 digits"),
+        ('[{"a": 1},\n{"a": ' + "9" * 5000 + "}]", ", line 2, row 2: a value that cannot be read"),
         ('{"a": 1}\n{"a": ' + "[" * 10**5 + "]" * 10**5 + "}", ", line 2: lists or objects are nested too deeply"),
         ('[{"a": 1},\n{"a": ' + '{"a":' * 10**5, ", line 2, row 2: lists or objects are nested too deeply"),
     ],
@@ -369,7 +369,7 @@ def test_arrow_types_are_read_or_reported_with_their_row(tmp_path: Path) -> None
     }
     for name, column in broken.items():
         message = refusal(tmp_path / "broken.parquet", parquet({name: column}))
-        assert message.startswith(f", row 1: the column {name} (") and "can not be read" in message
+        assert message.startswith(f", row 1: the column {name} (") and "cannot be read" in message
 
 
 def test_parquet_that_can_not_be_read_is_reported(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_a_broken_saved_dataset_is_reported(tmp_path: Path, broken: str) -> None
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     (tmp_path / "saved" / broken).write_bytes(b"junk")
-    with pytest.raises(InputError, match=r"saved' \(split 'train'\): can not be read as a save_to_disk folder"):
+    with pytest.raises(InputError, match=r"saved' \(split 'train'\): cannot be read as a save_to_disk folder"):
         read_rows(str(tmp_path / "saved"))
 
 

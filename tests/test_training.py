@@ -183,7 +183,7 @@ def test_a_gguf_file_is_converted_once(bench: Bench) -> None:
     bench.run(model=file, method="dpo")
     assert (converted / "model.safetensors").stat().st_mtime_ns == written
     (bench.folder / "broken.gguf").write_bytes(b"GGUF and then nothing")
-    with pytest.raises(InputError, match=r"broken\.gguf: Transformers can not read this GGUF file"):
+    with pytest.raises(InputError, match=r"broken\.gguf: Transformers cannot read this GGUF file"):
         bench.run(model=str(bench.folder / "broken.gguf"))
     assert len(list(converted.parent.iterdir())) == 1
 

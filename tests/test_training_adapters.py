@@ -437,16 +437,16 @@ def test_every_weight_of_an_adapter_finds_its_place(bench: Bench) -> None:
     assert prefix in damaged(bench, lambda w: {k.replace("base_model.", "", 1): v for k, v in w.items()})
     assert prefix in damaged(bench, lambda w: {k: v[:, :1].clone() if "lora_B" in k else v for k, v in w.items()})
     (Path(bench.adapter) / "adapter_model.safetensors").unlink()
-    assert "the adapter's weights can not be read" in bench.refusal()
+    assert "the adapter's weights cannot be read" in bench.refusal()
     (Path(bench.adapter) / "adapter_model.safetensors").write_bytes(b"no tensors")
-    assert "the adapter's weights can not be read" in bench.refusal()
+    assert "the adapter's weights cannot be read" in bench.refusal()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ("{", "its adapter_config.json can not be read: JSONDecodeError"),
-        ('{"peft_type": "OF_TOMORROW", "base_model_name_or_path": "base"}', "can not be read: KeyError: 'OF_TOMORROW'"),
+        ("{", "its adapter_config.json cannot be read: JSONDecodeError"),
+        ('{"peft_type": "OF_TOMORROW", "base_model_name_or_path": "base"}', "cannot be read: KeyError: 'OF_TOMORROW'"),
     ],
 )
 def test_a_configuration_that_can_not_be_read(bench: Bench, settings: str, message: str) -> None:

@@ -1,4 +1,4 @@
-"""`chat_template_path`: another chat template renders the rows and is saved, or a sentence says why it can not."""
+"""`chat_template_path`: another chat template renders the rows and is saved, or a sentence says why it cannot."""
 
 from __future__ import annotations
 

@@ -22,8 +22,8 @@ from torch import nn
 
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.places import ADAPTER_CONFIG, MODEL_CONFIG
 
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # of a new adapter, where the options leave them open
 _UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError)  # what peft raises for files that do not fit
@@ -71,14 +71,14 @@ def _read_config(source: str, revision: str, file: Path) -> tuple[Any, dict[str,
     """An adapter's configuration as peft reads it, and as it stands in its file.
 
     Raises:
-        InputError: it can not be read whole, or it says what is not served here.
+        InputError: it cannot be read whole, or it says what is not served here.
     """
     peft = _peft(f"{source} holds an adapter, which")
     try:
         config = peft.PeftConfig.from_pretrained(source, revision=revision)
         settings = json.loads(file.read_text(encoding="utf-8"))
     except _UNREADABLE as error:
-        raise InputError(f"{source}: its {ADAPTER_CONFIG} can not be read: {type(error).__name__}: {error}") from error
+        raise InputError(f"{source}: its {ADAPTER_CONFIG} cannot be read: {type(error).__name__}: {error}") from error
     if config.is_prompt_learning:
         raise InputError(f"{source}: an adapter of kind {config.peft_type.value} is made of virtual tokens, which can "
                          "be neither merged into the model nor trained on here")  # fmt: skip
@@ -228,7 +228,7 @@ def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", revision=revision)
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"{source}: the adapter's weights can not be read: {error}") from error
+        raise InputError(f"{source}: the adapter's weights cannot be read: {error}") from error
     return weights
 
 
@@ -275,7 +275,7 @@ def merged(adapted: Any, source: str) -> Any:
     """The base with the adapter merged into its weights, an ordinary model whose logits are those of `adapted`.
 
     Raises:
-        InputError: a kind of adapter that peft can not merge, or a model in which merging gives other logits.
+        InputError: a kind of adapter that peft cannot merge, or a model in which merging gives other logits.
     """
     adapted.eval()
     ids = torch.tensor([[1, 2, 3]], device=adapted.device)
@@ -284,7 +284,7 @@ def merged(adapted: Any, source: str) -> Any:
     try:
         model = adapted.merge_and_unload()
     except (AttributeError, NotImplementedError, *_UNREADABLE) as error:
-        raise InputError(f"{source}: its adapter can not be merged into the base: {error}") from error
+        raise InputError(f"{source}: its adapter cannot be merged into the base: {error}") from error
     _say_where_untied(model)
     # a merge that goes wrong is off by the size of the adapter, far above what rounding does to the largest logit
     tolerance = max(64 * torch.finfo(model.dtype).eps, 1e-3) * before.abs().max()

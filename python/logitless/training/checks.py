@@ -1,4 +1,4 @@
-"""What is looked at before the first step, so that a run that can not work ends by name, before time is spent.
+"""What is looked at before the first step, so that a run that cannot work ends by name, before time is spent.
 
     ids          every token that is read has a row of the embedding, every target one of the head
     positions    no row is longer than the positions that the model has a table of
@@ -200,7 +200,7 @@ def check_weights(model: nn.Module, options: TrainOptions, rate: float) -> list[
         rate: the highest learning rate of the run. AdamW moves a weight by about as much at a step.
 
     Raises:
-        InputError: weights, or an `adam_epsilon`, that AdamW can not work with in their precision.
+        InputError: weights, or an `adam_epsilon`, that AdamW cannot work with in their precision.
     """
     trained = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
     for dtype in {parameter.dtype for parameter in trained}:

@@ -275,11 +275,10 @@ class TrainOptions:
         self._require("lora_dropout", self.lora_dropout is None or 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
-        self._require("seed", -(2**63) <= self.seed < 2**64, "a number of 64 bits")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         for name in ("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "adam_epsilon"):
             self._require(name, getattr(self, name) != math.inf, "finite")
-        self._require("seed", abs(self.seed) < 2**32, "of at most 32 bits")
+        self._require("seed", abs(self.seed) < 2**32, "a number of at most 32 bits")
         self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
         self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
         if self.warmup_ratio and self.warmup_steps:
@@ -435,7 +434,7 @@ def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
     if value is None or (value == "none" and type(None) in kinds and str not in kinds):
         if type(None) in kinds:
             return None
-        raise InputError(f"{source}: {name} can not be empty")
+        raise InputError(f"{source}: {name} cannot be empty")
     kind = next(kind for kind in kinds if kind is not type(None))
     try:
         return _CONVERT[kind if kind in _CONVERT else typing.get_origin(kind)](value)

@@ -40,7 +40,7 @@ def read_rows(name: str, *, split: str = "train", config: str | None = None) -> 
         split: split of a folder or hub dataset; files have none.
         config: configuration of a hub dataset.
     Raises:
-        InputError: nothing there, nothing in it, or a line that can not be read (with its number).
+        InputError: nothing there, nothing in it, or a line that cannot be read (with its number).
     """
     rows = _from_file(name) if _is_file(name) else list(_from_datasets(name, split, config))
     if not rows:
@@ -60,7 +60,7 @@ def has_split(name: str, split: str, config: str | None = None) -> bool:
     try:
         return split in datasets.get_dataset_split_names(name, config)
     except Exception as error:  # of the hub, the network, or a dataset's own files
-        raise InputError(f"dataset {name!r}: its splits can not be listed: {error}") from error
+        raise InputError(f"dataset {name!r}: its splits cannot be listed: {error}") from error
 
 
 def require_text(row: Row) -> None:
@@ -70,7 +70,7 @@ def require_text(row: Row) -> None:
     it, and another character in its place would not be the row's text.
     """
     if isinstance(row.values, ArrowRow):
-        return  # Arrow's texts are UTF-8 or can not be read, and its depth is the schema's
+        return  # Arrow's texts are UTF-8 or cannot be read, and its depth is the schema's
     level: list[Any] = [row.values]
     for _ in range(DEPTH):
         for text in level:
@@ -135,7 +135,7 @@ def _is_file(name: str) -> bool:
         _require_hub_name(os.fspath(name))
         return False
     except OSError as error:
-        raise InputError(f"{name}: can not be read: {error.strerror}") from error
+        raise InputError(f"{name}: cannot be read: {error.strerror}") from error
     if found not in (stat.S_IFREG, stat.S_IFDIR):
         raise InputError(f"{name}: neither a file nor a folder")
     if found == stat.S_IFREG and _form(Path(name)) is None:
@@ -180,7 +180,7 @@ def _from_file(name: str) -> list[Row]:
     except _DAMAGED as error:
         expected = ending if packed is None else f"{ending} in {packed}"
         reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{name}: can not be read as {expected}: {reason}") from error
+        raise InputError(f"{name}: cannot be read as {expected}: {reason}") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -200,14 +200,14 @@ def _from_datasets(name: str, split: str, config: str | None) -> Iterator[Row]:
     except Exception as error:  # of the hub, the network, Arrow, or what a folder holds
         expected = "no such data file, save_to_disk folder or hub dataset"
         if Path(name).is_dir():
-            expected = "can not be read as a save_to_disk folder or a folder of data files"
+            expected = "cannot be read as a save_to_disk folder or a folder of data files"
         raise InputError(f"dataset {name!r} (split {split!r}): {expected}: {error.__cause__ or error}") from error
     number = 0
     try:
         for number, values in enumerate(table, 1):
             yield Row(values, f"{name}[{split}], row {number}")
-    except Exception as error:  # of Arrow, or of a feature that can not be decoded
-        raise InputError(f"{name}[{split}], row {number + 1}: can not be read: {error}") from error
+    except Exception as error:  # of Arrow, or of a feature that cannot be decoded
+        raise InputError(f"{name}[{split}], row {number + 1}: cannot be read: {error}") from error
 
 
 def _saved(folder: Path, split: str) -> Any:

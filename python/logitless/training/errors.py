@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """The user's options, data or model can not be used; the message says what came and what to do about it."""
+    """The user's options, data or model cannot be used; the message says what came and what to do about it."""
 
 
 class NonFiniteLossError(RuntimeError):

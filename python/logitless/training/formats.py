@@ -1,6 +1,6 @@
 """Rows of JSON, CSV and Parquet from an open file, each with the place that it came from.
 
-JSON is read value by value: one on a line, several lines for one, or all in an array. So a row that can not be read is
+JSON is read value by value: one on a line, several lines for one, or all in an array. So a row that cannot be read is
 reported with its line, whatever the layout of the file. Nothing is guessed: text that is not UTF-8, a name that an
 object has twice, or a quotation that is not closed ends the reading.
 """
@@ -159,7 +159,7 @@ def _decode(text: str, at: int, origin: str) -> tuple[Any, int]:
     except RecursionError as error:
         raise InputError(f"{origin}: lists or objects are nested too deeply to be read") from error
     except ValueError as error:  # an integer with more digits than Python converts, or a name twice
-        raise InputError(f"{origin}: a value that can not be read: {error}") from error
+        raise InputError(f"{origin}: a value that cannot be read: {error}") from error
 
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -338,7 +338,7 @@ class ArrowRow(Mapping[str, Any]):
         try:
             return decoded_json(column[self._index].as_py(maps_as_pydicts="strict"), column.type)
         except Exception as error:  # text that is not UTF-8, a date that Python has not, a map with a key twice, ...
-            raise InputError(f"{self._origin}: the column {name} ({column.type}) can not be read: {error}") from error
+            raise InputError(f"{self._origin}: the column {name} ({column.type}) cannot be read: {error}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._batch.schema.names)

@@ -15,7 +15,7 @@ from typing import Any
 from logitless.training.data import Row
 from logitless.training.errors import InputError, nearest
 from logitless.training.tokens import common_prefix
-from logitless.training.turns import Turn, is_list_of_turns, read_tools, read_turns, turns_of_text
+from logitless.training.turns import LEARNED, Turn, is_list_of_turns, read_tools, read_turns, turns_of_text
 
 #: Columns that hold a conversation, and others that may hold one.
 CONVERSATIONS = ("messages", "conversations")
@@ -330,7 +330,7 @@ def _repeated_turns(row: Row, prompt: list[Turn], talks: Mapping[str, list[Turn]
 
 def _unmarked(turns: list[Turn]) -> list[Turn]:
     """The turns without their marks of what is learned."""
-    return [{key: value for key, value in turn.items() if key != "train"} for turn in turns]
+    return [{key: value for key, value in turn.items() if key != LEARNED} for turn in turns]
 
 
 def _shared_turns(row: Row, prompt: str | None, talks: list[list[Turn]]) -> int:

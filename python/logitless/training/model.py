@@ -69,7 +69,7 @@ def convert_gguf(file: Path, cache: Path) -> Path:
     """The folder with the model and tokenizer of a GGUF file in float32, made on first use.
 
     Raises:
-        InputError: the `gguf` package is missing, or Transformers can not read the file.
+        InputError: the `gguf` package is missing, or Transformers cannot read the file.
     """
     digest = hashlib.sha256()
     with file.open("rb") as content:
@@ -92,7 +92,7 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"{file}: Transformers can not read this GGUF file: {error}") from error
+        raise InputError(f"{file}: Transformers cannot read this GGUF file: {error}") from error
     derived = {"quantization_config", "_name_or_path", "transformers_version", "model_type", "architectures"}
     settings = {key: value for key, value in quantised.config.to_dict().items() if key not in derived}
     plain = type(quantised)(type(quantised.config)(**settings))
@@ -123,7 +123,7 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     The adapter is merged into the base unless the run trains adapters: then both of a comparison are computed alike.
 
     Raises:
-        InputError: `load_base`'s, or an adapter that does not fit its base or can not be merged.
+        InputError: `load_base`'s, or an adapter that does not fit its base or cannot be merged.
     """
     adapter = adapters.find_adapter(source, options)
     if adapter is None:
@@ -158,7 +158,7 @@ def load_base(source: str, revision: str, options: TrainOptions, device: torch.d
         raise unreadable(source, "causal language model", error) from error
     _require_weights(model, set(report["missing_keys"]), source)
     if getattr(model, "is_quantized", False):
-        raise InputError(f"{source}: the model is quantised, and quantised weights can not be trained")
+        raise InputError(f"{source}: the model is quantised, and quantised weights cannot be trained")
     model.to(device)
     model.requires_grad_(not frozen)
     if options.use_liger_kernel:
@@ -299,7 +299,7 @@ def check_packing(model: Any) -> None:
         apart = torch.cat([model.base_model(input_ids=part, use_cache=False)[0] for part in parts], dim=1)
         together = model.base_model(input_ids=torch.cat(parts, dim=1), position_ids=positions, use_cache=False)[0]
     except TypeError as error:
-        raise InputError(f"packing: {type(model).__name__} takes no position_ids, so rows can not be packed") from error
+        raise InputError(f"packing: {type(model).__name__} takes no position_ids, so rows cannot be packed") from error
     finally:
         model.train(was_training)
     error_size, size = (together - apart).float().abs().max(), apart.float().abs().max()

@@ -18,7 +18,8 @@ _NOT_FOUND = "it was not found: there is no such folder here"
 _LFS_POINTER = b"version https://git-lfs"
 _WEIGHTS = ("*.safetensors", "*.bin")
 _TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.*")
-MODEL_FILES = ("config.json", "adapter_config.json")
+MODEL_CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+MODEL_FILES = (MODEL_CONFIG, ADAPTER_CONFIG)
 
 
 def require_places(options: TrainOptions) -> None:
@@ -29,7 +30,7 @@ def require_places(options: TrainOptions) -> None:
 
 
 def _require_place(name: str, option: str, gguf_file: str | None) -> None:
-    """Raises where a model's name stands for no folder with a model, and can not be a hub id either."""
+    """Raises where a model's name stands for no folder with a model, and cannot be a hub id either."""
     path = Path(name)
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -58,7 +59,7 @@ def _require_model(folder: Path, option: str, gguf_file: str | None) -> None:
     converted = sorted(path.name for path in folder.glob("*.gguf"))
     hint = f"; there are models in {', '.join(inside[:5])}" if inside else ""
     hint += f"; gguf_file can name {', '.join(converted[:5])}" if converted else ""
-    raise InputError(f"{option}: {folder} is not a model folder, it has no config.json{hint}")
+    raise InputError(f"{option}: {folder} is not a model folder, it has no {MODEL_CONFIG}{hint}")
 
 
 def require_folder(name: str, option: str) -> Path:

@@ -264,7 +264,7 @@ def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, 
     """The reference's values of a loader's items, from the cache, where the main process puts them first.
 
     Raises:
-        InputError: the cache's folder can not be written.
+        InputError: the cache's folder cannot be written.
     """
     items, path = loader.data.items, cache_file(cache_folder(options), _depends_on(asked, loader, options, world))
     found = read_values(path, items) if world.is_main else None
@@ -279,7 +279,7 @@ def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, 
     world.wait()
     found = read_values(path, items) if found is None else found
     if found is None:
-        raise InputError(f"cache_dir: {path}, which the main process wrote, can not be read by process {world.rank}")
+        raise InputError(f"cache_dir: {path}, which the main process wrote, cannot be read by process {world.rank}")
     return found
 
 

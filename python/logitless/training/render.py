@@ -29,9 +29,8 @@ from logitless.training.examples import IGNORED, Example, Item, TokenizedData
 from logitless.training.forms import canonical, canonical_pair, prompts_are_repeated
 from logitless.training.marks import answers, says_something
 from logitless.training.tokens import Encoded, TextEncoder
-from logitless.training.turns import Turn, read_variables
+from logitless.training.turns import LEARNED, Turn, read_variables
 
-LEARNED = "train"  # the key of a turn that says whether it is learned
 VARIABLES = "chat_template_kwargs"  # the column of further variables of the template, as in TRL
 
 

@@ -115,7 +115,7 @@ def require_same_model(state: dict[str, Any], weights: str, options: TrainOption
     """
     if state.get("model", weights) != weights:
         raise InputError(
-            f"{source} can not be continued: {options.model_name_or_path} has other weights than the model that the "
+            f"{source} cannot be continued: {options.model_name_or_path} has other weights than the model that the "
             "run started from, which its adapter or its reference belongs to"
         )
 
@@ -139,7 +139,7 @@ def require_same(
     named = [f"{name} was {saved.get(name)!r} and is {identity[name]!r}" for name in changed]
     if any(name.rpartition("/")[2] == "data" for name in changed):
         named.append(_other_tokens(state, options, tokenizer, changed))
-    raise InputError(f"{source} can not be continued, its data position would mean nothing: {'; '.join(named)}")
+    raise InputError(f"{source} cannot be continued, its data position would mean nothing: {'; '.join(named)}")
 
 
 def _other_tokens(state: dict[str, Any], options: TrainOptions, tokenizer: Any, known: Sequence[str]) -> str:

@@ -194,6 +194,17 @@ class Base(NamedTuple):
     notes: list[str]  # for the log, once there is one
 
 
+class Plan(NamedTuple):
+    """What a run is made from: its options, those of each component, and where it starts."""
+
+    options: TrainOptions
+    world: World
+    components: Sequence[ComponentOptions]
+    losses: Sequence[Loss]  # of the components
+    resumed: Path | None  # the checkpoint that the run goes on from
+    state: dict[str, Any]  # step, counters, date of the start, open log window
+
+
 class Read(NamedTuple):
     """What a run reads before its model."""
 
@@ -208,105 +219,93 @@ def prepare(options: TrainOptions, world: World) -> Run:
     """The run that the options describe, at step 0 or at the checkpoint that it goes on from.
 
     Raises:
-        InputError: options, data, model or checkpoint that can not be used.
+        InputError: options, data, model or checkpoint that cannot be used.
     """
-    planned, resumed = components_of(options), find_checkpoint(options)
-    losses = [_make_loss(component) for component in planned]
-    _require_folders(options, planned, world)
-    state = first_state(resumed, world)
+    plan = _plan(options, world)
     seed_generators(options.seed)
-
-    read = _read_data(options, planned, losses, state, world)
-    identity = _identify(read, planned, losses, state, resumed, world)
-    model, notes = _load_model(options, read, planned, losses, resumed, world)
+    read = _read_data(plan)
+    identity = _identify(plan, read)
+    model, notes = _load_model(plan, read)
     settings = read_settings(model, read.tokenizer, options)
-    notes += _notes_on_text(planned, read, state)
+    notes += _notes_on_text(plan, read)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
     base = Base(world, read.source, read.tokenizer, model, {}, notes)
-    components = tuple(_prepared(base, *each) for each in zip(planned, losses, read.data, strict=True))
+    components = tuple(_prepared(base, *each) for each in zip(plan.components, plan.losses, read.data, strict=True))
 
     optimizer = make_optimizer(model, options)
-    steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
-    epochs_of_steps = math.ceil(options.num_train_epochs * steps_per_epoch)
-    total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
-    for component in components:
-        component.total_steps = total_steps
-    reporter = _reporter(options, world, state["step"], total_steps)
+    steps_per_epoch, total_steps = _count_steps(options, components)
+    reporter = _reporter(options, world, plan.state["step"], total_steps)
     run = Run(
         options, world, components, read.tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
-        identity, state, reporter,
+        identity, plan.state, reporter,
     )  # fmt: skip
     _describe(run, notes)
-    if resumed is not None:
-        _go_on(run, resumed)
+    if plan.resumed is not None:
+        _go_on(run, plan.resumed)
     return run
 
 
-def _require_folders(options: TrainOptions, planned: Sequence[ComponentOptions], world: World) -> None:
+def _plan(options: TrainOptions, world: World) -> Plan:
+    """The plan of a run, whose folders are looked at before anything is read."""
+    components, resumed = components_of(options), find_checkpoint(options)
+    losses = [_make_loss(component) for component in components]
     require_output(options, world)
-    for component in planned:
+    for component in components:
         with component.blamed():
             require_places(component.options)
+    return Plan(options, world, components, losses, resumed, first_state(resumed, world))
 
 
-def _read_data(
-    options: TrainOptions,
-    planned: Sequence[ComponentOptions],
-    losses: Sequence[Loss],
-    state: Mapping[str, Any],
-    world: World,
-) -> Read:
-    source = locate_once(options, world)
+def _read_data(plan: Plan) -> Read:
+    """The tokenizer and the rows, tokenised with the date of the run's start."""
+    source = locate_once(plan.options, plan.world)
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
-    adapter = find_adapter(source, options)
-    require_free(options, adapter)
-    tokenizer = load_tokenizer(source, options)
-    dated = with_date(tokenizer, datetime.fromisoformat(state["date"]))
-    data = [_load_data(component, dated, loss) for component, loss in zip(planned, losses, strict=True)]
+    adapter = find_adapter(source, plan.options)
+    require_free(plan.options, adapter)
+    tokenizer = load_tokenizer(source, plan.options)
+    dated = with_date(tokenizer, datetime.fromisoformat(plan.state["date"]))
+    data = [_load_data(component, dated, loss) for component, loss in zip(plan.components, plan.losses, strict=True)]
     return Read(source, adapter, tokenizer, dated, data)
 
 
-def _identify(
-    read: Read,
-    planned: Sequence[ComponentOptions],
-    losses: Sequence[Loss],
-    state: dict[str, Any],
-    resumed: Path | None,
-    world: World,
-) -> dict[str, Any]:
+def _identify(plan: Plan, read: Read) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint's; the state keeps what explains a difference."""
-    options = planned[0].options
-    identity = identity_of(planned, [loaded.training.fingerprint() for loaded in read.data], world)
+    options, state, resumed = plan.components[0].options, plan.state, plan.resumed
+    identity = identity_of(plan.components, [loaded.training.fingerprint() for loaded in read.data], plan.world)
     identity["adapter"] = None if read.adapter is None else read.adapter.digest()
     weights = weights_named(read.source, options.model_revision)
     if resumed is not None:
         require_same(state, identity, options, read.tokenizer, resumed)
-        if options.use_peft or _any_compares(losses, read.data):
+        if options.use_peft or _any_compares(plan.losses, read.data):
             require_same_model(state, weights, options, resumed)
     state |= {"tokenizer": tokenizer_parts(read.tokenizer), "model": weights}
     return identity
 
 
-def _load_model(
-    options: TrainOptions,
-    read: Read,
-    planned: Sequence[ComponentOptions],
-    losses: Sequence[Loss],
-    resumed: Path | None,
-    world: World,
-) -> tuple[Any, list[str]]:
+def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
     """The model to train, which can read the rows, and notes on it."""
-    compares = _any_compares(losses, read.data)
+    options, device, (loss, *_) = plan.options, plan.world.device, plan.losses
+    compares = _any_compares(plan.losses, read.data)
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
-    model = load_trained(options, read.source, resumed, losses[0], world.device, dropout=dropout)
-    notes = check_weights(model, options, peak_learning_rate(options, losses))
-    notes += _check_model(options, model, read.tokenizer, planned, read.data)
+    model = load_trained(options, read.source, plan.resumed, loss, device, dropout=dropout)
+    notes = check_weights(model, options, peak_learning_rate(options, plan.losses))
+    notes += _check_model(plan, read, model)
     if read.adapter is not None:
         use = "trained on" if options.use_peft else "merged into it"
         notes.append(f"{read.source} holds an adapter of {read.adapter.base}: it is {use}")
-    confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
+    confirm_patch(engine_of(options, loss, device), model, options, device)
     return model, notes
+
+
+def _count_steps(options: TrainOptions, components: Sequence[Component]) -> tuple[int, int]:
+    """Steps of an epoch and of the run, which every component is told."""
+    steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
+    steps_of_epochs = math.ceil(options.num_train_epochs * steps_per_epoch)
+    total_steps = options.max_steps if options.max_steps > 0 else steps_of_epochs
+    for component in components:
+        component.total_steps = total_steps
+    return steps_per_epoch, total_steps
 
 
 def _go_on(run: Run, checkpoint_folder: Path) -> None:
@@ -327,28 +326,28 @@ def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Loade
         return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
 
 
-def _notes_on_text(planned: Sequence[ComponentOptions], read: Read, state: Mapping[str, Any]) -> list[str]:
+def _notes_on_text(plan: Plan, read: Read) -> list[str]:
     """Notes on what a tokenizer and its template put into every text."""
     notes = []
     if read.tokenizer.eos_token is None:
         notes.append("the tokenizer has no end-of-text token, so that strings are learned without an end")
-    if read.dated is not read.tokenizer and any(component.options.precompute_ref_log_probs for component in planned):
+    stores = any(component.options.precompute_ref_log_probs for component in plan.components)
+    if read.dated is not read.tokenizer and stores:
         notes.append(
-            f"the chat template writes the date of the run's start, {state['date'][:10]}, into every text; stored "
+            f"the chat template writes the date of the run's start, {plan.state['date'][:10]}, into every text; stored "
             "values of the reference serve the runs of that day"
         )
     return notes
 
 
-def _check_model(
-    options: TrainOptions, model: Any, tokenizer: Any, planned: Sequence[ComponentOptions], data: Sequence[Loaded]
-) -> list[str]:
+def _check_model(plan: Plan, read: Read, model: Any) -> list[str]:
     """Notes on the model that is trained, which must be able to read the rows of every component."""
-    check_finite(model, options.model_name_or_path)
+    name = plan.options.model_name_or_path
+    check_finite(model, name)
     notes: list[str] = []
-    for component, loaded in zip(planned, data, strict=True):
+    for component, loaded in zip(plan.components, read.data, strict=True):
         with component.blamed():
-            notes += _check_rows(model, tokenizer, options.model_name_or_path, loaded)
+            notes += _check_rows(model, read.tokenizer, name, loaded)
     return notes
 
 
@@ -439,7 +438,7 @@ def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None
 def _check_estimates(
     options: TrainOptions, loss: Loss, reference: ReferenceModel | None, estimates: Mapping[str, Estimate]
 ) -> None:
-    """Refuses a run in which an input cannot be estimated."""
+    """Raises InputError for a run in which an input cannot be estimated."""
     for name, estimate in estimates.items():
         if not estimate.asks_reference:
             continue

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from logitless.training.config import TrainOptions
+from logitless.training.places import MODEL_CONFIG
 
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
 NAMED_TEMPLATES = "additional_chat_templates"
 _TEMPLATES = (TEMPLATE, "chat_template.json")
@@ -57,16 +58,16 @@ class Settings:
         if TEMPLATE not in self.tokenizer and b'"chat_template"' in self.tokenizer.get(TOKENIZER_CONFIG, b""):
             (folder / TEMPLATE).unlink(missing_ok=True)  # the configuration has it, as it came
             shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
-        if (folder / CONFIG).is_file():
+        if (folder / MODEL_CONFIG).is_file():
             self._put_back(folder)
 
     def _put_back(self, folder: Path) -> None:
-        if CONFIG in self.model:
-            written = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-            came = json.loads(self.model[CONFIG])
+        if MODEL_CONFIG in self.model:
+            written = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
+            came = json.loads(self.model[MODEL_CONFIG])
             if came.get("model_type") == written.get("model_type"):  # else only a part of the model was loaded
                 text = json.dumps(_as_trained(came, written), indent=2, ensure_ascii=False) + "\n"
-                (folder / CONFIG).write_text(text, encoding="utf-8")
+                (folder / MODEL_CONFIG).write_text(text, encoding="utf-8")
         if GENERATION_CONFIG in self.model:
             (folder / GENERATION_CONFIG).write_bytes(self.model[GENERATION_CONFIG])
         else:
@@ -85,9 +86,9 @@ def read_settings(model: Any, tokenizer: Any, options: TrainOptions) -> Settings
     if options.chat_template_path is not None:
         tokenizer_files = _without_template(tokenizer_files)
     commit = getattr(model.config, "_commit_hash", None) or revision  # the base of an adapter has a revision of its own
-    model_files = _saved_files(model.config.name_or_path, (CONFIG, GENERATION_CONFIG), commit)
-    if CONFIG in model_files:
-        model_files[CONFIG] = _as_loaded(model_files[CONFIG], model.config)
+    model_files = _saved_files(model.config.name_or_path, (MODEL_CONFIG, GENERATION_CONFIG), commit)
+    if MODEL_CONFIG in model_files:
+        model_files[MODEL_CONFIG] = _as_loaded(model_files[MODEL_CONFIG], model.config)
     return Settings(model_files, tokenizer_files)
 
 

@@ -49,7 +49,7 @@ def train(options: TrainOptions) -> TrainResult:
     Writes to `options.output_dir`: metrics.jsonl, checkpoints, and at the end the model and tokenizer.
 
     Raises:
-        InputError: options, data or model that can not be used.
+        InputError: options, data or model that cannot be used.
         NonFiniteLossError: a loss or gradient became NaN or infinite.
     """
     options.require_inputs()

@@ -32,9 +32,11 @@ ROLES = {
 } | {name: name for name in ("system", "user", "assistant", "tool", "developer")}
 #: Roles whose content is the call of a tool, as JSON text.
 CALLING = ("function_call", "tool_call")
-#: Keys of a turn that say whether it is learned, in the order in which errors name them.
+#: The key of a read turn that says whether it is learned: False, or absent.
+LEARNED = "train"
+#: Keys of a turn as people write it that say whether it is learned, in the order in which errors name them.
 FLAGS = (
-    *("train", "weight", "trainable", "training", "loss", "loss_mask", "step_loss_mask", "loss_weight", "loss_scale"),
+    *(LEARNED, "weight", "trainable", "training", "loss", "loss_mask", "step_loss_mask", "loss_weight", "loss_scale"),
     "train_on_turn",
 )
 #: The key of a turn that says whether it is hidden from the loss.
@@ -56,7 +58,7 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
         origin: where the row stands.
 
     Raises:
-        InputError: no list of turns, or a turn that can not be read.
+        InputError: no list of turns, or a turn that cannot be read.
     """
     turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
     turns = [turns] if isinstance(turns, dict) else turns
@@ -131,15 +133,7 @@ def _turn(value: Any, where: str) -> Turn:
     if not isinstance(value, dict):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
     turn = _present(value)
-    for key in _LOST:
-        if turn.get(key):
-            raise InputError(f"{where}, {key}: only text is trained on, got {_described(turn[key])}")
-    for key in _UNREAD:
-        if not _is_empty(turn.get(key)):
-            raise InputError(
-                f"{where}, {key}: expected the key train, false for a turn that is not learned as a whole, got "
-                f"{_described(turn[key])}"
-            )
+    _require_readable(turn, where)
     role = _one_of(turn, ("role", "from"), where)
     if not isinstance(role, str):
         raise InputError(f"{where}: expected role and content, got {_described(value)}")
@@ -156,6 +150,19 @@ def _turn(value: Any, where: str) -> Turn:
     if content is None and not calls and not reasons:
         raise InputError(f"{where}: content is missing or null; the keys are {sorted(map(str, value))}")
     return {"role": role, "content": _content(content, where)} | turn | calls | learned
+
+
+def _require_readable(turn: Turn, where: str) -> None:
+    """Raises for a key that says what is not text, or what is learned of a part of the turn."""
+    for key in _LOST:
+        if turn.get(key):
+            raise InputError(f"{where}, {key}: only text is trained on, got {_described(turn[key])}")
+    for key in _UNREAD:
+        if not _is_empty(turn.get(key)):
+            raise InputError(
+                f"{where}, {key}: expected the key {LEARNED}, false for a turn that is not learned as a whole, got "
+                f"{_described(turn[key])}"
+            )
 
 
 def _one_of(turn: Turn, keys: tuple[str, str], where: str) -> Any:
@@ -235,7 +242,7 @@ def _learned(turn: Turn, role: str, where: str) -> Turn:
             expected = "1 or true" if key == MASKED else "0 or false"
             raise InputError(f"{where}, {key}: the loss counts on the assistant's turns; expected {expected}, or none, "
                              f"at a turn of the role {role}, got {_described(given[key])}")  # fmt: skip
-    return {"train": False} if role == "assistant" and says and not next(iter(says.values())) else {}
+    return {LEARNED: False} if role == "assistant" and says and not next(iter(says.values())) else {}
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
