@@ -158,6 +158,16 @@ def test_a_whole_configuration_of_trl_is_read(tmp_path: Path, name: str, saved: 
     assert len(notes) == len({note.split("here: ")[1] for note in notes})
 
 
+def test_keys_of_older_releases_are_read_at_their_defaults() -> None:
+    values = {"fp16_opt_level": "O1", "half_precision_backend": "auto", "past_index": -1, "adafactor": False}
+    values |= {"fsdp": [], "fsdp_config": {"min_num_params": 0, "xla": False}, "per_gpu_train_batch_size": None}
+    values |= {"evaluation_strategy": "no", "no_cuda": True, "max_seq_length": 64, "save_safetensors": True}
+    options, _ = options_from_mapping(values, "a.yaml")
+    assert (options.eval_strategy, options.use_cpu, options.max_length) == ("no", True, 64)
+    with pytest.raises(InputError, match="adafactor can only be false, got True"):
+        options_from_mapping({"adafactor": True}, "a.yaml")
+
+
 def test_a_note_names_the_keys_of_one_reason_together() -> None:
     values = {"hub_model_id": "a/b", "hub_strategy": "end", "hub_token": None, "run_name": "x"}
     assert options_from_mapping(values, "a.yaml")[1] == [
@@ -195,6 +205,17 @@ def test_flags_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             {"method": "kto", "desirable_weight": "1.3", "loss": {"undesirable_weight": 2.0}},
             losses.KTO(desirable_weight=1.3, undesirable_weight=2.0),
         ),
+        ({"method": "dpo", "ld_alpha": 0.3, "use_weighting": True}, losses.DPO(tail_weight=0.3, use_weighting=True)),
+        (
+            {"method": "dpo", "loss_type": ["discopop"], "discopop_tau": 0.1},
+            losses.DPO(loss_type="discopop", discopop_tau=0.1),
+        ),
+        (
+            {"method": "dpo", "use_weighting": "true", "ld_alpha": "3e-1"},
+            losses.DPO(tail_weight=0.3, use_weighting=True),
+        ),
+        ({"method": "dft", "use_weighting": "false", "discopop_tau": "0.05"}, losses.DFT()),
+        ({"method": "simpo", "use_weighting": False, "discopop_tau": 0.05, "ld_alpha": None}, losses.SimPO()),
     ],
 )
 def test_loss_of_the_options(values: dict[str, Any], loss: losses.Loss) -> None:
@@ -244,6 +265,8 @@ def test_bad_options_are_named(values: dict[str, Any], message: str) -> None:
     [
         ({"method": "dpo", "beta": -0.1}, "beta must be a finite number"),
         ({"method": "dpo", "loss_type": "sigmoidd"}, "'sigmoid'"),
+        ({"method": "kto", "desirable_weight": "[much"}, r"desirable_weight .*\[much"),
+        ({"method": "kto", "ld_alpha": 0.3}, "tail_weight is no setting of the loss 'kto'"),
         ({"method": "dft", "loss_type": "nll"}, r"loss_type is no setting of the loss 'dft'"),
         ({"method": "dft", "beta": 0.1}, r"beta is no setting of the loss 'dft', which has \['power'\]"),
         ({"loss": {"name": "dtf"}}, "did you mean 'dft'"),

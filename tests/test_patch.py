@@ -146,6 +146,18 @@ def test_return_dict_false_gives_a_tuple() -> None:
     assert isinstance(model(**inputs), tuple)
 
 
+@pytest.mark.parametrize("asked", [{}, {"skip_logits": False}, {"token_outputs": ("lse",)}], ids=str)
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_fields_have_the_order_of_the_models_own(loss: str, asked: dict[str, Any]) -> None:
+    model, inputs = llama(), batch()
+    own = list(model(**inputs, output_hidden_states=True).keys())
+    output = patch(model)(**inputs, output_hidden_states=True, loss=loss, **asked)
+    skipped = set() if "skip_logits" in asked else {"logits"}
+    assert list(output)[: len(own) - len(skipped)] == [name for name in own if name not in skipped]
+    assert output[0] is output.loss and output.to_tuple()[0] is output.loss
+    assert model(**inputs, loss=loss, return_dict=False, **asked)[0].shape == ()
+
+
 def test_logits_to_keep_goes_with_labels_of_the_kept_positions() -> None:
     model, inputs = patch(llama()), batch()
     given = {"input_ids": inputs["input_ids"], "shift_labels": shifted(inputs["labels"])}

@@ -166,6 +166,8 @@ def test_a_misspelt_name_is_named_before_what_is_missing_without_it() -> None:
         ("dpo", "beta", r"; give it as loss=DPO\(beta=\.\.\.\)"),
         ("ppo", "temperature", r"; give it as temperature=\.\.\."),
         ("ppo", "normalizer", r"; give it as num_items_in_batch=\.\.\."),
+        ("nll", "num_items_in_batch", r"; give it as num_items_in_batch=\.\.\."),
+        ("nll", "loss", r"; give it as loss=\.\.\."),
         ("ppo", "backend", r"; give it as patch\(model, backend=\.\.\.\)"),
     ],
 )
@@ -219,6 +221,22 @@ def test_what_hosts_pass_reaches_the_model(training: bool, cls: Any) -> None:
     torch.testing.assert_close(ours.loss, own.loss)
     bare = patch(llama(cls)).train(training)(inputs["input_ids"], **HOST_ARGUMENTS)
     torch.testing.assert_close(bare.logits, own.logits)
+
+
+class Narrow(transformers.LlamaForCausalLM):
+    """A model of somebody's own code that takes three arguments and no others."""
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, labels: Any = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def test_a_model_that_takes_few_arguments_is_served() -> None:
+    own = llama(Narrow)(**batch()).loss
+    model = patch(llama(Narrow))
+    torch.testing.assert_close(model(**batch()).loss, own)
+    torch.testing.assert_close(model(**batch(), skip_logits=False).loss, own)
+    with pytest.raises(TypeError, match="token_weight: no argument of a patched Narrow's call"):
+        model(**batch(), token_weight=torch.ones(B, T))
 
 
 def test_too_many_positional_arguments_are_counted() -> None:

@@ -100,10 +100,11 @@ def check_loss_inputs(loss: Loss, given: Iterable[str]) -> None:
 
 def _refuse_input(loss: str, name: str, known: tuple[str, ...]) -> None:
     fields = [losses.get(loss)] if loss in losses.names() else []
-    place = {**_advice_by_name(*fields), "temperature": "give it as temperature=..."}.get(name, "loss_inputs")
+    of_the_call = {argument: f"give it as {argument}=..." for argument in REQUEST_ARGUMENTS}
+    place = {**_advice_by_name(*fields), **of_the_call}.get(name, "loss_inputs")
     raise TypeError(
         f"loss_inputs[{name!r}]: {loss!r} does not take it{near_words(name, known)}; it takes {', '.join(known)}"
-        + ("" if "loss_inputs" in place else f"; {place}")
+        + ("" if place.startswith("loss_inputs") or 'loss_inputs={"' in place else f"; {place}")
     )
 
 

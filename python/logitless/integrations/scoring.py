@@ -145,26 +145,22 @@ def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip:
     """The base model, then the loss inside the head's call, then the terms that the model adds to its loss."""
     base, routed = _run_base(model, state, request)
     hidden = _kept(base[0], request.logits_to_keep)
-    output = state.output(
-        logits=hidden if request.hidden_only else None,
-        past_key_values=getattr(base, "past_key_values", None),
-        hidden_states=getattr(base, "hidden_states", None),
-        attentions=getattr(base, "attentions", None),
-        router_logits=getattr(base, "router_logits", None) if routed else None,
-    )
+    names = ("past_key_values", "hidden_states", "attentions")
+    fields: dict[str, Any] = {name: getattr(base, name, None) for name in names}
+    fields["logits"] = hidden if request.hidden_only else None
+    fields["router_logits"] = getattr(base, "router_logits", None) if routed else None
     if not request.scored:
-        return output
+        return state.output(**fields)
     head = find_head(model)
     targets = _targets(request, hidden, loss)
     with_logits = not skip and not request.hidden_only
     work = _HeadCall(state, request, loss, head, head_rule(model), targets, with_logits)
     results = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
-    work.unpack(results, output)
-    if routed and state.router is not None and isinstance(output.router_logits, tuple):
-        aux, added = state.router(model, output.router_logits, request.inputs.get("attention_mask"))
-        output.aux_loss = aux
-        output.loss = output.loss + added.to(results["loss"].device)
-    return output
+    fields |= work.unpack(results)
+    if routed and state.router is not None and isinstance(fields["router_logits"], tuple):
+        aux, added = state.router(model, fields["router_logits"], request.inputs.get("attention_mask"))
+        fields |= {"aux_loss": aux, "loss": fields["loss"] + added.to(results["loss"].device)}
+    return state.output(**fields)  # made at once: a field that is set later would come behind those that were there
 
 
 def _run_base(model: nn.Module, state: Patch, request: Request) -> tuple[Any, bool]:
@@ -329,16 +325,15 @@ class _HeadCall:
                 raise ValueError(f"loss_inputs[{name!r}]: expected a tensor {list(expected)} like labels, got {got}")
         return {k: v.to(self.targets.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
-    def unpack(self, results: dict[str, Tensor], output: LinearCausalLMOutput) -> None:
-        """Puts the results of the head's call into the fields of the output."""
-        output.loss = results["loss"]
+    def unpack(self, results: dict[str, Tensor]) -> dict[str, Any]:
+        """The fields of the output that the results of the head's call fill."""
+        filled: dict[str, Any] = {name: results[name] for name in ("loss", "logits") if name in results}
         if self.request.token_outputs:
-            output.token_stats = _stats(results, self.request.token_outputs)
-        if "logits" in results:
-            output.logits = results["logits"]
+            filled["token_stats"] = _stats(results, self.request.token_outputs)
         if self.result_type is not None:
             fields = {name: results.get(f"result.{name}") for name in self.result_type._fields}
-            output.loss_result = self.result_type(**fields)
+            filled["loss_result"] = self.result_type(**fields)
+        return filled
 
 
 def plain_head(model: nn.Module) -> Head:

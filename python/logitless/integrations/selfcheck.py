@@ -102,8 +102,11 @@ def _own_forward(model: nn.Module, state: Patch, inputs: dict[str, Any]) -> tupl
     # A head that was padded or resized breaks the view in Transformers' own loss.
     fits = inner.weight.shape[0] == text_config(model).vocab_size  # type: ignore[index]
     inner.forward = gained
+    parameters = state.forward.__signature__.parameters
+    passing = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    asked = {"return_dict": True} if passing or "return_dict" in parameters else {}
     try:
-        own = state.original(model, **inputs, labels=inputs["input_ids"] if fits else None, return_dict=True)
+        own = state.original(model, **inputs, labels=inputs["input_ids"] if fits else None, **asked)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}: the self-check could not run the model's own forward on {TOKENS} tokens "

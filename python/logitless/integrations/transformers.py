@@ -38,9 +38,11 @@ def patch(
 ) -> Model:
     """Makes a Transformers causal LM compute its loss without logits, and returns that same object.
 
-    Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature
-    that `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
-    `get_peft_model` may come before or after. Pickle, `torch.save(model)` and `copy.deepcopy` give a patched model.
+    Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature that
+    `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
+    `get_peft_model` may come before or after. TRL's trainers of releases with a fused head replace the forward by their
+    own: under them no patch runs, and the loss is theirs. Pickle, `torch.save(model)` and `copy.deepcopy` give a
+    patched model.
 
     **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more
     memory than training. Whoever reads `output.logits` beside the loss says so: `skip_logits=False` in a call, or

@@ -23,6 +23,7 @@ from logitless.training.other_names import (
     LOSS_SETTINGS,
     NULLABLE,
     UNSUPPORTED_KEYS,
+    loss_settings,
     notes_of,
     require_unused,
 )
@@ -373,7 +374,7 @@ def convert(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Arguments of `TrainOptions` from string keys, under whatever name and as text or not; raises as above."""
     hints = field_types()
     given: dict[str, Any] = {}
-    settings = {key: values[key] for key in LOSS_SETTINGS if values.get(key) is not None}
+    settings = loss_settings(values)
     for key, value in values.items():
         if key in UNSUPPORTED_KEYS:
             require_unused(key, value, source)
