@@ -302,7 +302,10 @@ class TrainOptions:
     def make_loss(self) -> Loss:
         """The loss object that `method`, `loss` and the hyper-parameter flags describe.
 
-        A flag wins over the same key of the `loss` mapping. A hyper-parameter that the loss does not have is an error.
+        A flag wins over the same key of the `loss` mapping.
+
+        Raises:
+            InputError: no loss has that name, or the loss does not have a hyper-parameter, or not such a value of it.
         """
         from logitless import losses
 
@@ -432,7 +435,11 @@ def _loader_of_single_keys() -> Any:
 
 
 def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
-    """`value` as the option's type; text is read where the type is a number, a boolean, a list or a mapping."""
+    """`value` as the option's type; text is read where the type is a number, a boolean, a list or a mapping.
+
+    Raises:
+        InputError: a value of another type, or none where the option must have one.
+    """
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if value is None or (value == "none" and type(None) in kinds and str not in kinds):
         if type(None) in kinds:

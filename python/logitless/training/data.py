@@ -49,7 +49,11 @@ def read_rows(name: str, *, split: str = "train", config: str | None = None) -> 
 
 
 def has_split(name: str, split: str, config: str | None = None) -> bool:
-    """Whether `name` is a folder or hub dataset (not a file) that has this split."""
+    """Whether `name` is a folder or hub dataset (not a file) that has this split.
+
+    Raises:
+        InputError: no such file, folder or dataset, or one whose splits the hub does not tell.
+    """
     if _is_file(name):
         return False
     path = Path(name)

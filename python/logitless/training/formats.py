@@ -67,7 +67,11 @@ def _require_text(line: str, name: str) -> None:
 
 
 def read_json(stream: IO[bytes], name: str) -> Iterator[Found]:
-    """Objects, one on a line or over several; or an array of them; or one object that holds all rows."""
+    """Objects, one on a line or over several; or an array of them; or one object that holds all rows.
+
+    Raises:
+        InputError: text that is no JSON in UTF-8, or a value that is no object, with its line.
+    """
     values = _json_values(_lines(stream, name), name)
     first, second = next(values, None), next(values, None)
     if first is not None and second is None:
@@ -217,12 +221,16 @@ _DECODER = json.JSONDecoder(object_pairs_hook=unique_names)
 
 
 def read_csv(stream: IO[bytes], name: str) -> Iterator[Found]:
-    """Rows of fields between commas, under a header."""
+    """Rows of fields between commas, under a header; an empty cell is None.
+
+    Raises:
+        InputError: a quotation that is not closed, another number of fields than the header has, or no UTF-8.
+    """
     return _delimited(stream, name, ",")
 
 
 def read_tsv(stream: IO[bytes], name: str) -> Iterator[Found]:
-    """Rows of fields between tabs, under a header."""
+    """Rows of fields between tabs, under a header; otherwise as `read_csv` has them."""
     return _delimited(stream, name, "\t")
 
 
@@ -296,7 +304,11 @@ def _check_header(header: Sequence[str], origin: str, delimiter: str) -> None:
 
 
 def read_parquet(stream: IO[bytes], name: str) -> Iterator[Found]:
-    """Rows of a Parquet file, whose values stay Arrow's until they are read."""
+    """Rows of a Parquet file, whose values stay Arrow's until they are read.
+
+    Raises:
+        InputError: pyarrow is missing, or the file is damaged, or two of its columns have one name.
+    """
     try:
         import pyarrow
         from pyarrow import parquet

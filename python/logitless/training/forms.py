@@ -100,7 +100,7 @@ def canonical(row: Row, *, text_field: str = "text", chat: bool = True) -> Row:
     """The row as `messages`, as `prompt` and `completion`, or as `text_field`; `tools` are a list, or absent.
 
     Args:
-        row: columns of any of the forms of docs/training.md, "Data".
+        row: columns of any of the forms of docs/training.md, "Forms of rows".
         text_field: column of plain text; a name other than "text" is read before all other forms.
         chat: whether there is a chat template. Without one, an instruction becomes the text of Stanford's Alpaca.
 
@@ -133,7 +133,7 @@ def canonical_pair(row: Row, *, chat: bool = True, repeats: bool = False) -> Row
     Without a prompt it is what the two have in common at their start. A prompt of turns that both repeat is taken off.
 
     Args:
-        row: columns of any of the forms of docs/training.md, "Data".
+        row: columns of any of the forms of docs/training.md, "Forms of rows".
         chat: as in `canonical`.
         repeats: whether strings that begin with the prompt repeat it, as `prompts_are_repeated` finds.
 
@@ -189,19 +189,16 @@ def _sides(row: Row, chat: bool, repeats: bool) -> list[Row]:
     if _has(row, "completion") or not (_has(row, "chosen") and _has(row, "rejected")):
         return [row]
     pair = canonical_pair(row, chat=chat, repeats=repeats)
-    own = {name: pair.values[name] for name in ("prompt", "tools") if name in pair.values}
+    return [_one_answer(pair, side) for side in ("chosen", "rejected")]
+
+
+def _one_answer(pair: Row, side: str) -> Row:
+    """One answer of a pair as a row of its own, with the columns of both answers and its own without "chosen_"."""
     both = {name: name for name in pair.values if not name.startswith(("chosen", "rejected"))}
-    return [
-        Row(
-            ReadColumns(
-                pair.values,
-                both | {name.removeprefix(f"{side}_"): name for name in pair.values if name.startswith(f"{side}_")},
-                own | {"completion": pair.values[side], "label": side == "chosen"},
-            ),
-            row.origin,
-        )
-        for side in ("chosen", "rejected")
-    ]
+    own = {name.removeprefix(f"{side}_"): name for name in pair.values if name.startswith(f"{side}_")}
+    form = {name: pair.values[name] for name in ("prompt", "tools") if name in pair.values}
+    form |= {"completion": pair.values[side], "label": side == "chosen"}
+    return Row(ReadColumns(pair.values, both | own, form), pair.origin)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -98,7 +98,11 @@ def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows), both in their old order; at least one of each."""
+    """(training rows, held-out rows), both in their old order; at least one of each.
+
+    Raises:
+        InputError: fewer than two rows.
+    """
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     if count < 1:
         raise InputError(f"eval_fraction={fraction} leaves no rows to train on: the data has {len(rows)}")

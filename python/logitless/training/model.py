@@ -103,7 +103,11 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def load_tokenizer(source: str, options: TrainOptions) -> Any:
-    """The tokenizer of the model, or of an adapter's base; with the chat template that the options name, if any."""
+    """The tokenizer of the model, or of an adapter's base; with the chat template that the options name, if any.
+
+    Raises:
+        InputError: no tokenizer there, or a template that cannot be used with it.
+    """
     from transformers import AutoTokenizer
 
     source, revision = adapters.tokenizer_source(source, options)
@@ -167,7 +171,11 @@ def load_base(source: str, revision: str, options: TrainOptions, device: torch.d
 
 
 def patched(model: Any, options: TrainOptions, loss: Loss) -> Any:
-    """The model with logitless behind its loss; as it is where the options ask for its own logits."""
+    """The model with logitless behind its loss; as it is where the options ask for its own logits.
+
+    Raises:
+        InputError: a model that `logitless.patch` refuses.
+    """
     if options.backend == "materialised":
         return model
     from logitless.integrations.transformers import patch
@@ -220,7 +228,11 @@ def _require_weights(model: Any, missing: set[str], source: str) -> None:
 
 
 def choose_attention(options: TrainOptions, device: torch.device) -> str | None:
-    """The `attn_implementation` to load with; None lets Transformers take SDPA where the model has it."""
+    """The `attn_implementation` to load with; None lets Transformers take SDPA where the model has it.
+
+    Raises:
+        InputError: flash attention is asked for, and there is no GPU or no flash-attn.
+    """
     asked = options.attn_implementation
     installed = importlib.util.find_spec("flash_attn") is not None
     if asked == "auto":
@@ -247,7 +259,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recomputes activations in the backward pass, in PyTorch's non-reentrant form."""
+    """Recomputes activations in the backward pass, in PyTorch's non-reentrant form.
+
+    Raises:
+        InputError: the model's class does not support it.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})

@@ -119,6 +119,15 @@ def load_reference(
 
     It is the teacher of the options, or else the trained model as the run found it: the one itself with its adapter as
     it was given, or a frozen copy.
+
+    Args:
+        source: where the trained model came from.
+        engine: how the reference is asked.
+        names: inputs of the loss, of `REFERENCE_FIELDS`; none for a loss that compares distributions.
+        trained: the model that is trained.
+
+    Raises:
+        InputError: options that exclude one another, or a teacher that is not there or has fewer rows of the head.
     """
     teacher, following = options.teacher_model_name_or_path, _following(options)
     if loss.compares_distributions and options.precompute_ref_log_probs:

@@ -462,7 +462,11 @@ def require_output(options: TrainOptions, world: World) -> None:
 
 
 def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
-    """Has the patch compare itself with the model's logits now, before data and time are spent."""
+    """Has the patch compare itself with the model's logits now, before data and time are spent.
+
+    Raises:
+        InputError: they differ.
+    """
     ids = torch.tensor([[1, 2, 3]], device=device) % min(embedding_rows(model), head_rows(model))
     try:
         with torch.no_grad():

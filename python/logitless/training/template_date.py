@@ -12,15 +12,15 @@ import re
 from datetime import datetime
 from typing import Any
 
+Template = str | dict[str, str] | None  # as a tokenizer has it
+
 _CALL = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>.*?)(?P=quote)\s*\)""")
 
 
 def with_date(tokenizer: Any, date: datetime) -> Any:
     """A tokenizer whose chat templates write this date; the one that was given where they write none."""
     given = getattr(tokenizer, "chat_template", None)
-    fixed = {name: _fixed(text, date) for name, text in given.items()} if isinstance(given, dict) else given
-    if isinstance(given, str):
-        fixed = _fixed(given, date)
+    fixed = _fixed(given, date)
     if fixed == given:
         return tokenizer
     dated = copy.copy(tokenizer)
@@ -28,5 +28,11 @@ def with_date(tokenizer: Any, date: datetime) -> Any:
     return dated
 
 
-def _fixed(template: str, date: datetime) -> str:
+def _fixed(template: Template, date: datetime) -> Template:
+    if isinstance(template, dict):  # several by name
+        return {name: _dated(text, date) for name, text in template.items()}
+    return template if template is None else _dated(template, date)
+
+
+def _dated(template: str, date: datetime) -> str:
     return _CALL.sub(lambda call: call["quote"] + date.strftime(call["format"]) + call["quote"], template)

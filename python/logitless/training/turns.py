@@ -102,7 +102,14 @@ def is_list_of_turns(value: Any) -> bool:
 
 
 def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | None:
-    """The schemas of a list of tools or of its JSON text, each under "function"; None where there are none."""
+    """The schemas of a list of tools or of its JSON text, each under "function"; None where there are none.
+
+    Args:
+        value, name, origin: as in `read_turns`.
+
+    Raises:
+        InputError: no list, or a tool without the name of a function.
+    """
     where = f"{origin}: {name}"
     tools = _from_json(value, where, "a list of tools") if isinstance(value, str) else _cleaned(value, where)
     if _is_empty(tools):
@@ -113,7 +120,14 @@ def read_tools(value: Any, name: str, origin: str) -> list[dict[str, Any]] | Non
 
 
 def read_variables(value: Any, name: str, origin: str) -> dict[str, Any]:
-    """The variables of a chat template in a mapping or its JSON text; empty where there are none."""
+    """The variables of a chat template in a mapping or its JSON text; empty where there are none.
+
+    Args:
+        value, name, origin: as in `read_turns`.
+
+    Raises:
+        InputError: anything else.
+    """
     where = f"{origin}: {name}"
     found = _from_json(value, where, "a JSON object") if isinstance(value, str) else _cleaned(value, where)
     return {} if _is_empty(found) else _object(found, where)
