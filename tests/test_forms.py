@@ -85,6 +85,7 @@ SHAREGPT = [said("human", "q"), said("gpt", "a")]
         ({"conversations": SHAREGPT, "system": ""}, {"messages": TALK}),
         ({"messages": [system("s"), *TALK], "system": "s"}, {"messages": [system("s"), *TALK]}),
         ({"prompt": [said("human", "q")], "completion": [said("gpt", "a")]}, ASKED),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"], "weight": [None, 1]}}, {"messages": TALK}),
         # JSON text
         ({"messages": json.dumps(TALK)}, {"messages": TALK}),
         ({"conversations": json.dumps(SHAREGPT)}, {"messages": TALK}),
@@ -269,6 +270,8 @@ TEXTUAL = {"name": "find", "arguments": '{"city": "Oslo"}'}
         ({"role": "human", "content": "q"}, user("q")),
         (said("chatgpt", "a"), assistant("a")),
         (said("bard", "a"), assistant("a")),
+        *((said(role, "a"), assistant("a")) for role in ("ai", "AI", "bot", "chatbot", "output")),
+        (said("input", "q"), user("q")),
         (said("observation", "r"), {"role": "tool", "content": "r"}),
         ({"role": "function", "name": "f", "content": "r"}, {"role": "tool", "name": "f", "content": "r"}),
         ({"role": "ipython", "content": "r"}, {"role": "ipython", "content": "r"}),
@@ -441,6 +444,10 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
         ({"prompt": "q", "response": None}, r"expected .*the columns are .* \(without a value in this row: response"),
         ({"messages": {"messages": TALK}}, "messages, turn 1: expected role and content, got dict"),
         ({"conversations": []}, "conversations must be a non-empty list of turns, got list"),
+        (
+            {"messages": {"role": ["user"], "content": ["q", "a"]}},
+            "messages, turn 1: expected role and content, got dict",
+        ),
         ({"text": 3}, "text must be a string, got int"),
         ({"prompt": "q", "completion": 4}, "completion must be a string or a list of turns, got int"),
         ({"question": "q", "answer": 4}, "answer must be a string or a list of turns, got int"),
