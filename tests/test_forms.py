@@ -92,6 +92,10 @@ SHAREGPT = [said("human", "q"), said("gpt", "a")]
         ({"prompt": json.dumps([user("q")]), "completion": json.dumps([assistant("a")])}, ASKED),
         ({"messages": [json.dumps(turn) for turn in TALK]}, {"messages": TALK}),
         ({"prompt": "[1, 2]", "completion": '{"a": 1}'}, {"prompt": "[1, 2]", "completion": '{"a": 1}'}),
+        *(
+            ({"prompt": "q", "completion": text}, {"prompt": "q", "completion": text})
+            for text in ('{"from": "Oslo", "to": "Rome"}', '[{"role": "admin", "name": "x"}]', "[]", "{}")
+        ),
         # a question and its answer
         ({"question": "q", "answer": "a"}, ASKED),
         ({"question": "q", "answers": ["a"]}, ASKED),

@@ -49,6 +49,8 @@ _UNREAD = ("train_detail", "training_detail", "mask")
 #: Keys that say more than text, which no template writes down.
 _LOST = ("refusal", "audio", "image", "images", "video", "videos")
 REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Keys of which a turn has one at least. JSON text without them is an answer, such as {"from": "Oslo", "to": "Rome"}.
+_SAYING = {"content", "value", "tool_calls", "function_call"}
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
@@ -81,7 +83,7 @@ def turns_of_text(text: str) -> list[Any] | None:
         return None
     turns = value if isinstance(value, list) else [value]
     named = all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
-    return turns if turns and named else None
+    return turns if named and any(turn.keys() & _SAYING for turn in turns) else None
 
 
 def _turns_of_lists(turn: Turn) -> list[Turn]:
