@@ -50,7 +50,7 @@ _UNREAD = ("train_detail", "training_detail", "mask")
 _LOST = ("refusal", "audio", "image", "images", "video", "videos")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 #: Keys of which a turn has one at least. JSON text without them is an answer, such as {"from": "Oslo", "to": "Rome"}.
-_SAYING = {"content", "value", "tool_calls", "function_call"}
+_SAYING = {"content", "value", "tool_calls", "function_call", *REASONING}
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
 
