@@ -399,7 +399,10 @@ def test_an_empty_prompt_is_a_prompt() -> None:
 
 
 @pytest.mark.parametrize("name", ["chatml", "qwen3", "qwen2_5_training", "phi3"])
-def test_the_cost_of_a_conversation_grows_with_its_length(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("answer", ["aN", "<think>tN</think>aN", ""])
+def test_the_cost_of_a_conversation_grows_with_its_length(
+    name: str, answer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = make_tokenizer() if name == "chatml" else template(name)
     kind, seen = type(tokenizer), []
 
@@ -417,7 +420,7 @@ def test_the_cost_of_a_conversation_grows_with_its_length(name: str, monkeypatch
     def work(size: int) -> tuple[int, int]:
         """Turns rendered, and texts tokenised."""
         seen.clear()
-        one([user(f"q{i}") if i % 2 == 0 else assistant(f"a{i}") for i in range(size)], tokenizer)
+        one([user(f"q{i}") if i % 2 == 0 else assistant(answer.replace("N", str(i))) for i in range(size)], tokenizer)
         return sum(seen), seen.count(0)
 
     (few, texts), (many, texts_of_many) = work(20), work(200)

@@ -85,12 +85,17 @@ SHAREGPT = [said("human", "q"), said("gpt", "a")]
         ({"conversations": SHAREGPT, "system": ""}, {"messages": TALK}),
         ({"messages": [system("s"), *TALK], "system": "s"}, {"messages": [system("s"), *TALK]}),
         ({"prompt": [said("human", "q")], "completion": [said("gpt", "a")]}, ASKED),
+        ({"conversations": {"from": ["human", "gpt"], "value": ["q", "a"], "weight": [None, 1]}}, {"messages": TALK}),
         # JSON text
         ({"messages": json.dumps(TALK)}, {"messages": TALK}),
         ({"conversations": json.dumps(SHAREGPT)}, {"messages": TALK}),
         ({"prompt": json.dumps([user("q")]), "completion": json.dumps([assistant("a")])}, ASKED),
         ({"messages": [json.dumps(turn) for turn in TALK]}, {"messages": TALK}),
         ({"prompt": "[1, 2]", "completion": '{"a": 1}'}, {"prompt": "[1, 2]", "completion": '{"a": 1}'}),
+        *(
+            ({"prompt": "q", "completion": text}, {"prompt": "q", "completion": text})
+            for text in ('{"from": "Oslo", "to": "Rome"}', '[{"role": "admin", "name": "x"}]', "[]", "{}")
+        ),
         # a question and its answer
         ({"question": "q", "answer": "a"}, ASKED),
         ({"question": "q", "answers": ["a"]}, ASKED),
@@ -269,6 +274,8 @@ TEXTUAL = {"name": "find", "arguments": '{"city": "Oslo"}'}
         ({"role": "human", "content": "q"}, user("q")),
         (said("chatgpt", "a"), assistant("a")),
         (said("bard", "a"), assistant("a")),
+        *((said(role, "a"), assistant("a")) for role in ("ai", "AI", "bot", "chatbot", "output")),
+        (said("input", "q"), user("q")),
         (said("observation", "r"), {"role": "tool", "content": "r"}),
         ({"role": "function", "name": "f", "content": "r"}, {"role": "tool", "name": "f", "content": "r"}),
         ({"role": "ipython", "content": "r"}, {"role": "ipython", "content": "r"}),
@@ -441,6 +448,10 @@ def test_a_malformed_turn_is_refused_with_line_turn_and_key(turn: Any, message: 
         ({"prompt": "q", "response": None}, r"expected .*the columns are .* \(without a value in this row: response"),
         ({"messages": {"messages": TALK}}, "messages, turn 1: expected role and content, got dict"),
         ({"conversations": []}, "conversations must be a non-empty list of turns, got list"),
+        (
+            {"messages": {"role": ["user"], "content": ["q", "a"]}},
+            "messages, turn 1: expected role and content, got dict",
+        ),
         ({"text": 3}, "text must be a string, got int"),
         ({"prompt": "q", "completion": 4}, "completion must be a string or a list of turns, got int"),
         ({"question": "q", "answer": 4}, "answer must be a string or a list of turns, got int"),

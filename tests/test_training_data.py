@@ -177,7 +177,7 @@ def test_a_pair_is_dropped_whole() -> None:
         ({"messages": "hello"}, "messages must be a non-empty list of turns, got text"),
         ({"messages": []}, "messages must be a non-empty list"),
         ({"messages": [{"content": "x"}]}, "messages, turn 1: expected role and content"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn to learn from; the roles are user"),
         ({"messages": [{"role": "user"}]}, "turn 1: content is missing"),
         ({"prompt": "x", "completion": 4}, "completion must be a string or a list of turns, got int"),
     ],

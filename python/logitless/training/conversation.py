@@ -74,6 +74,7 @@ class Conversation:
                 "(chat_template_path), or leave the column out to train without it"
             )
         self._known: dict[_Kind, str] = {}  # how texts end behind a kind of turn
+        self._unspoken: dict[_Kind, str | None] = {}  # and would end behind a turn that says nothing, if it did
 
     def answer(self, index: int) -> Span:
         """Where an assistant's turn stands: behind the prompt for it, up to what ends it.
@@ -165,14 +166,22 @@ class Conversation:
 
     def _end_of_silence(self, index: int, start: int) -> int:
         """Behind what would end an answer, where one says nothing."""
-        spoken = [*self.turns[:index], {**self.turns[index], "content": "a"}]
-        stand_in = Conversation(self.template, spoken, self.origin, self.settings)
-        if index not in stand_in._ends:
+        tail = self._tail_of_a_word(index)
+        if tail is None:
             return self._agreed(self._answered(index))[0]
-        tail = stand_in.text[stand_in._ends[index] :]
         opening = tail[: self.template.first_special(tail)] or tail
         place = self.text.find(opening, start, min((p.at for p in self._found[1] if p.turn > index), default=None))
         return start if place < 0 else place + self.template.agreement(tail, self.text[place : place + len(tail) + 64])
+
+    def _tail_of_a_word(self, index: int) -> str | None:
+        """How the text would end behind this answer if it said something; None if that is not found."""
+        kind = self._kind(index, False)
+        if kind not in self._unspoken:
+            spoken = [*self.turns[:index], {**self.turns[index], "content": "a"}]
+            stand_in = Conversation(self.template, spoken, self.origin, self.settings)
+            end = stand_in._ends.get(index)
+            self._unspoken[kind] = None if end is None else stand_in.text[end:]
+        return self._unspoken[kind]
 
     def _answered(self, index: int) -> _Tail:
         """How the text ends behind an answer."""
@@ -284,15 +293,21 @@ class Conversation:
         if core and not stands:
             raise self._rewritten(index)
         for thought in thoughts(turn):
-            if thought not in text and thought not in self._as_last(index):
+            if thought not in text and not self._is_written_last(thought, index):
                 raise self._left_out(index, "reasoning", thought)
         for word in called(turn):
             if not any(form in text for form in written(word)):
                 raise self._left_out(index, "tool_calls", word)
 
-    def _as_last(self, index: int) -> str:
-        """The text of the conversation if it ended with this turn."""
-        return self.template.render(self.turns[: index + 1], self.origin, self.settings)
+    def _is_written_last(self, thought: str, index: int) -> bool:
+        """Whether the template writes the thought where its turn is the last: of two, or else of the conversation."""
+        for turns in ([{"role": "user", "content": "a"}, self.turns[index]], self.turns[: index + 1]):
+            try:
+                if thought in self.template.render(turns, self.origin, self.settings):
+                    return True
+            except InputError:  # many templates refuse a turn out of its place
+                continue
+        return False
 
     def _left_out(self, index: int, key: str, what: str) -> InputError:
         return InputError(

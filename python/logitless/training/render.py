@@ -163,7 +163,8 @@ class Renderer:
         """A whole conversation; the assistant's turns count, or all of it."""
         every = not self.assistant_only and (self.assistant_only is False or self.completion_only is False)
         if not every and not answers(turns):
-            raise InputError(f"{row.origin}: messages has no assistant turn to learn from")
+            roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns))
+            raise InputError(f"{row.origin}: messages has no assistant turn to learn from; the roles are {roles}")
         talk = self._talk(turns, row)
         return talk.without_unlearned(_example(talk.encoded, [slice(None)])) if every else self._answers(talk)
 

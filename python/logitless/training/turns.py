@@ -21,11 +21,16 @@ Turn = dict[str, Any]
 ROLES = {
     "human": "user",
     "prompter": "user",
+    "input": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
     "model": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "output": "assistant",
     "function": "tool",
     "observation": "tool",
     "tool_response": "tool",
@@ -49,6 +54,8 @@ MEDIA = ("images", "image", "videos", "video", "audios", "audio")
 _LOST = ("refusal", *MEDIA)
 #: Keys of an assistant's turn for what it thinks before it answers.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+#: Keys of which a turn has one at least. JSON text without them is an answer, such as {"from": "Oslo", "to": "Rome"}.
+_SAYING = {"content", "value", "tool_calls", "function_call", *REASONING}
 #: Types of the parts of a list of content that are text.
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 
@@ -65,7 +72,7 @@ def read_turns(value: Any, name: str, origin: str) -> list[Turn]:
         InputError: no list of turns, or a turn that cannot be read.
     """
     turns = turns_of_text(value) if isinstance(value, str) else _cleaned(value, f"{origin}: {name}")
-    turns = [turns] if isinstance(turns, dict) else turns
+    turns = _turns_of_lists(turns) if isinstance(turns, dict) else turns
     if not isinstance(turns, list) or not turns:
         got = f"text that is no JSON of one{_reason(value)}" if isinstance(value, str) else _described(value)
         raise InputError(f"{origin}: {name} must be a non-empty list of turns, got {got}")
@@ -82,7 +89,17 @@ def turns_of_text(text: str) -> list[Any] | None:
         return None
     turns = value if isinstance(value, list) else [value]
     named = all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
-    return turns if turns and named else None
+    return turns if named and any(turn.keys() & _SAYING for turn in turns) else None
+
+
+def _turns_of_lists(turn: Turn) -> list[Turn]:
+    """One turn alone, or the turns of lists of the same length, as a `Sequence` of `datasets` keeps them."""
+    columns = list(turn.values())
+    if not turn.keys() & {"role", "from"} or not all(isinstance(column, list) for column in columns):
+        return [turn]
+    if len({len(column) for column in columns}) > 1:
+        return [turn]
+    return [dict(zip(turn, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
 def _reason(text: str) -> str:
