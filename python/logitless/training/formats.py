@@ -258,24 +258,20 @@ def _records(stream: IO[bytes], name: str, delimiter: str) -> Iterator[tuple[lis
             record.append(line)
             yield line
 
-    reader = csv.reader(noted(), delimiter=delimiter, strict=True)
+    reader, line = csv.reader(noted(), delimiter=delimiter, strict=True), 1
     limit = csv.field_size_limit(2**31 - 1)
     try:
-        while True:
-            line = reader.line_num + 1
-            record.clear()
-            try:
-                fields = next(reader, None)
-            except csv.Error as error:
-                line += _lines_before_fault("".join(record), delimiter)
-                raise InputError(
-                    f"{name}, line {line}: a quotation begins here that is not closed before the end of its field "
-                    f"({error}); inside of one, a quotation mark is written twice"
-                ) from error
-            if fields is None:
-                return
+        for fields in reader:
             if fields:
                 yield fields, f"{name}, line {line}"
+            line = reader.line_num + 1
+            record.clear()
+    except csv.Error as error:
+        line += _lines_before_fault("".join(record), delimiter)
+        raise InputError(
+            f"{name}, line {line}: a quotation begins here that is not closed before the end of its field ({error}); "
+            "inside of one, a quotation mark is written twice"
+        ) from error
     finally:
         csv.field_size_limit(limit)
 
