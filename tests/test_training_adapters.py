@@ -330,7 +330,18 @@ def test_a_resumed_run_needs_the_adapter_that_it_began_with(bench: Bench) -> Non
     again = {"use_peft": True, "resume": True, "output_dir": str(first.output_dir), "max_steps": 6}
     assert "lora_r: the adapter in" in bench.refusal(**again, lora_r=8)
     edit(bench.adapter, lora_alpha=9)
-    assert "adapter was '" in bench.refusal(**again)
+    assert "adapter has other weights or settings of the adapter than" in bench.refusal(**again)
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_resumed_run_needs_the_base_that_its_adapter_had(bench: Bench, use_peft: bool) -> None:
+    changes: dict[str, Any] = {"method": "dpo", "use_peft": use_peft}
+    first, _ = bench.run(**changes, save_strategy="steps", save_steps=2)
+    again = changes | {"resume": True, "output_dir": str(first.output_dir), "max_steps": 6}
+    model = AutoModelForCausalLM.from_pretrained(bench.base)
+    model.model.norm.weight.data.mul_(1.5)
+    model.save_pretrained(bench.base)
+    assert "has other weights of the adapter's base than the model" in bench.refusal(**again)
 
 
 # What is refused

@@ -52,14 +52,16 @@ from logitless.training.parallel import World
 from logitless.training.places import require_places
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import (
+    TEACHER,
+    Origin,
     find_checkpoint,
     first_state,
     identity_of,
+    parts_of,
     require_same,
-    require_same_model,
+    require_same_models,
     seed_generators,
     tokenizer_parts,
-    weights_named,
 )
 from logitless.training.sampler import Sampler
 from logitless.training.settings import Settings, read_settings
@@ -229,6 +231,9 @@ def prepare(options: TrainOptions, world: World) -> Run:
     steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
     epochs_of_steps = math.ceil(options.num_train_epochs * steps_per_epoch)
     total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
+    if state["step"] > total_steps:
+        raise InputError(f"{resumed} is at step {state['step']}, and the run ends at step {total_steps}; expected "
+                         "max_steps or num_train_epochs beyond the checkpoint")  # fmt: skip
     for component in components:
         component.total_steps = total_steps
     reporter = _reporter(options, world, state["step"], total_steps)
@@ -278,14 +283,31 @@ def _identify(
     """What a resumed run must share with its checkpoint's; the state keeps what explains a difference."""
     options = planned[0].options
     identity = identity_of(planned, [loaded.training.fingerprint() for loaded in read.data], world)
-    identity["adapter"] = None if read.adapter is None else read.adapter.digest()
-    weights = weights_named(read.source, options.model_revision)
+    models = _origins(read, planned, losses, world)
     if resumed is not None:
         require_same(state, identity, options, read.tokenizer, resumed)
-        if options.use_peft or _any_compares(losses, read.data):
-            require_same_model(state, weights, options, resumed)
-    state |= {"tokenizer": tokenizer_parts(read.tokenizer), "model": weights}
+        require_same_models(state, models, resumed)
+    state |= {"tokenizer": tokenizer_parts(read.tokenizer), "models": {name: own.parts for name, own in models.items()}}
     return identity
+
+
+def _origins(
+    read: Read, planned: Sequence[ComponentOptions], losses: Sequence[Loss], world: World
+) -> dict[str, Origin]:
+    """The models that a run must find again if it is resumed: an adapter's base, and what it compares with."""
+    options, found = planned[0].options, {}
+    if options.use_peft or _any_compares(losses, read.data):
+        parts = parts_of(read.source, options.model_revision, read.adapter)
+        found["model_name_or_path"] = Origin(options.model_name_or_path, parts)
+    for component, loss, loaded in zip(planned, losses, read.data, strict=True):
+        teacher = component.options.teacher_model_name_or_path
+        if teacher is not None and _compares(loss, loaded.sources):
+            asked = dataclasses.replace(component.options, model_name_or_path=teacher)
+            with component.blamed():
+                source = locate_once(asked, world)
+                parts = parts_of(source, asked.model_revision, find_adapter(source, asked))
+            found |= component.named({TEACHER: Origin(teacher, parts)})
+    return found
 
 
 def _load_model(
