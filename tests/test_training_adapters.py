@@ -23,7 +23,7 @@ from training_fixtures import (
     write_gguf,
     write_jsonl,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 from logitless.training import InputError, TrainResult, train
 from logitless.training.checkpoint import checkpoints
@@ -362,6 +362,17 @@ def test_an_adapter_of_another_shape_is_not_what_is_trained_on(
     assert message.format(adapter=bench.adapter) in bench.refusal(use_peft=True, **changes)
 
 
+def test_a_model_for_which_peft_chooses_no_modules(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    model = GraniteForCausalLM(
+        GraniteConfig(**LlamaConfig.from_pretrained(bench.base).to_dict() | {"model_type": None})
+    )
+    model.save_pretrained(bench.base)
+    message = "lora_target_modules: peft has no choice for models of type 'granite'; expected names, or all-linear"
+    assert message in bench.refusal(bench.base, use_peft=True)
+    bench.run(bench.base, use_peft=True, max_steps=1, lora_target_modules=("all-linear",))
+
+
 def test_the_adapters_own_shape_may_be_named(bench: Bench) -> None:
     bench.run(use_peft=True, max_steps=1, lora_r=4, lora_alpha=8, lora_target_modules=("v_proj", "q_proj"))
     every, _ = bench.run(bench.base, use_peft=True, max_steps=1, lora_target_modules=("all-linear",))
@@ -398,6 +409,11 @@ def test_a_base_that_is_not_there_is_named(bench: Bench, use_peft: bool) -> None
     assert f"{bench.adapter}: the adapter's base model {bench.base!r} (base_model_name_or_path" in found
     edit(bench.adapter, base_model_name_or_path=str(moved))
     bench.run(use_peft=use_peft, max_steps=1)
+    edit(bench.adapter, base_model_name_or_path="no-one/no-such-model")
+    assert (
+        "'no-one/no-such-model' (base_model_name_or_path in adapter_config.json) was not found, neither as a folder"
+        in (bench.refusal(use_peft=use_peft))
+    )
     edit(bench.adapter, base_model_name_or_path=None)
     assert "names no base_model_name_or_path" in bench.refusal(use_peft=use_peft)
     upper = add_adapter(str(moved), bench.folder / "upper", KINDS["plain"]())[0]
@@ -448,9 +464,13 @@ def test_every_weight_of_an_adapter_finds_its_place(bench: Bench) -> None:
     assert prefix in damaged(bench, lambda w: {k.replace("base_model.", "", 1): v for k, v in w.items()})
     assert prefix in damaged(bench, lambda w: {k: v[:, :1].clone() if "lora_B" in k else v for k, v in w.items()})
     (Path(bench.adapter) / "adapter_model.safetensors").unlink()
-    assert "the adapter's weights can not be read" in bench.refusal()
-    (Path(bench.adapter) / "adapter_model.safetensors").write_bytes(b"no tensors")
-    assert "the adapter's weights can not be read" in bench.refusal()
+    assert "no adapter could be loaded from there: the folder has none of the files" in bench.refusal()
+    for content, reason in (
+        (b"no tensors", "adapter_model.safetensors is damaged or not whole"),
+        (b"version https://git-lfs.github.com/spec/v1", "adapter_model.safetensors is a pointer of Git LFS"),
+    ):
+        (Path(bench.adapter) / "adapter_model.safetensors").write_bytes(content)
+        assert f"no adapter could be loaded from there: {reason}" in bench.refusal()
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from torch import nn
 
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.places import is_hub_id, unreadable
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
 NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
@@ -128,7 +129,8 @@ def _require_base(source: str, base: str | None, revision: str) -> None:
     if _file(base, ADAPTER_CONFIG, revision):
         raise InputError(f"{name} holds an adapter itself; merge that one into its own base first")
     if not _file(base, MODEL_CONFIG, revision):
-        raise InputError(f"{name} was not found; write there where it is")
+        hub = ", neither as a folder here nor in the hub's cache or on the hub" if is_hub_id(base) else ""
+        raise InputError(f"{name} was not found{hub}; write there where it is")
 
 
 def tokenizer_source(source: str, options: TrainOptions) -> tuple[str, str]:
@@ -187,7 +189,8 @@ def _new_lora(model: Any, options: TrainOptions) -> Any:
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"lora_target_modules: {error}") from error
+        unknown = f"peft has no choice for models of type {model.config.model_type!r}; expected names, or all-linear"
+        raise InputError(f"lora_target_modules: {error if targets else unknown}") from error
 
 
 def _require_same_lora(model: Any, options: TrainOptions, config: Any, source: str) -> None:
@@ -228,7 +231,7 @@ def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", revision=revision)
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"{source}: the adapter's weights can not be read: {error}") from error
+        raise unreadable(source, "adapter", error) from error
     return weights
 
 

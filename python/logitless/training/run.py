@@ -406,13 +406,20 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
             base.notes.extend(_check_teacher(base, options, reference, data))
         _check_estimates(options, loss, reference, estimates)
         pad_token = padding_token(base.tokenizer, base.model, base.model if reference is None else reference.model)
-        loaders = make_loaders(options, loss, base.model, pad_token, training, held_out)
+        loaders = make_loaders(options, loss, _readers(base.model, reference, options), pad_token, training, held_out)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
     component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
     del reference  # the component's alone, which may drop it
     _store_or_share(component, base.frozen)
     return component
+
+
+def _readers(model: Any, reference: ReferenceModel | None, options: TrainOptions) -> list[Any]:
+    """The models that read a component's batches: stored values of a reference are of rows by themselves."""
+    if reference is None or reference.model is model or options.precompute_ref_log_probs:
+        return [model]
+    return [model, reference.model]
 
 
 def _check_teacher(base: Base, options: TrainOptions, reference: ReferenceModel, data: Loaded) -> list[str]:
