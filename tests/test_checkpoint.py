@@ -200,7 +200,7 @@ def test_another_model_under_an_adapter_or_as_the_reference_is_refused(
 def test_other_settings_of_the_model_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, use_peft: bool
 ) -> None:
-    """They make another reference, and another model under an adapter, of the same weights."""
+    """Other settings make another reference, and another model under an adapter, of the same weights."""
     runs = Runs(tmp_path, "dpo")
     runs.interrupted("run", monkeypatch, 3, use_peft=use_peft)
     edit_config(runs.model, use_cache=False)

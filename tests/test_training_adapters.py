@@ -362,12 +362,26 @@ def test_an_adapter_of_another_shape_is_not_what_is_trained_on(
     assert message.format(adapter=bench.adapter) in bench.refusal(use_peft=True, **changes)
 
 
+def test_every_name_of_a_module_is_one(bench: Bench) -> None:
+    """peft adapts those that it finds, and leaves the others out."""
+    message = "lora_target_modules: the model has no module called 'v_porj' (nearest: v_proj"
+    assert message in bench.refusal(bench.base, use_peft=True, lora_target_modules=("q_proj", "v_porj"))
+    bench.run(bench.base, use_peft=True, max_steps=1, lora_target_modules=("layers.1.self_attn.q_proj", "lm_head"))
+
+
+def test_options_of_lora_without_it_are_noted(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run(bench.base, max_steps=1, lora_dropout=None, lora_r=8)
+    assert "note: lora_r: no effect without use_peft; all weights are trained" in capsys.readouterr().out
+    for changes in ({"lora_r": 8, "use_peft": True}, {}):
+        bench.run(bench.base, max_steps=1, **{"lora_dropout": None} | changes)
+        assert "no effect without" not in capsys.readouterr().out
+
+
 def test_a_model_for_which_peft_chooses_no_modules(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
-    model = GraniteForCausalLM(
-        GraniteConfig(**LlamaConfig.from_pretrained(bench.base).to_dict() | {"model_type": None})
-    )
-    model.save_pretrained(bench.base)
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = GraniteConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    GraniteForCausalLM(config).save_pretrained(bench.base)
     message = "lora_target_modules: peft has no choice for models of type 'granite'; expected names, or all-linear"
     assert message in bench.refusal(bench.base, use_peft=True)
     bench.run(bench.base, use_peft=True, max_steps=1, lora_target_modules=("all-linear",))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from logitless.training.config import TrainOptions
-from logitless.training.errors import InputError
+from logitless.training.errors import InputError, nearest
 from logitless.training.places import is_hub_id, unreadable
 
 ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
@@ -153,6 +153,15 @@ def require_free(options: TrainOptions, adapter: Adapter | None) -> None:
                          f"{saved} that this run saves there; choose another --output_dir")  # fmt: skip
 
 
+def idle_options(options: TrainOptions) -> list[str]:
+    """A note for the log where options of LoRA are given to a run without it; saved configurations have them too."""
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+    given = [name for name in names if getattr(options, name) is not None]
+    if options.use_peft or not given:
+        return []
+    return [f"{', '.join(given)}: no effect without use_peft; all weights are trained"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Adapters on a model
 
@@ -179,6 +188,8 @@ def add_lora(model: Any, options: TrainOptions, adapter: Adapter | None, resumed
 def _new_lora(model: Any, options: TrainOptions) -> Any:
     peft = _peft("use_peft")
     targets = options.lora_target_modules
+    if targets and targets != ("all-linear",):
+        _require_modules(model, targets)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=LORA_R if options.lora_r is None else options.lora_r,
@@ -191,6 +202,14 @@ def _new_lora(model: Any, options: TrainOptions) -> Any:
     except ValueError as error:
         unknown = f"peft has no choice for models of type {model.config.model_type!r}; expected names, or all-linear"
         raise InputError(f"lora_target_modules: {error if targets else unknown}") from error
+
+
+def _require_modules(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises where a name is that of no module: peft adapts the others and says nothing."""
+    for name in targets:
+        if not _adapted_modules(model, [name]):
+            known = {found.rpartition(".")[2] for found, module in model.named_modules() if hasattr(module, "weight")}
+            raise InputError(f"lora_target_modules: the model has no module called {name!r}{nearest(name, known)}")
 
 
 def _require_same_lora(model: Any, options: TrainOptions, config: Any, source: str) -> None:

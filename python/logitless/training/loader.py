@@ -52,9 +52,10 @@ def load_data(options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Coll
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
         rows, held_out = split_rows(rows, options.eval_fraction, options.seed)
-    if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
+    if held_out is None and _evaluates(options):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
-                         "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
+                         f"--eval_fraction; {options.dataset_name} has no split {options.dataset_test_split!r} "
+                         "(dataset_test_split)")  # fmt: skip
     parts = [(single(rows), options.dataset_name)] + ([] if held_out is None else [(single(held_out), origin)])
     found = [(read(part, name), part) for part, name in parts]
     evaluated = None if held_out is None else found[1][0]
@@ -84,13 +85,17 @@ def row_renderer(
     )
 
 
+def _evaluates(options: TrainOptions) -> bool:
+    return options.eval_strategy != "no" or options.eval_on_start
+
+
 def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
     """Rows of `eval_dataset_name`, or of the dataset's own test split where evaluation is asked for."""
     split, config = options.dataset_test_split, options.dataset_config
     if options.eval_dataset_name is not None:
         rows = read_rows(options.eval_dataset_name, split=split, config=config)
         return renamed(rows, options.column_map), options.eval_dataset_name
-    wanted = options.eval_strategy != "no" and not options.eval_fraction
+    wanted = _evaluates(options) and not options.eval_fraction
     if wanted and has_split(options.dataset_name, split, config):
         rows = read_rows(options.dataset_name, split=split, config=config)
         return renamed(rows, options.column_map), f"{options.dataset_name}[{split}]"

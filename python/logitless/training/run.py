@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
-from logitless.training.adapters import Adapter, find_adapter, require_free
+from logitless.training.adapters import Adapter, find_adapter, idle_options, require_free
 from logitless.training.checks import (
     check_finite,
     check_positions,
@@ -322,7 +322,7 @@ def _load_model(
     compares = _any_compares(losses, read.data)
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, read.source, resumed, losses[0], world.device, dropout=dropout)
-    notes = check_weights(model, options, peak_learning_rate(options, losses))
+    notes = [*idle_options(options), *check_weights(model, options, peak_learning_rate(options, losses))]
     notes += _check_model(options, model, read.tokenizer, planned, read.data)
     if read.adapter is not None:
         use = "trained on" if options.use_peft else "merged into it"
