@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_fixtures import (
     CHATML,
     completion_rows,
@@ -259,6 +259,19 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "run" / "checkpoint-2" / name
     file.write_bytes(file.read_bytes()[:left])
     with pytest.raises(InputError, match=f"checkpoint-2/{name}: the checkpoint is damaged: .*delete its folder"):
+        train(runs.options("run", resume=True))
+
+
+def test_a_checkpoint_with_weights_that_are_not_finite_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(tmp_path, "sft")
+    runs.interrupted("run", monkeypatch, 3)
+    file = tmp_path / "run" / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"checkpoint-2: the weight model\.norm\.weight has values that are not"):
         train(runs.options("run", resume=True))
 
 

@@ -323,6 +323,7 @@ def _load_model(
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, read.source, resumed, losses[0], world.device, dropout=dropout)
     notes = [*idle_options(options), *check_weights(model, options, peak_learning_rate(options, losses))]
+    check_finite(model, options.model_name_or_path if resumed is None else f"{options.model_name_or_path} in {resumed}")
     notes += _check_model(options, model, read.tokenizer, planned, read.data)
     if read.adapter is not None:
         use = "trained on" if options.use_peft else "merged into it"
@@ -366,7 +367,6 @@ def _check_model(
     options: TrainOptions, model: Any, tokenizer: Any, planned: Sequence[ComponentOptions], data: Sequence[Loaded]
 ) -> list[str]:
     """Notes on the model that is trained, which must be able to read the rows of every component."""
-    check_finite(model, options.model_name_or_path)
     notes: list[str] = []
     for component, loaded in zip(planned, data, strict=True):
         with component.blamed():
