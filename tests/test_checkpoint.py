@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training_fixtures import (
     CHATML,
     completion_rows,
@@ -195,6 +195,62 @@ def test_another_model_under_an_adapter_or_as_the_reference_is_refused(
         assert train(runs.options("run", resume=True, **changes)).step == 6
 
 
+@pytest.mark.parametrize("use_peft", [False, True])
+@pytest.mark.parametrize("key", ["rms_norm_eps", "rope_parameters"])
+def test_other_settings_of_the_model_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, use_peft: bool
+) -> None:
+    """Other settings make another reference, and another model under an adapter, of the same weights."""
+    runs = Runs(tmp_path, "dpo")
+    runs.interrupted("run", monkeypatch, 3, use_peft=use_peft)
+    edit_config(runs.model, use_cache=False)
+    runs.interrupted("run", monkeypatch, 4, resume=True, use_peft=use_peft)
+    edit_config(runs.model, **{key: {"rms_norm_eps": 0.1, "rope_parameters": {"rope_theta": 500.0}}[key]})
+    with pytest.raises(
+        InputError, match=r"model has other settings \(config\.json\) than the model that the run started"
+    ):
+        train(runs.options("run", resume=True, use_peft=use_peft))
+
+
+def edit_config(folder: str, **values: Any) -> None:
+    file = Path(folder) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize("part", ["weights", "settings"])
+def test_another_teacher_at_the_same_place_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    runs, teacher = Runs(tmp_path, "distillation"), make_model(tmp_path / "teacher")
+    runs.interrupted("run", monkeypatch, 3, teacher_model_name_or_path=teacher)
+    if part == "settings":
+        edit_config(teacher, rms_norm_eps=0.1)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(teacher)
+        model.model.norm.weight.data.mul_(1.5)
+        model.save_pretrained(teacher)
+    with pytest.raises(InputError, match=f"teacher has other {part}.* than the teacher of the run"):
+        train(runs.options("run", resume=True, teacher_model_name_or_path=teacher))
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result would be called the model of an earlier step than its weights are of."""
+    runs = Runs(tmp_path, "sft")
+    runs.interrupted("run", monkeypatch, 5)
+    with pytest.raises(InputError, match=r"checkpoint-4 is at step 4, and the run ends at step 3"):
+        train(runs.options("run", resume=True, max_steps=3))
+
+
+@pytest.mark.parametrize("dtypes", [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_the_precision_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtypes: tuple[str, str]) -> None:
+    runs = Runs(tmp_path, "sft")
+    runs.interrupted("run", monkeypatch, 3, dtype=dtypes[0])
+    assert train(runs.options("run", resume=True, dtype=dtypes[1])).step == 6
+    saved = load_file(tmp_path / "run" / "checkpoint-6" / "optimizer.safetensors")
+    moments = {str(tensor.dtype) for name, tensor in saved.items() if name.startswith("exp_avg.")}
+    assert moments == {f"torch.{dtypes[1]}"}
+
+
 @pytest.mark.parametrize("name", [STATE, "optimizer.safetensors", "rng_state.safetensors", "rng_state.json"])
 @pytest.mark.parametrize("left", [0, 40])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, left: int) -> None:
@@ -206,12 +262,36 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, monkeypatch: pytest.Monke
         train(runs.options("run", resume=True))
 
 
+def test_a_checkpoint_with_weights_that_are_not_finite_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = Runs(tmp_path, "sft")
+    runs.interrupted("run", monkeypatch, 3)
+    file = tmp_path / "run" / "checkpoint-2" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"checkpoint-2: the weight model\.norm\.weight has values that are not"):
+        train(runs.options("run", resume=True))
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", '{"step": 2}'])
+def test_a_state_without_its_entries_is_a_damaged_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    runs = Runs(tmp_path, "sft")
+    runs.interrupted("run", monkeypatch, 3)
+    (tmp_path / "run" / "checkpoint-2" / STATE).write_text(content)
+    with pytest.raises(InputError, match="the checkpoint is damaged: it lacks entries"):
+        train(runs.options("run", resume=True))
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
         ({"truncation_mode": "keep_end"}, "truncation_mode was 'keep_start' and is 'keep_end'"),
         ({"completion_only_loss": False}, "completion_only_loss was None and is False"),
-        ({"max_length": 30}, "max_length was 40 and is 30"),
+        ({"max_length": 30}, r"max_length was 40 and is 30; data was '\w+' and is '\w+'$"),
         ("template", "the chat template is another"),
         ("rows", "no option says why, so the rows of dataset_name are$"),
     ],
@@ -297,7 +377,7 @@ def test_a_checkpoint_without_a_date_goes_on(tmp_path: Path, monkeypatch: pytest
     runs.interrupted("run", monkeypatch, 3)
     path = tmp_path / "run" / "checkpoint-2" / STATE
     state = json.loads(path.read_text())
-    del state["date"], state["tokenizer"], state["model"]
+    del state["date"], state["tokenizer"], state["models"]
     write_json(path, state)
     assert train(runs.options("run", resume=True)).step == 6
 

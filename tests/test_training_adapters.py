@@ -23,7 +23,7 @@ from training_fixtures import (
     write_gguf,
     write_jsonl,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 from logitless.training import InputError, TrainResult, train
 from logitless.training.checkpoint import checkpoints
@@ -330,7 +330,18 @@ def test_a_resumed_run_needs_the_adapter_that_it_began_with(bench: Bench) -> Non
     again = {"use_peft": True, "resume": True, "output_dir": str(first.output_dir), "max_steps": 6}
     assert "lora_r: the adapter in" in bench.refusal(**again, lora_r=8)
     edit(bench.adapter, lora_alpha=9)
-    assert "adapter was '" in bench.refusal(**again)
+    assert "adapter has other weights or settings of the adapter than" in bench.refusal(**again)
+
+
+@pytest.mark.parametrize("use_peft", [False, True])
+def test_a_resumed_run_needs_the_base_that_its_adapter_had(bench: Bench, use_peft: bool) -> None:
+    changes: dict[str, Any] = {"method": "dpo", "use_peft": use_peft}
+    first, _ = bench.run(**changes, save_strategy="steps", save_steps=2)
+    again = changes | {"resume": True, "output_dir": str(first.output_dir), "max_steps": 6}
+    model = AutoModelForCausalLM.from_pretrained(bench.base)
+    model.model.norm.weight.data.mul_(1.5)
+    model.save_pretrained(bench.base)
+    assert "has other weights of the adapter's base than the model" in bench.refusal(**again)
 
 
 # What is refused
@@ -349,6 +360,31 @@ def test_an_adapter_of_another_shape_is_not_what_is_trained_on(
     bench: Bench, changes: dict[str, Any], message: str
 ) -> None:
     assert message.format(adapter=bench.adapter) in bench.refusal(use_peft=True, **changes)
+
+
+def test_every_name_of_a_module_is_one(bench: Bench) -> None:
+    """peft adapts those that it finds, and leaves the others out."""
+    message = "lora_target_modules: the model has no module called 'v_porj' (nearest: v_proj"
+    assert message in bench.refusal(bench.base, use_peft=True, lora_target_modules=("q_proj", "v_porj"))
+    bench.run(bench.base, use_peft=True, max_steps=1, lora_target_modules=("layers.1.self_attn.q_proj", "lm_head"))
+
+
+def test_options_of_lora_without_it_are_noted(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    bench.run(bench.base, max_steps=1, lora_dropout=None, lora_r=8)
+    assert "note: lora_r: no effect without use_peft; all weights are trained" in capsys.readouterr().out
+    for changes in ({"lora_r": 8, "use_peft": True}, {}):
+        bench.run(bench.base, max_steps=1, **{"lora_dropout": None} | changes)
+        assert "no effect without" not in capsys.readouterr().out
+
+
+def test_a_model_for_which_peft_chooses_no_modules(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+    sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    config = GraniteConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+    GraniteForCausalLM(config).save_pretrained(bench.base)
+    message = "lora_target_modules: peft has no choice for models of type 'granite'; expected names, or all-linear"
+    assert message in bench.refusal(bench.base, use_peft=True)
+    bench.run(bench.base, use_peft=True, max_steps=1, lora_target_modules=("all-linear",))
 
 
 def test_the_adapters_own_shape_may_be_named(bench: Bench) -> None:
@@ -387,6 +423,11 @@ def test_a_base_that_is_not_there_is_named(bench: Bench, use_peft: bool) -> None
     assert f"{bench.adapter}: the adapter's base model {bench.base!r} (base_model_name_or_path" in found
     edit(bench.adapter, base_model_name_or_path=str(moved))
     bench.run(use_peft=use_peft, max_steps=1)
+    edit(bench.adapter, base_model_name_or_path="no-one/no-such-model")
+    assert (
+        "'no-one/no-such-model' (base_model_name_or_path in adapter_config.json) was not found, neither as a folder"
+        in (bench.refusal(use_peft=use_peft))
+    )
     edit(bench.adapter, base_model_name_or_path=None)
     assert "names no base_model_name_or_path" in bench.refusal(use_peft=use_peft)
     upper = add_adapter(str(moved), bench.folder / "upper", KINDS["plain"]())[0]
@@ -437,9 +478,13 @@ def test_every_weight_of_an_adapter_finds_its_place(bench: Bench) -> None:
     assert prefix in damaged(bench, lambda w: {k.replace("base_model.", "", 1): v for k, v in w.items()})
     assert prefix in damaged(bench, lambda w: {k: v[:, :1].clone() if "lora_B" in k else v for k, v in w.items()})
     (Path(bench.adapter) / "adapter_model.safetensors").unlink()
-    assert "the adapter's weights cannot be read" in bench.refusal()
-    (Path(bench.adapter) / "adapter_model.safetensors").write_bytes(b"no tensors")
-    assert "the adapter's weights cannot be read" in bench.refusal()
+    assert "no adapter could be loaded from there: the folder has none of the files" in bench.refusal()
+    for content, reason in (
+        (b"no tensors", "adapter_model.safetensors is damaged or not whole"),
+        (b"version https://git-lfs.github.com/spec/v1", "adapter_model.safetensors is a pointer of Git LFS"),
+    ):
+        (Path(bench.adapter) / "adapter_model.safetensors").write_bytes(content)
+        assert f"no adapter could be loaded from there: {reason}" in bench.refusal()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ import pytest
 import torch
 import transformers
 from training_fixtures import completion_rows, make_model, make_options, make_tokenizer, preference_rows, write_jsonl
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaForCausalLM,
+)
 
 from logitless.training import InputError, reference_model, train, trainer
 from logitless.training.checks import Extreme, Reach, check_vocabulary, learned_positions
@@ -190,6 +198,38 @@ def test_packs_longer_than_the_positions_have_the_loss_of_their_rows(tmp_path: P
     packs = run(tmp_path, folder, rows, packing=True, **same)
     apart = run(tmp_path, folder, rows, per_device_train_batch_size=7, **same)
     assert packs.train_loss == pytest.approx(apart.train_loss, rel=1e-6)
+
+
+def make_gpt_neo(folder: Path, positions: int = 32) -> str:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 258, "max_position_embeddings": positions, "hidden_size": 32, "num_layers": 2}
+    config = GPTNeoConfig(**sizes, num_heads=4, attention_types=[[["global", "local"], 1]], window_size=8)
+    GPTNeoForCausalLM(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"packing": True, "max_length": 128}, {"padding_free": True, "per_device_train_batch_size": 3}],
+)
+def test_packs_that_a_mask_is_too_narrow_for_are_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """GPT-Neo's mask of the past is as wide as its table of positions."""
+    folder, rows = make_gpt_neo(tmp_path / "model"), [{"text": "x" * (13 + i)} for i in range(7)]
+    with pytest.raises(InputError, match=r"GPTNeo.* has 32 positions and cannot read a packed row of \d+ tokens"):
+        run(tmp_path, folder, rows, **changes)
+    assert run(tmp_path, folder, rows, **changes | {"max_length": 32, "per_device_train_batch_size": 1}).step == 4
+
+
+def test_a_teacher_in_which_packs_leak_is_refused(tmp_path: Path) -> None:
+    """BLOOM's positions are distances, which do not restart."""
+    torch.manual_seed(0)
+    teacher = BloomForCausalLM(BloomConfig(vocab_size=258, hidden_size=32, n_layer=1, n_head=4))
+    teacher.save_pretrained(tmp_path / "teacher")
+    make_tokenizer().save_pretrained(tmp_path / "teacher")
+    changes = {"method": "distillation", "packing": True, "teacher_model_name_or_path": str(tmp_path / "teacher")}
+    with pytest.raises(InputError, match=r"BloomForCausalLM .* lets packed rows see each other"):
+        run(tmp_path, make_model(tmp_path / "model"), completion_rows(), **changes)
 
 
 def test_the_padding_of_packs_restarts_its_positions() -> None:

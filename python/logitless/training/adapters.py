@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ import torch
 from torch import nn
 
 from logitless.training.config import TrainOptions
-from logitless.training.errors import InputError
-from logitless.training.places import ADAPTER_CONFIG, MODEL_CONFIG
+from logitless.training.errors import InputError, nearest
+from logitless.training.places import ADAPTER_CONFIG, MODEL_CONFIG, is_hub_id, unreadable
 
 ADAPTER_NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # of a new adapter, where the options leave them open
@@ -128,7 +128,8 @@ def _require_base(source: str, base: str | None, revision: str) -> None:
     if _file(base, ADAPTER_CONFIG, revision):
         raise InputError(f"{name} holds an adapter itself; merge that one into its own base first")
     if not _file(base, MODEL_CONFIG, revision):
-        raise InputError(f"{name} was not found; write there where it is")
+        hub = ", neither as a folder here nor in the hub's cache or on the hub" if is_hub_id(base) else ""
+        raise InputError(f"{name} was not found{hub}; write there where it is")
 
 
 def tokenizer_source(source: str, options: TrainOptions) -> tuple[str, str]:
@@ -149,6 +150,15 @@ def require_free(options: TrainOptions, adapter: Adapter | None) -> None:
         held, saved = ("a whole model", "an adapter") if options.use_peft else ("an adapter", "a whole model")
         raise InputError(f"output_dir {options.output_dir} holds {held} ({other}), which would be loaded together with "
                          f"{saved} that this run saves there; choose another --output_dir")  # fmt: skip
+
+
+def idle_options(options: TrainOptions) -> list[str]:
+    """A note for the log where options of LoRA are given to a run without it; saved configurations have them too."""
+    names = ("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules")
+    given = [name for name in names if getattr(options, name) is not None]
+    if options.use_peft or not given:
+        return []
+    return [f"{', '.join(given)}: no effect without use_peft; all weights are trained"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,6 +187,8 @@ def add_lora(model: Any, options: TrainOptions, adapter: Adapter | None, resumed
 def _new_lora(model: Any, options: TrainOptions) -> Any:
     peft = _peft("use_peft")
     targets = options.lora_target_modules
+    if targets and targets != ("all-linear",):
+        _require_modules(model, targets)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=LORA_R if options.lora_r is None else options.lora_r,
@@ -187,7 +199,16 @@ def _new_lora(model: Any, options: TrainOptions) -> Any:
     try:
         return peft.get_peft_model(model, config)
     except ValueError as error:
-        raise InputError(f"lora_target_modules: {error}") from error
+        unknown = f"peft has no choice for models of type {model.config.model_type!r}; expected names, or all-linear"
+        raise InputError(f"lora_target_modules: {error if targets else unknown}") from error
+
+
+def _require_modules(model: nn.Module, targets: Sequence[str]) -> None:
+    """Raises where a name is that of no module: peft adapts the others and says nothing."""
+    for name in targets:
+        if not _adapted_modules(model, [name]):
+            known = {found.rpartition(".")[2] for found, module in model.named_modules() if hasattr(module, "weight")}
+            raise InputError(f"lora_target_modules: the model has no module called {name!r}{nearest(name, known)}")
 
 
 def _require_same_lora(model: Any, options: TrainOptions, config: Any, source: str) -> None:
@@ -228,7 +249,7 @@ def _weights(source: str, revision: str | None) -> dict[str, torch.Tensor]:
     try:
         weights: dict[str, torch.Tensor] = load_peft_weights(source, device="cpu", revision=revision)
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"{source}: the adapter's weights cannot be read: {error}") from error
+        raise unreadable(source, "adapter", error) from error
     return weights
 
 

@@ -87,6 +87,8 @@ def load_state(folder: Path) -> dict[str, Any]:
         hint = f"; there are checkpoints in it: {inside}" if inside else ""
         raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}{hint}")
     state: dict[str, Any] = _load(path)
+    if not isinstance(state, dict) or not state.keys() >= {"step", "num_tokens", "window", "identity"}:
+        raise InputError(_damaged(path, "it lacks entries"))
     return state
 
 
@@ -95,9 +97,11 @@ def _load(path: Path) -> Any:
     try:
         return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise InputError(
-            f"{path}: the checkpoint is damaged: {error}; delete its folder to go on from an older one"
-        ) from error
+        raise InputError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, reason: Any) -> str:
+    return f"{path}: the checkpoint is damaged: {reason}; delete its folder to go on from an older one"
 
 
 def load_estimated(folder: Path) -> dict[str, torch.Tensor]:
@@ -151,7 +155,8 @@ def load_optimizer_state(
         # AdamW keeps its step counter on the CPU unless it is fused
         fused = optimizer.defaults.get("fused")
         device = parameter.device if moment != "step" or fused else torch.device("cpu")
-        optimizer.state[parameter][moment] = tensor.to(device)
+        dtype = tensor.dtype if moment == "step" else parameter.dtype  # of the weights, which a run may change
+        optimizer.state[parameter][moment] = tensor.to(device, dtype)
 
 
 def generator_states(world: World) -> dict[str, torch.Tensor]:

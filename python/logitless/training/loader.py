@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from logitless.training.errors import InputError
 from logitless.training.examples import TokenizedData
 from logitless.training.forms import renamed, unpaired
 from logitless.training.inputs import InputSources, input_sources
-from logitless.training.model import check_packing, uses_flash_attention
+from logitless.training.model import check_packing, check_width, uses_flash_attention
 from logitless.training.objective import reads_sequences
 from logitless.training.render import Renderer
 
@@ -52,9 +52,10 @@ def load_data(options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Coll
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
         rows, held_out = split_rows(rows, options.eval_fraction, options.seed)
-    if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
+    if held_out is None and _evaluates(options):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
-                         "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
+                         f"--eval_fraction; {options.dataset_name} has no split {options.dataset_test_split!r} "
+                         "(dataset_test_split)")  # fmt: skip
     parts = [(single(rows), options.dataset_name)] + ([] if held_out is None else [(single(held_out), origin)])
     found = [(read(part, name), part) for part, name in parts]
     evaluated = None if held_out is None else found[1][0]
@@ -84,13 +85,17 @@ def row_renderer(
     )
 
 
+def _evaluates(options: TrainOptions) -> bool:
+    return options.eval_strategy != "no" or options.eval_on_start
+
+
 def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
     """Rows of `eval_dataset_name`, or of the dataset's own test split where evaluation is asked for."""
     split, config = options.dataset_test_split, options.dataset_config
     if options.eval_dataset_name is not None:
         rows = read_rows(options.eval_dataset_name, split=split, config=config)
         return renamed(rows, options.column_map), options.eval_dataset_name
-    wanted = options.eval_strategy != "no" and not options.eval_fraction
+    wanted = _evaluates(options) and not options.eval_fraction
     if wanted and has_split(options.dataset_name, split, config):
         rows = read_rows(options.dataset_name, split=split, config=config)
         return renamed(rows, options.column_map), f"{options.dataset_name}[{split}]"
@@ -115,27 +120,36 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
 def make_loaders(
     options: TrainOptions,
     loss: Loss,
-    model: Any,
+    models: Sequence[Any],
     pad_token: int,
     data: TokenizedData,
     eval_data: TokenizedData | None,
 ) -> tuple[Loader, Loader | None]:
     """Loaders of training and evaluation data, in the shape that the options and the model's attention ask for.
 
+    Args:
+        models: those that read the batches, the trained one first.
+
     Raises:
-        InputError: packing for a loss of whole sequences, or for a model that lets packed rows see each other.
+        InputError: packing for a loss of whole sequences, or for a model that lets packed rows see each other or that
+            cannot read rows as long as the packs.
     """
-    flash = uses_flash_attention(model)
+    flash = uses_flash_attention(models[0])
     flat = flash if options.padding_free is None else options.padding_free
     if options.packing and reads_sequences(loss):
         raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
-    if options.packing or flat:
-        check_packing(model)
     capacity = options.max_length if options.packing else None
     # Flash attention finds boundaries in a single row only.
     together = TOGETHER if TOGETHER in loss.inputs else None
     train = Loader(data, pad_token, flat or (options.packing and flash), capacity, together=together)
-    return train, None if eval_data is None else Loader(eval_data, pad_token, flat, together=together)
+    held_out = None if eval_data is None else Loader(eval_data, pad_token, flat, together=together)
+    if options.packing or flat:
+        widths = [train.widest(options.per_device_train_batch_size)]
+        widths += [held_out.widest(options.per_device_eval_batch_size)] if held_out is not None and flat else []
+        for model in models:
+            check_packing(model)
+            check_width(model, max(widths))
+    return train, held_out
 
 
 @dataclass
@@ -180,6 +194,12 @@ class Loader:
     def collate(self, pieces: list[Piece]) -> Batch:
         """A batch of sequences of any origin, in one row or padded."""
         return padding_free(pieces) if self.flat else padded(pieces, self.pad_token)
+
+    def widest(self, batch_size: int) -> int:
+        """Tokens of the longest row that holds several sequences, in batches of at most this many units."""
+        lengths = [sum(len(example.input_ids) for example in item) for item in self.data.items]
+        units = sorted((sum(lengths[index] for index in unit) for unit in self.units), reverse=True)
+        return sum(units[: batch_size if self.flat else 1])
 
     def without_packs(self) -> Loader:
         """A loader of the same items, each a unit of its own."""

@@ -20,6 +20,7 @@ from torch import nn
 
 from logitless.losses import Loss
 from logitless.training import adapters, files
+from logitless.training.checks import learned_positions
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
@@ -325,3 +326,22 @@ def check_packing(model: Any) -> None:
             f"packing: {type(model).__name__} with {model.config._attn_implementation} attention lets packed rows see "
             f"each other (hidden states differ by {error_size:.2g}); use --no-packing --no-padding_free"
         )
+
+
+@torch.no_grad()
+def check_width(model: Any, width: int) -> None:
+    """Raises InputError where a model with a table of positions cannot read a packed row of `width` tokens.
+
+    Positions that restart are within the table. But GPT-Neo keeps a mask that is as wide as the table.
+    """
+    most = learned_positions(model)
+    if most is None or width <= most:
+        return
+    ids = torch.ones(1, width, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        model.base_model(input_ids=ids, position_ids=ids.cumsum(1) % most, use_cache=False)
+    except (RuntimeError, IndexError) as error:
+        raise InputError(
+            f"packing: {type(model).__name__} has {most} positions and cannot read a packed row of {width} tokens; "
+            f"use --no-packing --no-padding_free, or packing with a max_length of at most {most}: {error}"
+        ) from error

@@ -39,6 +39,7 @@ from logitless.training.loader import Loader
 from logitless.training.model import cache_folder, load_model, locate_once, patched
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
+from logitless.training.resume import IDLE_SETTINGS
 from logitless.types import Head
 
 
@@ -295,7 +296,7 @@ def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, 
 def _depends_on(asked: ReferenceModel, loader: Loader, options: TrainOptions, world: World) -> dict[str, Any]:
     """Everything that changes a reference's values: the model and its code, the tokens, the precision, the versions."""
     configuration = asked.model.config.to_dict()
-    for name in ("_name_or_path", "transformers_version", "use_cache"):  # of the file, and of generation
+    for name in IDLE_SETTINGS:
         configuration.pop(name, None)
     return {
         "weights": hash_tensors(asked.model.state_dict()),

@@ -6,21 +6,23 @@ import dataclasses
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from logitless.training import checkpoint
+from logitless.training.adapters import Adapter
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.mixture import ComponentOptions
 from logitless.training.parallel import World
-from logitless.training.places import require_folder
+from logitless.training.places import MODEL_CONFIG, require_folder
 
+TEACHER = "teacher_model_name_or_path"
 #: Options that a resumed run must share with the one that wrote the checkpoint, or its data position means nothing.
 FIXED = (
     "per_device_train_batch_size",
@@ -29,11 +31,20 @@ FIXED = (
     "packing",
     "max_length",
     "use_peft",
-    "teacher_model_name_or_path",
+    TEACHER,
 )
 #: Options of other groups that decide which tokens the rows have.
 _OF_TOKENS = ("model_name_or_path", "model_revision", "gguf_file", "method", "loss", "mixture")
+#: Settings of a model's config.json that change none of its values.
+IDLE_SETTINGS = ("_name_or_path", "transformers_version", "use_cache")
 _SAMPLES = 16  # places of a file of weights that are read to recognise it
+
+
+class Origin(NamedTuple):
+    """A model that a run begins with: where it is, and what tells it from another, of `parts_of`."""
+
+    place: str
+    parts: dict[str, str]
 
 
 def seed_generators(value: int) -> None:
@@ -108,16 +119,45 @@ def weights_named(source: str, revision: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def require_same_model(state: dict[str, Any], weights: str, options: TrainOptions, source: Path) -> None:
-    """Raises InputError where the model that a run started from is another than the checkpoint's run had.
+def parts_of(source: str, revision: str, adapter: Adapter | None) -> dict[str, str]:
+    """Hashes of what tells one model from another: its weights and settings, or an adapter and those of its base."""
+    if adapter is not None:
+        base = parts_of(adapter.base, adapter.base_revision, None)
+        own = {"weights or settings of the adapter": adapter.digest()}
+        return own | {f"{name} of the adapter's base": value for name, value in base.items()}
+    parts = {"weights": weights_named(source, revision)}
+    file = Path(source) / MODEL_CONFIG
+    if file.is_file():
+        parts["settings (config.json)"] = _settings_hash(file)
+    return parts
 
-    An adapter is trained over it, and a reference is it, so that another one would be trained or compared with.
+
+def _settings_hash(file: Path) -> str:
+    try:
+        settings = dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file}: no JSON object can be read from it: {error}") from error
+    kept = {name: value for name, value in sorted(settings.items()) if name not in IDLE_SETTINGS}
+    return hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
+
+
+def require_same_models(state: dict[str, Any], models: Mapping[str, Origin], source: Path) -> None:
+    """Raises InputError where a model that a run began with is another than the checkpoint's run had.
+
+    An adapter is trained over it, or a reference is it, so that another one would be trained or compared with.
+
+    Args:
+        state: the checkpoint's.
+        models: the run's own, by the option that names them.
+        source: the checkpoint's folder.
     """
-    if state.get("model", weights) != weights:
-        raise InputError(
-            f"{source} cannot be continued: {options.model_name_or_path} has other weights than the model that the "
-            "run started from, which its adapter or its reference belongs to"
-        )
+    for option, (place, parts) in models.items():
+        was = state.get("models", {}).get(option, parts)
+        if changed := [name for name in parts if was.get(name) != parts[name]]:
+            given = "model that the run started from, which its adapter or its reference belongs to"
+            given = "teacher of the run" if option.endswith(TEACHER) else given
+            found = " and ".join(changed)
+            raise InputError(f"{source} cannot be continued: {place} has other {found} than the {given}")
 
 
 def require_same(
@@ -138,12 +178,15 @@ def require_same(
         return
     named = [f"{name} was {saved.get(name)!r} and is {identity[name]!r}" for name in changed]
     if any(name.rpartition("/")[2] == "data" for name in changed):
-        named.append(_other_tokens(state, options, tokenizer, changed))
+        named += _other_tokens(state, options, tokenizer, changed)
     raise InputError(f"{source} cannot be continued, its data position would mean nothing: {'; '.join(named)}")
 
 
-def _other_tokens(state: dict[str, Any], options: TrainOptions, tokenizer: Any, known: Sequence[str]) -> str:
-    """What has changed of that on which the data's tokens depend, besides the options that are `known` to have."""
+def _other_tokens(state: dict[str, Any], options: TrainOptions, tokenizer: Any, known: Sequence[str]) -> list[str]:
+    """What has changed of that on which the data's tokens depend, besides the options that are `known` to have.
+
+    Nothing is said where these explain it.
+    """
     was, now = state.get("options", {}), options.to_dict()
     names = [spec.name for spec in dataclasses.fields(options)
              if spec.metadata["group"] == "Data" or spec.name in _OF_TOKENS]  # fmt: skip
@@ -154,9 +197,11 @@ def _other_tokens(state: dict[str, Any], options: TrainOptions, tokenizer: Any, 
     ]
     parts = tokenizer_parts(tokenizer)
     reasons += [f"the {name} is another" for name in parts if state.get("tokenizer", parts).get(name) != parts[name]]
+    if not reasons and any(name.rpartition("/")[2] in names for name in known):
+        return []
     if not reasons:
         dated = "strftime_now" in str(tokenizer.chat_template)
         reasons = [
             "no option says why, so the rows of dataset_name are" + dated * ", or the date that its template writes"
         ]
-    return f"the tokens are others: {'; '.join(reasons)}"
+    return [f"the tokens are others: {'; '.join(reasons)}"]

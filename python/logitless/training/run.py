@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
-from logitless.training.adapters import Adapter, find_adapter, require_free
+from logitless.training.adapters import Adapter, find_adapter, idle_options, require_free
 from logitless.training.checks import (
     check_finite,
     check_positions,
@@ -52,14 +52,16 @@ from logitless.training.parallel import World
 from logitless.training.places import require_places
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
 from logitless.training.resume import (
+    TEACHER,
+    Origin,
     find_checkpoint,
     first_state,
     identity_of,
+    parts_of,
     require_same,
-    require_same_model,
+    require_same_models,
     seed_generators,
     tokenizer_parts,
-    weights_named,
 )
 from logitless.training.sampler import Sampler
 from logitless.training.settings import Settings, read_settings
@@ -233,7 +235,7 @@ def prepare(options: TrainOptions, world: World) -> Run:
     components = tuple(_prepared(base, *each) for each in zip(plan.components, plan.losses, read.data, strict=True))
 
     optimizer = make_optimizer(model, options)
-    steps_per_epoch, total_steps = _count_steps(options, components)
+    steps_per_epoch, total_steps = _count_steps(plan, components)
     reporter = _reporter(options, world, plan.state["step"], total_steps)
     run = Run(
         options, world, components, read.tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
@@ -271,16 +273,31 @@ def _read_data(plan: Plan) -> Read:
 
 def _identify(plan: Plan, read: Read) -> dict[str, Any]:
     """What a resumed run must share with its checkpoint's; the state keeps what explains a difference."""
-    options, state, resumed = plan.components[0].options, plan.state, plan.resumed
+    state, resumed = plan.state, plan.resumed
     identity = identity_of(plan.components, [loaded.training.fingerprint() for loaded in read.data], plan.world)
-    identity["adapter"] = None if read.adapter is None else read.adapter.digest()
-    weights = weights_named(read.source, options.model_revision)
+    models = _origins(plan, read)
     if resumed is not None:
-        require_same(state, identity, options, read.tokenizer, resumed)
-        if options.use_peft or _any_compares(plan.losses, read.data):
-            require_same_model(state, weights, options, resumed)
-    state |= {"tokenizer": tokenizer_parts(read.tokenizer), "model": weights}
+        require_same(state, identity, plan.components[0].options, read.tokenizer, resumed)
+        require_same_models(state, models, resumed)
+    state |= {"tokenizer": tokenizer_parts(read.tokenizer), "models": {name: own.parts for name, own in models.items()}}
     return identity
+
+
+def _origins(plan: Plan, read: Read) -> dict[str, Origin]:
+    """The models that a run must find again if it is resumed: an adapter's base, and what it compares with."""
+    options, found = plan.options, {}
+    if options.use_peft or _any_compares(plan.losses, read.data):
+        parts = parts_of(read.source, options.model_revision, read.adapter)
+        found["model_name_or_path"] = Origin(options.model_name_or_path, parts)
+    for component, loss, loaded in zip(plan.components, plan.losses, read.data, strict=True):
+        teacher = component.options.teacher_model_name_or_path
+        if teacher is not None and _compares(loss, loaded.sources):
+            asked = dataclasses.replace(component.options, model_name_or_path=teacher)
+            with component.blamed():
+                source = locate_once(asked, plan.world)
+                parts = parts_of(source, asked.model_revision, find_adapter(source, asked))
+            found |= component.named({TEACHER: Origin(teacher, parts)})
+    return found
 
 
 def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
@@ -289,7 +306,8 @@ def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
     compares = _any_compares(plan.losses, read.data)
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, read.source, plan.resumed, loss, device, dropout=dropout)
-    notes = check_weights(model, options, peak_learning_rate(options, plan.losses))
+    notes = [*idle_options(options), *check_weights(model, options, peak_learning_rate(options, plan.losses))]
+    check_finite(model, options.model_name_or_path + (f" in {plan.resumed}" if plan.resumed is not None else ""))
     notes += _check_model(plan, read, model)
     if read.adapter is not None:
         use = "trained on" if options.use_peft else "merged into it"
@@ -298,11 +316,15 @@ def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
     return model, notes
 
 
-def _count_steps(options: TrainOptions, components: Sequence[Component]) -> tuple[int, int]:
+def _count_steps(plan: Plan, components: Sequence[Component]) -> tuple[int, int]:
     """Steps of an epoch and of the run, which every component is told."""
+    options, done = plan.options, plan.state["step"]
     steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
     steps_of_epochs = math.ceil(options.num_train_epochs * steps_per_epoch)
     total_steps = options.max_steps if options.max_steps > 0 else steps_of_epochs
+    if done > total_steps:
+        raise InputError(f"{plan.resumed} is at step {done}, and the run ends at step {total_steps}; expected "
+                         "max_steps or num_train_epochs beyond the checkpoint")  # fmt: skip
     for component in components:
         component.total_steps = total_steps
     return steps_per_epoch, total_steps
@@ -343,7 +365,6 @@ def _notes_on_text(plan: Plan, read: Read) -> list[str]:
 def _check_model(plan: Plan, read: Read, model: Any) -> list[str]:
     """Notes on the model that is trained, which must be able to read the rows of every component."""
     name = plan.options.model_name_or_path
-    check_finite(model, name)
     notes: list[str] = []
     for component, loaded in zip(plan.components, read.data, strict=True):
         with component.blamed():
@@ -383,13 +404,20 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
             base.notes.extend(_check_teacher(base, options, reference, data))
         _check_estimates(options, loss, reference, estimates)
         pad_token = padding_token(base.tokenizer, base.model, base.model if reference is None else reference.model)
-        loaders = make_loaders(options, loss, base.model, pad_token, training, held_out)
+        loaders = make_loaders(options, loss, _readers(base.model, reference, options), pad_token, training, held_out)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
     component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
     del reference  # the component's alone, which may drop it
     _store_or_share(component, base.frozen)
     return component
+
+
+def _readers(model: Any, reference: ReferenceModel | None, options: TrainOptions) -> list[Any]:
+    """The models that read a component's batches: stored values of a reference are of rows by themselves."""
+    if reference is None or reference.model is model or options.precompute_ref_log_probs:
+        return [model]
+    return [model, reference.model]
 
 
 def _check_teacher(base: Base, options: TrainOptions, reference: ReferenceModel, data: Loaded) -> list[str]:
