@@ -64,7 +64,7 @@ def check(case: Case, outputs: tuple[str, ...], logit_weight=None, **options) ->
             lambda p: logprobs(p, outputs=outputs, logit_weight=logit_weight, **case.options, **options),
             lambda p: materialised(p, case.transform, outputs=outputs, logit_weight=logit_weight),
             case.problem,
-            scale=case.scale_of(outputs),
+            scale=max(case.scale_of(outputs), case.bent_scale),
         )
 
 

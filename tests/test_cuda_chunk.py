@@ -457,7 +457,7 @@ def check_op(case: Case, outputs: tuple[str, ...], backward: str) -> None:
             ours,
             lambda p: materialised(p, case.transform, outputs=outputs),
             case.problem,
-            scale=case.scale_of(outputs),
+            scale=max(case.scale_of(outputs), case.bent_scale),
         )
 
 

@@ -6,14 +6,17 @@ import ast
 import graphlib
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import logitless
+from logitless import commands
 
 PACKAGE = Path(logitless.__file__).parent
 
@@ -30,6 +33,7 @@ LAYERS = (
     ("functional",),
     ("nn",),
     ("testing",),
+    ("commands",),
     ("integrations",),
     ("training",),
     ("cli",),
@@ -178,20 +182,71 @@ def test_import_brings_in_torch_alone() -> None:
 def test_import_works_without_the_extras() -> None:
     """The import works in a process in which importing any extra would fail."""
     fresh(
-        "import sys\n"
-        "for name in ('transformers', 'triton', 'numpy', 'typer', 'rich', 'yaml', 'peft', 'datasets', 'accelerate'):\n"
-        "    sys.modules[name] = None\n"
+        f"import sys; sys.modules |= dict.fromkeys({EXTRAS})\n"
         "import logitless, torch\n"
         "hidden, weight = torch.randn(4, 8), torch.randn(11, 8)\n"
         "print(logitless.linear_logprobs(hidden, weight, torch.arange(4)).logprob)"
     )
 
 
-def test_command_line_names_the_package_that_it_lacks() -> None:
-    code = "import sys; sys.modules['typer'] = None; from logitless.__main__ import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr == "the command line needs typer: pip install 'logitless[train]'\n"
+EXTRAS = ("transformers", "triton", "numpy", "typer", "rich", "yaml", "peft", "datasets", "accelerate", "safetensors")
+
+
+def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line in a process in which importing any extra fails."""
+    code = f"import sys; sys.modules |= dict.fromkeys({EXTRAS}); from logitless.__main__ import main; main()"
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [(), ("train", "--config", "a.yaml"), ("teach",)])
+def test_command_line_names_the_package_that_it_lacks(command: tuple[str, ...]) -> None:
+    done = bare(*command)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == (
+        f"{' '.join(('logitless', *command[:1]))} needs typer: pip install 'logitless[train]'; info, losses and "
+        "--version work without it\n"
+    )
+
+
+def test_commands_that_need_torch_alone_work_without_the_extras() -> None:
+    shown = {name: bare(*name.split()) for name in ("info", "losses", "losses dft", "--version", "--help")}
+    assert all(done.returncode == 0 and not done.stderr for done in shown.values())
+    assert re.search(rf"^torch +{re.escape(torch.__version__)}$", shown["info"].stdout, re.M)
+    assert [line.split()[0] for line in shown["losses"].stdout.splitlines()] == logitless.losses.names()
+    assert "Dynamic fine-tuning: `-sg(p^power) logprob`" in shown["losses dft"].stdout
+    assert shown["--version"].stdout == f"{commands.version()}\n"
+    assert "train and teach need typer" in shown["--help"].stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("losses", "dtf"), "error: no loss is named 'dtf' (did you mean 'dft'"),
+        *((wrong, "info | losses") for wrong in (("info", "more"), ("inof",), ("--versoin",), ("--",))),
+    ],
+)
+def test_a_wrong_command_without_the_extras_ends_with_what_there_is(
+    given: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["logitless", *given])
+    with pytest.raises(SystemExit) as ended:
+        commands.main("typer")
+    assert ended.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_commands_work_in_a_source_tree_that_is_not_installed() -> None:
+    code = (
+        "import importlib.metadata as m, sys; from logitless.__main__ import main\n"
+        "def version(name): raise m.PackageNotFoundError(name)\n"
+        "m.version = version; main()"
+    )
+    for command, expected in (
+        ("--version", "logitless not installed"),
+        ("info", "logitless "),
+        ("losses", f"{logitless.losses.names()[0]} "),
+    ):
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code, command], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith(expected), done.stderr
 
 
 def test_import_adds_little_to_torchs() -> None:

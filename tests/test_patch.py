@@ -146,6 +146,18 @@ def test_return_dict_false_gives_a_tuple() -> None:
     assert isinstance(model(**inputs), tuple)
 
 
+@pytest.mark.parametrize("asked", [{}, {"skip_logits": False}, {"token_outputs": ("lse",)}], ids=str)
+@pytest.mark.parametrize("loss", ["nll", "dft"])
+def test_fields_have_the_order_of_the_models_own(loss: str, asked: dict[str, Any]) -> None:
+    model, inputs = llama(), batch()
+    own = list(model(**inputs, output_hidden_states=True).keys())
+    output = patch(model)(**inputs, output_hidden_states=True, loss=loss, **asked)
+    skipped = set() if "skip_logits" in asked else {"logits"}
+    assert list(output)[: len(own) - len(skipped)] == [name for name in own if name not in skipped]
+    assert output[0] is output.loss and output.to_tuple()[0] is output.loss
+    assert model(**inputs, loss=loss, return_dict=False, **asked)[0].shape == ()
+
+
 def test_logits_to_keep_goes_with_labels_of_the_kept_positions() -> None:
     model, inputs = patch(llama()), batch()
     given = {"input_ids": inputs["input_ids"], "shift_labels": shifted(inputs["labels"])}
@@ -370,10 +382,13 @@ def test_calls_without_labels_and_generation_run_the_models_own_forward() -> Non
     assert model.train()(inputs["input_ids"]).logits is not None
 
 
-def test_evaluation_gives_true_logits_unless_they_are_not_wanted() -> None:
+def test_evaluation_gives_true_logits_where_they_are_wanted() -> None:
     model, inputs = llama().eval(), batch()
     own = model(**inputs)
-    patch(model)
+    bare = patch(model)(**inputs)
+    assert bare.logits is None and unpatch(model) is model
+    torch.testing.assert_close(bare.loss, own.loss)
+    patch(model, eval_logits=True)
     ours = model(**inputs)
     torch.testing.assert_close(ours.logits, own.logits, rtol=0, atol=0)
     torch.testing.assert_close(ours.loss, own.loss, rtol=0, atol=0)
@@ -544,7 +559,7 @@ def test_several_disabled_and_merged_adapters_are_followed() -> None:
     patch(model)
 
     def assert_same() -> None:
-        torch.testing.assert_close(model(**inputs, skip_logits=True).loss, model(**inputs).loss)
+        torch.testing.assert_close(model(**inputs).loss, model(**inputs, skip_logits=False).loss)
 
     assert_same()
     model.base_model.set_adapter("second")
@@ -554,8 +569,55 @@ def test_several_disabled_and_merged_adapters_are_followed() -> None:
     model.merge_adapter()
     assert_same()
     with model.disable_adapter():
-        torch.testing.assert_close(model(**inputs, skip_logits=True).loss, model(**inputs).loss)
+        torch.testing.assert_close(model(**inputs).loss, model(**inputs, skip_logits=False).loss)
     assert_same()
+
+
+def test_rows_of_several_adapters_are_followed_from_the_first_call_on() -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    settings = {"r": 2, "lora_alpha": 8, "target_modules": ["q_proj"], "init_lora_weights": False}
+    model = peft.get_peft_model(llama(), peft.LoraConfig(**settings)).eval()
+    model.add_adapter("second", peft.LoraConfig(**settings))
+    inputs = batch()
+    named = {**inputs, "adapter_names": ["second", "__base__", "default"][: len(inputs["labels"])]}
+    own, alone = model(**named).loss, model(**inputs).loss
+    patch(model)
+    torch.testing.assert_close(model(**named).loss, own)
+    torch.testing.assert_close(model(**inputs).loss, alone)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("patch_first", [True, False])
+def test_trained_tokens_are_followed_into_a_tied_head(tied: bool, patch_first: bool) -> None:
+    tokens, inputs = [5, 6, 20], batch()
+
+    def trained(model: Any) -> Any:
+        return lora(model, target_modules=["q_proj"], trainable_token_indices=tokens)
+
+    model = trained(llama(tie_word_embeddings=tied)).train()
+    ours_model = trained(patch(llama(tie_word_embeddings=tied))).train() if patch_first else copy.deepcopy(model)
+    for each in (model, ours_model):
+        for name, parameter in each.named_parameters():
+            if "trainable_tokens_delta" in name:
+                torch.manual_seed(6)
+                parameter.data.add_(torch.randn_like(parameter))
+    own = model(**inputs)
+    expected = grads(model, own.loss)
+    assert any("trainable_tokens_delta" in name for name in expected)
+    ours_model = ours_model if patch_first else patch(ours_model)
+    ours = ours_model(**inputs)
+    assert ours.logits is None
+    torch.testing.assert_close(ours.loss, own.loss)
+    assert_grads(grads(ours_model, ours.loss), expected)
+    with model.disable_adapter(), ours_model.disable_adapter():
+        bare = model(**inputs).loss
+        assert not torch.allclose(bare, own.loss)
+        torch.testing.assert_close(ours_model(**inputs).loss, bare)
+    ours_model.merge_adapter()
+    torch.testing.assert_close(ours_model(**inputs).loss, own.loss)
+    ours_model.unmerge_adapter()
+    torch.testing.assert_close(ours_model(**inputs).loss, own.loss)
 
 
 @pytest.mark.parametrize("kind", ["dora", "ia3", "loha"])
@@ -645,6 +707,7 @@ def test_a_forward_wrapped_after_the_patch_is_not_lost_by_unpatch() -> None:
         ({"loss": 3}, TypeError, "loss"),
         ({"backend": "cudnn"}, ValueError, "backend: expected one of .*got 'cudnn'"),
         ({"backward": "twice"}, ValueError, "backward: expected one of .*got 'twice'"),
+        ({"temperature": -1.0}, ValueError, "temperature: expected a positive number, got -1.0"),
     ],
 )
 def test_bad_arguments_of_patch_are_named(arguments: dict[str, Any], error: Any, message: str) -> None:
@@ -682,7 +745,14 @@ def test_bad_arguments_of_patch_are_named(arguments: dict[str, Any], error: Any,
         ),
         ({"loss": "f_divergence_sft", "token_outputs": ("lse",)}, ValueError, "ref_logprob"),
         ({"num_items_in_batch": "7"}, TypeError, "num_items_in_batch: expected a number"),
-        ({"num_items_in_batch": torch.ones(2)}, ValueError, "normalizer"),
+        ({"num_items_in_batch": torch.ones(2)}, ValueError, r"num_items_in_batch: expected one number.*\[2\]"),
+        ({"num_items_in_batch": -1}, ValueError, "num_items_in_batch: expected a finite number, 0 or more, got -1"),
+        ({"num_items_in_batch": torch.tensor(float("nan"))}, ValueError, "num_items_in_batch: .* got nan"),
+        ({"num_items_in_batch": float("inf")}, ValueError, "num_items_in_batch: .* got inf"),
+        ({"num_items_in_batch": 3, "loss_inputs": {"reduction": "sum"}}, ValueError, "num_items_in_batch: divides"),
+        ({"temperature": 0.0}, ValueError, "temperature: expected a positive number, got 0.0"),
+        ({"temperature": "hot"}, ValueError, "temperature: expected a positive number, got 'hot'"),
+        ({"labels": None, "temperature": 0.7}, ValueError, "temperature: needs labels"),
         ({"cu_seqlens": torch.tensor([[0, T]])}, ValueError, r"cu_seqlens: expected a tensor of S \+ 1 integers"),
         ({"cu_seqlens": torch.tensor([0, T])}, ValueError, "cu_seqlens: expected boundaries that rise from 0 to .* 27"),
     ],
@@ -726,9 +796,9 @@ def train(folder: Any, patched: bool, checkpointing: bool) -> tuple[list[tuple[f
         report_to=[], save_strategy="no", gradient_checkpointing=checkpointing, use_cpu=True, learning_rate=1e-3,
         disable_tqdm=True, per_device_eval_batch_size=4, logging_steps=1,
     )  # fmt: skip
-    model = llama()
+    model = patch(llama(), eval_logits=True) if patched else llama()  # compute_metrics reads them
     trainer = transformers.Trainer(
-        model=patch(model) if patched else model, args=arguments, train_dataset=rows, eval_dataset=rows,
+        model=model, args=arguments, train_dataset=rows, eval_dataset=rows,
         data_collator=collate, compute_metrics=metrics,
     )  # fmt: skip
     trainer.train()

@@ -105,6 +105,15 @@ def test_both_formats_hold_the_same(teacher: str, data: str) -> None:
     assert again == taught(teacher, data, "b.parquet")
 
 
+def test_columns_under_other_names_are_read_and_written_as_they_are(teacher: str, data: str, tmp_path: Path) -> None:
+    """So one file of options serves training on the taught file too."""
+    rows = [{"ask": row["prompt"], "reply": row["completion"]} for row in completion_rows(6)]
+    named = write_jsonl(tmp_path / "named.jsonl", rows)
+    found = taught(teacher, named, column_map={"prompt": "ask", "completion": "reply"})
+    assert [{key: values[key] for key in rows[0]} for values in found] == rows
+    assert [values["target_ids"] for values in found] == [values["target_ids"] for values in taught(teacher, data)]
+
+
 @pytest.mark.parametrize(("mode", "length"), [("keep_start", 11), ("keep_end", 4)])
 def test_tokens_that_are_cut_have_empty_lists(teacher: str, data: str, mode: str, length: int) -> None:
     """The teacher reads what training reads: the row cut to max_length."""
@@ -367,13 +376,14 @@ def test_bad_rows_are_named(teacher: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_parquet_would_change_are_refused(teacher: str, tmp_path: Path) -> None:
-    """Arrow gives each row's tool all names that any tool has, and the template writes them down."""
-    template = "{{ tools }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    """Arrow gives every row's tool the first one's order of names, and the template writes them down."""
+    template = "{{ tools[0]['function'] | list }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     model = make_model(tmp_path / "model", chat_template=template)
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    rows = [{"messages": turns, "tools": [{"name": "f", name: 1}]} for name in ("x", "y")]
+    tools = [{"name": "f", "x": 1, "y": 2}, {"name": "f", "y": 2, "x": 1}]
+    rows = [{"messages": turns, "tools": [tool]} for tool in tools]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(InputError, match=r"line 1: Parquet adds names .*; write .jsonl"):
+    with pytest.raises(InputError, match=r"line 2: Parquet gives .*; write .jsonl"):
         taught(model, data)
     assert [row["tools"] for row in taught(model, data, "taught.jsonl")] == [row["tools"] for row in rows]
 
@@ -384,8 +394,35 @@ def test_a_teacher_of_other_ids_is_refused(teacher: str, data: str, tmp_path: Pa
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match=r"other ids than the data's tokenizer, as for '[ab]'"):
+    with pytest.raises(InputError, match=r"another tokenizer: the id \d+ is '[ab]' to the data's"):
         taught(teacher, data, teacher_model_name_or_path=other)
+
+
+def test_rows_of_a_head_that_are_no_tokens_are_left_out(teacher: str, data: str, tmp_path: Path) -> None:
+    """Lists and tail are those of the 258 tokens, so that a model of a shorter head can learn them."""
+    model = LlamaForCausalLM.from_pretrained(teacher)
+    model.resize_token_embeddings(264, mean_resizing=False)
+    model.get_output_embeddings().weight.data[258:] = model.get_output_embeddings().weight.data[:6] * 1.5
+    model.save_pretrained(tmp_path / "padded")
+    make_tokenizer().save_pretrained(tmp_path / "padded")
+    found = taught(teacher, data, teacher_model_name_or_path=str(tmp_path / "padded"))
+    for values, row in zip(found, completion_rows(6), strict=True):
+        ids, start = ids_of(row)
+        with torch.no_grad():
+            full = model(torch.tensor([ids])).logits[0, :-1, :258].double().log_softmax(-1)
+        assert_columns(values, full[start - 1 :])
+    with pytest.raises(InputError, match="k: expected at most 258"):
+        write_teacher_columns(options(teacher, data), str(tmp_path / "x.jsonl"), k=259)
+
+
+def test_ids_beyond_the_teachers_embedding_are_refused(teacher: str, tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<tool>"], special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": "x"}, {"text": "<tool>"}])
+    with pytest.raises(InputError, match=r"line 2: the token '<tool>' has the id 258, but the embedding of"):
+        taught(folder, data)
 
 
 def command(*arguments: str) -> Result:

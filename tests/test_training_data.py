@@ -15,15 +15,16 @@ from training_fixtures import completion_rows, make_tokenizer, preference_rows, 
 from logitless.training import InputError
 from logitless.training.collate import Piece, best_fit, consecutive, packed, padded, padding_free
 from logitless.training.data import Row, has_split, read_rows
+from logitless.training.examples import IGNORED, Example
 from logitless.training.loader import Loader, split_rows
+from logitless.training.render import Renderer
 from logitless.training.sampler import Sampler
-from logitless.training.tokenize import IGNORED, Example, RowTokenizer
 
 TOKENIZER = make_tokenizer()
 
 
-def renderer(**changes: Any) -> RowTokenizer:
-    return RowTokenizer(**{"tokenizer": TOKENIZER, "max_length": 128} | changes)
+def renderer(**changes: Any) -> Renderer:
+    return Renderer(**{"tokenizer": TOKENIZER, "max_length": 128} | changes)
 
 
 def one(values: dict[str, Any], **changes: Any) -> Example:
@@ -137,11 +138,24 @@ def test_truncation_never_leaves_an_empty_completion() -> None:
     rows = [Row({"prompt": "p" * 20, "completion": "c" * 20}, "x"), Row({"prompt": "p", "completion": "c"}, "x")]
     data = renderer(max_length=16).sequences(rows, "x")
     assert (len(data.items), data.rows, data.dropped, data.truncated) == (1, 2, 1, 1)
-    assert "1 dropped: no completion left within max_length" in data.summary()
+    assert "1 dropped: no token that counts within max_length" in data.summary()
     kept = renderer(max_length=16, truncation_mode="keep_end").sequences(rows, "x")
     assert kept.dropped == 0 and counted_text(kept.items[0][0]) == "c" * 14 + "<|im_end|>"
-    with pytest.raises(InputError, match=r"none of 1 rows has a completion left within max_length=16"):
+    with pytest.raises(InputError, match=r"none of 1 rows has a token that counts within max_length=16"):
         renderer(max_length=16).sequences(rows[:1], "data.jsonl")
+
+
+def test_a_tie_is_dropped_and_counted() -> None:
+    """Equal answers have no gradient, and neither have answers that are equal in all that is left of them."""
+    rows = [{"prompt": "x", "chosen": "a", "rejected": b} for b in ("b", "a")]
+    rows += [{"prompt": "p" * 6, "chosen": "c" * 20 + end, "rejected": "c" * 20} for end in ("d", "e")]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    rows += [{"chosen": talk, "rejected": talk}]
+    data = renderer(max_length=16).pairs([Row(row, "x") for row in rows[:4]], "x")
+    assert (len(data.items), data.rows, data.dropped, data.ties, data.kept) == (1, 4, 0, 3, (0,))
+    assert "3 dropped: chosen and rejected are the same tokens" in data.summary()
+    with pytest.raises(InputError, match=r"x: none of 2 rows has .* chosen and rejected that differ \(2 are the same"):
+        renderer().pairs([Row(rows[1], "x"), Row(rows[4], "x")], "x")
 
 
 def test_a_pair_is_dropped_whole() -> None:
@@ -154,15 +168,18 @@ def test_a_pair_is_dropped_whole() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"question": "x"}, r"expected messages, or prompt and completion, or text; the columns are \['question'\]"),
+        (
+            {"question": "x"},
+            r"expected messages, .* or text, or a form of other .*; the columns are \['question'\]; column_",
+        ),
         ({"prompt": "x", "chosen": "a", "rejected": "b"}, "--method dpo"),
         ({"text": 3}, "text must be a string, got int"),
-        ({"messages": "hello"}, "messages must be a non-empty list of turns, got str"),
+        ({"messages": "hello"}, "messages must be a non-empty list of turns, got text"),
         ({"messages": []}, "messages must be a non-empty list"),
         ({"messages": [{"content": "x"}]}, "messages, turn 1: expected role and content"),
-        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no assistant turn to learn from; the roles are user"),
         ({"messages": [{"role": "user"}]}, "turn 1: content is missing"),
-        ({"prompt": "x", "completion": 4}, "prompt is a str and completion a int; give both as strings"),
+        ({"prompt": "x", "completion": 4}, "completion must be a string or a list of turns, got int"),
     ],
 )
 def test_malformed_rows_are_reported_with_their_line(values: dict[str, Any], message: str) -> None:
@@ -174,9 +191,8 @@ def test_malformed_rows_are_reported_with_their_line(values: dict[str, Any], mes
     ("values", "message"),
     [
         ({"prompt": "x", "chosen": "a"}, "rejected missing"),
-        ({"prompt": "x", "chosen": "a", "rejected": "a"}, "chosen and rejected are the same"),
+        ({"prompt": "x", "chosen": "a", "rejected": 4}, "rejected must be a string or a list of turns, got int"),
         ({"chosen": "a", "rejected": [{"role": "user", "content": "x"}]}, "both be strings or both lists"),
-        ({"prompt": [{"role": "user", "content": "x"}], "chosen": "a", "rejected": "b"}, "prompt is a list"),
         (
             {
                 "chosen": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a"}],
@@ -193,7 +209,7 @@ def test_malformed_preference_rows_are_reported(values: dict[str, Any], message:
 
 def test_a_chat_row_needs_a_chat_template() -> None:
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]}
-    with pytest.raises(InputError, match="line 7: a chat row, but the tokenizer has no chat template"):
+    with pytest.raises(InputError, match=r"line 7: .* has no chat template; name one by chat_template_path"):
         one(row, tokenizer=make_tokenizer(chat_template=None))
 
 
@@ -206,7 +222,7 @@ def test_a_template_that_refuses_or_rewrites_is_reported() -> None:
     rewriting = make_tokenizer(
         "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] if loop.last else '' }}{% endfor %}"
     )
-    with pytest.raises(InputError, match=r"line 7: .*template renders|line 7: .*template rewrites"):
+    with pytest.raises(InputError, match=r"line 7: .*template leaves content out"):
         one(row, tokenizer=rewriting)
 
 
@@ -232,7 +248,7 @@ def test_best_fit_packs_everything_once_and_wastes_little(lengths: list[int], ca
     assert sum(2 * size <= capacity for size in sizes) <= 1
 
 
-def test_best_fit_refuses_what_can_not_fit() -> None:
+def test_best_fit_refuses_what_cannot_fit() -> None:
     with pytest.raises(ValueError, match="length 9 is above the capacity 8"):
         best_fit([3, 9], 8)
 

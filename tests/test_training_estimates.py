@@ -15,10 +15,10 @@ from transformers import LlamaForCausalLM
 from logitless import losses
 from logitless.training import InputError, train
 from logitless.training.collate import Batch
+from logitless.training.examples import Example
 from logitless.training.metrics import read_metrics
 from logitless.training.parallel import World
 from logitless.training.run import Run, prepare
-from logitless.training.tokenize import Example
 from logitless.training.trainer import take_step
 
 WORLD = World(0, 1, torch.device("cpu"))

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from training_fixtures import completion_rows, make_model, make_options, preference_rows, write_jsonl
-from transformers import LlamaForCausalLM
 
 from logitless import linear_logprobs, losses
 from logitless.training import InputError, train
@@ -146,6 +145,9 @@ def test_distributions_are_compared_with_the_model_at_the_start(folder: Path, lo
 def test_a_missing_column_is_named(folder: Path) -> None:
     with pytest.raises(InputError, match=r"rows\.jsonl: dense_path_reinforce needs a column sft_logprob"):
         curve(folder, {"name": "dense_path_reinforce"})
+    write_jsonl(folder / "unlabelled.jsonl", [{"prompt": "q", "completion": "a"}])
+    with pytest.raises(InputError, match=r"unlabelled\.jsonl: kto needs a column desirable or label: one number"):
+        train(make_options(folder / "x", str(folder / "model"), str(folder / "unlabelled.jsonl"), method="kto"))
     write_jsonl(folder / "pairs-of-one-reward.jsonl", [{**row, "rejected_reward": None} for row in PAIRS])
     with pytest.raises(InputError, match=r"line 1: the loss reads the column rejected_reward, .*got None"):
         train(
@@ -177,16 +179,11 @@ def test_each_side_of_a_pair_has_columns_of_its_own(folder: Path) -> None:
 
 
 def test_a_teacher_is_another_model(folder: Path) -> None:
-    """Distillation from it lowers the divergence; another vocabulary is refused."""
+    """Distillation from it lowers the divergence."""
     teacher = make_model(folder / "teacher", tied=False)
     loss = {"name": "distillation", "kind": "reverse_kl"}
     found = curve(folder, loss, teacher_model_name_or_path=teacher, max_steps=12, learning_rate=3e-3)
     assert 0 < found[-1, 0] < found[0, 0]
-    model = LlamaForCausalLM.from_pretrained(teacher)
-    model.resize_token_embeddings(300)
-    model.save_pretrained(teacher)
-    with pytest.raises(InputError, match="vocabulary"):
-        curve(folder, loss, teacher_model_name_or_path=teacher)
 
 
 @pytest.mark.parametrize("masked", [False, True])

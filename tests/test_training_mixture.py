@@ -309,9 +309,9 @@ def test_what_may_not_change_is_named(mixed: Mixed) -> None:
     [
         ({"weight": 0}, r"component 2: weight must be above 0, got 0\.0"),
         ({"weight": -1}, "component 2: weight must be above 0, got -1"),
-        ({"weight": float("inf")}, "component 2: weight must be above 0, got inf"),
-        ({"weight": "much"}, "component 2: weight must be a float, got 'much'"),
-        ({"method": None}, "component 2: method can not be empty"),
+        ({"weight": float("inf")}, "component 2: weight must be a finite number, got inf"),
+        ({"weight": "much"}, "component 2: weight must be a finite number, got 'much'"),
+        ({"method": None}, "component 2: method cannot be empty"),
         ({"dataset_name": ""}, "component 2: dataset_name is required"),
         ({"learning_rate": 1e-3}, "component 2: learning_rate is no option of a component"),
         ({"wieght": 2}, r"component 2: wieght is no option of a component \(nearest: weight"),

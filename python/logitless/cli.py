@@ -1,8 +1,9 @@
-"""The command line: `logitless train`, `logitless teach` and `logitless info`.
+"""The command line: `logitless train`, `teach`, `info` and `losses`.
 
 The options of `train` are those of `TrainOptions`, which is their single statement: the flags are generated from it, a
-YAML file given with `--config` may hold the same names, and a flag wins over the file. `teach` has those of them that
-say which model reads which tokens, and takes the same file.
+YAML file given with `--config` may hold the same names, and a flag wins over the file. Names that no flag has are read
+as the file's keys are, so that both know the same names of other tools and give the same errors. `teach` has those of
+the options that say which model reads which tokens, and takes the same file.
 """
 
 from __future__ import annotations
@@ -10,27 +11,38 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import typing
-from collections.abc import Callable, Collection
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
-from logitless.training.config import TEACHER_IDS, TrainOptions, field_types, options_from_mapping, read_yaml
-from logitless.training.errors import InputError, NonFiniteLossError
+from logitless import commands
+from logitless.training.config import (
+    TEACHER_IDS,
+    TRUTH,
+    TrainOptions,
+    field_types,
+    options_from_mapping,
+    read_yaml,
+)
+from logitless.training.errors import InputError, NonFiniteLossError, nearest_names
+from logitless.training.other_names import ALIASES, INERT_KEYS, LOSS_SETTINGS, UNSUPPORTED_KEYS
 
 # --learning-rate and --learning_rate are the same flag
 _CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
+_FURTHER = {"allow_extra_args": True, "ignore_unknown_options": True}  # `_further` reads them
 
 #: The options of a run that say which model reads which tokens, which is what `teach` needs.
 TEACHER_OPTIONS = (
     *("model_name_or_path", "teacher_model_name_or_path", "model_revision", "gguf_file", "dtype", "bf16"),
     *("attn_implementation", "trust_remote_code", "use_liger_kernel", "use_cpu", "cache_dir", "backend"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "max_length", "truncation_mode"),
-    *("completion_only_loss", "per_device_eval_batch_size"),
+    *("column_map", "chat_template_path", "assistant_only_loss", "completion_only_loss", "per_device_eval_batch_size"),
 )
 
 app = typer.Typer(
-    help="Losses for LLM post-training from hidden states, never from logits.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,7 +50,28 @@ app = typer.Typer(
 )
 
 
-def train(config: str | None, **flags: Any) -> None:
+class _Command(TyperCommand):
+    """A command whose switches take a value too, as Hugging Face's do: `--bf16 true`, `--packing=false`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        switches = {name for name, kind in field_types().items() if kind in (bool, bool | None)}
+        found: list[str] = []
+        rest = deque(args)
+        while rest:
+            argument = rest.popleft()
+            first, given, value = argument.partition("=")
+            name = first[2:].replace("-", "_") if first.startswith("--") else ""
+            if ALIASES.get(name, name) in switches and not given and rest and rest[0].lower() in TRUTH:
+                given, value = "=", rest.popleft()
+            if name in switches and value.lower() in TRUTH:
+                argument = f"--{name}" if TRUTH[value.lower()] else f"--no_{name}"
+            elif given:
+                argument = f"{first}={value}"
+            found.append(argument)
+        return super().parse_args(ctx, found)
+
+
+def train(context: typer.Context, config: str | None, **flags: Any) -> None:
     """Fine-tune a causal language model: --method sft, dft, f-divergence or dpo."""
 
     def run(options: TrainOptions) -> None:
@@ -46,10 +79,10 @@ def train(config: str | None, **flags: Any) -> None:
 
         run_training(options)
 
-    _run(config, flags, run)
+    _run(config, flags, context.args, field_types(), run)
 
 
-def teach(config: str | None, output: str, k: int, server: str | None, **flags: Any) -> None:
+def teach(context: typer.Context, config: str | None, output: str, k: int, server: str | None, **flags: Any) -> None:
     """Write rows with a teacher's likeliest ids, for --method top_k_distillation."""
 
     def run(options: TrainOptions) -> None:
@@ -57,14 +90,20 @@ def teach(config: str | None, output: str, k: int, server: str | None, **flags: 
 
         write_teacher_columns(options, output, k=k, server=server)
 
-    _run(config, flags, run)
+    _run(config, flags, context.args, TEACHER_OPTIONS, run)
 
 
-def _run(config: str | None, flags: dict[str, Any], command: Callable[[TrainOptions], None]) -> None:
+def _run(
+    config: str | None,
+    flags: dict[str, Any],
+    further: Sequence[str],
+    known: Collection[str],
+    command: Callable[[TrainOptions], None],
+) -> None:
     """Calls a command with the options of a file and of flags; its errors are one line and a status."""
     try:
         values = read_yaml(config) if config is not None else {}
-        given = {name: value for name, value in flags.items() if value is not None}
+        given = {name: value for name, value in flags.items() if value is not None} | _further(further, known)
         options, notes = options_from_mapping(_merged(values, given), config or "command line")
         for note in notes:
             typer.echo(f"note: {note}", err=True)
@@ -72,13 +111,45 @@ def _run(config: str | None, flags: dict[str, Any], command: Callable[[TrainOpti
     except (InputError, NonFiniteLossError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, NonFiniteLossError) else 2) from error
+    except ModuleNotFoundError as error:
+        typer.echo(f"error: the package {error.name} is missing: pip install 'logitless[train]'", err=True)
+        raise typer.Exit(1) from error
+
+
+def _further(arguments: Sequence[str], known: Collection[str]) -> dict[str, Any]:
+    """Options under names that no flag has: `--name value`, `--name=value`, or `--name` alone for true.
+
+    Args:
+        known: the options of the command; one that another command has is refused by name.
+    """
+    found: dict[str, Any] = {}
+    rest = deque(arguments)
+    while rest:
+        first, given, value = rest.popleft().partition("=")
+        name = first[2:].replace("-", "_")
+        if not first.startswith("--") or not name:
+            raise InputError(f"command line: expected an option (--name), got {first!r}")
+        if not given:
+            value = rest.popleft() if rest and not rest[0].startswith("--") else "true"
+        _require_known(ALIASES.get(name, name), name, known)
+        found[name] = value
+    return found
+
+
+def _require_known(option: str, name: str, known: Collection[str]) -> None:
+    """Raises InputError for an option that is another command's or no option at all."""
+    if option in known or option in {*INERT_KEYS, *UNSUPPORTED_KEYS, *LOSS_SETTINGS}:
+        return
+    if option in field_types():
+        raise InputError(f"command line: --{name} is an option of train, and of no use to this command")
+    names = [f"--{each}" for each in nearest_names(name, [*known, "config"])]
+    raise InputError(f"command line: unknown option --{name}" + (f" (nearest: {', '.join(names)})" if names else ""))
 
 
 def _merged(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     """The file's values without those that a flag replaces under whatever name."""
-    from logitless.training.config import ALIASES
-
-    return {key: value for key, value in values.items() if ALIASES.get(key, key) not in flags} | flags
+    replaced = {ALIASES.get(name, name) for name in flags}
+    return {key: value for key, value in values.items() if ALIASES.get(key, key) not in replaced} | flags
 
 
 def _flags(names: Collection[str]) -> list[inspect.Parameter]:
@@ -133,21 +204,46 @@ def _metavar(annotation: Any) -> str:
     return "TEXT" if kind in (str, None) else kind.__name__.upper()
 
 
-train.__signature__ = inspect.Signature(_flags(field_types()))  # type: ignore[attr-defined]
-app.command()(train)
-teach.__signature__ = inspect.Signature(_teacher_flags() + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
-app.command()(teach)
+def _with_context(parameters: list[inspect.Parameter]) -> inspect.Signature:
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    return inspect.Signature([context, *parameters])
+
+
+train.__signature__ = _with_context(_flags(field_types()))  # type: ignore[attr-defined]
+app.command(cls=_Command, context_settings=_FURTHER)(train)
+teach.__signature__ = _with_context(_teacher_flags() + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
+app.command(cls=_Command, context_settings=_FURTHER)(teach)
 
 
 @app.command()
 def info() -> None:
     """Versions, devices, and which backend would be picked, and why."""
-    import logitless
+    typer.echo("\n".join(commands.info_lines()))
 
-    lines = logitless.info()
-    width = max(map(len, lines))
-    for name, value in lines.items():
-        typer.echo(f"{name:<{width}}  {value}")
+
+@app.command()
+def losses(name: Annotated[str | None, typer.Argument(help="A loss: everything about it.")] = None) -> None:
+    """All losses with level, inputs and formula, or one of them in full."""
+    try:
+        typer.echo("\n".join(commands.loss_lines(name)))
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(commands.version())
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="The version.")
+    ] = False,
+) -> None:
+    """Losses for LLM post-training from hidden states, never from logits."""
 
 
 def main() -> None:

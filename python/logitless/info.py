@@ -14,11 +14,11 @@ from .backends.exact.products import has_bfloat16_units
 def info() -> dict[str, str]:
     """Versions, devices, and the backend that `"auto"` picks on each. `python -m logitless info` prints them."""
     report = {
-        "logitless": _version("logitless"),
+        "logitless": version_of("logitless"),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "transformers": _version("transformers"),
+        "triton": version_of("triton"),
+        "transformers": version_of("transformers"),
         "cpu threads": str(torch.get_num_threads()),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "bfloat16 units": "yes, for gradients" if has_bfloat16_units() else "no: multiplied in float32",
@@ -34,7 +34,8 @@ def info() -> dict[str, str]:
     return report
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package; a source tree on the path is none."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -67,6 +67,22 @@ def own_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
     return linear.weight, linear.bias  # type: ignore[return-value,union-attr]
 
 
+def dense_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
+    """The head's weight and bias, with the adapter that is active on it added to a copy of them."""
+    layer: Any = head.inner
+    weight, bias = own_product(head)
+    if not _is_adapter(layer) or layer.disable_adapters or layer.merged:
+        return weight, bias
+    _check_adapter(layer)
+    for name in layer.active_adapters:
+        if name in layer.lora_A:
+            weight = weight + layer.get_delta_weight(name).to(weight)
+            extra = layer.lora_B[name].bias
+            if extra is not None:
+                bias = layer.scaling[name] * extra + (0 if bias is None else bias)
+    return weight, bias
+
+
 def check_output_head(model: nn.Module, head: HeadModules) -> None:
     """Raises unless the head is an unquantised linear layer on the base model's output; the message says why."""
     if not any(child is head.outer for child in model.children()):
@@ -74,13 +90,14 @@ def check_output_head(model: nn.Module, head: HeadModules) -> None:
             f"{type(model).__name__}: its output layer belongs to a module that does more than multiply (a Bert-like "
             "head or a language model inside), not to the model itself"
         )
-    linear = head.inner.base_layer if _is_adapter(head.inner) else head.inner
+    linear: Any = head.inner.base_layer if _is_adapter(head.inner) else head.inner
     if _is_adapter(head.inner):
         _check_adapter(head.inner)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        cure = "use LoRA or modules_to_save there" if _is_peft(linear) else "dequantise it if it is quantised"
         raise UnsupportedModelError(
             f"{type(model).__name__}: its output head is a {type(linear).__name__}; only a plain torch.nn.Linear is "
-            "served (dequantise a quantised head)"
+            f"served: {cure}"
         )
     if linear.weight.dtype not in HEAD_DTYPES or not _is_plain(linear.weight):
         raise UnsupportedModelError(
@@ -95,7 +112,10 @@ def product(inner: nn.Module, hidden: Tensor) -> Product:
         return _adapted(inner, hidden)
     weight = _whole(inner.weight)  # type: ignore[arg-type]
     if weight.is_meta and not hidden.is_meta:
-        raise UnsupportedModelError("the output head's weight is offloaded (meta device): keep the head on its device")
+        raise UnsupportedModelError(
+            "the output head's weight is offloaded (meta device): keep the head on its device, or evaluate with "
+            "skip_logits=False"
+        )
     bias = None if inner.bias is None else _whole(inner.bias)  # type: ignore[arg-type]
     return Product(_fit(hidden, weight), weight, bias)
 
@@ -113,6 +133,8 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
     It has any number of adapters, their dropout and their biases, as in PEFT.
     """
     _check_adapter(layer)
+    if _has_trained_rows(layer):
+        return _with_trained_rows(layer, hidden)
     base = product(layer.base_layer, hidden)
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
@@ -132,8 +154,27 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
     return Product(torch.cat(hiddens, -1), torch.cat(weights, -1), bias)
 
 
+def _with_trained_rows(layer: Any, hidden: Tensor) -> Product:
+    """PEFT's `trainable_token_indices` of a tied head: the rows of some tokens are the adapter's. It adds no bias."""
+    base = product(layer.base_layer, hidden)
+    active = [] if layer.disable_adapters else list(layer.active_adapters)
+    if layer.merged and not active:
+        layer.unmerge()
+    if layer.merged or not active:
+        return product(layer.base_layer, hidden)
+    weight, rows = base.weight, [row for name in active for row in layer.token_indices[name]]
+    if len(set(rows)) < len(rows):
+        raise UnsupportedModelError("the output head's active adapters train the same token: PEFT does not define it")
+    for name in active:
+        index = torch.tensor(layer.token_indices[name], device=weight.device)
+        weight = weight.index_copy(0, index, _whole(layer.trainable_tokens_delta[name]).to(weight))
+    return Product(base.hidden, weight, None)
+
+
 def _inner(module: Any) -> nn.Module:
-    """The module inside PEFT's wrapper for `modules_to_save`, which calls one of its copies."""
+    """The module inside PEFT's wrappers: for `modules_to_save` one of its copies, for trained tokens their layer."""
+    if _is_peft(module) and hasattr(module, "token_adapter"):
+        module = module.token_adapter
     if _is_peft(module) and hasattr(module, "modules_to_save"):
         active = [] if module.disable_adapters else list(module.active_adapters)
         copies = module.modules_to_save
@@ -150,15 +191,22 @@ def _is_adapter(module: nn.Module) -> bool:
     return _is_peft(module) and hasattr(module, "base_layer")
 
 
+def _has_trained_rows(layer: nn.Module) -> bool:
+    return type(layer).__name__ == "TrainableTokensLayer"
+
+
 def _check_adapter(layer: Any) -> None:
-    """Raises unless the adapter is plain LoRA on a linear layer, which is the form that `_adapted` computes."""
+    """Raises unless the adapter has a form that `_adapted` computes: plain LoRA on a linear layer, or trained rows."""
+    if _has_trained_rows(layer):
+        return
     plain = type(layer).__name__ == "Linear" and hasattr(layer, "lora_A")
     variants = [name for name in layer.active_adapters if name in getattr(layer, "lora_variant", {})]
     if not plain or variants:
         kind = type(layer).__name__ if not plain else type(layer.lora_variant[variants[0]]).__name__
         raise UnsupportedModelError(
-            f"the output head carries a PEFT adapter of kind {kind}; only plain LoRA on a linear layer and "
-            "modules_to_save are served there: leave the head out of target_modules, or train it whole"
+            f"the output head carries a PEFT adapter of kind {kind}; only plain LoRA on a linear layer, "
+            "modules_to_save and trainable_token_indices are served there: leave the head out of target_modules, or "
+            "train it whole"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -16,9 +18,9 @@ from ..linear import linear_loss
 from ..losses import Loss
 from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs
-from ..types import OUTPUTS, BackendName, BackwardName, Head, OptionKeywords, TokenStats
+from ..types import OUTPUTS, BackendName, BackwardName, Head, LogitTransform, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
-from .heads import HeadModules, find_head, own_product, product
+from .heads import HeadModules, dense_product, find_head, own_product, product
 from .support import causal_lm
 
 if TYPE_CHECKING:
@@ -27,19 +29,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class Patch:
-    """The state of a patched model. It can be copied with the model, because it refers to no module but the model."""
+    """The state of a patched model. It is copied and pickled with the model: it refers to no module but the model."""
 
     loss: Loss
     backend: BackendName
     backward: BackwardName
+    temperature: float
+    eval_logits: bool
     check: bool
-    original: Callable[..., Any]
+    forward: Any  # the `PatchedForward` that is in place of the model's own
     shadowed: Any  # the instance's own `forward` before the patch, or None
-    function: Callable[..., Any]
     names: tuple[str, ...]  # of the forward's parameters, in order
     router: RouterLoss | None
     output: type[LinearCausalLMOutput]
     checked: type[nn.Module] | None = None  # class of the head that the self-check has seen
+    admitted: set[str] = field(default_factory=set)  # names of arguments that have been looked at in a call,
+    admitted_to_loss: set[str] = field(default_factory=set)  # and in one with a loss that is not the model's own
+    warned: bool = False  # that a training call computed logits
+
+    def original(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """The forward that the model had before the patch."""
+        if self.shadowed is not None:
+            return self.shadowed(*args, **kwargs)
+        return type(model).forward(model, *args, **kwargs)
 
 
 @dataclass
@@ -49,7 +61,7 @@ class Request:
     inputs: dict[str, Any]
     labels: Tensor | None = None
     shift_labels: Tensor | None = None
-    num_items_in_batch: Tensor | int | None = None
+    num_items_in_batch: Tensor | float | None = None
     ignore_index: int = -100
     logits_to_keep: int | Tensor = 0
     return_dict: bool | None = None
@@ -59,6 +71,7 @@ class Request:
     token_outputs: tuple[str, ...] = ()
     hidden_only: bool = False
     cu_seqlens: Tensor | None = None
+    temperature: float | None = None
     gain: Tensor | None = field(default=None)  # [T], the self-check's
 
     @property
@@ -79,14 +92,18 @@ def check_request(request: Request) -> None:
         raise ValueError(f"token_outputs: expected a tuple of names of {list(OUTPUTS)}, got {names!r}")
     if request.loss_inputs is not None and not isinstance(request.loss_inputs, dict):
         raise TypeError(f"loss_inputs: expected a dict of tensors by name, got {type(request.loss_inputs).__name__}")
-    items = request.num_items_in_batch
-    if isinstance(items, bool) or not isinstance(items, (Tensor, int, float, type(None))):
-        raise TypeError(f"num_items_in_batch: expected a number or a tensor of one, got {type(items).__name__}")
+    request.num_items_in_batch = _number_of_items(request.num_items_in_batch)
+    reduction = (request.loss_inputs or {}).get("reduction")
+    if request.num_items_in_batch is not None and reduction in ("none", "sum"):
+        raise ValueError(f"num_items_in_batch: divides a mean, and loss_inputs has reduction={reduction!r}")
+    if request.temperature is not None:
+        request.temperature = check_temperature(request.temperature)
     if not request.scored:
         needing = {
             "loss": request.loss is not None,
             "loss_inputs": bool(request.loss_inputs),
             "token_outputs": bool(names),
+            "temperature": request.temperature is not None,
             "skip_logits=True": bool(request.skip_logits) and not request.hidden_only,
         }
         for name, present in needing.items():
@@ -94,30 +111,56 @@ def check_request(request: Request) -> None:
                 raise ValueError(f"{name}: needs labels or shift_labels, got neither")
 
 
+def check_temperature(temperature: Any) -> float:
+    """The temperature as a number of Python's; raises ValueError unless it is a positive one, NumPy's included.
+
+    A tensor is none: its value would have to come from the device at every call.
+    """
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+        got = f"a tensor, {temperature!r}" if isinstance(temperature, Tensor) else repr(temperature)
+        raise ValueError(f"temperature: expected a positive number, got {got}")
+    LogitTransform(temperature=float(temperature))
+    return float(temperature)
+
+
+def _number_of_items(items: Any) -> Tensor | float | None:
+    """`num_items_in_batch` as an op takes it: a tensor for 0, which divides nothing; numbers of NumPy as Python's.
+
+    The value of a tensor on an accelerator is not looked at, because that would wait for it.
+    """
+    if not isinstance(items, (Tensor, int, float, type(None))) and getattr(items, "size", None) == 1:
+        items = items.item()  # NumPy's; a compiler's symbolic number is an int and has no attributes
+    if isinstance(items, Tensor) and items.numel() != 1:
+        raise ValueError(f"num_items_in_batch: expected one number, got a tensor of shape {list(items.shape)}")
+    if isinstance(items, bool) or not isinstance(items, (Tensor, int, float, type(None))):
+        raise TypeError(f"num_items_in_batch: expected a number or a tensor of one, got {type(items).__name__}")
+    if items is None or (isinstance(items, Tensor) and (torch.compiler.is_compiling() or items.device.type != "cpu")):
+        return items
+    if not 0 <= items < math.inf:
+        raise ValueError(f"num_items_in_batch: expected a finite number, 0 or more, got {items}")
+    return items if isinstance(items, Tensor) or items > 0 else torch.zeros(())
+
+
 def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip: bool) -> LinearCausalLMOutput:
     """The base model, then the loss inside the head's call, then the terms that the model adds to its loss."""
     base, routed = _run_base(model, state, request)
     hidden = _kept(base[0], request.logits_to_keep)
-    output = state.output(
-        logits=hidden if request.hidden_only else None,
-        past_key_values=getattr(base, "past_key_values", None),
-        hidden_states=getattr(base, "hidden_states", None),
-        attentions=getattr(base, "attentions", None),
-        router_logits=getattr(base, "router_logits", None) if routed else None,
-    )
+    names = ("past_key_values", "hidden_states", "attentions")
+    fields: dict[str, Any] = {name: getattr(base, name, None) for name in names}
+    fields["logits"] = hidden if request.hidden_only else None
+    fields["router_logits"] = getattr(base, "router_logits", None) if routed else None
     if not request.scored:
-        return output
+        return state.output(**fields)
     head = find_head(model)
     targets = _targets(request, hidden, loss)
     with_logits = not skip and not request.hidden_only
     work = _HeadCall(state, request, loss, head, head_rule(model), targets, with_logits)
     results = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
-    work.unpack(results, output)
-    if routed and state.router is not None and isinstance(output.router_logits, tuple):
-        aux, added = state.router(model, output.router_logits, request.inputs.get("attention_mask"))
-        output.aux_loss = aux
-        output.loss = output.loss + added.to(results["loss"].device)
-    return output
+    fields |= work.unpack(results)
+    if routed and state.router is not None and isinstance(fields["router_logits"], tuple):
+        aux, added = state.router(model, fields["router_logits"], request.inputs.get("attention_mask"))
+        fields |= {"aux_loss": aux, "loss": fields["loss"] + added.to(results["loss"].device)}
+    return state.output(**fields)  # made at once: a field that is set later would come behind those that were there
 
 
 def _run_base(model: nn.Module, state: Patch, request: Request) -> tuple[Any, bool]:
@@ -190,7 +233,10 @@ class _HeadCall:
 
     def __call__(self, hidden: Tensor, **extra: Any) -> dict[str, Tensor]:
         if extra:
-            raise ValueError(f"the output head was called with {sorted(extra)}, which the patch does not serve")
+            raise ValueError(
+                f"the output head was called with {sorted(extra)}, which the patch does not serve; skip_logits=False "
+                "runs the model's own forward where the loss is plain NLL"
+            )
         results = self._score(hidden)
         if self.with_logits:
             results["logits"] = self.rule.finish(self.own_forward(hidden))
@@ -203,6 +249,7 @@ class _HeadCall:
             "bias": bias,
             "logit_scale": self.rule.transform.logit_scale,
             "softcap": self.rule.transform.softcap,
+            "temperature": self.state.temperature if self.request.temperature is None else self.request.temperature,
             "ignore_index": self.request.ignore_index,
             "backend": self.state.backend,
             "backward": self.state.backward,
@@ -213,7 +260,8 @@ class _HeadCall:
         else:
             results |= self._linear_loss(hidden, weight, options)
         if self.rule.z_loss > 0:
-            lse = linear_logprobs(hidden, weight, None, outputs=("lse",), **_recomputable(options)).lse
+            own: OptionKeywords = {**_recomputable(options), "temperature": 1.0}  # a term of the model's own logits
+            lse = linear_logprobs(hidden, weight, None, outputs=("lse",), **own).lse
             assert lse is not None
             results["loss"] = results["loss"] + self.rule.z_loss * lse.square().mean()
         return results
@@ -277,23 +325,31 @@ class _HeadCall:
                 raise ValueError(f"loss_inputs[{name!r}]: expected a tensor {list(expected)} like labels, got {got}")
         return {k: v.to(self.targets.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
-    def unpack(self, results: dict[str, Tensor], output: LinearCausalLMOutput) -> None:
-        """Puts the results of the head's call into the fields of the output."""
-        output.loss = results["loss"]
+    def unpack(self, results: dict[str, Tensor]) -> dict[str, Any]:
+        """The fields of the output that the results of the head's call fill."""
+        filled: dict[str, Any] = {name: results[name] for name in ("loss", "logits") if name in results}
         if self.request.token_outputs:
-            output.token_stats = _stats(results, self.request.token_outputs)
-        if "logits" in results:
-            output.logits = results["logits"]
+            filled["token_stats"] = _stats(results, self.request.token_outputs)
         if self.result_type is not None:
             fields = {name: results.get(f"result.{name}") for name in self.result_type._fields}
-            output.loss_result = self.result_type(**fields)
+            filled["loss_result"] = self.result_type(**fields)
+        return filled
 
 
 def plain_head(model: nn.Module) -> Head:
-    """A model's own output head without any adapter, as a reference model's hidden states need it."""
+    """A model's own output head without any adapter."""
+    return _head_of(model, own_product)
+
+
+def dense_head(model: nn.Module) -> Head:
+    """A model's output head with its active adapter in it, as a reference model's hidden states need it."""
+    return _head_of(model, dense_product)
+
+
+def _head_of(model: nn.Module, product_of: Callable[[HeadModules], tuple[Tensor, Tensor | None]]) -> Head:
     inner = causal_lm(model)
     rule = head_rule(inner)
-    weight, bias = rule.cut(*own_product(find_head(inner)))
+    weight, bias = rule.cut(*product_of(find_head(inner)))
     return Head(weight.detach(), None if bias is None else bias.detach(), *rule.transform.numbers)
 
 

@@ -38,11 +38,11 @@ def self_check(model: nn.Module, state: Patch) -> float:
     Raises:
         UnsupportedModelError: they differ by more than the rounding of the logits' dtype allows.
     """
-    ids = probe_ids(model)
+    ids = probe_ids(model).expand(_rows(model), -1)
     inputs = {"input_ids": ids, **({"use_cache": False} if "use_cache" in state.names else {})}
     with _untouched(model):
         own, gain = _own_forward(model, state, inputs)
-        request = Request(inputs, labels=ids, token_outputs=("logprob", "lse"), gain=gain)
+        request = Request(inputs, labels=ids, token_outputs=("logprob", "lse"), temperature=1.0, gain=gain)
         try:
             ours = score(model, state, request, NLL(), skip=True)
         except (TypeError, ValueError) as error:
@@ -77,6 +77,13 @@ def tolerance(logits: Tensor) -> float:
     return ROUNDINGS * eps * (1 + _largest(logits))
 
 
+def _rows(model: nn.Module) -> int:
+    """Rows of the check: 1, or those of a call of a `PeftModel` whose hooks hold `adapter_names`, an adapter a row."""
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    names = (getattr(hook, "keywords", {}).get("adapter_names") for hook in hooks)
+    return next((len(each) for each in names if each), 1)
+
+
 def probe_ids(model: nn.Module) -> Tensor:
     """`[1, 5]` token ids spread over the vocabulary, without those that the configuration gives a special meaning."""
     config = text_config(model)
@@ -90,13 +97,16 @@ def probe_ids(model: nn.Module) -> Tensor:
 def _own_forward(model: nn.Module, state: Patch, inputs: dict[str, Any]) -> tuple[Any, Tensor]:
     """The model's own output for hidden states times the gain, and that gain, `[T]`."""
     inner = find_head(model).inner
-    gained = _Gained(inner.forward)
+    gained = _Gained(inner.forward, len(inputs["input_ids"]))
     replaced = inner.__dict__.get("forward")
     # A head that was padded or resized breaks the view in Transformers' own loss.
     fits = inner.weight.shape[0] == text_config(model).vocab_size  # type: ignore[index]
     inner.forward = gained
+    parameters = state.forward.__signature__.parameters
+    passing = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    asked = {"return_dict": True} if passing or "return_dict" in parameters else {}
     try:
-        own = state.original(**inputs, labels=inputs["input_ids"] if fits else None, return_dict=True)
+        own = state.original(model, **inputs, labels=inputs["input_ids"] if fits else None, **asked)
     except Exception as error:
         raise UnsupportedModelError(
             f"{type(model).__name__}: the self-check could not run the model's own forward on {TOKENS} tokens "
@@ -116,16 +126,17 @@ def _own_forward(model: nn.Module, state: Patch, inputs: dict[str, Any]) -> tupl
 
 
 class _Gained:
-    """A head's forward on hidden states `[1, T, H]` times `gain[t]`: powers of two, up to logits of `REACH`."""
+    """A head's forward on hidden states `[B, T, H]` times `gain[t]`: powers of two, up to logits of `REACH`."""
 
-    def __init__(self, forward: Callable[..., Tensor]) -> None:
+    def __init__(self, forward: Callable[..., Tensor], rows: int) -> None:
         self.forward = forward
+        self.rows = rows
         self.gain: Tensor | None = None
         self.calls = 0
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.calls += 1
-        if hidden.shape[:-1] != (1, TOKENS):
+        if hidden.shape[:-1] != (self.rows, TOKENS):
             return self.forward(hidden, *args, **kwargs)
         room = math.log2(REACH / max(_largest(self.forward(hidden, *args, **kwargs)), 2.0**-20))
         most = math.log2(torch.finfo(hidden.dtype).max) - math.log2(max(_largest(hidden), 1.0)) - 2

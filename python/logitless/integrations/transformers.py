@@ -2,37 +2,28 @@
 
 Every family is patched in one way. The base model runs, and then the loss runs inside the output head's own call
 (`heads.py`). A few families have a scale, a softcap or extra loss terms, which come from a table (`families.py`). The
-result is checked once against the model's own logits (`selfcheck.py`). A call that needs logits (generation, no labels,
-evaluation) runs the original forward.
+result is checked once against the model's own logits (`selfcheck.py`). A call that needs logits (generation, no labels)
+runs the original forward (`forward.py`), and an argument of ours that stands in the wrong place is refused
+(`names.py`).
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
-import logging
-from collections.abc import Callable
-from types import MethodType
 from typing import Any, TypeVar, get_args
 
-import torch
 from torch import nn
 
 from .. import losses
 from ..losses import Loss
-from ..losses.sft.likelihood import NLL
 from ..types import BackendName, BackwardName
-from . import selfcheck
 from .families import head_rule, router_loss
-from .heads import check_output_head, find_head
-from .scoring import REQUEST_ARGUMENTS, Patch, Request, check_request, score
+from .forward import PatchedForward, logger
+from .heads import find_head
+from .scoring import Patch, check_temperature
 from .support import causal_lm, check_model
 
-logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=nn.Module)
-
-#: Keyword arguments of the patched forward that the original forward does not know.
-OWN_ARGUMENTS = ("skip_logits", "loss", "loss_inputs", "token_outputs", "hidden_only", "cu_seqlens")
 
 
 def patch(
@@ -41,13 +32,22 @@ def patch(
     loss: Loss | str = "nll",
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
+    temperature: float = 1.0,
+    eval_logits: bool = False,
     check: bool = True,
 ) -> Model:
-    """Makes a Transformers causal LM compute its loss without logits while it trains, and returns that same object.
+    """Makes a Transformers causal LM compute its loss without logits, and returns that same object.
 
-    Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature
-    that `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
-    `get_peft_model` may come before or after.
+    Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature that
+    `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
+    `get_peft_model` may come before or after. TRL's trainers of releases with a fused head replace the forward by their
+    own: under them no patch runs, and the loss is theirs. Pickle, `torch.save(model)` and `copy.deepcopy` give a
+    patched model.
+
+    **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more
+    memory than training. Whoever reads `output.logits` beside the loss says so: `skip_logits=False` in a call, or
+    `patch(model, eval_logits=True)`. `Trainer` needs the latter for `compute_metrics`, `preprocess_logits_for_metrics`
+    and the predictions of `predict`, which are an empty tuple without it.
 
     The patched forward takes, beside the model's own arguments:
 
@@ -56,15 +56,17 @@ def patch(
       argument too, -100 by default) does not count. The loss is the mean over the
       tokens that count, or their sum over `num_items_in_batch` if that is passed (an int or a tensor). For a pair loss
       it is the number of pairs, and for a loss whose reduction counts sequences the number of sequences. If all
-      positions are ignored the loss is 0, where Transformers gives NaN. The terms that the model itself adds (a
+      positions are ignored the loss is 0, where Transformers' own loss is NaN (also here, if it computes it: see
+      `skip_logits`). The terms that the model itself adds (a
       router's loss, a z-loss) are added to any loss.
-    - `skip_logits`: True computes no logits. False computes true logits besides the loss. None (the default) skips them
-      exactly while `model.training`. Skipped logits are `None` in the output. The original forward runs without labels,
-      in `generate`, and if logits and plain NLL are asked for together.
+    - `skip_logits`: True computes no logits. False computes true logits besides the loss. None (the default) skips
+      them, but not in evaluation with `eval_logits=True`. Skipped logits are `None` in the output. The original forward
+      runs without labels, in `generate`, and if logits and plain NLL are asked for together.
     - `loss`: a loss or its name, used in place of the patch's for this call.
     - `loss_inputs`: a dict of the loss's own per-token inputs by name (`ref_logprob`, `token_weight`, ...), `[B, T]`.
       Position t holds the value for predicting token t + 1, as in `token_stats`. One number a sequence works too.
       `reduction`, `max_length` and `ref_head` are those of `logitless.linear_loss`.
+    - `temperature`: in place of the patch's for this call.
     - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable.
     - `hidden_only`: True returns hidden states `[B, T, H]` in place of logits, with or without labels, for a host that
       computes a loss itself.
@@ -74,16 +76,27 @@ def patch(
       `position_ids` that start at 0 in every sequence and no `attention_mask`: then Transformers keeps attention inside
       the sequences. That works without a cache only, so `use_cache` is False unless it is passed.
 
-    It returns `LinearCausalLMOutput`, or a tuple with `return_dict=False`.
+    It returns `LinearCausalLMOutput`, or with `return_dict=False` a tuple, in which skipped logits have no place.
+
+    The model's other arguments pass, also those that it hands down by `**kwargs`. But a name of ours that stands in the
+    wrong place (`token_weight` outside `loss_inputs`, `beta` outside `loss=losses.DPO(beta=...)`), or nearly one of
+    ours, is an error: the model would ignore it. A training call without labels runs as if unpatched, with full
+    logits. The first one of a model warns, because hosts take the labels out where one does not expect it;
+    `skip_logits=False` asks for them.
 
     LoRA on the head is computed as in PEFT, with several adapters, dropout and bias. It costs one copy of the weight
-    per call and one of its gradient. `modules_to_save` costs nothing. Other adapters on the head are refused.
+    per call and one of its gradient. So do the `trainable_token_indices` of a tied head. `modules_to_save` costs
+    nothing. Other adapters on the head are refused.
 
     Args:
         model: a causal LM of Transformers whose head is a linear layer on the base model's output, or a `PeftModel`
             around one.
         loss: the loss to compute: an object with its hyper-parameters or a name with its defaults.
         backend, backward: as in `logitless.linear_logprobs`.
+        temperature: the sampler's. Loss and `token_outputs` are those of the logits divided by it, and so are a
+            reference's, unless its `ref_head` is a `Head`. 1 by default. The terms that the model adds, and the logits
+            that it returns, stay at 1.
+        eval_logits: whether a call with labels in evaluation computes true logits too.
         check: whether to compare with the model's own logits before the first loss (`selfcheck.self_check`). This is
             one forward of five tokens that leaves no trace, on every rank alike. It does not run here, because weights
             may still be empty, on another device, or about to be sharded. A new kind of head, such as LoRA added later,
@@ -93,29 +106,32 @@ def patch(
         TypeError: `model` is not a module, or is a wrapper (DDP, FSDP, a compiled model). Patch the model inside.
         UnsupportedModelError: (a ValueError) the model is known not to fit. Also at the first loss, if the check shows
             that the logits differ.
-        ValueError: the model is patched already, or the loss, backend or backward is unknown.
+        ValueError: the model is patched already, the loss, backend or backward is unknown, or the temperature is not
+            positive.
     """
     inner = causal_lm(model)
     check_model(inner)
     for name, value, choices in (("backend", backend, BackendName), ("backward", backward, BackwardName)):
         if value not in get_args(choices):
             raise ValueError(f"{name}: expected one of {list(get_args(choices))}, got {value!r}")
+    temperature = check_temperature(temperature)
     from .outputs import LinearCausalLMOutput  # imports Transformers, whose model this is
 
     state = Patch(
         loss=losses.get(loss),
         backend=backend,
         backward=backward,
+        temperature=temperature,
+        eval_logits=eval_logits,
         check=check,
-        original=inner.forward,
+        forward=PatchedForward(inner),
         shadowed=inner.__dict__.get("forward"),
-        function=_forward_like(type(inner)),
         names=tuple(inspect.signature(inner.forward).parameters),
         router=router_loss(inner),
         output=LinearCausalLMOutput,
     )
     inner._logitless_patch = state  # type: ignore[assignment]
-    inner.forward = MethodType(state.function, inner)
+    inner.forward = state.forward
     inner._replicate_for_data_parallel = _refuse_replica  # type: ignore[method-assign]
     _announce(inner, state)
     return model
@@ -131,7 +147,7 @@ def unpatch(model: Model) -> Model:
     state = inner.__dict__.get("_logitless_patch")
     if state is None:
         raise ValueError(f"unpatch: {type(inner).__name__} is not patched")
-    if getattr(inner.__dict__.get("forward"), "__func__", None) is not state.function:
+    if getattr(inner.__dict__.get("forward"), "__func__", None) is not state.forward.__func__:
         raise ValueError(
             f"unpatch: the forward of {type(inner).__name__} was wrapped after the patch (by accelerate?); "
             "unwrap it first"
@@ -142,42 +158,6 @@ def unpatch(model: Model) -> Model:
         inner.forward = state.shadowed
     del inner._logitless_patch, inner._replicate_for_data_parallel
     return model
-
-
-def _forward_like(cls: type) -> Callable[..., Any]:
-    """The patched forward, with the signature of the class's own, because Trainer and generate inspect it."""
-
-    @functools.wraps(cls.forward)  # type: ignore[attr-defined]
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _forward(self, self._logitless_patch, args, kwargs)
-
-    return forward
-
-
-def _forward(model: nn.Module, state: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    inputs = {**dict(zip(state.names, args, strict=False)), **kwargs}
-    ours = {name: inputs.pop(name) for name in REQUEST_ARGUMENTS if name in inputs}
-    request = Request(inputs, **{name: value for name, value in ours.items() if value is not None})
-    check_request(request)
-    loss = state.loss if request.loss is None else losses.get(request.loss)
-    skip = model.training if request.skip_logits is None else request.skip_logits
-    if _original_serves(request, loss, skip):
-        return state.original(*args, **{k: v for k, v in kwargs.items() if k not in OWN_ARGUMENTS})
-    if request.scored and state.check:
-        _check_traced(model) if torch.compiler.is_compiling() else _check_once(model, state)
-    output = score(model, state, request, loss, skip=skip)
-    as_dict = getattr(model.config, "return_dict", True) if request.return_dict is None else request.return_dict
-    return output if as_dict else output.to_tuple()
-
-
-def _original_serves(request: Request, loss: Loss, skip: bool) -> bool:
-    """Whether the model's own forward can serve the request: no loss at all, or plain NLL beside true logits."""
-    if request.hidden_only:
-        return False
-    if not request.scored:
-        return True
-    ours = skip or request.token_outputs or request.cu_seqlens is not None or request.loss_inputs
-    return not ours and request.labels is not None and loss == NLL()
 
 
 def _refuse_replica(*_: Any) -> Any:
@@ -200,24 +180,3 @@ def _announce(model: nn.Module, state: Patch) -> None:
         state.backward,
         "checked against its own logits before the first loss" if state.check else "not checked (check=False)",
     )
-
-
-def _check_traced(model: nn.Module) -> bool:
-    """The self-check on the model's real weights while torch.compile traces it. None of it gets into the graph."""
-    _check_once(model, model._logitless_patch)  # type: ignore[arg-type]
-    return True
-
-
-# What torch.compiler.assume_constant_result does, without the second that importing torch._dynamo takes.
-_check_traced._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _check_once(model: nn.Module, state: Patch) -> None:
-    """Runs the self-check before the first loss, and again if the kind of head has changed."""
-    head = find_head(model)
-    if state.checked is type(head.inner):
-        return
-    check_output_head(model, head)
-    error = selfcheck.self_check(model, state)
-    state.checked = type(head.inner)
-    logger.info("%s agrees with its own logits: largest error %.3g", type(model).__name__, error)

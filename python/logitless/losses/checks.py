@@ -64,7 +64,7 @@ def check_flag(loss: Loss, field: str) -> None:
 
 def near_words(word: str, words: Iterable[str]) -> str:
     """` (did you mean ...?)` with the words most like `word`; nothing where none is."""
-    matches = difflib.get_close_matches(word, list(words), n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(str(word).lower(), list(words), n=3, cutoff=0.5)
     return f" (did you mean {' or '.join(repr(match) for match in matches)}?)" if matches else ""
 
 

@@ -1,4 +1,19 @@
-"""The training loop behind `logitless train`; needs the `train` extra (Transformers and friends)."""
+"""The training loop behind `logitless train`; needs the `train` extra (Transformers and friends).
+
+    options     config, other_names, mixture, errors
+    rows        data, formats, arrow_json          a file, folder or hub dataset, row by row with its place
+                forms, turns                       one form of row, one form of turn
+                template, template_date, chat      the chat template
+                marks, conversation                where answers stand in what it writes
+                tokens, columns, examples, render  tokens, labels, inputs of the loss
+    batches     collate, loader, sampler
+    model       places, settings, model, adapters, optimizer, checks
+    loss        inputs, estimates, reference_model, objective, evaluation
+    run         run (everything put together), trainer (the loop), resume, checkpoint, files, metrics, parallel
+    teach       teachers, teach
+
+`render` is the way from a row to its tokens, `run` the one from options to the first step.
+"""
 
 from __future__ import annotations
 

@@ -24,12 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from logitless.training import files
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
+from logitless.training.settings import Settings
 
 STATE = "trainer_state.json"
 ESTIMATED = "estimated.safetensors"
@@ -49,6 +51,7 @@ def save(
     *,
     model: Any,
     tokenizer: Any,
+    settings: Settings,
     optimizer: torch.optim.Optimizer,
     estimated: dict[str, torch.Tensor],
     reference: dict[str, torch.Tensor],
@@ -61,7 +64,7 @@ def save(
     generators = generator_states(world)
     if world.is_main:
         with files.new_folder(folder) as unfinished:
-            save_model(unfinished, model, tokenizer)
+            settings.save(unfinished, model, tokenizer)
             save_file(optimizer_state(model, optimizer), unfinished / "optimizer.safetensors")
             save_file(generators, unfinished / "rng_state.safetensors")
             if estimated:
@@ -76,32 +79,42 @@ def save(
     return folder
 
 
-def save_model(folder: Path, model: Any, tokenizer: Any) -> None:
-    """Model (or adapter) and tokenizer in the layout that `from_pretrained` reads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def load_state(folder: Path) -> dict[str, Any]:
     """`trainer_state.json` of a checkpoint. Raises InputError where the folder is no complete checkpoint."""
     path = folder / STATE
     if not path.is_file():
-        raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}")
-    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        inside = ", ".join(found.name for found in checkpoints(folder))
+        hint = f"; there are checkpoints in it: {inside}" if inside else ""
+        raise InputError(f"{folder}: not a complete checkpoint, it has no {STATE}{hint}")
+    state: dict[str, Any] = _load(path)
+    if not isinstance(state, dict) or not state.keys() >= {"step", "num_tokens", "window", "identity"}:
+        raise InputError(_damaged(path, "it lacks entries"))
     return state
+
+
+def _load(path: Path) -> Any:
+    """Tensors or JSON of a checkpoint; raises InputError where the file is missing or damaged."""
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(_damaged(path, error)) from error
+
+
+def _damaged(path: Path, reason: Any) -> str:
+    return f"{path}: the checkpoint is damaged: {reason}; delete its folder to go on from an older one"
 
 
 def load_estimated(folder: Path) -> dict[str, torch.Tensor]:
     """The estimated inputs of a checkpoint; none where it has none."""
     path = folder / ESTIMATED
-    return load_file(path) if path.is_file() else {}
+    return _load(path) if path.is_file() else {}
 
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Puts back the optimizer's and the generators' states."""
-    load_optimizer_state(model, optimizer, load_file(folder / "optimizer.safetensors"), folder)
-    set_generator_states(load_file(folder / "rng_state.safetensors"), world)
-    set_python_generators(json.loads((folder / "rng_state.json").read_text(encoding="utf-8")))
+    load_optimizer_state(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
+    set_generator_states(_load(folder / "rng_state.safetensors"), world)
+    set_python_generators(_load(folder / "rng_state.json"))
 
 
 @torch.no_grad()
@@ -111,7 +124,7 @@ def restore_reference(folder: Path, reference: dict[str, torch.Tensor]) -> None:
     Raises:
         InputError: the checkpoint has one and the run does not, or the other way round: it would begin anew.
     """
-    saved = load_file(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
+    saved = _load(folder / REFERENCE) if (folder / REFERENCE).is_file() else {}
     if saved.keys() != reference.keys():
         more = len(saved) > len(reference)
         was, now = ("followed the trained model", "stays") if more else ("stayed", "follows it")
@@ -142,7 +155,8 @@ def load_optimizer_state(
         # AdamW keeps its step counter on the CPU unless it is fused
         fused = optimizer.defaults.get("fused")
         device = parameter.device if moment != "step" or fused else torch.device("cpu")
-        optimizer.state[parameter][moment] = tensor.to(device)
+        dtype = tensor.dtype if moment == "step" else parameter.dtype  # of the weights, which a run may change
+        optimizer.state[parameter][moment] = tensor.to(device, dtype)
 
 
 def generator_states(world: World) -> dict[str, torch.Tensor]:

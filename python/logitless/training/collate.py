@@ -7,7 +7,7 @@ Three shapes, chosen once per run:
                    given, which is how Transformers' SDPA and eager attention find the boundaries
     padding-free   [1, total], all sequences one after the other; flash attention finds the boundaries likewise
 
-Labels of a sequence's first token are always -100 (`tokenize.py`), so the shifted loss never crosses a boundary.
+Labels of a sequence's first token are always -100 (`render.py`), so the shifted loss never crosses a boundary.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from torch.nn import functional
 
 from logitless.training.columns import ABSENT
-from logitless.training.tokenize import IGNORED, Example
+from logitless.training.examples import IGNORED, Example
 
 Inputs = Mapping[str, torch.Tensor]  # per-token inputs of the loss, [T] each, aligned with an example's tokens
 Stored = list[tuple[Inputs, ...]]  # the inputs of every item and example, where they were computed before
@@ -93,10 +93,14 @@ def padded(pieces: Sequence[Piece], pad_token: int) -> Batch:
 
 
 def packed(packs: Sequence[Sequence[Piece]], pad_token: int) -> Batch:
-    """One row per pack; the padding behind a pack is one more sequence, in which nothing counts."""
+    """One row per pack; the padding behind it is further sequences, in which nothing counts.
+
+    None of them is longer than the batch's longest, so that their positions are ones that the model has.
+    """
     lengths = [[len(piece.example.input_ids) for piece in pack] for pack in packs]
     width = max(sum(row) for row in lengths)
-    spans = [[*row, width - sum(row)] if sum(row) < width else row for row in lengths]
+    longest = max(map(max, lengths))
+    spans = [[*row, *_filled(width - sum(row), longest)] for row in lengths]
 
     def rows(fill: float, parts: Callable[[Piece], torch.Tensor]) -> torch.Tensor:
         return torch.stack([_row([parts(piece) for piece in pack], width, fill) for pack in packs])
@@ -115,6 +119,11 @@ def packed(packs: Sequence[Sequence[Piece]], pad_token: int) -> Batch:
 def padding_free(pieces: Sequence[Piece]) -> Batch:
     """All sequences in one row."""
     return packed([pieces], 0)
+
+
+def _filled(space: int, longest: int) -> list[int]:
+    """Lengths of at most `longest` that fill the space."""
+    return [min(longest, space - start) for start in range(0, space, longest)]
 
 
 def _row(parts: list[torch.Tensor], width: int, fill: float) -> torch.Tensor:

@@ -5,6 +5,8 @@ A value that belongs to a token stands where the token is predicted, one positio
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -14,9 +16,13 @@ from logitless.training.data import Row
 from logitless.training.errors import InputError
 
 ABSENT = -100  # fills the lists of tokens that have fewer ids, or log-probabilities, than others
-OTHER_NAMES = {"desirable": "label"}  # TRL's
+OTHER_NAMES = {"desirable": "label"}  # names of columns in TRL's rows
+#: Columns that are true or false, for which 1 and 0 stand too.
+BOOLEANS = ("desirable", "from_reference")
 #: The column of the ids that each token lists, for a loss that reads lists of them.
 TARGET_IDS = "target_ids"
+_INTEGER_TEXT = re.compile(r"[+-]?[0-9]+")
+_NUMBER_TEXT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
 
 
 def present_columns(names: Iterable[str], rows: Sequence[Row], sides: Sequence[str] = ("",)) -> tuple[str, ...]:
@@ -40,8 +46,10 @@ def read_columns(
     """
     found = {}
     for name in names:
-        called = f"{side}_{name}" if side else name
+        called = f"{side}_{name}" if side else _called(name, row)
         values = _numbers(_value(row, name, side), called, row)
+        if name in BOOLEANS:
+            values = _booleans(values, called, row)
         if name in single and values.shape != (1,):
             raise InputError(f"{row.origin}: the column {called} has {len(values)} values; expected one for the row")
         found[name] = _at_predictions(values, called, row, counts)
@@ -53,18 +61,64 @@ def _value(row: Row, name: str, side: str) -> Any:
     return next((value for n in names if (value := row.values.get(n)) is not None), None)
 
 
+def _called(name: str, row: Row) -> str:
+    """The name of the column in the row's file."""
+    return OTHER_NAMES.get(name, name) if name not in row.values else name
+
+
 def _numbers(value: Any, name: str, row: Row) -> torch.Tensor:
     """The values, `[n]` or lists of them `[n, K]`: bool, int64, or float32; shorter lists end with -100."""
-    values = value if isinstance(value, list) else [value]
-    lists = [x if isinstance(x, list) else [x] for x in values]
+    read = _of_text(value)
+    values = read if isinstance(read, list) else [read]
+    lists = [[_of_text(x) for x in part] if isinstance(part, list) else [_of_text(part)] for part in values]
     if not lists or not all(isinstance(x, (bool, int, float)) for part in lists for x in part):
         raise InputError(
             f"{row.origin}: the loss reads the column {name}, a number, true or false, or a list of them; got {value!r}"
         )
-    if not any(isinstance(x, list) for x in values):
-        return torch.tensor(values)
-    width = max(map(len, lists))
-    return torch.tensor([part + [ABSENT] * (width - len(part)) for part in lists])
+    if any(isinstance(part, list) for part in values):
+        width = max(map(len, lists))
+        numbers: list[Any] = [part + [ABSENT] * (width - len(part)) for part in lists]
+    else:
+        numbers = [x for (x,) in lists]
+    return _finite_numbers(numbers, name, row)
+
+
+def _of_text(value: Any) -> Any:
+    """The number, truth value or list that a text is, as every cell of a CSV file is one; else the value itself."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        if _INTEGER_TEXT.fullmatch(text):
+            return int(text)
+        if _NUMBER_TEXT.fullmatch(text):
+            return float(text)
+        return json.loads(text) if text.startswith("[") else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _finite_numbers(numbers: list[Any], name: str, row: Row) -> torch.Tensor:
+    try:
+        values = torch.tensor(numbers)
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:  # an integer beyond 64 bits
+        raise InputError(f"{row.origin}: the column {name} has a number that is too large: {error}") from error
+    usable = values.isfinite()
+    if "teacher_" in name:
+        usable |= values.isneginf()  # the logarithm of a probability of 0
+    if not usable.all():
+        raise InputError(
+            f"{row.origin}: the column {name} has {values[~usable][0].item()}; expected finite numbers of float32"
+        )
+    return values
+
+
+def _booleans(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
+    if not ((values == 0) | (values == 1)).all():
+        raise InputError(f"{row.origin}: the column {name} must be true or false, or 1 or 0, got {values.tolist()}")
+    return values.bool()
 
 
 def _at_predictions(values: torch.Tensor, name: str, row: Row, counts: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from logitless.training.errors import InputError, nearest
+from logitless.training.other_names import (
+    ALIASES,
+    INERT_KEYS,
+    LOSS_SETTINGS,
+    NULLABLE,
+    UNSUPPORTED_KEYS,
+    loss_settings,
+    notes_of,
+    require_unused,
+)
 from logitless.types import BackwardName
 
 if TYPE_CHECKING:
@@ -27,46 +37,15 @@ TEACHER_IDS = 64  # ids a token that `logitless teach` writes
 LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
 PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
 
-# The same option under the name another tool gives it.
-ALIASES = {
-    "torch_dtype": "dtype",
-    "f_divergence_type": "divergence",
-    "f_alpha_divergence_coef": "alpha",
-    "assistant_only_loss": "completion_only_loss",
-}
+#: Words for a switch.
+TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 DIVERGENCE_ALIASES = {"js_divergence": "js", "alpha_divergence": "alpha"}
 
-# Keys common in TRL files that change nothing here, with the reason printed when one is met.
-INERT_KEYS = {
-    "dataset_num_proc": "rows are tokenised in one process",
-    "dataloader_num_workers": "batches are made in the main process",
-    "dataloader_pin_memory": "batches are made in the main process",
-    "remove_unused_columns": "columns that no form uses are always ignored",
-    "gradient_checkpointing_kwargs": "checkpointing is always the non-reentrant form",
-    "disable_tqdm": "progress bars appear on terminals only",
-    "run_name": "runs are named by their output_dir",
-    "do_train": "the command always trains",
-    "do_eval": "evaluation runs whenever there is evaluation data",
-    "lora_task_type": "the task is always CAUSAL_LM",
-    "packing_strategy": "packing is always best-fit decreasing",
-    "average_tokens_across_devices": "tokens are always averaged across devices",
-    "logging_first_step": "the first step is always logged",
-    "log_level": "every record is shown",
-    "hub_model_id": "nothing is pushed to the hub",
-    "hub_strategy": "nothing is pushed to the hub",
-}
-
-# Keys that are accepted with this one value: what they would switch on is not there.
-UNSUPPORTED_KEYS: dict[str, Any] = {
-    "push_to_hub": False,
-    "fp16": False,
-    "load_in_4bit": False,
-    "load_in_8bit": False,
-    "use_dora": False,
-    "use_rslora": False,
-    "dataset_streaming": False,
-    "logging_strategy": "steps",
-}
+# Options that may name a file or folder.
+PATHS = (
+    *("model_name_or_path", "teacher_model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name"),
+    *("cache_dir", "output_dir", "resume_from_checkpoint"),
+)
 
 
 def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] = ()) -> Any:
@@ -129,6 +108,12 @@ class TrainOptions:
         group="Model",
     )
     trust_remote_code: bool = option(False, "Run model code that comes with the checkpoint.", group="Model")
+    chat_template_path: str | None = option(
+        None,
+        "Chat template in place of the tokenizer's own, saved with it: a .jinja file, or the folder or hub id of a "
+        "tokenizer.",
+        group="Model",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass.", group="Model")
     disable_dropout: bool | None = option(
         None, "Set every dropout probability to 0. Default: for losses with a reference model.", group="Model"
@@ -139,17 +124,31 @@ class TrainOptions:
     use_cpu: bool = option(False, "Stay on the CPU although a GPU is there.", group="Model")
 
     # LoRA
-    use_peft: bool = option(False, "Train a LoRA adapter instead of the model.", group="LoRA")
-    lora_r: int = option(16, "Rank.", group="LoRA")
-    lora_alpha: int = option(32, "Scale: the update is multiplied by lora_alpha / lora_r.", group="LoRA")
-    lora_dropout: float = option(0.05, "Dropout in front of the adapter.", group="LoRA")
+    use_peft: bool = option(
+        False,
+        "Train a LoRA adapter instead of the model: a new one, or the one that the model comes with.",
+        group="LoRA",
+    )
+    lora_r: int | None = option(None, "Rank. Default: 16, or the given adapter's.", group="LoRA")
+    lora_alpha: int | None = option(
+        None,
+        "Scale: the update is multiplied by lora_alpha / lora_r. Default: 32, or the given adapter's.",
+        group="LoRA",
+    )
+    lora_dropout: float | None = option(
+        None, "Dropout in front of the adapter. Default: 0.05, or the given adapter's.", group="LoRA"
+    )
     lora_target_modules: tuple[str, ...] | None = option(
-        None, "Module names, comma-separated, or all-linear. Default: peft's choice for the model.", group="LoRA"
+        None,
+        "Module names, comma-separated, or all-linear. Default: peft's choice for the model, or the given adapter's.",
+        group="LoRA",
     )
 
     # Data
     dataset_name: str = option(
-        "", ".jsonl, .json, .parquet or .csv file, save_to_disk folder, or hub name. Required.", group="Data"
+        "",
+        ".jsonl, .json, .csv, .tsv or .parquet file (also .gz, .zst, ...), save_to_disk folder, or hub name. Required.",
+        group="Data",
     )
     dataset_config: str | None = option(None, "Configuration of the hub dataset.", group="Data")
     dataset_train_split: str = option("train", "Split of a dataset that is trained on.", group="Data")
@@ -159,13 +158,23 @@ class TrainOptions:
     eval_dataset_name: str | None = option(None, "Evaluation data, same forms as dataset_name.", group="Data")
     eval_fraction: float = option(0.0, "Share of the training rows held out for evaluation.", group="Data")
     dataset_text_field: str = option("text", "Column of plain text.", group="Data")
+    column_map: Mapping[str, str] | None = option(
+        None, "Columns to read under another name: new=old,... or a mapping of new names to old.", group="Data"
+    )
     max_length: int = option(1024, "Tokens per row; longer rows are cut.", group="Data")
     truncation_mode: str = option(
         "keep_start", "Which end of a long row is kept.", group="Data", choices=("keep_start", "keep_end")
     )
+    assistant_only_loss: bool | None = option(
+        None,
+        "Loss on the assistant's turns only. Default: in rows of messages. Off: every token of them. On: in "
+        "completions of turns too.",
+        group="Data",
+    )
     completion_only_loss: bool | None = option(
         None,
-        "Loss on completions and assistant turns only. Default: wherever the row has them; off trains on every token.",
+        "Loss on completions only. Default: wherever a row has one; off trains on prompts too, and on every token of "
+        "messages unless assistant_only_loss is on.",
         group="Data",
     )
     packing: bool = option(False, "Put several rows into one of max_length, without cross-attention.", group="Data")
@@ -206,7 +215,7 @@ class TrainOptions:
     teacher_model_name_or_path: str | None = option(
         None,
         "Model that the loss compares with (a distillation's teacher); default: the trained model as the run found it. "
-        "It reads the same tokens and has the same vocabulary.",
+        "It must have the same tokens.",
         group="Reference",
     )
     old_policy_steps: int = option(
@@ -251,25 +260,34 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             _check_choice(spec, getattr(self, spec.name))
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-                     "lora_r", "lora_alpha", "logging_steps", "save_steps", "old_policy_steps",
-                     "ref_model_sync_steps"):  # fmt: skip
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_steps", "save_total_limit"):
-            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"):
-            self._require(name, getattr(self, name) >= 0, "at least 0")
-        for name in ("adam_beta1", "adam_beta2", "eval_fraction", "lora_dropout", "warmup_ratio"):
-            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
-        self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
-        self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
-        self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
-        self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
+        for name in PATHS:  # a shell leaves the ~ of --output_dir=~/run, and of a file of options, as it is
+            if str(path := getattr(self, name)).startswith("~"):
+                object.__setattr__(self, name, str(Path(path).expanduser()))
+        self._require_ranges()
         self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
         if self.warmup_ratio and self.warmup_steps:
             raise InputError("warmup_steps and warmup_ratio are two names of one setting: give one of them")
         if self.eval_fraction and self.eval_dataset_name:
             raise InputError("eval_fraction and eval_dataset_name both name evaluation data: give one of them")
+
+    def _require_ranges(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                     "logging_steps", "save_steps", "old_policy_steps", "ref_model_sync_steps"):  # fmt: skip
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("eval_steps", "save_total_limit", "lora_r", "lora_alpha"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("adam_beta1", "adam_beta2", "eval_fraction", "warmup_ratio"):
+            self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        self._require("lora_dropout", self.lora_dropout is None or 0 <= self.lora_dropout < 1, "in [0, 1)")
+        self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
+        self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
+        self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
+        for name in ("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "adam_epsilon"):
+            self._require(name, getattr(self, name) != math.inf, "finite")
+        self._require("seed", abs(self.seed) < 2**32, "a number of at most 32 bits")
+        self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -284,7 +302,10 @@ class TrainOptions:
     def make_loss(self) -> Loss:
         """The loss object that `method`, `loss` and the hyper-parameter flags describe.
 
-        A flag wins over the same key of the `loss` mapping. A hyper-parameter that the loss does not have is an error.
+        A flag wins over the same key of the `loss` mapping.
+
+        Raises:
+            InputError: no loss has that name, or the loss does not have a hyper-parameter, or not such a value of it.
         """
         from logitless import losses
 
@@ -292,8 +313,8 @@ class TrainOptions:
         name = settings.pop("name", METHODS.get(self.method, self.method))
         flags = ("beta", "loss_type", "label_smoothing", "divergence", "alpha")
         settings |= {key: value for key in flags if (value := getattr(self, key)) is not None}
-        if name == "nll" and settings.get("loss_type") in ("nll", "dft"):  # how TRL's SFT names its two losses
-            name = settings.pop("loss_type")
+        if name in ("nll", settings.get("loss_type")) and settings.get("loss_type") in ("nll", "dft"):
+            name = settings.pop("loss_type")  # how TRL's SFT names its two losses
         if "divergence" in settings:
             settings["divergence"] = DIVERGENCE_ALIASES.get(settings["divergence"], settings["divergence"])
         try:
@@ -347,7 +368,7 @@ def options_from_mapping(values: Mapping[str, Any], source: str) -> tuple[TrainO
     `source` names where the values come from in error messages. Numbers may come as text (YAML 1.1 reads 2e-5 as a
     string). Raises InputError for an unknown key, with the nearest known name, or a value of the wrong type.
     """
-    notes = [f"{source}: {key} changes nothing here: {INERT_KEYS[key]}" for key in values if key in INERT_KEYS]
+    notes = list(notes_of(values, source))
     given = convert({key: value for key, value in values.items() if key not in INERT_KEYS}, source)
     return TrainOptions(**given), notes
 
@@ -356,11 +377,14 @@ def convert(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Arguments of `TrainOptions` from string keys, under whatever name and as text or not; raises as above."""
     hints = field_types()
     given: dict[str, Any] = {}
+    settings = loss_settings(values)
     for key, value in values.items():
         if key in UNSUPPORTED_KEYS:
-            _require_unused(key, value, source)
+            require_unused(key, value, source)
             continue
         name = ALIASES.get(key, key)
+        if key in LOSS_SETTINGS or (value is None and name in NULLABLE):
+            continue
         if name not in hints:
             raise InputError(f"{source}: unknown option {key!r}{nearest(key, [*hints, *ALIASES, *INERT_KEYS])}")
         if key == "resume_from_checkpoint" and value in (True, "true", "True"):  # Transformers: "the newest one"
@@ -373,13 +397,9 @@ def convert(values: Mapping[str, Any], source: str) -> dict[str, Any]:
         if given.get(name, converted) != converted:
             raise InputError(f"{source}: {name} is given twice with different values ({key!r} is another name of it)")
         given[name] = converted
+    if settings:
+        given["loss"] = {**(given.get("loss") or {}), **coerce("loss", settings, hints["loss"], source)}
     return given
-
-
-def _require_unused(key: str, value: Any, source: str) -> None:
-    accepted = UNSUPPORTED_KEYS[key]
-    if str(value).lower() != str(accepted).lower():
-        raise InputError(f"{source}: {key} can only be {str(accepted).lower()}, got {value!r}")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -390,7 +410,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"config file not found: {file}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = yaml.load(file.read_text(encoding="utf-8"), _loader_of_single_keys())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{file}: not valid YAML: {error}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -398,25 +418,45 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return content
 
 
+def _loader_of_single_keys() -> Any:
+    """YAML's safe loader, which takes the last of two values of a key, made to refuse the second."""
+    import yaml
+
+    class SingleKeys(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            found = {"<<": None}
+            for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"):
+                if key.value in found:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value} is given twice", key.start_mark)
+                found[key.value] = None
+            return super().construct_mapping(node, deep)
+
+    return SingleKeys
+
+
 def coerce(name: str, value: Any, annotation: Any, source: str) -> Any:
-    """`value` as the option's type; text is read where the type is a number, a boolean, a list or a mapping."""
+    """`value` as the option's type; text is read where the type is a number, a boolean, a list or a mapping.
+
+    Raises:
+        InputError: a value of another type, or none where the option must have one.
+    """
     kinds = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
     if value is None or (value == "none" and type(None) in kinds and str not in kinds):
         if type(None) in kinds:
             return None
-        raise InputError(f"{source}: {name} can not be empty")
+        raise InputError(f"{source}: {name} cannot be empty")
     kind = next(kind for kind in kinds if kind is not type(None))
     try:
-        return _CONVERT[typing.get_origin(kind) or kind](value)
-    except (TypeError, ValueError, KeyError) as error:
-        expected = getattr(kind, "__name__", str(kind))
+        return _CONVERT[kind if kind in _CONVERT else typing.get_origin(kind)](value)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        expected = _DESCRIBED.get(kind, getattr(kind, "__name__", str(kind)))
         raise InputError(f"{source}: {name} must be a {expected}, got {value!r}") from error
 
 
 def _to_bool(value: Any) -> bool:
     if isinstance(value, bool):
         return value
-    return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[str(value).lower()]
+    return TRUTH[str(value).lower()]
 
 
 def _to_int(value: Any) -> int:
@@ -426,14 +466,14 @@ def _to_int(value: Any) -> int:
 
 
 def _to_float(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(float(value)):
         raise TypeError(value)
     return float(value)
 
 
 def _to_str(value: Any) -> str:
-    if isinstance(value, list) and len(value) == 1:  # TRL lists what may be combined there: loss_type, report_to
-        value = value[0]
+    if isinstance(value, list) and len(value) < 2:  # TRL lists what may be combined there: loss_type, report_to
+        value = value[0] if value else "none"
     if isinstance(value, bool):  # YAML 1.1 reads a bare no as False: eval_strategy: no
         return "yes" if value else "no"
     if not isinstance(value, (str, int, float)):
@@ -459,6 +499,19 @@ def _to_mapping(value: Any) -> dict[str, Any]:
     return {key: _number(item) for key, item in content.items()}
 
 
+def _to_columns(value: Any) -> dict[str, str]:
+    """New names of columns to old ones, each once, from a mapping or from text such as `prompt=a,completion=b`."""
+    import yaml
+
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = yaml.safe_load(value)
+    pairs = [part.split("=") for part in value.split(",")] if isinstance(value, str) else list(dict(value).items())
+    found = {new.strip(): old.strip() for new, old in pairs}
+    if len(set(found.values())) < len(pairs) or not all((*found, *found.values())):
+        raise ValueError(value)
+    return found
+
+
 def _to_mappings(value: Any) -> list[dict[str, Any]]:
     import yaml
 
@@ -476,6 +529,7 @@ def _number(value: Any) -> Any:
         return value
 
 
+_DESCRIBED = {float: "finite number", Mapping[str, str]: "list new=old,... or a mapping, with every name once"}
 _CONVERT: dict[Any, Any] = {
     bool: _to_bool,
     int: _to_int,
@@ -483,5 +537,6 @@ _CONVERT: dict[Any, Any] = {
     str: _to_str,
     tuple: _to_names,
     Mapping: _to_mapping,
+    Mapping[str, str]: _to_columns,
     Sequence: _to_mappings,
 }

@@ -21,12 +21,12 @@ from logitless.losses.policy.weights import own_means
 from logitless.losses.preference.unpaired_statistics import RunningMean, bco_reward_shift, kto_reference_point
 from logitless.training.collate import Batch, Piece
 from logitless.training.config import TrainOptions
+from logitless.training.examples import IGNORED, Example
 from logitless.training.loader import Loader
 from logitless.training.objective import Engine, batch_inputs, batch_layout, objective_of_stats
 from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel
 from logitless.training.sampler import Sampler
-from logitless.training.tokenize import IGNORED, Example
 from logitless.types import TokenStats
 
 

@@ -57,6 +57,14 @@ def new_file(path: Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def require_writable(folder: Path) -> None:
+    """Makes the folder; raises OSError where it is none, or no file can be written into it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trial = folder / f"{UNFINISHED}trial-{os.getpid()}"
+    trial.touch()
+    trial.unlink()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a text file atomically."""
     with new_file(path) as unfinished:
@@ -69,8 +77,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def move_into(folder: Path, target: Path) -> None:
-    """Renames every file of `folder` into `target`, each replacing its namesake."""
+    """Renames every file and folder of `folder` into `target`, each replacing its namesake."""
     for path in sorted(folder.iterdir()):
+        if path.is_dir():  # of named chat templates; a folder that holds something is not replaced by a rename
+            shutil.rmtree(target / path.name, ignore_errors=True)
         path.replace(target / path.name)
     _flush(target)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from logitless.losses import Loss, PairLoss
-from logitless.training.columns import TARGET_IDS, present_columns
+from logitless.training.columns import OTHER_NAMES, TARGET_IDS, present_columns
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 
@@ -64,7 +64,10 @@ def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Colle
 def _require(loss: Loss, missing: Collection[str], given: Collection[str], origin: str) -> None:
     for name in missing:
         if name not in given:
-            columns = f"columns chosen_{name} and rejected_{name}" if isinstance(loss, PairLoss) else f"a column {name}"
+            called = " or ".join(dict.fromkeys((name, OTHER_NAMES.get(name, name))))
+            columns = (
+                f"columns chosen_{name} and rejected_{name}" if isinstance(loss, PairLoss) else f"a column {called}"
+            )
             raise InputError(
                 f"{origin}: {loss.name} needs {columns}: one number (true, false) a row, or a list with "
                 "one for each token that counts"

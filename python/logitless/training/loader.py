@@ -2,77 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from logitless.losses import Loss, PairLoss
+from logitless.training.checks import Reach, reach_of
 from logitless.training.collate import Batch, Piece, Stored, best_fit, packed, padded, padding_free
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
+from logitless.training.examples import TokenizedData
+from logitless.training.forms import renamed, unpaired
 from logitless.training.inputs import InputSources, input_sources
-from logitless.training.model import check_packing, uses_flash_attention
+from logitless.training.model import check_packing, check_width, uses_flash_attention
 from logitless.training.objective import reads_sequences
-from logitless.training.tokenize import RowTokenizer, TokenizedData
+from logitless.training.render import Renderer
 
 TOGETHER = "group"  # the input that says which rows a loss compares, so that they must be in one batch
+DESIRABLE = "desirable"  # the input that marks single completions, which a pair gives too
 
 
-def load_data(
-    options: TrainOptions, tokenizer: object, loss: Loss, estimated: Collection[str]
-) -> tuple[InputSources, TokenizedData, TokenizedData | None]:
-    """Where the loss's inputs come from; training and evaluation data (None where there is none), tokenised.
+class Loaded(NamedTuple):
+    """The data of a run, tokenised."""
+
+    sources: InputSources  # of the loss's inputs
+    training: TokenizedData
+    held_out: TokenizedData | None  # to evaluate on, if any
+    reach: tuple[Reach, ...]  # of both
+
+
+def load_data(options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Collection[str]) -> Loaded:
+    """The rows to train on and those to evaluate on, tokenised, and where the loss's inputs come from.
 
     Args:
         estimated: the inputs that the run can estimate.
 
     Raises:
-        InputError: see `read_rows`, `input_sources` and `RowTokenizer`; evaluation asked for without data for it.
+        InputError: see `read_rows`, `input_sources` and `Renderer`; evaluation asked for without data for it.
     """
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
-    sources = input_sources(loss, rows, options.dataset_name, estimated)
-    tokenize = row_tokenizer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
-    read = tokenize.pairs if isinstance(loss, PairLoss) else tokenize.sequences
+    rows = renamed(rows, options.column_map)
+    single = _as_single(loss, tokenizer)
+    sources = input_sources(loss, single(rows), options.dataset_name, estimated)
+    renderer = row_renderer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
+    read = renderer.pairs if isinstance(loss, PairLoss) else renderer.sequences
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
         rows, held_out = split_rows(rows, options.eval_fraction, options.seed)
-    if held_out is None and (options.eval_strategy != "no" or options.eval_on_start):
+    if held_out is None and _evaluates(options):
         raise InputError("evaluation is asked for, but there is no data for it: give --eval_dataset_name or "
-                         "--eval_fraction, or a dataset with a dataset_test_split")  # fmt: skip
-    return sources, read(rows, options.dataset_name), None if held_out is None else read(held_out, origin)
+                         f"--eval_fraction; {options.dataset_name} has no split {options.dataset_test_split!r} "
+                         "(dataset_test_split)")  # fmt: skip
+    parts = [(single(rows), options.dataset_name)] + ([] if held_out is None else [(single(held_out), origin)])
+    found = [(read(part, name), part) for part, name in parts]
+    evaluated = None if held_out is None else found[1][0]
+    return Loaded(sources, found[0][0], evaluated, tuple(reach_of(*each) for each in found))
 
 
-def row_tokenizer(
+def _as_single(loss: Loss, tokenizer: Any) -> Callable[[list[Row]], list[Row]]:
+    """What makes two rows of a pair, one marked desirable and one not, where the loss reads such marks."""
+    if DESIRABLE not in (*loss.inputs, *loss.sequence_inputs):
+        return lambda rows: rows
+    return lambda rows: unpaired(rows, chat=bool(tokenizer.chat_template))
+
+
+def row_renderer(
     options: TrainOptions, tokenizer: object, columns: tuple[str, ...] = (), single: tuple[str, ...] = ()
-) -> RowTokenizer:
-    """How the options have rows tokenised; see `RowTokenizer` for the columns."""
-    return RowTokenizer(
+) -> Renderer:
+    """What renders rows as the options say; see `Renderer` for the columns."""
+    return Renderer(
         tokenizer,
         options.max_length,
         options.truncation_mode,
-        completion_only=options.completion_only_loss is not False,
+        assistant_only=options.assistant_only_loss,
+        completion_only=options.completion_only_loss,
         text_field=options.dataset_text_field,
         columns=columns,
         single=single,
     )
 
 
+def _evaluates(options: TrainOptions) -> bool:
+    return options.eval_strategy != "no" or options.eval_on_start
+
+
 def _evaluation_rows(options: TrainOptions) -> tuple[list[Row] | None, str]:
     """Rows of `eval_dataset_name`, or of the dataset's own test split where evaluation is asked for."""
     split, config = options.dataset_test_split, options.dataset_config
     if options.eval_dataset_name is not None:
-        return read_rows(options.eval_dataset_name, split=split, config=config), options.eval_dataset_name
-    wanted = options.eval_strategy != "no" and not options.eval_fraction
+        rows = read_rows(options.eval_dataset_name, split=split, config=config)
+        return renamed(rows, options.column_map), options.eval_dataset_name
+    wanted = _evaluates(options) and not options.eval_fraction
     if wanted and has_split(options.dataset_name, split, config):
-        return read_rows(options.dataset_name, split=split, config=config), f"{options.dataset_name}[{split}]"
+        rows = read_rows(options.dataset_name, split=split, config=config)
+        return renamed(rows, options.column_map), f"{options.dataset_name}[{split}]"
     return None, options.dataset_name
 
 
 def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
-    """(training rows, held-out rows), both in their old order; at least one of each."""
+    """(training rows, held-out rows), both in their old order; at least one of each.
+
+    Raises:
+        InputError: fewer than two rows.
+    """
     count = min(max(1, round(fraction * len(rows))), len(rows) - 1)
     if count < 1:
         raise InputError(f"eval_fraction={fraction} leaves no rows to train on: the data has {len(rows)}")
@@ -85,28 +120,36 @@ def split_rows(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], 
 def make_loaders(
     options: TrainOptions,
     loss: Loss,
-    model: Any,
-    pad_token: int | None,
+    models: Sequence[Any],
+    pad_token: int,
     data: TokenizedData,
     eval_data: TokenizedData | None,
 ) -> tuple[Loader, Loader | None]:
     """Loaders of training and evaluation data, in the shape that the options and the model's attention ask for.
 
+    Args:
+        models: those that read the batches, the trained one first.
+
     Raises:
-        InputError: packing for a loss of whole sequences, or for a model that lets packed rows see each other.
+        InputError: packing for a loss of whole sequences, or for a model that lets packed rows see each other or that
+            cannot read rows as long as the packs.
     """
-    flash = uses_flash_attention(model)
+    flash = uses_flash_attention(models[0])
     flat = flash if options.padding_free is None else options.padding_free
     if options.packing and reads_sequences(loss):
         raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
-    if options.packing or flat:
-        check_packing(model)
-    pad_token = 0 if pad_token is None else pad_token
     capacity = options.max_length if options.packing else None
     # Flash attention finds boundaries in a single row only.
     together = TOGETHER if TOGETHER in loss.inputs else None
     train = Loader(data, pad_token, flat or (options.packing and flash), capacity, together=together)
-    return train, None if eval_data is None else Loader(eval_data, pad_token, flat, together=together)
+    held_out = None if eval_data is None else Loader(eval_data, pad_token, flat, together=together)
+    if options.packing or flat:
+        widths = [train.widest(options.per_device_train_batch_size)]
+        widths += [held_out.widest(options.per_device_eval_batch_size)] if held_out is not None and flat else []
+        for model in models:
+            check_packing(model)
+            check_width(model, max(widths))
+    return train, held_out
 
 
 @dataclass
@@ -151,6 +194,12 @@ class Loader:
     def collate(self, pieces: list[Piece]) -> Batch:
         """A batch of sequences of any origin, in one row or padded."""
         return padding_free(pieces) if self.flat else padded(pieces, self.pad_token)
+
+    def widest(self, batch_size: int) -> int:
+        """Tokens of the longest row that holds several sequences, in batches of at most this many units."""
+        lengths = [sum(len(example.input_ids) for example in item) for item in self.data.items]
+        units = sorted((sum(lengths[index] for index in unit) for unit in self.units), reverse=True)
+        return sum(units[: batch_size if self.flat else 1])
 
     def without_packs(self) -> Loader:
         """A loader of the same items, each a unit of its own."""

@@ -7,14 +7,14 @@ reference model from options makes it for a component too. A run without a mixtu
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from logitless.training.config import ALIASES, TrainOptions, coerce, convert
+from logitless.training.config import TrainOptions, coerce, convert
 from logitless.training.errors import InputError, nearest
+from logitless.training.other_names import ALIASES
 
 _GROUPS = ("Method", "Data", "Reference")
 _SHARED = ("backend", "backward", "mixture")
@@ -105,7 +105,7 @@ def _component(given: Mapping[str, Any], shared: TrainOptions, source: str) -> C
         if not own.get(key):
             raise InputError(f"{source}: {key} is required")
     weight = coerce("weight", weight, float, source)
-    if not (weight > 0 and math.isfinite(weight)):
+    if not weight > 0:
         raise InputError(f"{source}: weight must be above 0, got {weight}; a loss that counts nothing is left out")
     name = own["method"] if name is None else coerce("name", name, str, source)
     component = ComponentOptions(name, weight, shared)

@@ -1,4 +1,4 @@
-"""The model and its tokenizer: loading, GGUF conversion, LoRA, precision, attention, and what is refused.
+"""The model and its tokenizer: loading, GGUF conversion, precision, attention, and what is refused.
 
 A GGUF model loaded through Transformers counts as quantised although its tensors are plain floats: it can neither be
 saved nor trained. It is rebuilt once from its configuration and tensors and kept as an ordinary folder in the cache,
@@ -19,10 +19,13 @@ import torch
 from torch import nn
 
 from logitless.losses import Loss
-from logitless.training import files
+from logitless.training import adapters, files
+from logitless.training.checks import learned_positions
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
+from logitless.training.places import unreadable
+from logitless.training.template import set_template
 from logitless.types import BackendName, BackwardName
 
 
@@ -30,17 +33,20 @@ def locate(options: TrainOptions) -> str:
     """The name for `from_pretrained`: a hub id or a folder. A GGUF model is converted on the way."""
     name = options.model_name_or_path
     path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"model file not found: {name}")
+    if path.suffix.lower() == ".gguf":
         return str(convert_gguf(path, cache_folder(options)))
     if options.gguf_file is not None:
-        from transformers.utils import cached_file
-
-        return str(convert_gguf(Path(cached_file(name, options.gguf_file)), cache_folder(options)))
-    if path.is_dir() and not (path / "config.json").is_file() and not (path / "adapter_config.json").is_file():
-        raise InputError(f"{name}: not a model folder, it has no config.json")
+        return str(convert_gguf(_gguf_inside(name, options.gguf_file), cache_folder(options)))
     return name
+
+
+def _gguf_inside(name: str, file: str) -> Path:
+    from transformers.utils import cached_file
+
+    try:
+        return Path(cached_file(name, file))
+    except OSError as error:
+        raise unreadable(name, f"file {file}", error) from error
 
 
 def locate_once(options: TrainOptions, world: World) -> str:
@@ -64,7 +70,7 @@ def convert_gguf(file: Path, cache: Path) -> Path:
     """The folder with the model and tokenizer of a GGUF file in float32, made on first use.
 
     Raises:
-        InputError: the `gguf` package is missing, or Transformers can not read the file.
+        InputError: the `gguf` package is missing, or Transformers cannot read the file.
     """
     digest = hashlib.sha256()
     with file.open("rb") as content:
@@ -87,7 +93,7 @@ def _convert(file: Path, folder: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(**source)
         quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     except Exception as error:  # a damaged file can break the reader anywhere
-        raise InputError(f"{file}: Transformers can not read this GGUF file: {error}") from error
+        raise InputError(f"{file}: Transformers cannot read this GGUF file: {error}") from error
     derived = {"quantization_config", "_name_or_path", "transformers_version", "model_type", "architectures"}
     settings = {key: value for key, value in quantised.config.to_dict().items() if key not in derived}
     plain = type(quantised)(type(quantised.config)(**settings))
@@ -98,22 +104,48 @@ def _convert(file: Path, folder: Path) -> None:
 
 
 def load_tokenizer(source: str, options: TrainOptions) -> Any:
-    """The tokenizer that comes with the model."""
+    """The tokenizer of the model, or of an adapter's base; with the chat template that the options name, if any.
+
+    Raises:
+        InputError: no tokenizer there, or a template that cannot be used with it.
+    """
     from transformers import AutoTokenizer
 
+    source, revision = adapters.tokenizer_source(source, options)
     try:
-        return AutoTokenizer.from_pretrained(
-            source, revision=options.model_revision, trust_remote_code=options.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=options.trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{source}: no tokenizer could be loaded from there: {error}") from error
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise unreadable(source, "tokenizer", error) from error
+    set_template(tokenizer, options)
+    return tokenizer
 
 
 def load_model(source: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
-    """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels and dropout as asked.
+    """The model that a source holds, as it was given: with an adapter, its base under it.
+
+    The adapter is merged into the base unless the run trains adapters: then both of a comparison are computed alike.
 
     Raises:
-        InputError: nothing there, not a causal LM, or no weights for its output head.
+        InputError: `load_base`'s, or an adapter that does not fit its base or cannot be merged.
+    """
+    adapter = adapters.find_adapter(source, options)
+    if adapter is None:
+        return load_base(source, options.model_revision, options, device, frozen=frozen)
+    base = load_base(adapter.base, adapter.base_revision, options, device, frozen=True)
+    model = adapters.put_on(base, source, adapter.revision, adapter.config, trainable=False)
+    if not options.use_peft:
+        model = adapters.merged(model, source)
+    model.requires_grad_(not frozen)
+    return model
+
+
+def load_base(source: str, revision: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
+    """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels as asked.
+
+    Raises:
+        InputError: nothing there, not a causal LM, or one without some of its weights.
     """
     from transformers import AutoModelForCausalLM
 
@@ -121,19 +153,18 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
-            revision=options.model_revision,
+            revision=revision,
             trust_remote_code=options.trust_remote_code,
             dtype=options.dtype if options.dtype == "auto" else getattr(torch, options.dtype),
             attn_implementation=attention,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{source}: no causal language model could be loaded from there: {error}") from error
-    _require_head(model, set(report["missing_keys"]), source)
+    except Exception as error:  # a damaged file can break the reader anywhere
+        raise unreadable(source, "causal language model", error) from error
+    _require_weights(model, set(report["missing_keys"]), source)
     if getattr(model, "is_quantized", False):
-        raise InputError(f"{source}: the model is quantised, and quantised weights can not be trained")
+        raise InputError(f"{source}: the model is quantised, and quantised weights cannot be trained")
     model.to(device)
-    model.config.use_cache = False
     model.requires_grad_(not frozen)
     if options.use_liger_kernel:
         apply_liger(model, device)
@@ -141,7 +172,11 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
 
 
 def patched(model: Any, options: TrainOptions, loss: Loss) -> Any:
-    """The model with logitless behind its loss; as it is where the options ask for its own logits."""
+    """The model with logitless behind its loss; as it is where the options ask for its own logits.
+
+    Raises:
+        InputError: a model that `logitless.patch` refuses.
+    """
     if options.backend == "materialised":
         return model
     from logitless.integrations.transformers import patch
@@ -153,14 +188,22 @@ def patched(model: Any, options: TrainOptions, loss: Loss) -> Any:
         raise InputError(f"{options.model_name_or_path}: {error}") from error
 
 
+def _load_under_lora(options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device) -> Any:
+    """The frozen base, patched, under the adapter to train."""
+    adapter = adapters.find_adapter(source, options)
+    base, revision = (source, options.model_revision) if adapter is None else (adapter.base, adapter.base_revision)
+    model = patched(load_base(base, revision, options, device, frozen=True), options, loss)
+    return adapters.add_lora(model, options, adapter, resumed)
+
+
 def load_trained(
     options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device, *, dropout: bool
 ) -> Any:
     """The model to train: patched, under its adapter if there is one, from the checkpoint if a run goes on."""
-    full_checkpoint = str(resumed) if resumed is not None and not options.use_peft else source
-    model = patched(load_model(full_checkpoint, options, device, frozen=options.use_peft), options, loss)
     if options.use_peft:
-        model = add_lora(model, options, resumed)
+        model = _load_under_lora(options, source, resumed, loss, device)
+    else:
+        model = patched(load_model(source if resumed is None else str(resumed), options, device), options, loss)
     if not dropout:
         disable_dropout(model)
     if options.gradient_checkpointing:
@@ -168,7 +211,8 @@ def load_trained(
     return model
 
 
-def _require_head(model: Any, missing: set[str], source: str) -> None:
+def _require_weights(model: Any, missing: set[str], source: str) -> None:
+    """Raises where the model has no linear head, or parameters that the checkpoint does not have."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Module) or not isinstance(getattr(head, "weight", None), torch.Tensor):
         raise InputError(f"{source}: {type(model).__name__} has no linear output head")
@@ -178,10 +222,18 @@ def _require_head(model: Any, missing: set[str], source: str) -> None:
             f"{source}: the checkpoint has no weights for the output head ({', '.join(sorted(names))}), which would be "
             "random; use a checkpoint of the causal language model, not of its base model"
         )
+    if absent := sorted(missing & {name for name, _ in model.named_parameters()}):
+        some = ", ".join(absent[:3]) + (f" and {len(absent) - 3} more" if len(absent) > 3 else "")
+        raise InputError(f"{source}: the checkpoint has no weights for {some}, which would be random; its config.json "
+                         "describes another model")  # fmt: skip
 
 
 def choose_attention(options: TrainOptions, device: torch.device) -> str | None:
-    """The `attn_implementation` to load with; None lets Transformers take SDPA where the model has it."""
+    """The `attn_implementation` to load with; None lets Transformers take SDPA where the model has it.
+
+    Raises:
+        InputError: flash attention is asked for, and there is no GPU or no flash-attn.
+    """
     asked = options.attn_implementation
     installed = importlib.util.find_spec("flash_attn") is not None
     if asked == "auto":
@@ -208,7 +260,11 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Recomputes activations in the backward pass, in PyTorch's non-reentrant form."""
+    """Recomputes activations in the backward pass, in PyTorch's non-reentrant form.
+
+    Raises:
+        InputError: the model's class does not support it.
+    """
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     try:
         enable({"use_reentrant": False})
@@ -243,32 +299,6 @@ def apply_liger(model: Any, device: torch.device) -> None:
     apply(model=model, **{name: value for name, value in wanted.items() if name in known})
 
 
-def add_lora(model: Any, options: TrainOptions, adapter: Path | None) -> Any:
-    """The model under a LoRA adapter: a new one, or the one in the folder `adapter`, trainable.
-
-    Raises:
-        InputError: peft is missing, or has no default target modules for this model and none are given.
-    """
-    try:
-        import peft
-    except ImportError as error:
-        raise InputError("use_peft needs the peft library (pip install peft)") from error
-    if adapter is not None:
-        return peft.PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    targets: Any = list(options.lora_target_modules) if options.lora_target_modules else None
-    config = peft.LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_r,
-        lora_alpha=options.lora_alpha,
-        lora_dropout=options.lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
-    )
-    try:
-        return peft.get_peft_model(model, config)
-    except ValueError as error:
-        raise InputError(f"lora_target_modules: {error}") from error
-
-
 @torch.no_grad()
 def check_packing(model: Any) -> None:
     """Runs two short sequences apart and packed; raises InputError where the model lets them see each other.
@@ -276,8 +306,8 @@ def check_packing(model: Any) -> None:
     Families whose positions or states do not restart with `position_ids` (state-space models, ALiBi) are found here
     rather than in a worse model. Flash attention is checked on GPU tensors, SDPA and eager anywhere.
     """
-    head = model.get_output_embeddings()
-    vocabulary, device = head.weight.shape[0], head.weight.device
+    embedding = model.get_input_embeddings().weight
+    vocabulary, device = embedding.shape[0], embedding.device
     parts = [torch.arange(1, 1 + n, device=device)[None] * 7 % vocabulary for n in (5, 4)]
     positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
     was_training = model.training
@@ -286,7 +316,7 @@ def check_packing(model: Any) -> None:
         apart = torch.cat([model.base_model(input_ids=part, use_cache=False)[0] for part in parts], dim=1)
         together = model.base_model(input_ids=torch.cat(parts, dim=1), position_ids=positions, use_cache=False)[0]
     except TypeError as error:
-        raise InputError(f"packing: {type(model).__name__} takes no position_ids, so rows can not be packed") from error
+        raise InputError(f"packing: {type(model).__name__} takes no position_ids, so rows cannot be packed") from error
     finally:
         model.train(was_training)
     error_size, size = (together - apart).float().abs().max(), apart.float().abs().max()
@@ -296,3 +326,22 @@ def check_packing(model: Any) -> None:
             f"packing: {type(model).__name__} with {model.config._attn_implementation} attention lets packed rows see "
             f"each other (hidden states differ by {error_size:.2g}); use --no-packing --no-padding_free"
         )
+
+
+@torch.no_grad()
+def check_width(model: Any, width: int) -> None:
+    """Raises InputError where a model with a table of positions cannot read a packed row of `width` tokens.
+
+    Positions that restart are within the table. But GPT-Neo keeps a mask that is as wide as the table.
+    """
+    most = learned_positions(model)
+    if most is None or width <= most:
+        return
+    ids = torch.ones(1, width, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        model.base_model(input_ids=ids, position_ids=ids.cumsum(1) % most, use_cache=False)
+    except (RuntimeError, IndexError) as error:
+        raise InputError(
+            f"packing: {type(model).__name__} has {most} positions and cannot read a packed row of {width} tokens; "
+            f"use --no-packing --no-padding_free, or packing with a max_length of at most {most}: {error}"
+        ) from error

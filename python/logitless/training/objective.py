@@ -9,6 +9,7 @@ Runs train with `PatchedEngine`: the patched model computes both from hidden sta
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,14 +19,14 @@ import torch
 
 from logitless import reduce, reference
 from logitless.arguments import loss_inputs
-from logitless.integrations.scoring import plain_head
+from logitless.integrations.scoring import dense_head
 from logitless.losses import NLL, Loss
 from logitless.losses.layout import TokenLayout, token_layout
 from logitless.losses.whole_sequence import WholeSequenceLoss
 from logitless.training.collate import Batch
 from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TrainOptions
-from logitless.training.tokenize import IGNORED
+from logitless.training.examples import IGNORED
 from logitless.types import TokenStats
 
 
@@ -80,7 +81,7 @@ class PatchedEngine:
         boundaries = {"cu_seqlens": batch.cu_seqlens} if flat else {}
         with autocast(self.device, self.bf16):
             output = model(
-                **batch.model_inputs(),
+                **forward_inputs(model, batch),
                 **boundaries,
                 **self._targets(batch),
                 num_items_in_batch=torch.tensor(normalizer, device=self.device),
@@ -100,7 +101,7 @@ class PatchedEngine:
     def stats(self, model: Any, batch: Batch, outputs: tuple[str, ...]) -> TokenStats:
         with autocast(self.device, self.bf16):
             output = model(
-                **batch.model_inputs(), labels=batch.labels, loss="nll", token_outputs=outputs, skip_logits=True
+                **forward_inputs(model, batch), labels=batch.labels, loss="nll", token_outputs=outputs, skip_logits=True
             )
         stats: TokenStats = output.token_stats
         return stats
@@ -108,8 +109,8 @@ class PatchedEngine:
     def hidden(self, model: Any, batch: Batch) -> dict[str, Any]:
         """The inputs of a distribution loss: the model's hidden states and its head, as the reference's."""
         with autocast(self.device, self.bf16):
-            output = model(**batch.model_inputs(), hidden_only=True)
-        return {"ref_hidden": output.logits, "ref_head": plain_head(model)}
+            output = model(**forward_inputs(model, batch), hidden_only=True)
+        return {"ref_hidden": output.logits, "ref_head": dense_head(model)}
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ class MaterialisedEngine:
         if self.loss == NLL():  # the loss that comes with the model
             count = torch.tensor(normalizer, device=self.device)
             with autocast(self.device, self.bf16):
-                output = model(**batch.model_inputs(), labels=batch.labels, num_items_in_batch=count)
+                output = model(**forward_inputs(model, batch), labels=batch.labels, num_items_in_batch=count)
             return Objective(output.loss)
         logits = self._logits(model, batch)
         if self.loss.stats_temperature != 1.0:
@@ -138,8 +139,19 @@ class MaterialisedEngine:
 
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.bf16):
-            logits: torch.Tensor = model(**batch.model_inputs()).logits
+            logits: torch.Tensor = model(**forward_inputs(model, batch)).logits
         return logits.float()
+
+
+def forward_inputs(model: Any, batch: Batch) -> dict[str, Any]:
+    """A batch as the model's forward takes it, labels apart, and without the cache, which is for generation.
+
+    The cache is turned off here rather than in the configuration, which is saved as it came.
+    """
+    plain = getattr(model, "module", model)  # of DistributedDataParallel
+    plain = plain.get_base_model() if hasattr(plain, "get_base_model") else plain
+    off = {"use_cache": False} if "use_cache" in inspect.signature(plain.forward).parameters else {}
+    return {**batch.model_inputs(), **off}
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Per-token values of the reference model, for the losses that compare with one.
 
 The reference is the model as the run found it, or follows the trained one (`Following`). Its values are computed batch
-by batch while training (from a frozen copy, or from the model itself with its LoRA adapter switched off), or once
+by batch while training (from a frozen copy, or from the model itself with its adapter as it was given), or once
 before training and kept in a file whose name is a hash of everything they depend on: weights, tokens, precision and the
 values asked for.
 """
@@ -11,28 +11,36 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from logitless import __version__
 from logitless.losses import Loss
 from logitless.training import files
+from logitless.training.adapters import find_adapter, given_weights, holding, settings_of
+from logitless.training.checks import head_rows
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.examples import Item
 from logitless.training.inputs import REFERENCE_FIELDS
 from logitless.training.loader import Loader
 from logitless.training.model import cache_folder, load_model, locate_once, patched
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
-from logitless.training.tokenize import Item
+from logitless.training.resume import IDLE_SETTINGS
+from logitless.types import Head
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,13 @@ class ReferenceModel:
 
     Args:
         engine: how it is asked, in the precision of the run.
-        model: the frozen copy, or the trained model under LoRA, whose adapter is switched off meanwhile.
+        model: the frozen copy, or the trained model under LoRA.
         loss: the loss whose inputs it gives.
         names: those inputs, of `REFERENCE_FIELDS`.
         following: how it follows the trained model; None, the default, where it stays.
+        rows: of its head that the trained model has too, over which distributions are compared; None, the default, is
+            all of them.
+        as_given: makes the model what it was at the start, while it is asked. Nothing, the default, for a frozen copy.
     """
 
     engine: Engine
@@ -73,6 +84,8 @@ class ReferenceModel:
     loss: Loss
     names: tuple[str, ...]
     following: Following | None = None
+    rows: int | None = None
+    as_given: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def follow(self, trained: nn.Module, done: int) -> None:
         """Moves towards the trained model, if it follows it and update `done` is one after which it does."""
@@ -89,9 +102,10 @@ class ReferenceModel:
         was_training = self.model.training
         self.model.eval()
         try:
-            with self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else nullcontext():
+            with self.as_given():
                 if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
-                    return self.engine.hidden(self.model, batch)
+                    given = self.engine.hidden(self.model, batch)
+                    return given | {"ref_head": first_rows(given["ref_head"], self.rows)}
                 fields = {name: REFERENCE_FIELDS[name] for name in self.names}
                 stats = self.engine.stats(self.model, batch, tuple(fields.values()))
         finally:
@@ -104,8 +118,17 @@ def load_reference(
 ) -> ReferenceModel:
     """The model that gives a loss the inputs of these names, or its whole distributions.
 
-    It is the teacher of the options, or else the trained model as the run found it: the one without its adapter, or a
-    frozen copy.
+    It is the teacher of the options, or else the trained model as the run found it: the one itself with its adapter as
+    it was given, or a frozen copy.
+
+    Args:
+        source: where the trained model came from.
+        engine: how the reference is asked.
+        names: inputs of the loss, of `REFERENCE_FIELDS`; none for a loss that compares distributions.
+        trained: the model that is trained.
+
+    Raises:
+        InputError: options that exclude one another, or a teacher that is not there or has fewer rows of the head.
     """
     teacher, following = options.teacher_model_name_or_path, _following(options)
     if loss.compares_distributions and options.precompute_ref_log_probs:
@@ -113,13 +136,45 @@ def load_reference(
     if loss.compares_distributions and not isinstance(engine, PatchedEngine):
         raise InputError(f"backend: {loss.name} compares distributions, which 'materialised' does not")
     if options.use_peft and not options.precompute_ref_log_probs and teacher is None:
-        return ReferenceModel(engine, trained, loss, names)
+        as_given = _adapter_as_given(trained, source, options)
+        return ReferenceModel(engine, trained, loss, names, as_given=as_given)
     if teacher is not None:
-        source = locate_once(dataclasses.replace(options, model_name_or_path=teacher), world)
+        options = dataclasses.replace(options, model_name_or_path=teacher, use_peft=False)
+        source = locate_once(options, world)
     frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
-    if frozen.get_output_embeddings().weight.shape[0] != trained.get_output_embeddings().weight.shape[0]:
-        raise InputError(f"teacher_model_name_or_path: {teacher} has another vocabulary than the trained model")
-    return ReferenceModel(engine, frozen, loss, names, following)
+    return ReferenceModel(engine, frozen, loss, names, following, _shared_rows(frozen, trained, loss, teacher))
+
+
+def _shared_rows(frozen: Any, trained: Any, loss: Loss, teacher: str | None) -> int | None:
+    """How many rows of a longer head of the teacher are compared; None where all are, or none is.
+
+    Heads of one family are padded to different lengths. The rows behind the trained model's are left out of the
+    teacher's distribution. A shorter head is no distribution over the trained model's rows.
+    """
+    ours, theirs = head_rows(trained), head_rows(frozen)
+    if not loss.compares_distributions or theirs == ours:
+        return None
+    if theirs < ours:
+        raise InputError(
+            f"teacher_model_name_or_path: the head of {teacher} has {theirs} rows and that of the trained model "
+            f"{ours}, over which {loss.name} compares distributions. Expected a teacher with as many rows or more; "
+            f"rows that are no token's can be cut off the trained model (resize_token_embeddings({theirs}))"
+        )
+    return ours
+
+
+def first_rows(head: Head, rows: int | None) -> Head:
+    """A view of a head's first rows; all of them if None."""
+    return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
+
+
+def _adapter_as_given(trained: Any, source: str, options: TrainOptions) -> Callable[[], AbstractContextManager[Any]]:
+    """How the trained adapter becomes what it was at the start: off if it is new, else with its first weights."""
+    adapter = find_adapter(source, options)
+    if adapter is None:
+        off: Callable[[], AbstractContextManager[Any]] = trained.disable_adapter
+        return off
+    return partial(holding, trained, given_weights(trained, adapter))
 
 
 def _following(options: TrainOptions) -> Following | None:
@@ -131,7 +186,7 @@ def _following(options: TrainOptions) -> Following | None:
     if not options.sync_ref_model:
         return None
     reasons = {
-        "use_peft: the reference is the model without its adapter": options.use_peft,
+        "use_peft: the reference is the trained model with its adapter as it was given": options.use_peft,
         "precompute_ref_log_probs: the values are those of the start": options.precompute_ref_log_probs,
         "teacher_model_name_or_path: a teacher stays as it is": options.teacher_model_name_or_path is not None,
     }
@@ -147,16 +202,16 @@ def _following(options: TrainOptions) -> Following | None:
 
 def cache_file(cache: Path, depends_on: dict[str, Any]) -> Path:
     """The file of reference values that depend on exactly this."""
-    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps(depends_on, sort_keys=True, default=str).encode()).hexdigest()
     return cache / "reference" / f"{key[:32]}.safetensors"
 
 
-def hash_weights(model: nn.Module) -> str:
-    """A hash of every parameter and buffer, its name, dtype and shape."""
+def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A hash of every tensor, its name, dtype and shape."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -189,43 +244,81 @@ def compute_values(
 
 
 def write_values(path: Path, stored: Stored) -> None:
-    """Saves the values, whole or not at all."""
+    """Saves the values with their hash, whole or not at all."""
     names = stored[0][0].keys()
     flat = {name: torch.cat([inputs[name] for item in stored for inputs in item]) for name in names}
-    path.parent.mkdir(parents=True, exist_ok=True)
     with files.new_file(path) as unfinished:
-        save_file(flat, unfinished)
+        save_file(flat, unfinished, metadata={"sha256": hash_tensors(flat)})
 
 
-def read_values(path: Path, items: Sequence[Item]) -> Stored:
-    """The values that `write_values` saved for the same items."""
+def read_values(path: Path, items: Sequence[Item]) -> Stored | None:
+    """The values that `write_values` saved for the same items; None where there is no file, or a damaged one."""
     lengths = [len(example.input_ids) for item in items for example in item]
-    with safe_open(path, "pt") as file:
-        flat = {name: file.get_tensor(name).split(lengths) for name in file.keys()}  # noqa: SIM118 (no mapping)
+    try:
+        with safe_open(path, "pt") as file:
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            whole = (file.metadata() or {}).get("sha256") == hash_tensors(flat)
+    except (OSError, SafetensorError):
+        return None
+    if not whole:
+        return None
+    parts = {name: tensor.split(lengths) for name, tensor in flat.items()}
     positions = iter(range(len(lengths)))
     return [
-        tuple(
-            {name: parts[position] for name, parts in flat.items()}
-            for _, position in zip(item, positions, strict=False)
-        )
+        tuple({name: parts[name][position] for name in parts} for _, position in zip(item, positions, strict=False))
         for item in items
     ]
 
 
 def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, world: World) -> Stored:
-    """The reference's values of a loader's items, from the cache, where the main process puts them first."""
-    depends_on = {
-        "weights": hash_weights(asked.model),
+    """The reference's values of a loader's items, from the cache, where the main process puts them first.
+
+    Raises:
+        InputError: the cache's folder cannot be written.
+    """
+    items, path = loader.data.items, cache_file(cache_folder(options), _depends_on(asked, loader, options, world))
+    found = read_values(path, items) if world.is_main else None
+    if world.is_main and found is None:
+        try:
+            files.require_writable(path.parent)
+        except OSError as error:
+            raise InputError(f"cache_dir: nothing can be kept in {path.parent}: {error}") from error
+        batches = consecutive(len(items), options.per_device_eval_batch_size)
+        found = compute_values(asked, items, batches, loader.without_packs().batch, world.device)
+        write_values(path, found)
+    world.wait()
+    found = read_values(path, items) if found is None else found
+    if found is None:
+        raise InputError(f"cache_dir: {path}, which the main process wrote, cannot be read by process {world.rank}")
+    return found
+
+
+def _depends_on(asked: ReferenceModel, loader: Loader, options: TrainOptions, world: World) -> dict[str, Any]:
+    """Everything that changes a reference's values: the model and its code, the tokens, the precision, the versions."""
+    configuration = asked.model.config.to_dict()
+    for name in IDLE_SETTINGS:
+        configuration.pop(name, None)
+    return {
+        "weights": hash_tensors(asked.model.state_dict()),
+        "adapters": {name: settings_of(config) for name, config in getattr(asked.model, "peft_config", {}).items()},
+        "configuration": configuration,
+        "code": _own_code(asked.model),
+        "versions": (__version__, torch.__version__, version("transformers")),
         "data": loader.data.fingerprint(),
         "inputs": asked.names,
         "dtype": options.dtype,
         "bf16": computes_in_bf16(options, world.device),
         "attention": asked.model.config._attn_implementation,
+        "backend": options.backend,
+        "liger": options.use_liger_kernel,
+        "device": world.device.type,
     }
-    path = cache_file(cache_folder(options), depends_on)
-    if world.is_main and not path.is_file():
-        unpacked = loader.without_packs()
-        batches = consecutive(len(loader.data.items), options.per_device_eval_batch_size)
-        write_values(path, compute_values(asked, loader.data.items, batches, unpacked.batch, world.device))
-    world.wait()
-    return read_values(path, loader.data.items)
+
+
+def _own_code(model: nn.Module) -> dict[str, str]:
+    """Hashes of the source files of modules that come with the checkpoint instead of a library, all of its folder."""
+    modules = {type(module).__module__ for module in model.modules()}
+    own = {name for name in modules if name.partition(".")[0] == "transformers_modules"}
+    folders = {Path(str(sys.modules[name].__file__)).parent for name in own}
+    found = sorted(path for folder in folders for path in folder.rglob("*.py"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in found}

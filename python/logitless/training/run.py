@@ -15,8 +15,9 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,24 +26,46 @@ from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
+from logitless.training.adapters import Adapter, find_adapter, idle_options, require_free
+from logitless.training.checks import (
+    check_finite,
+    check_positions,
+    check_tokenizers,
+    check_vocabulary,
+    check_weights,
+    embedding_rows,
+    head_rows,
+    padding_token,
+)
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
 from logitless.training.inputs import InputSources
-from logitless.training.loader import Loader, load_data, make_loaders
+from logitless.training.loader import Loaded, Loader, load_data, make_loaders
 from logitless.training.metrics import Reporter
 from logitless.training.mixture import ComponentOptions, components_of, prefixed, without_prefix
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
 from logitless.training.objective import Engine, computes_in_bf16, engine_of, loss_count
-from logitless.training.optimizer import make_optimizer
+from logitless.training.optimizer import make_optimizer, peak_learning_rate
 from logitless.training.parallel import World
+from logitless.training.places import require_places
 from logitless.training.reference_model import ReferenceModel, load_reference, stored_values
-from logitless.training.resume import find_checkpoint, first_state, identity_of, require_same, seed_generators
+from logitless.training.resume import (
+    TEACHER,
+    Origin,
+    find_checkpoint,
+    first_state,
+    identity_of,
+    parts_of,
+    require_same,
+    require_same_models,
+    seed_generators,
+    tokenizer_parts,
+)
 from logitless.training.sampler import Sampler
-from logitless.training.tokenize import TokenizedData
-
-Data = tuple[InputSources, TokenizedData, TokenizedData | None]  # to train on, to evaluate on
+from logitless.training.settings import Settings, read_settings
+from logitless.training.template_date import with_date
 
 
 @dataclass
@@ -114,6 +137,7 @@ class Run:
     world: World
     components: tuple[Component, ...]
     tokenizer: Any
+    settings: Settings  # of model and tokenizer, to be saved as they came
     model: Any
     parallel: Any  # the model, in DistributedDataParallel where there are several processes
     optimizer: torch.optim.Optimizer
@@ -166,57 +190,152 @@ class Base(NamedTuple):
 
     world: World
     source: str  # of the model
-    pad_token: int | None
+    tokenizer: Any
     model: Any
     frozen: dict[str | None, Any]  # reference models by teacher
+    notes: list[str]  # for the log, once there is one
+
+
+class Plan(NamedTuple):
+    """What a run is made from: its options, those of each component, and where it starts."""
+
+    options: TrainOptions
+    world: World
+    components: Sequence[ComponentOptions]
+    losses: Sequence[Loss]  # of the components
+    resumed: Path | None  # the checkpoint that the run goes on from
+    state: dict[str, Any]  # step, counters, date of the start, open log window
+
+
+class Read(NamedTuple):
+    """What a run reads before its model."""
+
+    source: str  # of the model
+    adapter: Adapter | None  # at the source
+    tokenizer: Any
+    dated: Any  # the tokenizer, of which the template writes the date of the run's start
+    data: list[Loaded]  # of each component
 
 
 def prepare(options: TrainOptions, world: World) -> Run:
     """The run that the options describe, at step 0 or at the checkpoint that it goes on from.
 
     Raises:
-        InputError: options, data, model or checkpoint that can not be used.
+        InputError: options, data, model or checkpoint that cannot be used.
     """
-    planned, resumed = components_of(options), find_checkpoint(options)
-    losses = [_make_loss(component) for component in planned]
-    state = first_state(resumed)
+    plan = _plan(options, world)
     seed_generators(options.seed)
-
-    source = locate_once(options, world)
-    if Path(source).is_dir():  # a download's bars stay
-        hide_progress_bars()
-    tokenizer = load_tokenizer(source, options)
-    data = [_load_data(component, tokenizer, loss) for component, loss in zip(planned, losses, strict=True)]
-    identity = identity_of(planned, [training.fingerprint() for _, training, _ in data], world)
-    if resumed is not None:
-        require_same(state["identity"], identity, resumed)
-
-    compares = any(_compares(loss, sources) for loss, (sources, *_) in zip(losses, data, strict=True))
-    dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
-    model = load_trained(options, source, resumed, losses[0], world.device, dropout=dropout)
-    confirm_patch(engine_of(options, losses[0], world.device), model, options, world.device)
+    read = _read_data(plan)
+    identity = _identify(plan, read)
+    model, notes = _load_model(plan, read)
+    settings = read_settings(model, read.tokenizer, options)
+    notes += _notes_on_text(plan, read)
     parallel = DistributedDataParallel(model) if world.size > 1 else model
-    base = Base(world, source, tokenizer.pad_token_id, model, {})
-    components = tuple(_prepared(base, *each) for each in zip(planned, losses, data, strict=True))
+    base = Base(world, read.source, read.tokenizer, model, {}, notes)
+    components = tuple(_prepared(base, *each) for each in zip(plan.components, plan.losses, read.data, strict=True))
 
     optimizer = make_optimizer(model, options)
+    steps_per_epoch, total_steps = _count_steps(plan, components)
+    reporter = _reporter(options, world, plan.state["step"], total_steps)
+    run = Run(
+        options, world, components, read.tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
+        identity, plan.state, reporter,
+    )  # fmt: skip
+    _describe(run, notes)
+    if plan.resumed is not None:
+        _go_on(run, plan.resumed)
+    return run
+
+
+def _plan(options: TrainOptions, world: World) -> Plan:
+    """The plan of a run, whose folders are looked at before anything is read."""
+    components, resumed = components_of(options), find_checkpoint(options)
+    losses = [_make_loss(component) for component in components]
+    require_output(options, world)
+    for component in components:
+        with component.blamed():
+            require_places(component.options)
+    return Plan(options, world, components, losses, resumed, first_state(resumed, world))
+
+
+def _read_data(plan: Plan) -> Read:
+    """The tokenizer and the rows, tokenised with the date of the run's start."""
+    source = locate_once(plan.options, plan.world)
+    if Path(source).is_dir():  # a download's bars stay
+        hide_progress_bars()
+    adapter = find_adapter(source, plan.options)
+    require_free(plan.options, adapter)
+    tokenizer = load_tokenizer(source, plan.options)
+    dated = with_date(tokenizer, datetime.fromisoformat(plan.state["date"]))
+    data = [_load_data(component, dated, loss) for component, loss in zip(plan.components, plan.losses, strict=True)]
+    return Read(source, adapter, tokenizer, dated, data)
+
+
+def _identify(plan: Plan, read: Read) -> dict[str, Any]:
+    """What a resumed run must share with its checkpoint's; the state keeps what explains a difference."""
+    state, resumed = plan.state, plan.resumed
+    identity = identity_of(plan.components, [loaded.training.fingerprint() for loaded in read.data], plan.world)
+    models = _origins(plan, read)
+    if resumed is not None:
+        require_same(state, identity, plan.components[0].options, read.tokenizer, resumed)
+        require_same_models(state, models, resumed)
+    state |= {"tokenizer": tokenizer_parts(read.tokenizer), "models": {name: own.parts for name, own in models.items()}}
+    return identity
+
+
+def _origins(plan: Plan, read: Read) -> dict[str, Origin]:
+    """The models that a run must find again if it is resumed: an adapter's base, and what it compares with."""
+    options, found = plan.options, {}
+    if options.use_peft or _any_compares(plan.losses, read.data):
+        parts = parts_of(read.source, options.model_revision, read.adapter)
+        found["model_name_or_path"] = Origin(options.model_name_or_path, parts)
+    for component, loss, loaded in zip(plan.components, plan.losses, read.data, strict=True):
+        teacher = component.options.teacher_model_name_or_path
+        if teacher is not None and _compares(loss, loaded.sources):
+            asked = dataclasses.replace(component.options, model_name_or_path=teacher)
+            with component.blamed():
+                source = locate_once(asked, plan.world)
+                parts = parts_of(source, asked.model_revision, find_adapter(source, asked))
+            found |= component.named({TEACHER: Origin(teacher, parts)})
+    return found
+
+
+def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
+    """The model to train, which can read the rows, and notes on it."""
+    options, device, (loss, *_) = plan.options, plan.world.device, plan.losses
+    compares = _any_compares(plan.losses, read.data)
+    dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
+    model = load_trained(options, read.source, plan.resumed, loss, device, dropout=dropout)
+    notes = [*idle_options(options), *check_weights(model, options, peak_learning_rate(options, plan.losses))]
+    check_finite(model, options.model_name_or_path + (f" in {plan.resumed}" if plan.resumed is not None else ""))
+    notes += _check_model(plan, read, model)
+    if read.adapter is not None:
+        use = "trained on" if options.use_peft else "merged into it"
+        notes.append(f"{read.source} holds an adapter of {read.adapter.base}: it is {use}")
+    confirm_patch(engine_of(options, loss, device), model, options, device)
+    return model, notes
+
+
+def _count_steps(plan: Plan, components: Sequence[Component]) -> tuple[int, int]:
+    """Steps of an epoch and of the run, which every component is told."""
+    options, done = plan.options, plan.state["step"]
     steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
-    epochs_of_steps = math.ceil(options.num_train_epochs * steps_per_epoch)
-    total_steps = options.max_steps if options.max_steps > 0 else epochs_of_steps
+    steps_of_epochs = math.ceil(options.num_train_epochs * steps_per_epoch)
+    total_steps = options.max_steps if options.max_steps > 0 else steps_of_epochs
+    if done > total_steps:
+        raise InputError(f"{plan.resumed} is at step {done}, and the run ends at step {total_steps}; expected "
+                         "max_steps or num_train_epochs beyond the checkpoint")  # fmt: skip
     for component in components:
         component.total_steps = total_steps
-    reporter = _reporter(options, world, state["step"], total_steps)
-    run = Run(
-        options, world, components, tokenizer, model, parallel, optimizer, steps_per_epoch, total_steps, identity,
-        state, reporter,
-    )  # fmt: skip
-    _describe(run)
-    if resumed is not None:
-        checkpoint.restore(resumed, model, optimizer, world)
-        run.restore_estimated(checkpoint.load_estimated(resumed))
-        checkpoint.restore_reference(resumed, run.moved_references())
-        reporter.say(f"resumed from {resumed}")
-    return run
+    return steps_per_epoch, total_steps
+
+
+def _go_on(run: Run, checkpoint_folder: Path) -> None:
+    """Brings the run to where the checkpoint was written."""
+    checkpoint.restore(checkpoint_folder, run.model, run.optimizer, run.world)
+    run.restore_estimated(checkpoint.load_estimated(checkpoint_folder))
+    checkpoint.restore_reference(checkpoint_folder, run.moved_references())
+    run.reporter.say(f"resumed from {checkpoint_folder}")
 
 
 def _make_loss(component: ComponentOptions) -> Loss:
@@ -224,9 +343,40 @@ def _make_loss(component: ComponentOptions) -> Loss:
         return component.options.make_loss()
 
 
-def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Data:
+def _load_data(component: ComponentOptions, tokenizer: Any, loss: Loss) -> Loaded:
     with component.blamed():
         return load_data(component.options, tokenizer, loss, ESTIMATED_INPUTS)
+
+
+def _notes_on_text(plan: Plan, read: Read) -> list[str]:
+    """Notes on what a tokenizer and its template put into every text."""
+    notes = []
+    if read.tokenizer.eos_token is None:
+        notes.append("the tokenizer has no end-of-text token, so that strings are learned without an end")
+    stores = any(component.options.precompute_ref_log_probs for component in plan.components)
+    if read.dated is not read.tokenizer and stores:
+        notes.append(
+            f"the chat template writes the date of the run's start, {plan.state['date'][:10]}, into every text; stored "
+            "values of the reference serve the runs of that day"
+        )
+    return notes
+
+
+def _check_model(plan: Plan, read: Read, model: Any) -> list[str]:
+    """Notes on the model that is trained, which must be able to read the rows of every component."""
+    name = plan.options.model_name_or_path
+    notes: list[str] = []
+    for component, loaded in zip(plan.components, read.data, strict=True):
+        with component.blamed():
+            notes += _check_rows(model, read.tokenizer, name, loaded)
+    return notes
+
+
+def _check_rows(model: Any, tokenizer: Any, name: str, data: Loaded) -> list[str]:
+    """Notes on the rows, which the model of this name must be able to read."""
+    for reach in data.reach:
+        check_vocabulary(model, tokenizer, reach, name)
+    return [note for reach in data.reach for note in check_positions(model, reach, name)]
 
 
 def _compares(loss: Loss, sources: InputSources) -> bool:
@@ -234,13 +384,16 @@ def _compares(loss: Loss, sources: InputSources) -> bool:
     return bool(sources.reference or sources.estimates) or loss.compares_distributions
 
 
-def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> Component:
+def _any_compares(losses: Sequence[Loss], data: Sequence[Loaded]) -> bool:
+    return any(_compares(loss, loaded.sources) for loss, loaded in zip(losses, data, strict=True))
+
+
+def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -> Component:
     """A component of the run: its engine, loaders, reference, estimates and sampler."""
-    options, world, (sources, training, held_out) = planned.options, base.world, data
+    options, world, (sources, training, held_out, _) = planned.options, base.world, data
     estimates = {name: ESTIMATED_INPUTS[name]() for name in sources.estimates}
     with planned.blamed():
         engine = engine_of(options, loss, world.device)
-        loaders = make_loaders(options, loss, base.model, base.pad_token, training, held_out)
         reference = None
         if options.sync_ref_model and not (sources.reference or loss.compares_distributions):
             raise InputError(f"sync_ref_model: {loss.name} compares with no reference")
@@ -248,13 +401,47 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Data) -> 
             raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
         if sources.reference or loss.compares_distributions:
             reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
+            base.notes.extend(_check_teacher(base, options, reference, data))
         _check_estimates(options, loss, reference, estimates)
+        pad_token = padding_token(base.tokenizer, base.model, base.model if reference is None else reference.model)
+        loaders = make_loaders(options, loss, _readers(base.model, reference, options), pad_token, training, held_out)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
     component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
     del reference  # the component's alone, which may drop it
     _store_or_share(component, base.frozen)
     return component
+
+
+def _readers(model: Any, reference: ReferenceModel | None, options: TrainOptions) -> list[Any]:
+    """The models that read a component's batches: stored values of a reference are of rows by themselves."""
+    if reference is None or reference.model is model or options.precompute_ref_log_probs:
+        return [model]
+    return [model, reference.model]
+
+
+def _check_teacher(base: Base, options: TrainOptions, reference: ReferenceModel, data: Loaded) -> list[str]:
+    """Notes on a teacher, which must be able to read the rows."""
+    teacher = options.teacher_model_name_or_path
+    if teacher is None:
+        return []
+    options = dataclasses.replace(options, model_name_or_path=teacher)
+    check_finite(reference.model, teacher)
+    notes = _check_rows(reference.model, base.tokenizer, teacher, data)
+    confirm_patch(reference.engine, reference.model, options, base.world.device)
+    try:
+        theirs = load_tokenizer(locate_once(options, base.world), options)
+    except InputError as error:
+        notes.append(f"the teacher's tokens are not compared with the data's: {error}")
+    else:
+        read = [each for each in (data.training, data.held_out) if each is not None]
+        check_tokenizers(base.tokenizer, theirs, read, teacher, whole=reference.loss.compares_distributions)
+    if reference.rows is not None:
+        notes.append(
+            f"the head of {teacher} has {head_rows(reference.model)} rows and that of the trained model "
+            f"{reference.rows}; the distributions are compared over these {reference.rows}"
+        )
+    return notes
 
 
 def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None:
@@ -279,7 +466,7 @@ def _store_or_share(component: Component, frozen: dict[str | None, Any]) -> None
 def _check_estimates(
     options: TrainOptions, loss: Loss, reference: ReferenceModel | None, estimates: Mapping[str, Estimate]
 ) -> None:
-    """Refuses a run in which an input cannot be estimated."""
+    """Raises InputError for a run in which an input cannot be estimated."""
     for name, estimate in estimates.items():
         if not estimate.asks_reference:
             continue
@@ -292,9 +479,23 @@ def _check_estimates(
                              f"a column {name} can give it")  # fmt: skip
 
 
+def require_output(options: TrainOptions, world: World) -> None:
+    """Raises InputError where nothing can be written into the output folder, which it makes."""
+    if world.is_main:
+        try:
+            files.require_writable(Path(options.output_dir))
+        except OSError as error:
+            raise InputError(f"output_dir: nothing can be written into {options.output_dir}: {error}") from error
+    world.wait()
+
+
 def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: torch.device) -> None:
-    """Has the patch compare itself with the model's logits now, before data and time are spent."""
-    ids = torch.tensor([[1, 2, 3]], device=device)
+    """Has the patch compare itself with the model's logits now, before data and time are spent.
+
+    Raises:
+        InputError: they differ.
+    """
+    ids = torch.tensor([[1, 2, 3]], device=device) % min(embedding_rows(model), head_rows(model))
     try:
         with torch.no_grad():
             engine.stats(model, Batch(ids, ids), ("logprob",))
@@ -305,7 +506,6 @@ def confirm_patch(engine: Engine, model: Any, options: TrainOptions, device: tor
 def _reporter(options: TrainOptions, world: World, resumed_step: int, total_steps: int) -> Reporter:
     """The reporter of a run, in an output folder without the leftovers of killed runs."""
     output = Path(options.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     if world.is_main:
         files.clean(output)
     return Reporter(
@@ -317,7 +517,7 @@ def _reporter(options: TrainOptions, world: World, resumed_step: int, total_step
     )
 
 
-def _describe(run: Run) -> None:
+def _describe(run: Run, notes: Sequence[str]) -> None:
     """Tells the reader of the terminal what is trained, how, and with what."""
     options, model, device = run.options, run.model, run.world.device
     loss = " + ".join(_weighted(component) for component in run.components)
@@ -330,6 +530,15 @@ def _describe(run: Run) -> None:
     )
     for component in run.components:
         _describe_data(run.reporter, component)
+    for note in [*notes, *_notes_on_warmup(options, run.total_steps)]:
+        run.reporter.say(f"note: {note}")
+
+
+def _notes_on_warmup(options: TrainOptions, total_steps: int) -> list[str]:
+    warmup = options.warmup(total_steps)
+    if warmup <= total_steps or options.lr_scheduler_type == "constant":
+        return []
+    return [f"warmup_steps: the learning rate rises for {warmup} steps, longer than the run, which has {total_steps}"]
 
 
 def _weighted(component: Component) -> str:

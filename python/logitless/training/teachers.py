@@ -24,9 +24,10 @@ from logitless import linear_top_k
 from logitless.losses.distillation.top_k import unlisted_mass
 from logitless.training.collate import Piece, padded
 from logitless.training.errors import InputError
+from logitless.training.examples import IGNORED, Example
 from logitless.training.objective import PatchedEngine, autocast, shifted
-from logitless.training.tokenize import IGNORED, Example
-from logitless.types import BackendName, Head
+from logitless.training.reference_model import first_rows
+from logitless.types import BackendName
 
 TRIES = 4  # of a request, after waits of 1, 2 and 4 seconds
 TIMEOUT = 600.0  # seconds for one answer
@@ -50,20 +51,29 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True)
 class ModelTeacher:
-    """A patched model in this process: hidden states, then `linear_top_k`, so that there are no logits."""
+    """A patched model in this process: hidden states, then `linear_top_k`, so that there are no logits.
+
+    Args:
+        engine: how it is asked.
+        model: the teacher.
+        k: ids a token.
+        backend: of `linear_top_k`.
+        rows: of its head that are the data's tokens. Those behind them, with which heads are padded, are left out.
+    """
 
     engine: PatchedEngine
     model: Any
     k: int
     backend: BackendName
+    rows: int
 
     @torch.no_grad()
     def __call__(self, examples: Sequence[Example], origins: Sequence[str]) -> list[Listed]:
         batch = padded([Piece(example) for example in examples], pad_token=0).to(self.engine.device)
         counts = shifted(batch.labels) != IGNORED
         given = self.engine.hidden(self.model, batch)
-        head: Head = given["ref_head"]
-        options: dict[str, Any] = dict(zip(Head._fields[1:], head[1:], strict=True))
+        head = first_rows(given["ref_head"], self.rows)
+        options: dict[str, Any] = dict(zip(head._fields[1:], head[1:], strict=True))
         with autocast(self.engine.device, self.engine.bf16):
             top = linear_top_k(given["ref_hidden"][counts], head.weight, self.k, backend=self.backend, **options)
         sizes = counts.sum(1).tolist()

@@ -49,7 +49,7 @@ def train(options: TrainOptions) -> TrainResult:
     Writes to `options.output_dir`: metrics.jsonl, checkpoints, and at the end the model and tokenizer.
 
     Raises:
-        InputError: options, data or model that can not be used.
+        InputError: options, data or model that cannot be used.
         NonFiniteLossError: a loss or gradient became NaN or infinite.
     """
     options.require_inputs()
@@ -229,6 +229,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
         step,
         model=run.model,
         tokenizer=run.tokenizer,
+        settings=run.settings,
         optimizer=run.optimizer,
         estimated=run.estimated(),
         reference=run.moved_references(),
@@ -242,7 +243,7 @@ def _save_final(run: Run) -> None:
     """Writes the trained model (or adapter) into the output folder itself."""
     if run.world.is_main:
         with files.new_folder(run.output / "final") as unfinished:
-            checkpoint.save_model(unfinished, run.model, run.tokenizer)
+            run.settings.save(unfinished, run.model, run.tokenizer)
         files.move_into(run.output / "final", run.output)
         (run.output / "final").rmdir()
     run.world.wait()

@@ -66,8 +66,7 @@ class ASFT(_Anchored):
 
     Detached: the weight p, and the reference.
 
-    When to use: DFT over many steps, which alone drifts; the reference is the model before training (with LoRA, the
-    model without its adapter).
+    When to use: DFT over many steps, which alone drifts; the reference is the model before training.
 
     Args:
         kl_weight: 0.05, the paper's and of its code's example; the code's own default is 0.1. Not negative.
