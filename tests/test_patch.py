@@ -15,27 +15,13 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
+from patch_models import B, H, T, V, llama  # noqa: E402
+
 from logitless import linear_logprobs, losses  # noqa: E402
 from logitless.integrations import heads  # noqa: E402
 from logitless.integrations.families import UnsupportedModelError  # noqa: E402
 from logitless.integrations.transformers import patch, unpatch  # noqa: E402
 from logitless.testing import watch_allocations  # noqa: E402
-
-V, H, B, T = 65, 32, 3, 9
-
-
-def config(**changes: Any) -> Any:
-    sizes = {"vocab_size": V, "hidden_size": H, "intermediate_size": 48, "num_hidden_layers": 2}
-    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0}
-    return transformers.LlamaConfig(**{**sizes, **more, "tie_word_embeddings": False, **changes})
-
-
-def llama(cls: Any = None, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    model = (cls or transformers.LlamaForCausalLM)(config(**changes))
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model.train()
 
 
 def batch() -> dict[str, Tensor]:

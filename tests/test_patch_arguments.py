@@ -15,12 +15,13 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+from patch_models import B, H, T, V, batch, llama  # noqa: E402
+
 from logitless import Head, linear_logprobs, losses  # noqa: E402
 from logitless.arguments import LossArguments  # noqa: E402
 from logitless.integrations.transformers import patch, unpatch  # noqa: E402
 from logitless.testing import watch_allocations  # noqa: E402
 
-V, H, B, T = 65, 32, 3, 9
 HOST_ARGUMENTS = {
     "adapter_names": None,
     "alora_offsets": None,
@@ -56,22 +57,6 @@ class Forgiving(transformers.LlamaForCausalLM):
         kwargs.pop("power", None)
         kwargs.get("gamma")
         return super().forward(input_ids=input_ids, labels=labels, **kwargs)
-
-
-def llama(cls: Any = None, **changes: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": V, "hidden_size": H, "intermediate_size": 48, "num_hidden_layers": 1}
-    more = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
-    model = (cls or transformers.LlamaForCausalLM)(transformers.LlamaConfig(**{**sizes, **more, **changes}))
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    return model.train()
-
-
-def batch() -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(3, V, (B, T))
-    return {"input_ids": ids, "labels": ids}
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -16,17 +16,10 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+from patch_models import batch, llama  # noqa: E402
+
 from logitless import losses  # noqa: E402
 from logitless.integrations.transformers import patch, unpatch  # noqa: E402
-
-V, B, T = 65, 3, 9
-
-
-def llama(**changes: Any) -> Any:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": V, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
-    config = transformers.LlamaConfig(**{**sizes, "num_attention_heads": 4, "num_key_value_heads": 2, **changes})
-    return transformers.LlamaForCausalLM(config).train()
 
 
 def adapted(patch_first: bool) -> Any:
@@ -36,12 +29,6 @@ def adapted(patch_first: bool) -> Any:
     if patch_first:
         return peft.get_peft_model(patch(llama()), settings).train()
     return patch(peft.get_peft_model(llama(), settings)).train()
-
-
-def batch() -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    ids = torch.randint(3, V, (B, T))
-    return {"input_ids": ids, "labels": ids}
 
 
 def saved(model: Any) -> Any:

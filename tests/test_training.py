@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from training_fixtures import (
     make_options,
     make_tokenizer,
     preference_rows,
+    train_in_two_processes,
     write_gguf,
     write_jsonl,
 )
@@ -196,14 +194,7 @@ def test_two_processes_take_the_same_steps(bench: Bench, method: str) -> None:
     alone = bench.curve(method=method, data=data, gradient_accumulation_steps=2, save_strategy="steps", max_steps=3)
     output = bench.folder / "together"
     options = make_options(output, bench.model, data, method=method, save_strategy="steps", max_steps=3)
-    (bench.folder / "options.json").write_text(json.dumps(options.to_dict()))
-    script = bench.folder / "run.py"
-    script.write_text(
-        "import json, sys\nfrom logitless.training import TrainOptions, train\n"
-        "train(TrainOptions(**json.load(open(sys.argv[1]))))\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([sys.executable, *launcher, str(script), str(bench.folder / "options.json")], check=True)
+    train_in_two_processes(bench.folder, options)
     records = [record for record in read_metrics(output) if "loss" in record]
     together = torch.tensor([[record["loss"], record["grad_norm"]] for record in records], dtype=torch.float64)
     assert_same_curves(alone, together)

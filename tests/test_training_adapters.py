@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from training_fixtures import (
     make_options,
     make_tokenizer,
     preference_rows,
+    train_in_two_processes,
     write_gguf,
     write_jsonl,
 )
@@ -541,14 +540,7 @@ def test_two_processes_take_the_same_steps(bench: Bench, use_peft: bool) -> None
     changes: dict[str, Any] = {"method": "dpo", "use_peft": use_peft, "learning_rate": 0.01, "lora_dropout": 0.0}
     _, alone = bench.run(**changes, gradient_accumulation_steps=2)
     options = make_options(bench.folder / "together", bench.adapter, bench.pairs, **changes)
-    (bench.folder / "options.json").write_text(json.dumps(options.to_dict()))
-    script = bench.folder / "run.py"
-    script.write_text(
-        "import json, sys\nfrom logitless.training import TrainOptions, train\n"
-        "train(TrainOptions(**json.load(open(sys.argv[1]))))\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([sys.executable, *launcher, str(script), str(bench.folder / "options.json")], check=True)
+    train_in_two_processes(bench.folder, options)
     together = [record for record in read_metrics(bench.folder / "together") if "loss" in record]
     for ours, theirs in zip(together, alone, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], abs=3e-5)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from training_fixtures import completion_rows, make_model, make_options, make_tokenizer, preference_rows, write_jsonl
+from training_fixtures import (
+    completion_rows,
+    make_model,
+    make_options,
+    make_tokenizer,
+    preference_rows,
+    train_in_two_processes,
+    write_jsonl,
+)
 from transformers import AutoModelForCausalLM
 
 from logitless import linear_logprobs, linear_loss, losses
@@ -376,14 +382,7 @@ def test_two_processes_take_the_same_steps(mixed: Mixed) -> None:
     double = {"sft": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}}
     alone = mixed.curve(mixed.components(**sizes), gradient_accumulation_steps=2, max_steps=3)
     options = mixed.options("together", mixed.components(**double), max_steps=3)
-    (mixed.folder / "options.json").write_text(json.dumps(options.to_dict()))
-    script = mixed.folder / "run.py"
-    script.write_text(
-        "import json, sys\nfrom logitless.training import TrainOptions, train\n"
-        "train(TrainOptions(**json.load(open(sys.argv[1]))))\n"
-    )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([sys.executable, *launcher, str(script), str(mixed.folder / "options.json")], check=True)
+    train_in_two_processes(mixed.folder, options)
     records = [record for record in read_metrics(mixed.folder / "together") if "loss" in record]
     together = torch.tensor([[record["loss"], record["grad_norm"]] for record in records], dtype=torch.float64)
     torch.testing.assert_close(together, alone, rtol=3e-5, atol=3e-5)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -137,3 +139,15 @@ def make_options(folder: Path, model: str, data: str, **changes: Any) -> TrainOp
         "use_cpu": True,
     }
     return TrainOptions(**defaults | changes)
+
+
+def train_in_two_processes(folder: Path, options: TrainOptions) -> None:
+    """Runs the options under torchrun, two processes on this machine; scripts go into `folder`."""
+    settings, script = folder / "options.json", folder / "run.py"
+    settings.write_text(json.dumps(options.to_dict()))
+    script.write_text(
+        "import json, sys\nfrom logitless.training import TrainOptions, train\n"
+        "train(TrainOptions(**json.load(open(sys.argv[1]))))\n"
+    )
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([sys.executable, *launcher, str(script), str(settings)], check=True)
