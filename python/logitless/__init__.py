@@ -7,6 +7,7 @@ from .info import info
 from .integrations.transformers import patch, unpatch
 from .linear import linear_loss
 from .ops import TailReport, TopK, linear_divergence, linear_logprobs, linear_token_loss, linear_top_k, tail_report
+from .parallel import VocabularyGroup, gather_sequence
 from .types import Head, TokenStats
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "TailReport",
     "TokenStats",
     "TopK",
+    "VocabularyGroup",
+    "gather_sequence",
     "info",
     "linear_cross_entropy",
     "linear_dft",

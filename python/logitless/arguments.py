@@ -169,7 +169,7 @@ class ReferenceStates:
 
 
 #: The options of a forward pass that are not those of a head.
-_FORWARD_OPTIONS = ("ignore_index", "backend", "chunk_bytes", "chunk_dtype")
+_FORWARD_OPTIONS = ("ignore_index", "backend", "chunk_bytes", "chunk_dtype", "group")
 
 
 def reference_of(

@@ -262,7 +262,7 @@ def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: Referenc
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
             raise ValueError(f"{name}: {loss.name!r} compares distributions, which does not take it")
-    options = {name: x for name, x in batch.options.items() if name in ("backend", "backward", "chunk_bytes")}
+    options = {name: x for name, x in batch.options.items() if name in ("backend", "backward", "chunk_bytes", "group")}
     options |= loss.linear_divergence
     head = Head(batch.weight, **{name: x for name, x in batch.options.items() if name in Head._fields})
     tensors, mask = (batch.hidden, head, reference.hidden, reference.head), batch.tokens.mask
@@ -297,6 +297,8 @@ def _gains_by_a_sweep(loss: WholeSequenceLoss, call: Call) -> bool:
     options = call.options
     if options.backend == "reference" or options.backward == "recompute" or not call.trains_head():
         return False
+    if options.group is not None:
+        return False  # the sweep's log-probs, which values and metrics come from, would be those of the own rows
     alone = not loss.batch_wide and loss.outputs == ("logprob",)
     if not alone and options.backward == "single_pass":
         raise ValueError(

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
+
+from .parallel import VocabularyGroup
 
 BackendName = Literal["auto", "reference", "chunked", "triton", "cuda"]
 BackwardName = Literal["auto", "recompute", "single_pass", "tail_corrected", "screened"]
@@ -211,6 +213,7 @@ class Options:
     chunk_dtype: torch.dtype | None = None
     tail_tolerance: float = TAIL_TOLERANCE
     vocabulary_order: Tensor | None = None
+    group: VocabularyGroup | None = None
     logit_weight: Tensor | None = None
 
     @property
@@ -240,6 +243,7 @@ class OptionKeywords(TypedDict, total=False):
     chunk_dtype: torch.dtype | None
     tail_tolerance: float
     vocabulary_order: Tensor | None
+    group: Any
 
 
 OPTION_NAMES = tuple(OptionKeywords.__annotations__)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..types import DivergenceOptions, Head, Options, TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A call
@@ -45,6 +48,14 @@ class DivergenceProblem:
     ref: Side
     options: DivergenceOptions
     chunk_bytes: int | None = None  # budget for both sides' logits of a chunk; None: the backend's default
+    ranks: Ranks | None = None  # the processes that share both heads' rows; None: these are all
+
+
+class Ranks(NamedTuple):
+    """The processes that share the rows of the heads of a divergence."""
+
+    group: ProcessGroup
+    widest: int  # the most rows that one of them has, by which all cut the tokens into chunks
 
 
 class Needs(NamedTuple):

@@ -42,7 +42,7 @@ def check_head(
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         expected = f"[..., {weight.shape[1]}] to fit {weight_name} {list(weight.shape)}"
         raise ValueError(f"{hidden_name}: expected shape {expected}, got {list(hidden.shape)}")
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and options.group is None:
         raise ValueError(f"{weight_name}: expected at least one vocabulary entry, got shape {list(weight.shape)}")
     if hidden.dtype not in FLOATING:
         raise TypeError(f"{hidden_name}: expected a floating dtype of {[str(d) for d in FLOATING]}, got {hidden.dtype}")

@@ -12,6 +12,7 @@ from .. import backends, reduce, reference
 from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions, Head, Options, Reduction
 from . import checks
 from .call import Call, prepare_call
+from .shards import side_of_shard
 from .registered.divergence import divergence, divergence_sum
 from .token_loss import check_token_input
 
@@ -34,6 +35,7 @@ def linear_divergence(
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
+    group: Any = None,
 ) -> Tensor:
     """Per-token divergence between two next-token distributions over the whole vocabulary, without either's logits.
 
@@ -73,6 +75,8 @@ def linear_divergence(
             where the heads are frozen, by keeping `d divergence / d hidden` of each token. "auto" takes the cheapest.
         chunk_bytes: budget for a chunk's float32 logits of both sides and the temporaries of their row operations.
             None: 96 MiB on a CPU, 768 MiB elsewhere, so that the GEMMs are as large as those of `linear_logprobs`.
+        group: the processes that share the rows of both heads, as in `linear_logprobs`: each has the same rows of
+            either. Then the rows of a chunk are PyTorch's operations, whatever the backend.
 
     Returns:
         `[...]`, or a scalar for "sum" and "mean"; float32 (float64 where an input is). Differentiable for `hidden` and
@@ -101,7 +105,7 @@ def linear_divergence(
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)
-    shared = Options(backend=backend, backward=backward, chunk_bytes=chunk_bytes)
+    shared = Options(backend=backend, backward=backward, chunk_bytes=chunk_bytes, group=group)
     pair = _prepare(hidden, head, ref_hidden, ref_head, mask, shared)
     if token_weight is not None:
         check_token_input("token_weight", token_weight, hidden)
@@ -148,9 +152,11 @@ class _Pair(NamedTuple):
         transforms = [x for side in sides for x in side.options.transform.packed()]
         return (*tensors, self.mask, options.kind, parameters, options.normalized, transforms)
 
-    def execution(self) -> tuple[str, int | None]:
-        """The arguments that both ops end with: the backend and the budget of a chunk."""
-        return self.backend(), self.model.options.chunk_bytes
+    def execution(self) -> tuple[str, int | None, str, int]:
+        """The arguments that both ops end with: the backend, the budget of a chunk, the group and its widest part."""
+        group = self.model.options.group
+        shared = ("", 0) if group is None else (group.group.group_name, max(group.rows))
+        return self.backend(), self.model.options.chunk_bytes, *shared
 
     def backend(self) -> str:
         """The first of the table that takes both sides; "cuda" by name alone, as its rows here are PyTorch's."""
@@ -174,6 +180,9 @@ def _prepare(
         raise ValueError(f"ref_hidden: expected shape {shape}, got {list(ref_hidden.shape)}")
     if ref_hidden.device != hidden.device:
         raise ValueError(f"ref_hidden: expected device {hidden.device} like hidden, got {ref_hidden.device}")
+    if ref.options.group != model.options.group:
+        rows = [side.options.group and side.options.group.rows for side in (model, ref)]
+        raise ValueError(f"ref_head: expected the rows of head on every rank, {rows[0]}, got {rows[1]}")
     if len(ref.weight) != len(model.weight):
         raise ValueError(
             f"ref_head: expected a vocabulary of {len(model.weight)} like head's, got {len(ref.weight)}; cut the "
@@ -187,6 +196,10 @@ def _prepare(
                 f"{list(mask.shape)} on {mask.device}"
             )
         mask = mask.reshape(-1)
+    if model.options.group is not None:
+        if options.backend == "reference":
+            raise ValueError("backend: 'reference' makes a divergence of whole logits, which no process of a group has")
+        model, ref = side_of_shard(model), side_of_shard(ref)
     return _Pair(model, ref, mask)
 
 

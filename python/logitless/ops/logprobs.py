@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,9 @@ from .. import reference
 from ..types import LIST_OUTPUTS, OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
 from . import checks
 from .call import Call, flat_ids, prepare_call
-from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, statistics_from_lse
+from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, largest_logit, statistics_from_lse
 from .registered.logprobs import logprobs
+from .shards import combined, present, shard_of
 
 
 def linear_logprobs(
@@ -32,6 +35,7 @@ def linear_logprobs(
     chunk_dtype: torch.dtype | None = None,
     tail_tolerance: float = TAIL_TOLERANCE,
     vocabulary_order: Tensor | None = None,
+    group: Any = None,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
     temperature`, with no `[tokens, vocabulary]` tensor.
@@ -74,6 +78,11 @@ def linear_logprobs(
             arithmetic on a trained model, 2^-13 its own; 0 is exact.
         vocabulary_order: of these two alone, `[V]` int64, from `logitless.vocabulary_order`: like entries side by
             side, which a corrected tail is much nearer to. None: the head's own order.
+        group: the processes that share the head's rows (tensor parallelism over the vocabulary), a
+            `logitless.VocabularyGroup`, a process group or a `DeviceMesh` of one dimension. `weight`, `bias`,
+            `logit_weight` and `vocabulary_order` are then this process's own rows', everything else is the same in all
+            of them; docs/sharded.md. One more small message, and for `correct` one more product. None: one process
+            has the whole head.
 
     Returns:
         `TokenStats`, each field of `hidden`'s leading shape (logprob: of the targets') in float32 (float64 for
@@ -96,6 +105,7 @@ def linear_logprobs(
         chunk_dtype,
         tail_tolerance,
         vocabulary_order,
+        group,
         logit_weight,
     )
     call = prepare_call(hidden, weight, targets, options, lists=True)
@@ -127,7 +137,7 @@ def _among(call: Call, hidden: Tensor, among: Tensor, targets: Tensor | None, ou
 def _of_lists(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics of targets `[N, K]`; an approximate strategy has those of the whole distribution."""
     if not call.approximates():
-        return exact_statistics(call, outputs)
+        return exact_statistics(call, outputs) if call.options.group is None else _of_shard(call, outputs)
     assert call.targets is not None
     some_id = call.targets.amax(-1)
     one = call._replace(targets=some_id.masked_fill(some_id < 0, call.options.ignore_index))
@@ -137,6 +147,8 @@ def _of_lists(call: Call, outputs: tuple[str, ...]) -> TokenStats:
 
 def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics that `outputs` names, `[N]` each, None for the others."""
+    if call.options.group is not None:
+        return _of_shard(call, outputs)
     if call.options.backend == "reference":
         return _reference(call, outputs)
     options = call.options
@@ -156,6 +168,19 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     )
     stats = zip(OUTPUTS, results[: len(OUTPUTS)], strict=True)
     return TokenStats(*(x if name in outputs else None for name, x in stats))
+
+
+def _of_shard(call: Call, outputs: tuple[str, ...]) -> TokenStats:
+    """The statistics of the whole vocabulary, of which this process has a part of the rows."""
+    shard, names = shard_of(call), tuple(dict.fromkeys(("logprob", "lse", *outputs)))
+    if call.listed():
+        needed = tuple(dict.fromkeys((*names, "tail")))
+        stats = present(exact_statistics(shard.call, needed))
+    else:
+        stats = present(_statistics_of_call(shard.call, names))
+    if "correct" in outputs:
+        stats["top"] = largest_logit(shard.call)
+    return combined(stats, shard.owner, shard.empty, call.group(), outputs)
 
 
 def _reference(call: Call, outputs: tuple[str, ...]) -> TokenStats:

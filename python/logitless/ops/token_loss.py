@@ -16,6 +16,7 @@ from .functions import PerTokenLoss
 from .logprobs import linear_logprobs
 from .registered.derivative import check_losses
 from .registered.token_loss import token_loss
+from .shards import OfWhole, shard_of
 
 
 def linear_token_loss(
@@ -78,6 +79,8 @@ def linear_token_loss(
     if normalizer is None:
         normalizer = counts.sum().float()
     by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
+    if call.options.group is not None:  # its chunks must be alike on all ranks, and have all that the loss reads
+        by_statistics = by_statistics or call.approximates() or "correct" in outputs
     if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
         if reduction == "none" and call.options.backward == "single_pass" and call.trains_head():
             raise ValueError(
@@ -118,6 +121,11 @@ def sum_in_one_sweep(
     groups: Tensor | None = None,
 ) -> SweepResult:
     """The sum of a loss over a prepared call. Tokens of one of the `groups [N]` must be in one chunk."""
+    if call.options.group is not None:
+        shard = shard_of(call)
+        function, inputs = OfWhole.of(function, outputs, shard, call.group()), [*OfWhole.inputs(shard), *inputs]
+        names = ("logprob", "lse", *outputs, *(("tail",) if call.listed() else ()))
+        call, outputs = shard.call, tuple(dict.fromkeys(names))
     if torch.compiler.is_compiling():
         numbers: list[float] = []
         return _total(call, functions.keep(functions.describe(function, numbers)), numbers, inputs, outputs, groups)

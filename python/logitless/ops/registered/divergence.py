@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...backends.interface import DivergenceProblem, DivergenceResult, Needs, Side
+from ...backends.interface import DivergenceProblem, DivergenceResult, Needs, Ranks, Side
+from ...parallel import named_group
 from ...types import DivergenceOptions, Head, LogitTransform, statistics_dtype
 from ..tokens import Tokens, of_mask
 from .shared import cast, fake_gradients, gradients, named, no_autocast, or_empty, refuse_double_backward, scaled
@@ -38,14 +39,18 @@ def divergence(
     units: Sequence[bool],
     backend: str,
     chunk_bytes: int | None,
+    group: str,
+    widest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences `[N]`, then `d divergence / d hidden [N, H]` and `/ d ref_hidden` where `units` asks (else empty).
 
-    `parameters` are mixture, skew and alpha; `transforms` both heads' three numbers (`LogitTransform.packed`).
+    `parameters` are mixture, skew and alpha; `transforms` both heads' three numbers (`LogitTransform.packed`). `group`
+    is the name of the process group that shares the heads' rows, "" for none, and `widest` the most rows of one of its
+    processes.
     """
     tokens, options = of_mask(mask), _options(kind, parameters, normalized)
     heads = _heads(weight, bias, ref_weight, ref_bias, transforms)
-    problem = _problem(tokens, hidden, ref_hidden, heads, options, chunk_bytes)
+    problem = _problem(tokens, hidden, ref_hidden, heads, options, chunk_bytes, group, widest)
     ones = tokens.take(torch.ones(len(hidden), device=hidden.device)) if any(units) else None
     model_unit, ref_unit = (Needs(hidden=unit, weight=False, bias=False) for unit in units)
     values, model, ref = _sweep(backend, problem, ones, (model_unit, ref_unit))
@@ -80,6 +85,8 @@ def divergence_sum(
     needs: Sequence[bool],
     backend: str,
     chunk_bytes: int | None,
+    group: str,
+    widest: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`sum_i upstream_i D_i` over the tokens that count, and its gradients for the six tensors of both sides.
 
@@ -87,7 +94,7 @@ def divergence_sum(
     """
     tokens, options = of_mask(mask), _options(kind, parameters, normalized)
     heads = _heads(weight, bias, ref_weight, ref_bias, transforms)
-    problem = _problem(tokens, hidden, ref_hidden, heads, options, chunk_bytes)
+    problem = _problem(tokens, hidden, ref_hidden, heads, options, chunk_bytes, group, widest)
     upstream = tokens.take(upstream.to(_result_dtype(hidden, ref_hidden)))
     values, model, ref = _sweep(backend, problem, upstream, (Needs(*needs[:3]), Needs(*needs[3:])))
     return (
@@ -132,9 +139,12 @@ def _problem(
     heads: tuple[Head, Head],
     options: DivergenceOptions,
     chunk_bytes: int | None,
+    group: str,
+    widest: int,
 ) -> DivergenceProblem:
-    model, ref = heads
-    return DivergenceProblem(Side(tokens.take(hidden), model), Side(tokens.take(ref_hidden), ref), options, chunk_bytes)
+    model, ref = Side(tokens.take(hidden), heads[0]), Side(tokens.take(ref_hidden), heads[1])
+    ranks = Ranks(named_group(group), widest) if group else None
+    return DivergenceProblem(model, ref, options, chunk_bytes, ranks)
 
 
 def _sweep(
@@ -158,7 +168,7 @@ def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.mark_non_differentiable(*output[1:])
     ctx.units = x.units
     ctx.description = (x.kind, x.parameters, x.normalized, x.transforms)
-    ctx.execution = (x.backend, x.chunk_bytes)
+    ctx.execution = (x.backend, x.chunk_bytes, x.group, x.widest)
     _, unit, ref_unit = output
     ctx.save_for_backward(unit, ref_unit, x.mask, *(getattr(x, name) for name in SIDES))
 
