@@ -47,7 +47,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named 
         label_smoothing: in [0, 1]; refused where the bias masks part of the vocabulary, which makes it infinite.
         z_loss: weight of the squared logsumexp, >= 0.
         token_weight: `[...]` like `targets`, constants.
-        class_weight: `[V]`, constants, of the NLL (and its smoothing), not of the z-loss.
+        class_weight: `[V]` like the rows of `weight`, constants, of the NLL (and its smoothing), not of the z-loss.
         normalizer: number, or tensor of one, that "mean" divides by.
         shift: position t predicts target t + 1, as a causal language model's labels stand.
         **options: `logit_scale`, `softcap`, `temperature`, `backend`, `backward`, `chunk_bytes`; see `linear_logprobs`.

@@ -118,12 +118,6 @@ class HeadRule:
     vocabulary: int | None = None
     z_loss: float = 0.0
 
-    def cut(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Views of the head's rows that the model keeps."""
-        if self.vocabulary is None or self.vocabulary >= weight.shape[0]:
-            return weight, bias
-        return weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
-
     def finish(self, product: Tensor) -> Tensor:
         """True logits from the head's product, by the operations of the model's own forward."""
         logits = product if self.vocabulary is None else product[..., : self.vocabulary]

@@ -8,11 +8,14 @@ hooks of sharded training sit on the call, so the weight is there, and whole, wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..parallel import VocabularyGroup
 from .families import UnsupportedModelError
 
 HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +54,23 @@ class Product(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    group: VocabularyGroup | None = None  # the processes that share the rows, of which these are some
+
+    def cut(self, vocabulary: int | None) -> Product:
+        """The product with the rows alone that the model keeps, the first `vocabulary` ones; None: all."""
+        group, own = self.group, vocabulary
+        if group is not None and vocabulary is not None:
+            ends = [min(vocabulary, end) for end in accumulate(group.rows)]
+            group = replace(group, rows=[end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)])
+            own = group.rows[group.rank]
+        return Product(self.hidden, *first_rows(self.weight, self.bias, own), group)
+
+
+def first_rows(weight: Tensor, bias: Tensor | None, count: int | None) -> tuple[Tensor, Tensor | None]:
+    """Views of a head's first rows; None: all."""
+    if count is None or count >= len(weight):
+        return weight, bias
+    return weight[:count], None if bias is None else bias[:count]
 
 
 def find_head(model: nn.Module) -> HeadModules:
@@ -107,16 +127,53 @@ def check_output_head(model: nn.Module, head: HeadModules) -> None:
 
 
 def product(inner: nn.Module, hidden: Tensor) -> Product:
-    """The head's operands as they are now. A plain head costs nothing, an adapted one a copy of the weight."""
+    """The head's operands as they are now. A plain head costs nothing, an adapted one a copy of the weight.
+
+    Of a plain head whose rows are sharded over a mesh named "tp" they are this process's rows.
+    """
     if _is_adapter(inner):
         return _adapted(inner, hidden)
-    weight = _whole(inner.weight)  # type: ignore[arg-type]
+    return _of_shard(inner, hidden) if _has_shard(inner.weight) else _of_whole(inner, hidden)
+
+
+def _has_shard(weight: Any) -> bool:
+    """Whether the rows are shared out along the one dimension of a tensor-parallel mesh."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.ndim != 1 or "tp" not in (mesh.mesh_dim_names or ("",))[0]:
+        return False
+    return bool(weight.placements[0].is_shard(0))
+
+
+def _of_shard(inner: Any, hidden: Any) -> Product:
+    """This process's rows, and the hidden states as all processes of the mesh have them."""
+    mesh, rows = inner.weight.device_mesh, _rows_of_ranks(inner.weight)
+    sharded = hasattr(hidden, "device_mesh")
+    if sharded:  # over the tokens, say: gathered here, and the ranks' gradients scattered
+        from torch.distributed.tensor import Partial, Replicate
+
+        hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    weight = inner.weight.to_local()
+    bias = None if inner.bias is None else inner.bias.to_local()
+    group = VocabularyGroup(mesh, rows, reduces_hidden=not sharded)
+    return Product(_fit(hidden, weight), weight, bias, group)
+
+
+def _rows_of_ranks(weight: Any) -> tuple[int, ...]:
+    """How many rows each rank has: as many as the first but for the last ones, as `torch.chunk` has it."""
+    total, ranks = weight.shape[0], weight.device_mesh.size()
+    step = -(-total // ranks)
+    return tuple(max(0, min(step, total - rank * step)) for rank in range(ranks))
+
+
+def _of_whole(inner: Any, hidden: Tensor) -> Product:
+    """The whole head, gathered where it is sharded."""
+    weight = _whole(inner.weight)
     if weight.is_meta and not hidden.is_meta:
         raise UnsupportedModelError(
             "the output head's weight is offloaded (meta device): keep the head on its device, or evaluate with "
             "skip_logits=False"
         )
-    bias = None if inner.bias is None else _whole(inner.bias)  # type: ignore[arg-type]
+    bias = None if inner.bias is None else _whole(inner.bias)
     return Product(_fit(hidden, weight), weight, bias)
 
 
@@ -135,7 +192,7 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
     _check_adapter(layer)
     if _has_trained_rows(layer):
         return _with_trained_rows(layer, hidden)
-    base = product(layer.base_layer, hidden)
+    base = _of_whole(layer.base_layer, hidden)
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
     if layer.disable_adapters or layer.merged:
@@ -156,7 +213,7 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
 
 def _with_trained_rows(layer: Any, hidden: Tensor) -> Product:
     """PEFT's `trainable_token_indices` of a tied head: the rows of some tokens are the adapter's. It adds no bias."""
-    base = product(layer.base_layer, hidden)
+    base = _of_whole(layer.base_layer, hidden)
     active = [] if layer.disable_adapters else list(layer.active_adapters)
     if layer.merged and not active:
         layer.unmerge()

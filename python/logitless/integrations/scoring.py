@@ -20,7 +20,7 @@ from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs
 from ..types import OUTPUTS, BackendName, BackwardName, Head, LogitTransform, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
-from .heads import HeadModules, dense_product, find_head, own_product, product
+from .heads import HeadModules, dense_product, find_head, first_rows, own_product, product
 from .support import causal_lm
 
 if TYPE_CHECKING:
@@ -243,8 +243,7 @@ class _HeadCall:
         return results
 
     def _score(self, hidden: Tensor) -> dict[str, Tensor]:
-        hidden, weight, bias = product(self.head.inner, hidden)
-        weight, bias = self.rule.cut(weight, bias)
+        hidden, weight, bias, group = product(self.head.inner, hidden).cut(self.rule.vocabulary)
         options: OptionKeywords = {
             "bias": bias,
             "logit_scale": self.rule.transform.logit_scale,
@@ -253,6 +252,7 @@ class _HeadCall:
             "ignore_index": self.request.ignore_index,
             "backend": self.state.backend,
             "backward": self.state.backward,
+            "group": group,
         }
         results = self._token_stats(hidden, weight, options)
         if results and self._reads_them:
@@ -349,7 +349,7 @@ def dense_head(model: nn.Module) -> Head:
 def _head_of(model: nn.Module, product_of: Callable[[HeadModules], tuple[Tensor, Tensor | None]]) -> Head:
     inner = causal_lm(model)
     rule = head_rule(inner)
-    weight, bias = rule.cut(*product_of(find_head(inner)))
+    weight, bias = first_rows(*product_of(find_head(inner)), rule.vocabulary)
     return Head(weight.detach(), None if bias is None else bias.detach(), *rule.transform.numbers)
 
 
