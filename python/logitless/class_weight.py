@@ -69,7 +69,9 @@ def _of_targets(call: Call, class_weight: Tensor) -> Tensor:
         shard = shard_of(call)
         assert shard.call.targets is not None
         counts, ids = shard.owner == call.group().rank, shard.call.targets
-    of_rows = torch.where(counts, F.pad(class_weight, (0, 1))[torch.where(counts, ids, 0).clamp(0, len(class_weight))], 0)
+    of_rows = torch.where(
+        counts, F.pad(class_weight, (0, 1))[torch.where(counts, ids, 0).clamp(0, len(class_weight))], 0
+    )
     return of_rows if call.options.group is None else summed(of_rows, call.group().group)
 
 

@@ -84,7 +84,9 @@ def process_group(group: Any) -> ProcessGroup:
     """The process group that the argument `group` stands for."""
     if hasattr(group, "get_group") and hasattr(group, "ndim"):
         if group.ndim != 1:
-            raise ValueError(f'group: expected a mesh of one dimension, such as mesh["tp"], got {group.ndim} dimensions')
+            raise ValueError(
+                f'group: expected a mesh of one dimension, such as mesh["tp"], got {group.ndim} dimensions'
+            )
         group = group.get_group()
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
@@ -95,7 +97,7 @@ def process_group(group: Any) -> ProcessGroup:
 
 def named_group(name: str) -> ProcessGroup:
     """The process group of a name, for an op, whose schema has no groups."""
-    group: ProcessGroup = torch.distributed.distributed_c10d._resolve_process_group(name)
+    group: ProcessGroup = torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
     return group
 
 
@@ -123,7 +125,7 @@ def summed(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class Gather(torch.autograd.Function):
-    """`gathered`, for what all ranks go on to compute alike: a rank's gradient is its own part of that of the result."""
+    """`gathered`, for what all ranks go on to compute alike: a rank takes its own part of the result's gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:

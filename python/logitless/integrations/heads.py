@@ -61,7 +61,7 @@ class Product(NamedTuple):
         group, own = self.group, vocabulary
         if group is not None and vocabulary is not None:
             ends = [min(vocabulary, end) for end in accumulate(group.rows)]
-            group = replace(group, rows=[end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)])
+            group = replace(group, rows=tuple(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)))
             own = group.rows[group.rank]
         return Product(self.hidden, *first_rows(self.weight, self.bias, own), group)
 

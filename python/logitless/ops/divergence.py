@@ -12,8 +12,8 @@ from .. import backends, reduce, reference
 from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions, Head, Options, Reduction
 from . import checks
 from .call import Call, prepare_call
-from .shards import side_of_shard
 from .registered.divergence import divergence, divergence_sum
+from .shards import side_of_shard
 from .token_loss import check_token_input
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, reduce, reference
+from .. import reduce, reference
 from ..backends.exact.listed import first_places
 from ..parallel import Sum
 from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats

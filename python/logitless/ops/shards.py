@@ -54,14 +54,17 @@ def shard_of(call: Call) -> Shard:
     elif bias is not None:
         empty = bias.isneginf().all()
         bias = torch.where(empty, 0.0, bias)
-    by_row = {name: getattr(options, name) for name in ("vocabulary_order", "logit_weight")}
-    padded = {name: F.pad(x, (0, len(weight) - len(x))) for name, x in by_row.items() if x is not None}
-    options = replace(options, **padded, group=None, bias=bias, ignore_index=-100)
+    order, by_logit = (
+        None if x is None else F.pad(x, (0, len(weight) - len(x)))
+        for x in (options.vocabulary_order, options.logit_weight)
+    )
+    own = {"vocabulary_order": order, "logit_weight": by_logit, "bias": bias}
+    options = replace(options, **own, group=None, ignore_index=-100)  # type: ignore[arg-type]
     targets = torch.zeros_like(call.hidden[:, 0], dtype=torch.long) if call.targets is None else call.targets
     owner = _owner(call, targets)
     local = _local_ids(targets, owner, group)
     part = Call(_hidden(call), weight, local, options)
-    return Shard(_with_common_chunks(part, group), owner, empty)
+    return Shard(part, owner, empty)
 
 
 def _hidden(call: Call) -> Tensor:
@@ -81,9 +84,9 @@ def side_of_shard(call: Call) -> Call:
     return Call(_hidden(call), weight, call.targets, options)
 
 
-def _with_common_chunks(part: Call, group: VocabularyGroup) -> Call:
+def with_common_chunks(part: Call, group: VocabularyGroup) -> Call:
     """The call with a budget that cuts the tokens into the same chunks on every rank, however many rows it has."""
-    if len(set(group.rows)) == 1 or part.options.approximates():
+    if len(set(group.rows)) == 1:
         return part
     widest = part.weight[:1].expand(max(group.rows), -1)
     tokens = part._replace(weight=widest).tokens_at_once()
@@ -157,9 +160,7 @@ def present(stats: TokenStats) -> dict[str, Tensor]:
     return {name: x for name, x in stats._asdict().items() if x is not None}
 
 
-def _parts(
-    local: dict[str, Tensor], owner: Tensor, empty: Tensor | None, group: VocabularyGroup
-) -> dict[str, Tensor]:
+def _parts(local: dict[str, Tensor], owner: Tensor, empty: Tensor | None, group: VocabularyGroup) -> dict[str, Tensor]:
     """Every rank's statistics by name, `[ranks, n]` each, in one message."""
     own = owner == group.rank
     stats = {**local, "logprob": torch.where(own, local["logprob"], 0.0)}
@@ -217,7 +218,7 @@ class OfWhole:
     """A per-token loss of the whole vocabulary's statistics, as a function of this rank's own, chunk by chunk.
 
     Its inputs begin with `inputs()`. Each chunk sends one message, so all ranks must have the same chunks
-    (`_with_common_chunks`). The fields are constants that `torch.compile` can hand over.
+    (`with_common_chunks`). The fields are constants that `torch.compile` can hand over.
     """
 
     function: PerTokenLoss

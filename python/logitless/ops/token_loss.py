@@ -16,7 +16,7 @@ from .functions import PerTokenLoss
 from .logprobs import linear_logprobs
 from .registered.derivative import check_losses
 from .registered.token_loss import token_loss
-from .shards import OfWhole, shard_of
+from .shards import OfWhole, shard_of, with_common_chunks
 
 
 def linear_token_loss(
@@ -125,7 +125,7 @@ def sum_in_one_sweep(
         shard = shard_of(call)
         function, inputs = OfWhole.of(function, outputs, shard, call.group()), [*OfWhole.inputs(shard), *inputs]
         names = ("logprob", "lse", *outputs, *(("tail",) if call.listed() else ()))
-        call, outputs = shard.call, tuple(dict.fromkeys(names))
+        call, outputs = with_common_chunks(shard.call, call.group()), tuple(dict.fromkeys(names))
     if torch.compiler.is_compiling():
         numbers: list[float] = []
         return _total(call, functions.keep(functions.describe(function, numbers)), numbers, inputs, outputs, groups)
