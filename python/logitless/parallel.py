@@ -97,7 +97,7 @@ def process_group(group: Any) -> ProcessGroup:
 
 def named_group(name: str) -> ProcessGroup:
     """The process group of a name, for an op, whose schema has no groups."""
-    group: ProcessGroup = torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+    group: ProcessGroup = torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore
     return group
 
 

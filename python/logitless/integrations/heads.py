@@ -63,10 +63,10 @@ class Product(NamedTuple):
             ends = [min(vocabulary, end) for end in accumulate(group.rows)]
             group = replace(group, rows=tuple(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)))
             own = group.rows[group.rank]
-        return Product(self.hidden, *first_rows(self.weight, self.bias, own), group)
+        return Product(self.hidden, *kept_rows(self.weight, self.bias, own), group)
 
 
-def first_rows(weight: Tensor, bias: Tensor | None, count: int | None) -> tuple[Tensor, Tensor | None]:
+def kept_rows(weight: Tensor, bias: Tensor | None, count: int | None) -> tuple[Tensor, Tensor | None]:
     """Views of a head's first rows; None: all."""
     if count is None or count >= len(weight):
         return weight, bias
@@ -133,7 +133,7 @@ def product(inner: nn.Module, hidden: Tensor) -> Product:
     """
     if _is_adapter(inner):
         return _adapted(inner, hidden)
-    return _of_shard(inner, hidden) if _has_shard(inner.weight) else _of_whole(inner, hidden)
+    return _operands_of_shard(inner, hidden) if _has_shard(inner.weight) else _operands_of_whole(inner, hidden)
 
 
 def _has_shard(weight: Any) -> bool:
@@ -144,7 +144,7 @@ def _has_shard(weight: Any) -> bool:
     return bool(weight.placements[0].is_shard(0))
 
 
-def _of_shard(inner: Any, hidden: Any) -> Product:
+def _operands_of_shard(inner: Any, hidden: Any) -> Product:
     """This process's rows, and the hidden states as all processes of the mesh have them."""
     mesh, rows = inner.weight.device_mesh, _rows_of_ranks(inner.weight)
     sharded = hasattr(hidden, "device_mesh")
@@ -165,7 +165,7 @@ def _rows_of_ranks(weight: Any) -> tuple[int, ...]:
     return tuple(max(0, min(step, total - rank * step)) for rank in range(ranks))
 
 
-def _of_whole(inner: Any, hidden: Tensor) -> Product:
+def _operands_of_whole(inner: Any, hidden: Tensor) -> Product:
     """The whole head, gathered where it is sharded."""
     weight = _whole(inner.weight)
     if weight.is_meta and not hidden.is_meta:
@@ -192,7 +192,7 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
     _check_adapter(layer)
     if _has_trained_rows(layer):
         return _with_trained_rows(layer, hidden)
-    base = _of_whole(layer.base_layer, hidden)
+    base = _operands_of_whole(layer.base_layer, hidden)
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
     if layer.disable_adapters or layer.merged:
@@ -213,7 +213,7 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
 
 def _with_trained_rows(layer: Any, hidden: Tensor) -> Product:
     """PEFT's `trainable_token_indices` of a tied head: the rows of some tokens are the adapter's. It adds no bias."""
-    base = _of_whole(layer.base_layer, hidden)
+    base = _operands_of_whole(layer.base_layer, hidden)
     active = [] if layer.disable_adapters else list(layer.active_adapters)
     if layer.merged and not active:
         layer.unmerge()

@@ -20,7 +20,7 @@ from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs
 from ..types import OUTPUTS, BackendName, BackwardName, Head, LogitTransform, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
-from .heads import HeadModules, dense_product, find_head, first_rows, own_product, product
+from .heads import HeadModules, dense_product, find_head, kept_rows, own_product, product
 from .support import causal_lm
 
 if TYPE_CHECKING:
@@ -349,7 +349,7 @@ def dense_head(model: nn.Module) -> Head:
 def _head_of(model: nn.Module, product_of: Callable[[HeadModules], tuple[Tensor, Tensor | None]]) -> Head:
     inner = causal_lm(model)
     rule = head_rule(inner)
-    weight, bias = first_rows(*product_of(find_head(inner)), rule.vocabulary)
+    weight, bias = kept_rows(*product_of(find_head(inner)), rule.vocabulary)
     return Head(weight.detach(), None if bias is None else bias.detach(), *rule.transform.numbers)
 
 

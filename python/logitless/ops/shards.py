@@ -129,7 +129,7 @@ def combined(
     `local` has logprob, lse and whatever else is asked for, `[n]` each; for lists logprob `[n, K]`, and the tail. For
     "correct" it has "top" too, the rank's largest logit. `owner` and `empty` are a `Shard`'s.
     """
-    parts = _parts(local, owner, empty, group)
+    parts = _parts_of_ranks(local, owner, empty, group)
     lists = owner.dim() == 2
     counts = (owner.amax(-1) if lists else owner) >= 0
     log_share = _log_shares(parts["lse"])
@@ -160,7 +160,9 @@ def present(stats: TokenStats) -> dict[str, Tensor]:
     return {name: x for name, x in stats._asdict().items() if x is not None}
 
 
-def _parts(local: dict[str, Tensor], owner: Tensor, empty: Tensor | None, group: VocabularyGroup) -> dict[str, Tensor]:
+def _parts_of_ranks(
+    local: dict[str, Tensor], owner: Tensor, empty: Tensor | None, group: VocabularyGroup
+) -> dict[str, Tensor]:
     """Every rank's statistics by name, `[ranks, n]` each, in one message."""
     own = owner == group.rank
     stats = {**local, "logprob": torch.where(own, local["logprob"], 0.0)}
