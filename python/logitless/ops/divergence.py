@@ -13,9 +13,11 @@ from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions
 from . import checks
 from .call import Call, prepare_call
 from .registered.divergence import divergence, divergence_sum
+from .sharded import on_whole_tensors
 from .token_loss import check_token_input
 
 
+@on_whole_tensors
 def linear_divergence(
     hidden: Tensor,
     head: Tensor | Head,

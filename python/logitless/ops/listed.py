@@ -18,6 +18,7 @@ from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats
 from . import checks
 from .call import Call, prepare_call
 from .registered.listed import list_logprobs, listed_products, top_k
+from .sharded import on_whole_tensors
 
 #: The statistics of a kept set of ids.
 KEPT_OUTPUTS = ("logprob", "lse", "entropy", "correct", "log_sum_sq")
@@ -117,6 +118,7 @@ class TopK(NamedTuple):
 
 
 @torch.no_grad()
+@on_whole_tensors
 def linear_top_k(
     hidden: Tensor,
     weight: Tensor,

@@ -11,8 +11,10 @@ from . import checks
 from .call import Call, flat_ids, prepare_call
 from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, statistics_from_lse
 from .registered.logprobs import logprobs
+from .sharded import on_whole_tensors
 
 
+@on_whole_tensors
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,

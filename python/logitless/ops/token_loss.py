@@ -16,8 +16,10 @@ from .functions import PerTokenLoss
 from .logprobs import linear_logprobs
 from .registered.derivative import check_losses
 from .registered.token_loss import token_loss
+from .sharded import on_whole_tensors
 
 
+@on_whole_tensors
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
