@@ -431,10 +431,9 @@ def zero3(monkeypatch: pytest.MonkeyPatch) -> FakeZero3:
         def __exit__(self, *_: object) -> None:
             fake.set(False)
 
-    package, module = ModuleType("deepspeed"), ModuleType("deepspeed.zero")
-    module.GatheredParameters = GatheredParameters  # type: ignore[attr-defined]
+    package = ModuleType("deepspeed")
+    package.zero = SimpleNamespace(GatheredParameters=GatheredParameters)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "deepspeed", package)
-    monkeypatch.setitem(sys.modules, "deepspeed.zero", module)
     return fake
 
 

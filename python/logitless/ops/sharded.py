@@ -110,9 +110,9 @@ def _whole_zero3(name: str, value: Any) -> Any:
         raise ValueError(f"{name}: a ZeRO-3 parameter is not gathered in compiled code outside its module's forward")
     if value.ds_status.name == "AVAILABLE":
         return _Gathered.apply(value)
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters([value]):
+    with deepspeed.zero.GatheredParameters([value]):
         return _Gathered.apply(value)
 
 
