@@ -18,7 +18,6 @@ transformers = pytest.importorskip("transformers")
 from patch_models import B, H, T, V, llama  # noqa: E402
 
 from logitless import linear_logprobs, losses  # noqa: E402
-from logitless.integrations import heads  # noqa: E402
 from logitless.integrations.families import UnsupportedModelError  # noqa: E402
 from logitless.integrations.transformers import patch, unpatch  # noqa: E402
 from logitless.testing import watch_allocations  # noqa: E402
@@ -827,26 +826,6 @@ def test_a_model_that_disagrees_is_refused_while_it_is_compiled() -> None:
     model.loss_function = lambda **kwargs: kwargs["logits"].square().mean()
     with pytest.raises(Exception, match="differ by"):
         torch.compile(patch(model), backend="aot_eager", fullgraph=True)(**batch())
-
-
-def test_a_sharded_heads_gradient_is_reduced_by_its_mesh_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data-parallel dimensions average, tensor-parallel ones replicate; tests with two processes are below."""
-    from torch.distributed.tensor import Partial, Replicate
-
-    class Sharded:
-        placements: Any = None
-
-        class device_mesh:
-            ndim = 2
-            mesh_dim_names = ("dp_shard", "tp")
-
-        def full_tensor(self, grad_placements: Any) -> Tensor:
-            self.placements = grad_placements
-            return torch.zeros(1)
-
-    weight = Sharded()
-    heads._whole(weight)  # type: ignore[arg-type]
-    assert weight.placements == [Partial("avg"), Replicate()]
 
 
 def sharded_worker(rank: int, folder: str, layout: str) -> None:

@@ -59,7 +59,7 @@ def worker(folder: str) -> None:
     assert hasattr(shared.lm_head.weight, "device_mesh")
     for loss in ("nll", "dft", "dpo"):
         expected = results(whole, loss)
-        with mock.patch.object(heads, "_whole", side_effect=AssertionError("the head was gathered")):
+        with mock.patch.object(heads, "whole", side_effect=AssertionError("the head was gathered")):
             found = results(shared, loss)
         for name, value in expected.items():
             # A sum over the ranks has another order: a few roundings of the largest term.

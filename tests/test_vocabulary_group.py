@@ -401,6 +401,7 @@ def groups_worker() -> None:
 
     for given in (dist.group.WORLD, mesh, group):
         torch.testing.assert_close(value(given), expected)
+    dtensor_worker(mesh, problem, expected)
     with torch.autocast("cpu", torch.bfloat16):
         inside = value(group)
     torch.testing.assert_close(inside, value(group, torch.bfloat16), rtol=0, atol=0)
@@ -419,6 +420,22 @@ def groups_worker() -> None:
         own = dict(backward=backward, group=group, **(dict(tail_tolerance=0.0) if backward != "recompute" else {}))
         linear_loss("dft", *eager, problem.targets, **own)  # type: ignore[arg-type]
     approximate_worker(group)
+
+
+def dtensor_worker(mesh: Any, problem: TokenProblem, expected: Tensor) -> None:
+    """A head that tensor parallelism has as a DTensor: with a group its own rows are read, and nothing is gathered."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    weight = distribute_tensor(problem.weight.detach().clone(), mesh, [Shard(0)]).requires_grad_()
+    loss = linear_loss("dft", problem.hidden.detach(), weight, problem.targets, group=mesh)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert weight.grad is not None and weight.grad.placements == weight.placements
+    whole = torch.autograd.grad(expected, problem.weight, retain_graph=True)[0]
+    torch.testing.assert_close(weight.grad.full_tensor(), whole)
+    with pytest.raises(ValueError, match=r"weight: with group= expected a DTensor whose rows are sharded"):
+        whole_weight = distribute_tensor(problem.weight.detach(), mesh, [Replicate()])
+        linear_loss("dft", problem.hidden, whole_weight, problem.targets, group=mesh)
 
 
 def approximate_worker(group: VocabularyGroup) -> None:

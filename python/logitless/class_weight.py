@@ -18,8 +18,8 @@ from .losses.sft.likelihood import NLL
 from .ops import linear_token_loss
 from .ops.call import Call, prepare_call
 from .ops.checks import check_entry_weight
-from .ops.shards import shard_of
 from .ops.token_loss import check_token_input
+from .ops.vocabulary_parallel import shard_of
 from .parallel import summed
 from .types import Options, Reduction, TokenStats, statistics_dtype
 

@@ -12,9 +12,11 @@ from .class_weight import class_weighted_nll
 from .linear import linear_loss
 from .losses.sft.likelihood import NLL
 from .ops.checks import check_tensor, require
+from .ops.sharded import on_whole_tensors
 from .types import OptionKeywords, Reduction
 
 
+@on_whole_tensors
 def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named here, are among the options too
     hidden: Tensor,
     weight: Tensor,

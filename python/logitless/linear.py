@@ -45,6 +45,7 @@ from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
 from .ops.call import Call, prepare_call
 from .ops.checks import check_ignore_index, check_tokens
+from .ops.sharded import on_whole_tensors
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
 from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats, statistics_dtype
@@ -70,6 +71,7 @@ def linear_loss(
 def linear_loss(loss: Loss | str, hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any) -> Any: ...
 
 
+@on_whole_tensors
 def linear_loss(
     loss: Loss | str,
     hidden: Tensor,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..ops.sharded import whole
 from ..parallel import VocabularyGroup
 from .families import UnsupportedModelError
 
@@ -139,7 +140,7 @@ def product(inner: nn.Module, hidden: Tensor) -> Product:
 def _has_shard(weight: Any) -> bool:
     """Whether the rows are shared out along the one dimension of a tensor-parallel mesh."""
     mesh = getattr(weight, "device_mesh", None)
-    if mesh is None or mesh.ndim != 1 or "tp" not in (mesh.mesh_dim_names or ("",))[0]:
+    if mesh is None or mesh.mesh_dim_names != ("tp",):
         return False
     return bool(weight.placements[0].is_shard(0))
 
@@ -167,13 +168,13 @@ def _rows_of_ranks(weight: Any) -> tuple[int, ...]:
 
 def _operands_of_whole(inner: Any, hidden: Tensor) -> Product:
     """The whole head, gathered where it is sharded."""
-    weight = _whole(inner.weight)
+    weight = whole("weight", inner.weight)
     if weight.is_meta and not hidden.is_meta:
         raise UnsupportedModelError(
             "the output head's weight is offloaded (meta device): keep the head on its device, or evaluate with "
             "skip_logits=False"
         )
-    bias = None if inner.bias is None else _whole(inner.bias)
+    bias = None if inner.bias is None else whole("bias", inner.bias)
     return Product(_fit(hidden, weight), weight, bias)
 
 
@@ -204,9 +205,9 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
         down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         low = down(layer.lora_dropout[name](hidden.to(down.weight.dtype))) * scale
         hiddens.append(low.to(base.hidden))
-        weights.append(_whole(up.weight).to(base.weight))
+        weights.append(whole("weight", up.weight).to(base.weight))
         if up.bias is not None:
-            extra = scale * _whole(up.bias).to(base.weight)
+            extra = scale * whole("bias", up.bias).to(base.weight)
             bias = extra if bias is None else bias + extra
     return Product(torch.cat(hiddens, -1), torch.cat(weights, -1), bias)
 
@@ -224,7 +225,7 @@ def _with_trained_rows(layer: Any, hidden: Tensor) -> Product:
         raise UnsupportedModelError("the output head's active adapters train the same token: PEFT does not define it")
     for name in active:
         index = torch.tensor(layer.token_indices[name], device=weight.device)
-        weight = weight.index_copy(0, index, _whole(layer.trainable_tokens_delta[name]).to(weight))
+        weight = weight.index_copy(0, index, whole("weight", layer.trainable_tokens_delta[name]).to(weight))
     return Product(base.hidden, weight, None)
 
 
@@ -269,19 +270,3 @@ def _check_adapter(layer: Any) -> None:
 
 def _is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """The tensor itself; a sharded one (DTensor) is gathered, and its gradient reduced as its mesh dimension needs.
-
-    Data-parallel ranks see different tokens, so they average their gradients. Tensor-parallel ranks see the same
-    tokens, so each has the whole gradient already.
-    """
-    if not hasattr(weight, "device_mesh"):
-        return weight
-    from torch.distributed.tensor import Partial, Replicate
-
-    names = weight.device_mesh.mesh_dim_names or [""] * weight.device_mesh.ndim
-    placements = [Replicate() if "tp" in name else Partial("avg") for name in names]
-    gathered: Tensor = weight.full_tensor(grad_placements=placements)  # type: ignore[attr-defined]
-    return gathered

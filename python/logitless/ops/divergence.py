@@ -13,10 +13,12 @@ from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions
 from . import checks
 from .call import Call, prepare_call
 from .registered.divergence import divergence, divergence_sum
-from .shards import side_of_shard
+from .sharded import on_whole_tensors
 from .token_loss import check_token_input
+from .vocabulary_parallel import side_of_shard
 
 
+@on_whole_tensors
 def linear_divergence(
     hidden: Tensor,
     head: Tensor | Head,

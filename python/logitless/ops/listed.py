@@ -19,7 +19,8 @@ from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats
 from . import checks
 from .call import Call, prepare_call
 from .registered.listed import list_logprobs, listed_products, top_k
-from .shards import likeliest, shard_of
+from .sharded import on_whole_tensors
+from .vocabulary_parallel import likeliest, shard_of
 
 #: The statistics of a kept set of ids.
 KEPT_OUTPUTS = ("logprob", "lse", "entropy", "correct", "log_sum_sq")
@@ -140,6 +141,7 @@ class TopK(NamedTuple):
 
 
 @torch.no_grad()
+@on_whole_tensors
 def linear_top_k(
     hidden: Tensor,
     weight: Tensor,

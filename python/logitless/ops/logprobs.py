@@ -13,9 +13,11 @@ from . import checks
 from .call import Call, flat_ids, prepare_call
 from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, largest_logit, statistics_from_lse
 from .registered.logprobs import logprobs
-from .shards import combined, present, shard_of
+from .sharded import on_whole_tensors
+from .vocabulary_parallel import combined, present, shard_of
 
 
+@on_whole_tensors
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,

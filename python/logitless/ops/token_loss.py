@@ -16,9 +16,11 @@ from .functions import PerTokenLoss
 from .logprobs import linear_logprobs
 from .registered.derivative import check_losses
 from .registered.token_loss import token_loss
-from .shards import OfWhole, shard_of, with_common_chunks
+from .sharded import on_whole_tensors
+from .vocabulary_parallel import OfWhole, shard_of, with_common_chunks
 
 
+@on_whole_tensors
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
