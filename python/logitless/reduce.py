@@ -98,7 +98,8 @@ def rule(
 
 def sequence_lengths(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
     """The number of the mask's tokens in each sequence, `[num_sequences]` float32, which counts to 2^24."""
-    return torch.zeros(num_sequences, device=mask.device).index_add_(0, sequence.flatten(), mask.flatten().float())
+    zeros = torch.zeros(num_sequences, dtype=torch.float32, device=mask.device)  # whatever PyTorch's default dtype
+    return zeros.index_add_(0, sequence.flatten(), mask.flatten().float())
 
 
 def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:
