@@ -80,7 +80,7 @@ def evaluate(cell: str, names: Mapping[str, Any]) -> Tensor:
 
 
 def gradients(value: Tensor, names: Mapping[str, Any]) -> list[Tensor]:
-    """Of a random upstream gradient, for the page's leaves and a model's; zeros where the value does not reach one."""
+    """For the page's leaves and a model's, of a random upstream gradient; zeros where the value does not reach one."""
     leaves = [names[name] for name in LEAVES]
     if "model" in names:
         leaves += names["model"].parameters()

@@ -58,7 +58,7 @@ def test_a_row_without_a_counterpart_says_why() -> None:
 
 
 def test_liger_is_complete() -> None:
-    """Its public losses, and the options of each."""
+    """Every public loss of Liger is named, with all options."""
     liger = pytest.importorskip("liger_kernel.transformers")
     chunked = pytest.importorskip("liger_kernel.chunked_loss")
     section = "\n".join(row.theirs + row.note for row in ROWS if row.section.startswith("Liger")) + TEXT
@@ -77,7 +77,7 @@ def test_liger_is_complete() -> None:
 
 
 def test_trls_loss_types_are_complete() -> None:
-    """Those that the configurations' help lists."""
+    """Every loss type has a row that the help of a configuration lists."""
     trl = pytest.importorskip("trl")
     rows = "\n".join(row.theirs for row in ROWS if row.section == "TRL")
     for config in (trl.SFTConfig, trl.DPOConfig, trl.KTOConfig, trl.GRPOConfig):

@@ -119,7 +119,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
         ("loss_weights", r"did you mean 'token_weight'"),
         ("temp", r"did you mean 'temperature'"),
         ("lse_square_scale", r"did you mean 'z_loss'.*loss=NLL\(z_loss"),
-        ("accum_dtype", r"did you mean 'chunk_dtype'.*linear_loss"),
+        ("accum_dtype", r"; sums of gradients are float32"),
         ("class_weight", "linear_cross_entropy.*hidden_only"),
         ("label_smoothing_factor", r"did you mean 'label_smoothing'.*loss=NLL\(label_smoothing"),
     ],

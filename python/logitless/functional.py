@@ -12,7 +12,8 @@ from .class_weight import class_weighted_nll
 from .linear import linear_loss
 from .losses.sft.likelihood import NLL
 from .ops.checks import check_tensor, require
-from .types import OptionKeywords, Reduction
+from .peers import refuse_unknown
+from .types import OPTION_NAMES, OptionKeywords, Reduction
 
 
 def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named here, are among the options too
@@ -56,6 +57,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named 
         A scalar, or per token for "none"; float32 (float64 for float64 inputs), whatever the reduction differentiable
         with any upstream gradient.
     """
+    refuse_unknown("linear_cross_entropy", options, OPTION_NAMES)
     if shift:
         targets, token_weight = _shifted(targets, hidden, ignore_index), _shifted_weight(token_weight, targets)
     options = {**options, "bias": bias, "ignore_index": ignore_index}

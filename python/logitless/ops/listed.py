@@ -7,13 +7,14 @@ linear_top_k                             one sweep without a gradient
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Never
 
 import torch
 from torch import Tensor
 
 from .. import backends, reduce, reference
 from ..backends.exact.listed import first_places
+from ..peers import refuse_unknown
 from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats
 from . import checks
 from .call import Call, prepare_call
@@ -129,6 +130,7 @@ def linear_top_k(
     backend: BackendName = "auto",
     chunk_bytes: int | None = None,
     chunk_dtype: torch.dtype | None = None,
+    **unknown: Never,
 ) -> TopK:
     """The k likeliest ids of each token and their log-probabilities, with no `[tokens, vocabulary]` tensor.
 
@@ -145,6 +147,7 @@ def linear_top_k(
     Raises:
         TypeError, ValueError: as `linear_logprobs`, and for a k outside [1, V].
     """
+    refuse_unknown("linear_top_k", unknown)
     head = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     options = Options(**head, backend=backend, chunk_bytes=chunk_bytes, chunk_dtype=chunk_dtype)  # type: ignore[arg-type]
     call = prepare_call(hidden, weight, None, options)
