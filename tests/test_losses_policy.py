@@ -318,6 +318,10 @@ def test_weights_of_single_tokens(logprob: float, old: float, advantage: float) 
         ),
         CISPO(): (-min(r, 5) * advantage * logprob, min(r, 5) * advantage),
         CISPO(ratio_cap=None): (-r * advantage * logprob, r * advantage),
+        CISPO(ratio_floor=0.9): (
+            -max(min(r, 5), 0.9) * advantage * logprob,
+            max(min(r, 5), 0.9) * advantage,
+        ),
         SAPO(): (-4 / tau * gate * advantage, 4 * r * gate * (1 - gate) * advantage),
         DPPO(): (-min(r, 20) * advantage * logprob * kept, min(r, 20) * advantage * kept),
         DPPOKL(): (-min(r, 20) * advantage * logprob * within, min(r, 20) * advantage * within),
@@ -906,6 +910,7 @@ def rejected(**changed: Any) -> Tensor:
         (lambda: PPO(epsilon_high=-0.1), ValueError, "PPO: epsilon_high"),
         (lambda: PPO(delta=1.1), ValueError, "PPO: delta"),
         (lambda: CISPO(ratio_cap=-1.0), ValueError, "CISPO: ratio_cap"),
+        (lambda: CISPO(ratio_cap=1.0, ratio_floor=1.1), ValueError, "CISPO: ratio_floor"),
         (lambda: SAPO(tau_positive=0.0), ValueError, "SAPO: tau_positive"),
         (lambda: DPPO(threshold_high=2.0), ValueError, "DPPO: threshold_high"),
         (lambda: DRO(strength=-1.0), ValueError, "DRO: strength"),

@@ -116,7 +116,7 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
         ("skip_all_logits", r"did you mean 'skip_logits'"),
         ("return_logits", r"did you mean 'skip_logits'"),
         ("loss_kwargs", r"did you mean 'loss_inputs'"),
-        ("loss_weights", r"did you mean 'token_weight'"),
+        ("loss_weights", r"; token_weight is of tokens"),
         ("temp", r"did you mean 'temperature'"),
         ("lse_square_scale", r"did you mean 'z_loss'.*loss=NLL\(z_loss"),
         ("accum_dtype", r"; sums of gradients are float32"),

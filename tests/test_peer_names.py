@@ -104,7 +104,10 @@ def test_a_hyper_parameter_at_the_wrong_place_has_its_place(tensors: tuple[torch
 
 @pytest.mark.parametrize(("theirs", "ours"), REDUCTIONS.items())
 def test_a_reduction_of_another_name(tensors: tuple[torch.Tensor, ...], theirs: Any, ours: str) -> None:
-    for call in (linear_cross_entropy, CALLS["linear_loss"]):
+    for call in (
+        linear_cross_entropy,
+        *(CALLS[name] for name in ("linear_loss", "linear_token_loss", "linear_divergence")),
+    ):
         with pytest.raises(ValueError, match=f"got '{theirs}'; it is '{ours}' here"):
             call(*tensors, reduction=theirs)
 

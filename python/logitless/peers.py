@@ -14,7 +14,7 @@ RENAMED = {
     # cross-entropy
     **dict.fromkeys(("lse_square_scale", "z_loss_weight", "z_loss_coef", "return_z_loss"), "z_loss"),
     **dict.fromkeys(("ce_weight", "class_weights"), "class_weight"),
-    **dict.fromkeys(("sample_weight", "sample_weights", "loss_weight", "loss_weights"), "token_weight"),
+    **dict.fromkeys(("sample_weight", "sample_weights", "loss_weight"), "token_weight"),
     **dict.fromkeys(("smoothing", "label_smoothing_factor"), "label_smoothing"),
     **dict.fromkeys(("n_items", "num_items_in_batch", "batch_num_tokens", "global_batch_size"), "normalizer"),
     **dict.fromkeys(("loss_agg_mode", "agg_mode"), "reduction"),
@@ -75,7 +75,7 @@ ADVICE = {
     **dict.fromkeys(("accum_dtype", "accum_e_fp32", "accum_c_fp32", "acc_policy"), _A_SUM),
     **dict.fromkeys(("chunk_size", "num_output_chunks", "batch_chunk_size", "chunk_mem_const", "target_gb"), _CHUNKS),
     **dict.fromkeys(("completion_mask", "loss_mask", "response_mask", "attention_mask", "row_mask"), _COUNTED),
-    **dict.fromkeys(("size_average", "reduce", "normalize"), 'reduction="mean", "sum" or "none" says it'),
+    **dict.fromkeys(("size_average", "reduce"), 'reduction="mean", "sum" or "none" says it'),
     **dict.fromkeys(("compiled", "compute_ce_loss"), "it has no counterpart; leave it out"),
     "labels": "targets; linear_cross_entropy(..., shift=True) shifts a causal model's labels",
     "shift_labels": "they are the targets, which are aligned with hidden",
@@ -94,6 +94,7 @@ ADVICE = {
     "f_alpha_divergence_coef": "alpha is 1 less it",
     "sym_kd_ratio": "mixture is 1 less it",
     "weight_soft_loss": "multiply the loss by it",
+    "loss_weights": "token_weight is of tokens; losses.WeightedSum(terms, weights) has weights of losses",
     **dict.fromkeys(("ref_bias", "teacher_bias"), "ref_head=logitless.Head(ref_weight, ref_bias)"),
     **dict.fromkeys(("clip_ratio", "cliprange"), "epsilon_low and epsilon_high, one for each side"),
     **dict.fromkeys(("tp_group", "vocab_parallel_options"), "it is of a head that is sharded over ranks"),
@@ -114,6 +115,11 @@ def peer_hint(name: str) -> str:
     if name in RENAMED:
         return f"; {name} is {RENAMED[name]!r} here (docs/migration.md)"
     return f"; {name}: {ADVICE[name]} (docs/migration.md)" if name in ADVICE else ""
+
+
+def reduction_hint(value: object) -> str:
+    """What to append to an error about a reduction; nothing unless another library has it."""
+    return f"; it is {REDUCTIONS[value]!r} here" if isinstance(value, str) and value in REDUCTIONS else ""
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str] = ()) -> None:

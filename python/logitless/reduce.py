@@ -23,7 +23,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .peers import REDUCTIONS
+from .peers import reduction_hint
 from .types import LossReduction
 
 OF_SEQUENCES = ("sequence_mean", "mean_of_means", "constant_length")
@@ -43,8 +43,8 @@ class Rule(NamedTuple):
 def check(reduction: str, normalizer: object, max_length: object = None) -> None:
     """Raises unless reduction, normalizer and max_length fit together."""
     if reduction not in get_args(LossReduction):
-        meant = f"; it is {REDUCTIONS[reduction]!r} here" if reduction in REDUCTIONS else ""
-        raise ValueError(f"reduction: expected one of {list(get_args(LossReduction))}, got {reduction!r}{meant}")
+        expected = f"one of {list(get_args(LossReduction))}"
+        raise ValueError(f"reduction: expected {expected}, got {reduction!r}{reduction_hint(reduction)}")
     if (max_length is not None) != (reduction == "constant_length"):
         raise ValueError(f"max_length: goes with reduction='constant_length', got {max_length} with {reduction!r}")
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):

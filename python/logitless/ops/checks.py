@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ..peers import reduction_hint
 from ..types import APPROXIMATE, OUTPUTS, TAIL_TOLERANCE, BackwardName, Options
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -201,4 +202,5 @@ def check_outputs(outputs: Iterable[str], *, with_targets: bool, known: tuple[st
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises unless the value is one of the choices."""
     if value not in tuple(choices):
-        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+        hint = reduction_hint(value) if name == "reduction" else ""
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}")
