@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from logitless.peers import ADVICE, REDUCTIONS, RENAMED
+from logitless.peers import ADVICE, RENAMED, VALUES
 
 PAGE = Path(__file__).with_name("migration.md")
 TABLES = re.compile(r"(?<=<!-- tables: docs/generate_names.py -->\n).*(?=<!-- end of tables -->)", re.DOTALL)
@@ -33,10 +33,14 @@ def table(names: Mapping[str, str], *, code: bool) -> Iterator[str]:
 
 def page() -> str:
     """The page with its tables as they should be."""
-    parts = table(RENAMED, code=True), table(REDUCTIONS, code=True), table(ADVICE, code=False)
-    headings = "The value means the same:", "Values of `reduction`:", "No name of ours, but another way to say it:"
-    text = "\n".join(f"\n{heading}\n\n" + "\n".join(part) for heading, part in zip(headings, parts, strict=True))
-    return TABLES.sub(lambda _: f"{text}\n\n", PAGE.read_text(encoding="utf-8"))
+    values = {f"{argument}={theirs!r}": ours for argument, words in VALUES.items() for theirs, ours in words.items()}
+    parts = {
+        "Arguments whose value means the same:": table(RENAMED, code=True),
+        "Arguments for which there is another way to say it:": table(ADVICE, code=False),
+        "Values:": table(values, code=True),
+    }
+    text = "\n".join(f"\n{heading}\n\n" + "\n".join(part) + "\n" for heading, part in parts.items())
+    return TABLES.sub(lambda _: f"{text}\n", PAGE.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

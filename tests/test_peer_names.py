@@ -15,7 +15,7 @@ from cases import make_problem
 import logitless
 from logitless import linear_cross_entropy, linear_divergence, linear_logprobs, linear_loss, linear_token_loss, losses
 from logitless.arguments import LossArguments
-from logitless.peers import ADVICE, REDUCTIONS, RENAMED, peer_hint
+from logitless.peers import ADVICE, RENAMED, VALUES, peer_hint
 from logitless.types import Head
 
 
@@ -102,7 +102,7 @@ def test_a_hyper_parameter_at_the_wrong_place_has_its_place(tensors: tuple[torch
         linear_loss("nll", *tensors, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize(("theirs", "ours"), REDUCTIONS.items())
+@pytest.mark.parametrize(("theirs", "ours"), VALUES["reduction"].items())
 def test_a_reduction_of_another_name(tensors: tuple[torch.Tensor, ...], theirs: Any, ours: str) -> None:
     for call in (
         linear_cross_entropy,
@@ -110,6 +110,35 @@ def test_a_reduction_of_another_name(tensors: tuple[torch.Tensor, ...], theirs: 
     ):
         with pytest.raises(ValueError, match=f"got '{theirs}'; it is '{ours}' here"):
             call(*tensors, reduction=theirs)
+
+
+def test_values_of_other_names(tensors: tuple[torch.Tensor, ...]) -> None:
+    """Each leads to a value that is taken."""
+    hidden, weight, _ = tensors
+    takes: dict[str, Callable[[Any], Any]] = {
+        "reduction": lambda value: linear_loss("nll", *tensors, reduction=value),
+        "backend": lambda value: linear_logprobs(*tensors, backend=value),
+        "loss": lambda value: losses.get(value),
+        "kl": lambda value: losses.PPO(beta=0.1, kl=value),
+        "kind": lambda value: linear_divergence(hidden, weight, hidden, weight, kind=value),
+        "divergence": lambda value: losses.DPO(divergence=value),
+    }
+    assert set(takes) == set(VALUES)
+    for argument, words in VALUES.items():
+        for theirs, ours in words.items():
+            with pytest.raises(ValueError, match=re.escape(f"{theirs!r}; it is {ours!r} here")):
+                takes[argument](theirs)
+            takes[argument](ours)
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("call", ["linear_cross_entropy", "linear_loss", "linear_logprobs", "linear_token_loss"])
+def test_the_order_of_liger_is_refused(tensors: tuple[torch.Tensor, ...], call: str, flat: bool) -> None:
+    hidden, weight, targets = tensors
+    if flat:
+        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    with pytest.raises(ValueError, match="expected the order hidden, weight, targets"):
+        CALLS[call](weight, hidden, targets)
 
 
 def known_names() -> set[str]:
@@ -127,7 +156,6 @@ def test_the_table_leads_to_names_that_exist() -> None:
     of_some_losses = {"loss_type", "epsilon"}  # fields of some, where a constructor takes them before it asks the table
     assert known & (set(RENAMED) | set(ADVICE)) == of_some_losses
     assert not set(RENAMED) & set(ADVICE)
-    assert set(REDUCTIONS.values()) <= {"mean", "sum", "sequence_mean", "mean_of_means", "constant_length"}
 
 
 def test_the_advice_names_losses_that_exist() -> None:

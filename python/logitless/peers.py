@@ -100,13 +100,29 @@ ADVICE = {
     **dict.fromkeys(("tp_group", "vocab_parallel_options"), "it is of a head that is sharded over ranks"),
 }
 
-#: Reductions by other names.
-REDUCTIONS = {
-    "batchmean": "mean",
-    "token-mean": "mean",
-    "seq-mean-token-sum": "sequence_mean",
-    "seq-mean-token-mean": "mean_of_means",
-    "seq-mean-token-sum-norm": "sum",
+#: Values by other names, for each argument that takes one of a few words.
+VALUES = {
+    "reduction": {
+        "batchmean": "mean",
+        "token-mean": "mean",
+        "seq-mean-token-sum": "sequence_mean",
+        "seq-mean-token-mean": "mean_of_means",
+        "seq-mean-token-sum-norm": "sum",
+    },
+    "backend": dict.fromkeys(("cce", "torch_compile", "liger"), "auto"),
+    "loss": {
+        **dict.fromkeys(("sft", "cross_entropy", "ce"), "nll"),
+        **dict.fromkeys(("sigmoid", "hinge", "ipo", "robust", "exo_pair", "nca_pair", "sppo_hard"), "dpo"),
+        **dict.fromkeys(("sigmoid_norm", "aot", "aot_unpaired", "apo_zero", "apo_down", "discopop"), "dpo"),
+        "apo_zero_unpaired": "kto",
+        "vanilla": "ppo",
+        "gpg": "reinforce",
+        "geo_mean": "gmpo",
+        "jsd": "gkd",
+    },
+    "kl": {"low_var_kl": "k3", "mse": "k2", "kl": "k1"},
+    "kind": {"kl": "forward_kl", "jsd": "js", "js_divergence": "js", "tvd": "total_variation"},
+    "divergence": {"js_divergence": "js", "alpha_divergence": "alpha"},
 }
 
 
@@ -117,9 +133,10 @@ def peer_hint(name: str) -> str:
     return f"; {name}: {ADVICE[name]} (docs/migration.md)" if name in ADVICE else ""
 
 
-def reduction_hint(value: object) -> str:
-    """What to append to an error about a reduction; nothing unless another library has it."""
-    return f"; it is {REDUCTIONS[value]!r} here" if isinstance(value, str) and value in REDUCTIONS else ""
+def value_hint(argument: str, value: object) -> str:
+    """What to append to an error about an argument's value; nothing unless another library has it."""
+    words = VALUES.get(argument, {})
+    return f"; it is {words[value]!r} here" if isinstance(value, str) and value in words else ""
 
 
 def refuse_unknown(function: str, given: Iterable[str], known: Iterable[str] = ()) -> None:

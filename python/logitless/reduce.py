@@ -23,7 +23,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from .peers import reduction_hint
+from .peers import value_hint
 from .types import LossReduction
 
 OF_SEQUENCES = ("sequence_mean", "mean_of_means", "constant_length")
@@ -44,7 +44,7 @@ def check(reduction: str, normalizer: object, max_length: object = None) -> None
     """Raises unless reduction, normalizer and max_length fit together."""
     if reduction not in get_args(LossReduction):
         expected = f"one of {list(get_args(LossReduction))}"
-        raise ValueError(f"reduction: expected {expected}, got {reduction!r}{reduction_hint(reduction)}")
+        raise ValueError(f"reduction: expected {expected}, got {reduction!r}{value_hint('reduction', reduction)}")
     if (max_length is not None) != (reduction == "constant_length"):
         raise ValueError(f"max_length: goes with reduction='constant_length', got {max_length} with {reduction!r}")
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):

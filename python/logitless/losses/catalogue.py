@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..peers import peer_hint, refuse_unknown
+from ..peers import peer_hint, refuse_unknown, value_hint
 from .checks import near_words
 from .loss import DistributionLoss, Loss, SequenceLoss, TokenLoss
 from .whole_sequence import PairLoss, UnpairedLoss
@@ -85,7 +85,8 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
     if torch.compiler.is_compiling() or loss not in _REGISTRY:
         load_modules()
     if loss not in _REGISTRY:
-        raise ValueError(f"no loss is named {loss!r}{near_words(loss, names())}; there are {', '.join(names())}")
+        hint = value_hint("loss", loss) or near_words(loss, names())
+        raise ValueError(f"no loss is named {loss!r}{hint}; there are {', '.join(names())}")
     cls = _REGISTRY[loss]
     if overrides:  # torch.compile cannot trace `dataclasses.fields`
         _check_overrides(cls, overrides)

@@ -90,6 +90,7 @@ def prepare_call(
         device = hidden.device.type
         hidden, weight = _autocast(hidden, device), _autocast(weight, device)
         options = replace(options, bias=None if options.bias is None else _autocast(options.bias, device))
+    checks.check_order(hidden, weight, targets)
     checks.check_head(hidden, weight, options, names)
     if targets is not None:
         checks.check_targets("targets", targets, hidden, lists=lists)
