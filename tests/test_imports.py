@@ -22,7 +22,7 @@ PACKAGE = Path(logitless.__file__).parent
 
 #: From the bottom up. A module may import from its own layer and from those below; see `APART` for what is stricter.
 LAYERS = (
-    ("parallel",),
+    ("parallel", "peers"),
     ("types",),
     ("reference", "reduce"),
     ("losses", "backends"),

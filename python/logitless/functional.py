@@ -13,7 +13,8 @@ from .linear import linear_loss
 from .losses.sft.likelihood import NLL
 from .ops.checks import check_tensor, require
 from .ops.sharded import on_whole_tensors
-from .types import OptionKeywords, Reduction
+from .peers import refuse_unknown
+from .types import OPTION_NAMES, OptionKeywords, Reduction
 
 
 @on_whole_tensors
@@ -58,6 +59,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named 
         A scalar, or per token for "none"; float32 (float64 for float64 inputs), whatever the reduction differentiable
         with any upstream gradient.
     """
+    refuse_unknown("linear_cross_entropy", options, OPTION_NAMES)
     if shift:
         targets, token_weight = _shifted(targets, hidden, ignore_index), _shifted_weight(token_weight, targets)
     options = {**options, "bias": bias, "ignore_index": ignore_index}

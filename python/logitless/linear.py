@@ -44,7 +44,7 @@ from .losses.layout import TokenLayout, reduction_rule, token_layout
 from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
 from .ops.call import Call, prepare_call
-from .ops.checks import check_ignore_index, check_tokens
+from .ops.checks import check_ignore_index, check_order, check_tokens
 from .ops.sharded import on_whole_tensors
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
@@ -125,6 +125,7 @@ def linear_loss(
     """
     loss = get(loss)
     check_tokens(hidden, targets)
+    check_order(hidden, weight, targets)
     options = {k: v for k, v in inputs_and_options.items() if k in OPTION_NAMES}
     if loss.stats_temperature != 1.0:
         options["temperature"] = options.get("temperature", 1.0) * loss.stats_temperature

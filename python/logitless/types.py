@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .parallel import VocabularyGroup
+from .peers import value_hint
 
 BackendName = Literal["auto", "reference", "chunked", "triton", "cuda"]
 BackwardName = Literal["auto", "recompute", "single_pass", "tail_corrected", "screened"]
@@ -172,7 +173,8 @@ class DivergenceOptions:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(DivergenceKind):
-            raise ValueError(f"kind: expected one of {list(get_args(DivergenceKind))}, got {self.kind!r}")
+            expected, hint = list(get_args(DivergenceKind)), value_hint("kind", self.kind)
+            raise ValueError(f"kind: expected one of {expected}, got {self.kind!r}{hint}")
         if not isinstance(self.normalized, bool):
             raise TypeError(f"normalized: expected a bool, got {type(self.normalized).__name__}")
         _check_number("mixture", self.mixture, "a number in [0, 1]", lambda x: 0 <= x <= 1)

@@ -107,6 +107,7 @@ def prepare_call(
     if options.group is not None:
         checks.check_tensor(names[1], weight, "[V, H]", 2)
         options = replace(options, group=_group_of(options.group, weight, names[1]))
+    checks.check_order(hidden, weight, targets)
     checks.check_head(hidden, weight, options, names)
     if targets is not None:
         checks.check_targets("targets", targets, hidden, lists=lists)

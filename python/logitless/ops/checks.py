@@ -8,6 +8,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from ..peers import value_hint
 from ..types import APPROXIMATE, OUTPUTS, TAIL_TOLERANCE, BackwardName, Options
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -27,6 +28,15 @@ def check_tokens(hidden: object, targets: object) -> None:
     check_tensor("targets", targets, "[...]")
     if isinstance(hidden, Tensor) and hidden.dim() < 1:
         raise ValueError("hidden: expected shape [..., H], got []")
+
+
+def check_order(hidden: object, weight: object, targets: object) -> None:
+    """Raises where the head came first, as some libraries have it."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(targets, Tensor)):
+        return
+    # First what is so in every right call, because a compiler keeps each comparison of sizes as a guard.
+    if hidden.shape[:-1] != targets.shape and hidden.dim() == 2 and weight.shape[:-1] == targets.shape:
+        raise ValueError("hidden: the head seems to stand first; expected the order hidden, weight, targets")
 
 
 def check_head(
@@ -201,4 +211,4 @@ def check_outputs(outputs: Iterable[str], *, with_targets: bool, known: tuple[st
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises unless the value is one of the choices."""
     if value not in tuple(choices):
-        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}{value_hint(name, value)}")

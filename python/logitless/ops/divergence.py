@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Never, get_args
 
 import torch
 from torch import Tensor
 
 from .. import backends, reduce, reference
+from ..peers import refuse_unknown
 from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions, Head, Options, Reduction
 from . import checks
 from .call import Call, prepare_call
@@ -38,6 +39,7 @@ def linear_divergence(
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
     group: Any = None,
+    **unknown: Never,
 ) -> Tensor:
     """Per-token divergence between two next-token distributions over the whole vocabulary, without either's logits.
 
@@ -104,6 +106,7 @@ def linear_divergence(
     (skews, symmetric_kl); the others are textbook f-divergences. Gradients derived; see
     `logitless.backends.exact.divergence`.
     """
+    refuse_unknown("linear_divergence", unknown)
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)

@@ -7,7 +7,7 @@ linear_top_k                             one sweep without a gradient
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import reduce, reference
 from ..backends.exact.listed import first_places
 from ..parallel import Sum
+from ..peers import refuse_unknown
 from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats
 from . import checks
 from .call import Call, prepare_call
@@ -155,6 +156,7 @@ def linear_top_k(
     chunk_bytes: int | None = None,
     chunk_dtype: torch.dtype | None = None,
     group: Any = None,
+    **unknown: Never,
 ) -> TopK:
     """The k likeliest ids of each token and their log-probabilities, with no `[tokens, vocabulary]` tensor.
 
@@ -172,6 +174,7 @@ def linear_top_k(
     Raises:
         TypeError, ValueError: as `linear_logprobs`, and for a k outside [1, V].
     """
+    refuse_unknown("linear_top_k", unknown)
     head = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
     options = Options(**head, backend=backend, chunk_bytes=chunk_bytes, chunk_dtype=chunk_dtype, group=group)  # type: ignore[arg-type]
     call = prepare_call(hidden, weight, None, options)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Never
 
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..peers import refuse_unknown
 from ..types import LIST_OUTPUTS, OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
 from . import checks
 from .call import Call, flat_ids, prepare_call
@@ -38,6 +39,7 @@ def linear_logprobs(
     tail_tolerance: float = TAIL_TOLERANCE,
     vocabulary_order: Tensor | None = None,
     group: Any = None,
+    **unknown: Never,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
     temperature`, with no `[tokens, vocabulary]` tensor.
@@ -95,6 +97,7 @@ def linear_logprobs(
             outside [0, V). On a GPU the last is a device-side assertion, so that nothing waits for it.
         RuntimeError: the gradient is differentiated again (`create_graph=True`) with a backend other than "reference".
     """
+    refuse_unknown("linear_logprobs", unknown)
     options = Options(
         bias,
         logit_scale,

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .. import reduce
-from ..types import LIST_OUTPUTS, OUTPUTS, OptionKeywords, Options, Reduction
+from ..peers import refuse_unknown
+from ..types import LIST_OUTPUTS, OPTION_NAMES, OUTPUTS, OptionKeywords, Options, Reduction
 from . import checks, functions
 from .call import Call, prepare_call
 from .functions import PerTokenLoss
@@ -65,6 +66,7 @@ def linear_token_loss(
     Under `torch.compile` a single pass calls the function as it stands, inside the op, without a graph break; it must
     not change between calls of one compiled graph. Elsewhere it is compiled with what surrounds it.
     """
+    refuse_unknown("linear_token_loss", options, OPTION_NAMES)
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)
     checks.check_tokens(hidden, targets)
