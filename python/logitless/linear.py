@@ -262,7 +262,7 @@ def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: Referenc
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
             raise ValueError(f"{name}: {loss.name!r} compares distributions, which does not take it")
-    options = {name: x for name, x in batch.options.items() if name in ("backend", "backward", "chunk_bytes")}
+    options = {name: x for name, x in batch.options.items() if name in ("backend", "backward", "chunk_bytes", "grad_out")}
     options |= loss.linear_divergence
     head = Head(batch.weight, **{name: x for name, x in batch.options.items() if name in Head._fields})
     tensors, mask = (batch.hidden, head, reference.hidden, reference.head), batch.tokens.mask
@@ -287,8 +287,11 @@ def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
     call = prepare_call(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
     if batch.reduction != "none" and _gains_by_a_sweep(loss, call) and _fits(call, batch.tokens, groups):
         return _sweep_of_groups(loss, batch, call, groups)
-    options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once
-    stats = linear_logprobs(call.hidden, call.weight, call.targets, outputs=loss.outputs, **options)
+    hidden, weight, targets, options = batch.hidden, batch.weight, batch.targets, batch.options
+    if call.options.grad_out is None:  # else it is the gradient of the head as it came
+        # With the tensors as they are now autocast copies the head once.
+        hidden, weight, targets, options = call.hidden, call.weight, call.targets, {**call.options.keywords()}
+    stats = linear_logprobs(hidden, weight, targets, outputs=loss.outputs, **options)
     return reduce_groups(loss.of_batch(stats, batch.tokens, batch.inputs), batch.reduction, batch.normalizer)
 
 

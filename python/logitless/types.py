@@ -212,6 +212,7 @@ class Options:
     tail_tolerance: float = TAIL_TOLERANCE
     vocabulary_order: Tensor | None = None
     logit_weight: Tensor | None = None
+    grad_out: Tensor | None = None
 
     @property
     def transform(self) -> LogitTransform:
@@ -240,6 +241,7 @@ class OptionKeywords(TypedDict, total=False):
     chunk_dtype: torch.dtype | None
     tail_tolerance: float
     vocabulary_order: Tensor | None
+    grad_out: Tensor | None
 
 
 OPTION_NAMES = tuple(OptionKeywords.__annotations__)

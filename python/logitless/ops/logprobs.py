@@ -32,6 +32,7 @@ def linear_logprobs(
     chunk_dtype: torch.dtype | None = None,
     tail_tolerance: float = TAIL_TOLERANCE,
     vocabulary_order: Tensor | None = None,
+    grad_out: Tensor | None = None,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
     temperature`, with no `[tokens, vocabulary]` tensor.
@@ -74,6 +75,11 @@ def linear_logprobs(
             arithmetic on a trained model, 2^-13 its own; 0 is exact.
         vocabulary_order: of these two alone, `[V]` int64, from `logitless.vocabulary_order`: like entries side by
             side, which a corrected tail is much nearer to. None: the head's own order.
+        grad_out: `[V, H]`, float32 (float64 for float64) or of the weight's dtype, contiguous, such as Megatron's
+            `main_grad`: every backward pass adds the head's gradient to it, and autograd gets none, so that
+            `weight.grad` stays as it is. In float32 nothing is rounded to the weight's dtype on the way; the exact
+            "recompute" makes its products in the buffer, without another of its size. `weight` must be a trainable
+            leaf. The bias's gradient goes to autograd as ever. Not with backend="reference".
 
     Returns:
         `TokenStats`, each field of `hidden`'s leading shape (logprob: of the targets') in float32 (float64 for
@@ -97,6 +103,7 @@ def linear_logprobs(
         tail_tolerance,
         vocabulary_order,
         logit_weight,
+        grad_out,
     )
     call = prepare_call(hidden, weight, targets, options, lists=True)
     if among is not None:
@@ -152,6 +159,7 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.transform.packed(),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
+        options.grad_out,
         *call.execution("single_pass" if _takes_unit_gradient(call, outputs) else "recompute"),
     )
     stats = zip(OUTPUTS, results[: len(OUTPUTS)], strict=True)

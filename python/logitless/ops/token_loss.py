@@ -150,6 +150,7 @@ def _total(
         options.ignore_index,
         " ".join(outputs),
         list(call.needs()),
+        options.grad_out,
         *call.execution("single_chunk" if call.fits_one_chunk(outputs) else "single_pass"),
     )
     return SweepResult(loss, logprob)

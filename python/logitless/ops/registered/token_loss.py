@@ -16,6 +16,7 @@ from ..checks import check_permutation
 from ..tokens import of_targets, refuse_capture
 from .derivative import coefficients
 from .shared import (
+    add_scaled,
     Execution,
     cast,
     fake_gradients,
@@ -45,6 +46,7 @@ def token_loss(
     ignore_index: int,
     outputs: str,
     needs: Sequence[bool],
+    weight_out: Tensor | None,
     backend: str,
     strategy: str,
     tolerance: float,
@@ -55,7 +57,7 @@ def token_loss(
 
     The gradients have the statistics' dtype; the weight's has its own where the strategy is "single_chunk", which
     promises that all tokens fit one chunk. `function` is a handle of `functions`, `numbers` its floats. Tokens of one
-    of the `groups [N]` are seen together.
+    of the `groups [N]` are seen together. The backward adds the weight's to `weight_out`, if there is one.
     """
     execution = Execution(backend, strategy, tolerance, chunk_bytes, chunk_dtype)
     if execution.approximates():
@@ -113,6 +115,7 @@ def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.save_for_backward(*of_tensors)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x.hidden, x.weight, x.bias)]
     ctx.needs, ctx.token_inputs, ctx.numbers = x.needs, len(x.token_inputs), len(x.numbers)
+    ctx.weight_out = x.weight_out  # not saved for backward: other backward passes may add to it before this one
 
 
 def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
@@ -121,9 +124,10 @@ def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) 
     lists = {"token_inputs": [None] * ctx.token_inputs, "numbers": None if ctx.numbers else []}
     if grad is None:
         return gradients(token_loss, **lists)
+    needs = add_scaled(ctx.weight_out, ctx.saved_tensors[1], grad, ctx.needs)
     of_tensors = (
         scaled(gradient, grad, dtype) if need else None
-        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+        for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
     )
     return gradients(token_loss, **dict(zip(("hidden", "weight", "bias"), of_tensors, strict=True)), **lists)
 
