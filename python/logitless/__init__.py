@@ -2,6 +2,7 @@
 
 from . import losses, nn
 from .backends.approximate.order import vocabulary_order
+from .depths import DepthLosses, depth_targets, linear_depth_loss
 from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft
 from .info import info
 from .integrations.transformers import patch, unpatch
@@ -10,12 +11,15 @@ from .ops import TailReport, TopK, linear_divergence, linear_logprobs, linear_to
 from .types import Head, TokenStats
 
 __all__ = [
+    "DepthLosses",
     "Head",
     "TailReport",
     "TokenStats",
     "TopK",
+    "depth_targets",
     "info",
     "linear_cross_entropy",
+    "linear_depth_loss",
     "linear_dft",
     "linear_divergence",
     "linear_dpo",

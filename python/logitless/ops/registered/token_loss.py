@@ -16,8 +16,8 @@ from ..checks import check_permutation
 from ..tokens import of_targets, refuse_capture
 from .derivative import coefficients
 from .shared import (
-    add_scaled,
     Execution,
+    add_scaled,
     cast,
     fake_gradients,
     gradients,
@@ -52,12 +52,13 @@ def token_loss(
     tolerance: float,
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The losses' sum, the log-probs `[N]`, and the sum's gradients for hidden, weight and bias.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The losses' sum, log-probs and losses `[N]`, and the sum's gradients for hidden, weight and bias.
 
     The gradients have the statistics' dtype; the weight's has its own where the strategy is "single_chunk", which
     promises that all tokens fit one chunk. `function` is a handle of `functions`, `numbers` its floats. Tokens of one
-    of the `groups [N]` are seen together. The backward adds the weight's to `weight_out`, if there is one.
+    of the `groups [N]` are seen together; their losses are not one a token, and are left empty. The backward adds the
+    weight's gradient to `weight_out`, if there is one.
     """
     execution = Execution(backend, strategy, tolerance, chunk_bytes, chunk_dtype)
     if execution.approximates():
@@ -72,13 +73,14 @@ def token_loss(
     rounds_head, names = strategy == "single_chunk", tuple(outputs.split())
     head = (hidden, weight, bias, targets, order, logit_weight, transform)
     problem = problem_of(*head, tokens, execution, rounds_head=rounds_head)
+    kept = hidden.new_zeros(len(problem.hidden), dtype=statistics_dtype(hidden.dtype)) if groups is None else None
     of_chunk = coefficients(
         functions.of_handle(function, numbers),
         [tokens.take(x) for x in token_inputs],
         names,
         tokens.mask,
         differentiate=any(needs),
-        per_token=groups is None,
+        kept=kept,
     )
     losses = SummedLosses(names, of_chunk, groups, Needs(*needs))
     with no_autocast(hidden.device):
@@ -91,6 +93,7 @@ def token_loss(
     return (
         result.loss,
         tokens.spread(result.logprob, hidden),
+        tokens.spread(kept, hidden),
         tokens.spread(result.gradients.hidden, hidden),
         or_empty(d_weight, hidden),
         or_empty(result.gradients.bias, hidden),
@@ -103,15 +106,15 @@ def _fake_token_loss(*inputs):  # type: ignore[no-untyped-def]
     dtype = statistics_dtype(x.hidden.dtype)
     dtypes = (dtype, x.weight.dtype if x.strategy == "single_chunk" else dtype, dtype)
     tensors = (x.hidden, x.weight, x.bias)
-    loss, logprob = (x.hidden.new_empty(shape, dtype=dtype) for shape in ((), x.targets.shape))
-    return (loss, logprob, *fake_gradients(tensors, x.needs, dtypes))
+    shapes = (), x.targets.shape, x.targets.shape[:1] if x.groups is None else 0
+    return (*(x.hidden.new_empty(shape, dtype=dtype) for shape in shapes), *fake_gradients(tensors, x.needs, dtypes))
 
 
 def _save_token_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x = named(token_loss, inputs)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    _, _, *of_tensors = output
+    _, _, _, *of_tensors = output
     ctx.save_for_backward(*of_tensors)
     ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x.hidden, x.weight, x.bias)]
     ctx.needs, ctx.token_inputs, ctx.numbers = x.needs, len(x.token_inputs), len(x.numbers)
