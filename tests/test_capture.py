@@ -243,7 +243,7 @@ def test_a_refusal_comes_before_any_work(captured):
                 [],
                 [1.0, 30.0, 1.0],
             ),
-            *(-100, "logprob", [True, True, False], "chunked", "single_pass", 0.0, None, None),
+            *(-100, "logprob", [True, True, False], None, "chunked", "single_pass", 0.0, None, None),
         )
     assert set(calls.found) <= {"zeros", "view"}
 

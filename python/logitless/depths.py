@@ -87,8 +87,9 @@ def linear_depth_loss(
     check_ignore_index(ignore_index)
     tokens = torch.cat([h.reshape(-1, h.shape[-1]) for h in hidden])
     ids = torch.cat([t.reshape(-1) for t in targets])
-    inputs = {name: _joined(name, x, targets) for name, x in given.items()}
-    inputs = loss_inputs(loss, inputs, token_layout(ids != ignore_index, None), tokens.device)
+    known = (*loss.inputs, *loss.optional_inputs)  # the others are refused in the next line
+    joined = {name: _joined(name, x, targets) if name in known else x for name, x in given.items()}
+    inputs = loss_inputs(loss, joined, token_layout(ids != ignore_index, None), tokens.device)
     depth = torch.cat([torch.full_like(t.reshape(-1), d, dtype=torch.long) for d, t in enumerate(targets)])
     factors = torch.tensor([float(w) for w in depth_weight], device=tokens.device)
     counts = torch.stack([(t != ignore_index).sum().float() for t in targets]) if normalizer is None else normalizer
