@@ -29,7 +29,7 @@ LAYERS = (
     ("ops", "info"),
     ("arguments",),
     ("linear",),
-    ("class_weight", "module"),
+    ("class_weight", "depths", "module"),
     ("aliases",),
     ("functional",),
     ("nn",),

@@ -2,6 +2,7 @@
 
 from . import losses, nn
 from .backends.approximate.order import vocabulary_order
+from .depths import DepthLosses, depth_targets, linear_depth_loss
 from .functional import linear_cross_entropy, linear_dft, linear_dpo, linear_f_divergence_sft
 from .info import info
 from .integrations.transformers import patch, unpatch
@@ -11,14 +12,17 @@ from .parallel import VocabularyGroup, gather_sequence
 from .types import Head, TokenStats
 
 __all__ = [
+    "DepthLosses",
     "Head",
     "TailReport",
     "TokenStats",
     "TopK",
     "VocabularyGroup",
+    "depth_targets",
     "gather_sequence",
     "info",
     "linear_cross_entropy",
+    "linear_depth_loss",
     "linear_dft",
     "linear_divergence",
     "linear_dpo",

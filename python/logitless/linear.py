@@ -201,7 +201,7 @@ def _in_one_sweep(loss: Loss, batch: _Batch, inputs: Mapping[str, Tensor] | None
         batch.hidden,
         batch.weight,
         batch.targets,
-        _WithInputs(loss, tuple(inputs), len(weights)) if weights or inputs else loss,
+        WithInputs(loss, tuple(inputs), len(weights)) if weights or inputs else loss,
         token_inputs=[*weights, *inputs.values()],
         outputs=loss.outputs,
         reduction="none" if batch.reduction == "none" else "sum",
@@ -211,7 +211,7 @@ def _in_one_sweep(loss: Loss, batch: _Batch, inputs: Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
-class _WithInputs:
+class WithInputs:
     """A token-wise loss with its inputs by name, times weights.
 
     It is an object because `torch.compile` cannot hand a closure to the op.
@@ -265,7 +265,8 @@ def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: Referenc
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
             raise ValueError(f"{name}: {loss.name!r} compares distributions, which does not take it")
-    options = {name: x for name, x in batch.options.items() if name in ("backend", "backward", "chunk_bytes", "group")}
+    taken = ("backend", "backward", "chunk_bytes", "group", "grad_out")
+    options = {name: x for name, x in batch.options.items() if name in taken}
     options |= loss.linear_divergence
     head = Head(batch.weight, **{name: x for name, x in batch.options.items() if name in Head._fields})
     tensors, mask = (batch.hidden, head, reference.hidden, reference.head), batch.tokens.mask
@@ -290,8 +291,11 @@ def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
     call = prepare_call(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
     if batch.reduction != "none" and _gains_by_a_sweep(loss, call) and _fits(call, batch.tokens, groups):
         return _sweep_of_groups(loss, batch, call, groups)
-    options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once
-    stats = linear_logprobs(call.hidden, call.weight, call.targets, outputs=loss.outputs, **options)
+    if call.options.grad_out is None:
+        options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once
+        stats = linear_logprobs(call.hidden, call.weight, call.targets, outputs=loss.outputs, **options)
+    else:  # which is of the head as it came
+        stats = linear_logprobs(batch.hidden, batch.weight, batch.targets, outputs=loss.outputs, **batch.options)
     return reduce_groups(loss.of_batch(stats, batch.tokens, batch.inputs), batch.reduction, batch.normalizer)
 
 
@@ -329,7 +333,7 @@ def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups:
     per_token = {name: x.reshape(-1) for name, x in batch.inputs.items() if name not in loss.sequence_inputs}
     constants = tuple((name, batch.inputs[name]) for name in loss.sequence_inputs)
     function = _WholeGroups(loss, tuple(per_token), constants, batch.tokens.sequences, groups)
-    total, logprob = sum_in_one_sweep(
+    total, logprob, _ = sum_in_one_sweep(
         call, function, [sequence, *per_token.values()], ("logprob",), groups=sequence % max(groups, 1)
     )
     stats = TokenStats(logprob=logprob.view(batch.tokens.mask.shape))
@@ -341,7 +345,7 @@ def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups:
 
 @dataclass(frozen=True)
 class _WholeGroups:
-    """A loss of a chunk's groups, all of whose tokens are in the chunk; an object for the reason of `_WithInputs`."""
+    """A loss of a chunk's groups, all of whose tokens are in the chunk; an object for the reason of `WithInputs`."""
 
     loss: WholeSequenceLoss
     names: tuple[str, ...]

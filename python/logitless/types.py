@@ -217,6 +217,7 @@ class Options:
     vocabulary_order: Tensor | None = None
     group: VocabularyGroup | None = None
     logit_weight: Tensor | None = None
+    grad_out: Tensor | None = None
 
     @property
     def transform(self) -> LogitTransform:
@@ -246,6 +247,7 @@ class OptionKeywords(TypedDict, total=False):
     tail_tolerance: float
     vocabulary_order: Tensor | None
     group: Any
+    grad_out: Tensor | None
 
 
 OPTION_NAMES = tuple(OptionKeywords.__annotations__)

@@ -30,6 +30,7 @@ class Problem:
     vocabulary_order: Tensor | None = None  # [V] int64, of the tail's blocks (`order`); None: the head's own
     rounds_head: bool = False  # the head's gradient may come in the head's dtype, where one product makes it
     logit_weight: Tensor | None = None  # [V] in the statistics' dtype: mean_logit is `mean_j w_j z_j`; None: w = 1
+    head_sum: Tensor | None = None  # [V, H] in the sums' dtype, to which an exact backward adds the head's gradient
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Side:
 
     hidden: Tensor  # [N, H]
     head: Head
+    head_sum: Tensor | None = None  # [V, H] in the sums' dtype, to which the head's gradient is added
 
 
 @dataclass(frozen=True)

@@ -148,7 +148,9 @@ def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip:
     names = ("past_key_values", "hidden_states", "attentions")
     fields: dict[str, Any] = {name: getattr(base, name, None) for name in names}
     fields["logits"] = hidden if request.hidden_only else None
-    fields["router_logits"] = getattr(base, "router_logits", None) if routed else None
+    # A class without the argument `output_router_logits` reports what its base model was asked to record.
+    records = routed or "output_router_logits" not in state.names
+    fields["router_logits"] = getattr(base, "router_logits", None) if records else None
     if not request.scored:
         return state.output(**fields)
     head = find_head(model)

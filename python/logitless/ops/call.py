@@ -80,7 +80,7 @@ class Call(NamedTuple):
     def fits_one_chunk(self, outputs: tuple[str, ...]) -> bool:
         """Whether one product makes a bfloat16 head's gradient in a single pass, so that it may be rounded at once."""
         halves = self.weight.dtype == torch.bfloat16 and self.needs().weight
-        if not halves or self.approximates() or "mean_logit" in outputs:
+        if not halves or self.approximates() or "mean_logit" in outputs or self.options.grad_out is not None:
             return False
         return backends.BACKENDS[self.backend()].finishes_gradients and len(self.hidden) <= self.tokens_at_once()
 
@@ -100,6 +100,9 @@ def prepare_call(
         lists: the targets may be `[..., K]`.
         names: the caller's names of the tensors, for messages.
     """
+    if options.grad_out is not None:  # of the weight before a cast
+        checks.check_tensor(names[1], weight, "[V, H]", 2)
+        checks.check_grad_out(options, weight)
     if isinstance(hidden, Tensor) and _autocasts(hidden.device.type):
         device = hidden.device.type
         hidden, weight = _autocast(hidden, device), _autocast(weight, device)

@@ -39,6 +39,7 @@ def linear_divergence(
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
     group: Any = None,
+    grad_out: Tensor | None = None,
     **unknown: Never,
 ) -> Tensor:
     """Per-token divergence between two next-token distributions over the whole vocabulary, without either's logits.
@@ -81,6 +82,7 @@ def linear_divergence(
             None: 96 MiB on a CPU, 768 MiB elsewhere, so that the GEMMs are as large as those of `linear_logprobs`.
         group: the processes that share the rows of both heads, as in `linear_logprobs`: each has the same rows of
             either. Then the rows of a chunk are PyTorch's operations, whatever the backend.
+        grad_out: `[V, H]`, a buffer that the gradient of the model's head is added to, as in `linear_logprobs`.
 
     Returns:
         `[...]`, or a scalar for "sum" and "mean"; float32 (float64 where an input is). Differentiable for `hidden` and
@@ -110,7 +112,7 @@ def linear_divergence(
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)
-    shared = Options(backend=backend, backward=backward, chunk_bytes=chunk_bytes, group=group)
+    shared = Options(backend=backend, backward=backward, chunk_bytes=chunk_bytes, group=group, grad_out=grad_out)
     pair = _prepare(hidden, head, ref_hidden, ref_head, mask, shared)
     if token_weight is not None:
         check_token_input("token_weight", token_weight, hidden)
@@ -179,7 +181,7 @@ def _prepare(
     options: Options,
 ) -> _Pair:
     model = _side("", hidden, head, options)
-    ref = _side("ref_", ref_hidden, ref_head, options)
+    ref = _side("ref_", ref_hidden, ref_head, replace(options, grad_out=None))
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         shape = f"{[*hidden.shape[:-1], ref_hidden.shape[-1]]} like hidden"
         raise ValueError(f"ref_hidden: expected shape {shape}, got {list(ref_hidden.shape)}")
@@ -251,7 +253,8 @@ def _values(pair: _Pair, options: DivergenceOptions, unit: bool) -> Tensor:
             pair.model.hidden, heads[0], pair.ref.hidden, heads[1], mask=pair.mask, options=options
         )
     units = [unit and side.needs().hidden for side in (pair.model, pair.ref)]
-    values, *_ = divergence(*pair.arguments(options), units, *pair.execution())
+    out = pair.model.options.grad_out
+    values, *_ = divergence(*pair.arguments(options), units, out, *pair.execution())
     return values
 
 
@@ -259,5 +262,6 @@ def _weighted_sum(pair: _Pair, options: DivergenceOptions, token_weight: Tensor 
     """The weighted sum `[]`, with its gradients in one sweep."""
     if token_weight is None:
         token_weight = torch.ones(len(pair.model.hidden), device=pair.model.hidden.device)
-    total, *_ = divergence_sum(token_weight, *pair.arguments(options), pair.needs(), *pair.execution())
+    out = pair.model.options.grad_out
+    total, *_ = divergence_sum(token_weight, *pair.arguments(options), pair.needs(), out, *pair.execution())
     return total

@@ -45,6 +45,7 @@ def exact_statistics(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.transform.packed(),
         options.ignore_index,
         " ".join(outputs),
+        options.grad_out,
         call.backend(),
         options.chunk_bytes,
         options.chunk_dtype,
@@ -97,7 +98,7 @@ def _logits(call: Call, ids: Tensor, name: str) -> Tensor:
         _check_ids_of_reference(call, ids, name)
         z = reference.logits(call.hidden, call.weight, options.bias, options.transform)
         return z.gather(1, ids.clamp(min=0))
-    z = listed_products(call.hidden, call.weight, ids, name)
+    z = listed_products(call.hidden, call.weight, ids, name, options.grad_out)
     if options.bias is not None:
         z = z + options.bias[ids.clamp(min=0)].to(z.dtype)
     return reference.transformed(z, options.transform)

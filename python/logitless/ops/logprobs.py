@@ -39,6 +39,7 @@ def linear_logprobs(
     tail_tolerance: float = TAIL_TOLERANCE,
     vocabulary_order: Tensor | None = None,
     group: Any = None,
+    grad_out: Tensor | None = None,
     **unknown: Never,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
@@ -87,6 +88,11 @@ def linear_logprobs(
             `logit_weight` and `vocabulary_order` are then this process's own rows', everything else is the same in all
             of them; docs/sharded.md. One more small message, and for `correct` one more product. None: one process
             has the whole head.
+        grad_out: `[V, H]`, float32 (float64 for float64) or of the weight's dtype, contiguous, such as Megatron's
+            `main_grad`: every backward pass adds the head's gradient to it, and autograd gets none, so that
+            `weight.grad` stays as it is. In float32 nothing is rounded to the weight's dtype on the way; the exact
+            "recompute" makes its products in the buffer, without another of its size. `weight` must be a trainable
+            leaf. The bias's gradient goes to autograd as ever. Not with backend="reference".
 
     Returns:
         `TokenStats`, each field of `hidden`'s leading shape (logprob: of the targets') in float32 (float64 for
@@ -112,6 +118,7 @@ def linear_logprobs(
         vocabulary_order,
         group,
         logit_weight,
+        grad_out,
     )
     call = prepare_call(hidden, weight, targets, options, lists=True)
     if among is not None:
@@ -169,6 +176,7 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.transform.packed(),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
+        options.grad_out,
         *call.execution("single_pass" if _takes_unit_gradient(call, outputs) else "recompute"),
     )
     stats = zip(OUTPUTS, results[: len(OUTPUTS)], strict=True)

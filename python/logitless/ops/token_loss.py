@@ -115,6 +115,7 @@ class SweepResult(NamedTuple):
 
     loss: Tensor  # [] sum of the losses, differentiable
     logprob: Tensor  # of the flat targets' shape, a constant
+    losses: Tensor  # [N], constants; empty with groups
 
 
 def sum_in_one_sweep(
@@ -147,7 +148,7 @@ def _total(
 ) -> SweepResult:
     assert call.targets is not None
     options = call.options
-    loss, logprob, *_ = token_loss(
+    loss, logprob, losses, *_ = token_loss(
         call.hidden,
         call.weight,
         options.bias,
@@ -162,9 +163,10 @@ def _total(
         options.ignore_index,
         " ".join(outputs),
         list(call.needs()),
+        options.grad_out,
         *call.execution("single_chunk" if call.fits_one_chunk(outputs) else "single_pass"),
     )
-    return SweepResult(loss, logprob)
+    return SweepResult(loss, logprob, losses)
 
 
 def check_token_input(name: str, value: Tensor, hidden: Tensor, *, lists: bool = False) -> None:

@@ -58,7 +58,8 @@ def shard_of(call: Call) -> Shard:
         None if x is None else F.pad(x, (0, len(weight) - len(x)))
         for x in (options.vocabulary_order, options.logit_weight)
     )
-    own = {"vocabulary_order": order, "logit_weight": by_logit, "bias": bias}
+    buffer = options.grad_out if len(call.weight) else None
+    own = {"vocabulary_order": order, "logit_weight": by_logit, "bias": bias, "grad_out": buffer}
     options = replace(options, **own, group=None, ignore_index=-100)  # type: ignore[arg-type]
     targets = torch.zeros_like(call.hidden[:, 0], dtype=torch.long) if call.targets is None else call.targets
     owner = _owner(call, targets)

@@ -309,7 +309,10 @@ class _SideChunks:
         self.head = in_dtype(side.head, dtype)
         self.buffer = torch.empty(tokens * row_stride(len(self.weight), dtype, device.type), dtype=dtype, device=device)
         self.operand = operand_dtype(own, device) if any(needs) else None
-        self.sums: Gradients = empty_gradients(side, needs, dtype)
+        self.begun = needs.weight and side.head_sum is not None  # the head's sum
+        self.sums: Gradients = empty_gradients(side, needs._replace(weight=needs.weight and not self.begun), dtype)
+        if self.begun:
+            self.sums = self.sums._replace(weight=side.head_sum)
 
     def raw(self, span: slice) -> RawSide:
         hidden = self.hidden[span].to(self.multiplied)
@@ -323,6 +326,7 @@ class _SideChunks:
                 products_with_head(gradient, self.weight, self.sums.hidden[span])
             if self.sums.weight is not None:
                 hidden = self.hidden[span].to(gradient.dtype)
-                multiply(gradient.T, hidden, out=self.sums.weight, add=span.start > 0)
+                multiply(gradient.T, hidden, out=self.sums.weight, add=self.begun)
+                self.begun = True
             if self.sums.bias is not None:
                 self.sums.bias.add_(gradient.sum(0, dtype=self.sums.bias.dtype))
