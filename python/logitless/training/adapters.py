@@ -359,7 +359,8 @@ def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
 @contextmanager
 def holding(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Has the model's parameters of these names hold these values meanwhile."""
-    own = {name: parameter.detach().clone() for name, parameter in parameters_of(model).items() if name in weights}
+    parameters = parameters_of(model)
+    own = {name: x.detach().clone() if is_part(x := parameters[name]) else x.data for name in weights}
     try:
         _fill(model, weights)
         yield
@@ -369,10 +370,14 @@ def holding(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[N
 
 @torch.no_grad()
 def _fill(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
-    """Copies values, each whole or a part as the model has it, into the parameters of these names."""
+    """Has the parameters of these names hold these values, which are copied into sharded ones."""
     parameters = parameters_of(model)
     for name, value in values.items():
-        parameters[name].copy_(value if is_part(value) else like(value, parameters[name]))
+        parameter = parameters[name]
+        if is_part(parameter):
+            parameter.copy_(value if is_part(value) else like(value, parameter))
+        else:
+            parameter.data = value
 
 
 def settings_of(config: Any) -> dict[str, Any]:

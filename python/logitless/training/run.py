@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -254,12 +255,24 @@ def _plan(options: TrainOptions, world: World) -> Plan:
     """The plan of a run, whose folders are looked at before anything is read."""
     components, resumed = components_of(options), find_checkpoint(options)
     losses = [_make_loss(component) for component in components]
-    world.strategy.require(options)
     require_output(options, world)
     for component in components:
         with component.blamed():
             require_places(component.options)
+            _require_launch(component.options, world)
     return Plan(options, world, components, losses, resumed, first_state(resumed, world))
+
+
+def _require_launch(options: TrainOptions, world: World) -> None:
+    """Raises InputError where the launcher asks for what is not served, or for another precision than the options."""
+    world.strategy.require(options)
+    if options.sync_ref_model and not world.strategy.writes:
+        raise InputError(f"sync_ref_model: {world.strategy.name} cannot write the reference's weights; use FSDP2")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    ours = "bf16" if computes_in_bf16(options, world.device) else "no"
+    if precision not in ("no", "", ours):
+        raise InputError(f"accelerate's configuration: mixed_precision is {precision}, and the option bf16 makes it "
+                         f"{ours}; expected no, or the same")  # fmt: skip
 
 
 def _read_data(plan: Plan) -> Read:
@@ -325,6 +338,9 @@ def _given(plan: Plan, read: Read, model: Any) -> Mapping[str, torch.Tensor] | N
     """The weights of an adapter as it was given, where it is trained and the run compares with it."""
     if read.adapter is None or not plan.options.use_peft or not _any_compares(plan.losses, read.data):
         return None
+    if not plan.world.strategy.writes:
+        raise InputError(f"use_peft: {plan.world.strategy.name} cannot write the weights of {read.source} back, with "
+                         "which the run compares; use FSDP2, or merge the adapter into its base")  # fmt: skip
     return given_weights(model, read.adapter)
 
 

@@ -46,6 +46,11 @@ def is_part(weight: Tensor) -> bool:
     return hasattr(weight, "device_mesh") or hasattr(weight, "ds_id")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether every process holds a part of the model only, some of which may be whole at the moment."""
+    return any(hasattr(module, "reshard") for module in model.modules()) or any(map(is_part, model.parameters()))
+
+
 @torch.no_grad()
 def whole(weight: Tensor) -> Tensor:
     """A weight that is put together from all processes, which must call it at once; a plain tensor as it is."""
@@ -104,9 +109,9 @@ def gathered_state(model: Any, *, keep: bool) -> dict[str, Tensor] | None:
     Args:
         keep: whether this process needs them; the others take part with empty hands.
     """
-    parameters = parameters_of(model)
-    if not any(map(is_part, parameters.values())):
+    if not is_sharded(model):
         return None
+    parameters_of(model)
     state = model.state_dict(keep_vars=True)
     if hasattr(model, "peft_config"):
         ends = (*model.get_input_embeddings().parameters(), *model.get_output_embeddings().parameters())
@@ -131,6 +136,8 @@ class Copies:
 
     #: Whether a process holds a part of the weights only.
     shards: ClassVar[bool] = False
+    #: Whether weights can be exchanged during a run, as a reference that follows the trained model needs it.
+    writes: ClassVar[bool] = True
     #: For the log.
     name: str = ""
     notes: tuple[str, ...] = ()
@@ -206,9 +213,15 @@ class _Accelerated(Copies):
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin
 
+        if use_cpu and torch.cuda.is_available():
+            raise InputError(f"use_cpu: {self.name} shards over the GPUs that are there; hide them "
+                             "(CUDA_VISIBLE_DEVICES=), or start one process")  # fmt: skip
         self.options_of_launch()
         once = GradientAccumulationPlugin(num_steps=1)  # the loss is divided by the count of a whole step
-        self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", gradient_accumulation_plugin=once)
+        try:
+            self.accelerator = Accelerator(mixed_precision="no", gradient_accumulation_plugin=once)
+        except ImportError as error:
+            raise InputError(f"accelerate's configuration asks for {self.name}: {error}") from error
 
     def options_of_launch(self) -> None:
         """Reads what the launcher asks for. Raises InputError where that is not served."""
@@ -267,6 +280,7 @@ class ZeRO3(_Accelerated):
     """DeepSpeed's stage 3: each module's weights are gathered for its own forward and backward pass."""
 
     name = "ZeRO-3"
+    writes = False
 
     def options_of_launch(self) -> None:
         os.environ["ACCELERATE_DEEPSPEED_ZERO3_INIT"] = "false"  # weights are looked at before they are partitioned
@@ -281,6 +295,7 @@ class ZeRO3(_Accelerated):
             ", ".join(offload): (bool(offload), "none"),
             "optimizer": ("optimizer" in config, "none, as the options name it"),
             "scheduler": ("scheduler" in config, "none, as the options name it"),
+            "bf16 or fp16": (_enabled(config, "bf16") or _enabled(config, "fp16"), "the options' bf16, or none"),
         }
         for name, (asked, expected) in refused.items():
             if asked:
@@ -353,6 +368,10 @@ class ZeRO3(_Accelerated):
         size, rank = parameter.partition_numel(), dist.get_rank()  # type: ignore[attr-defined]
         padded = F.pad(tensor.flatten(), (0, size * dist.get_world_size() - tensor.numel()))
         safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size].to(parameter.device), moment)
+
+
+def _enabled(config: dict[str, Any], section: str) -> bool:
+    return config.get(section, {}).get("enabled") is True
 
 
 def _truth(variable: str) -> bool:
