@@ -237,6 +237,31 @@ def test_resuming_with_as_many_processes_is_exact(bench: Bench, strategy: str) -
     bench.assert_same_weights("whole", "parts", rtol=0, atol=0)
 
 
+KILLED = """
+import os, signal
+from logitless.training import trainer
+take_step = trainer.take_step
+def killed(run, step):
+    if step == 3 and run.world.rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return take_step(run, step)
+trainer.take_step = killed
+"""
+
+
+@on_cpu
+@pytest.mark.slow
+@strategies
+def test_a_killed_run_goes_on_as_if_it_had_not_been(bench: Bench, strategy: str) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "method": "dpo"}
+    whole = bench.together("whole", strategy, **saving)
+    done = train_in_processes(bench.folder, bench.options("parts", 2, **saving), 2, CONFIGS[strategy], KILLED)
+    assert done.returncode != 0
+    assert [path.name for path in checkpoints(bench.folder / "parts")] == ["checkpoint-2"]
+    assert torch.equal(whole, bench.together("parts", strategy, resume=True, **saving))
+    bench.assert_same_weights("whole", "parts", rtol=0, atol=0)
+
+
 def test_a_step_may_be_split_otherwise_after_resuming(bench: Bench) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     whole = bench.alone("whole", **saving)

@@ -149,16 +149,16 @@ def make_options(folder: Path, model: str, data: str, **changes: Any) -> TrainOp
 
 
 def train_in_processes(
-    folder: Path, options: TrainOptions, processes: int = 2, config: Path | None = None
+    folder: Path, options: TrainOptions, processes: int = 2, config: Path | None = None, before: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the options in processes on this machine; scripts go into `folder`.
+    """Runs the options in processes on this machine, after the lines `before`; scripts go into `folder`.
 
     They are started by torchrun, or by `accelerate launch` where there is a configuration for it.
     """
     settings, script = folder / "options.json", folder / "run.py"
     settings.write_text(json.dumps(options.to_dict()))
     script.write_text(
-        "import json, sys\nfrom logitless.training import TrainOptions, train\n"
+        f"import json, sys\nfrom logitless.training import TrainOptions, train\n{before}"
         "train(TrainOptions(**json.load(open(sys.argv[1]))))\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
