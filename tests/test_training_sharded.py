@@ -23,6 +23,7 @@ from training_fixtures import (
 from transformers import AutoModelForCausalLM
 
 from logitless.training import InputError, TrainOptions, train
+from logitless.training.checkpoint import checkpoints
 from logitless.training.metrics import read_metrics
 from logitless.training.parallel import World
 from logitless.training.sharding import strategy_of_launch

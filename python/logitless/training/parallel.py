@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from logitless.training.sharding import Copies, strategy_of_launch
 
-_Batch = TypeVar("_Batch")
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class World:
         dist.all_gather_object(gathered, {name: tensor.cpu() for name, tensor in tensors.items()})
         return gathered
 
-    def share(self, batches: Sequence[_Batch]) -> list[tuple[_Batch, bool]]:
+    def share(self, batches: Sequence[_Item]) -> list[tuple[_Item, bool]]:
         """This process's batches, as many as every process has: one that has fewer reads the first, uncounted.
 
         Sharded weights are put together by all processes at once, so that all must run the model equally often.

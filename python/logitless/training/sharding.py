@@ -353,18 +353,17 @@ class ZeRO3(_Accelerated):
     def set_moment(self, optimizer: Any, parameter: nn.Parameter, moment: str, tensor: Tensor) -> None:
         from deepspeed.utils import safe_set_local_optimizer_state
 
-        for flat in optimizer.fp32_partitioned_groups_flat:
-            state = optimizer.optimizer.state[flat]
-            if not state:
-                state |= {
-                    "step": torch.zeros(()),
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
-            if moment == "step":
-                state["step"].copy_(tensor)
+        flats, inner = optimizer.fp32_partitioned_groups_flat, optimizer.optimizer
+        for flat in flats:
+            if not inner.state[flat]:  # AdamW makes its tensors in its first step
+                device = flat.device if inner.defaults.get("fused") else torch.device("cpu")
+                zeros = {name: torch.zeros_like(flat) for name in _MOMENTS}
+                inner.state[flat] |= {"step": torch.zeros((), device=device), **zeros}
         if moment == "step":
+            for flat in flats:
+                inner.state[flat]["step"].copy_(tensor)
             return
+        # the last process's part is padded, for which DeepSpeed's setter of whole tensors has no room
         size, rank = parameter.partition_numel(), dist.get_rank()  # type: ignore[attr-defined]
         padded = F.pad(tensor.flatten(), (0, size * dist.get_world_size() - tensor.numel()))
         safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size].to(parameter.device), moment)
