@@ -1,0 +1,143 @@
+"""What the tests of the hosts share: a tiny model, ragged batches, one run of a Transformers trainer, stub packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from patch_models import V, llama
+from torch import Tensor
+
+from logitless.testing import watch_allocations
+
+LENGTHS = (9, 5, 12, 7, 11, 6, 8, 10)
+
+
+#: A vocabulary for which the logits of two long rows, 62 MiB, are the largest tensor, and larger than a chunk.
+LARGE = 65536
+CHUNK = 32 * 2**20
+
+
+def rows(prompt: int = 2, vocabulary: int = V, times: int = 1) -> list[dict[str, list[int]]]:
+    """Examples of unequal lengths, `times` as long, whose first tokens are a prompt."""
+    generator = torch.Generator().manual_seed(2)
+    ids = [torch.randint(3, vocabulary, (n * times,), generator=generator).tolist() for n in LENGTHS]
+    return [{"input_ids": x, "labels": [-100] * prompt + x[prompt:]} for x in ids]
+
+
+def collate(examples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A padded batch."""
+    width = max(len(x["input_ids"]) for x in examples)
+    batch: dict[str, list[list[int]]] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for x in examples:
+        n = len(x["input_ids"])
+        batch["input_ids"].append(x["input_ids"] + [0] * (width - n))
+        batch["attention_mask"].append([1] * n + [0] * (width - n))
+        batch["labels"].append(x["labels"] + [-100] * (width - n))
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+#: Of a run: two micro-batches of two ragged rows a step, and three steps. Plain SGD, whose weights differ by no more
+#: than the gradients do; Adam would divide a gradient that is nearly 0 by itself.
+TRAINING = {
+    "optim": "sgd",
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_steps": 3,
+    "learning_rate": 0.1,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "report_to": "none",
+    "use_cpu": True,
+    "save_strategy": "no",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+}
+
+
+class Run(NamedTuple):
+    """What a run logged a step, and where the weights ended."""
+
+    logs: list[dict[str, float]]
+    weights: dict[str, Tensor]
+    largest: int  # allocation of the training steps, in bytes
+    peak: int
+
+
+def train(trainer: Any) -> Run:
+    """Runs a Transformers trainer to its end."""
+    with watch_allocations() as seen:
+        trainer.train()
+    names = ("loss", "grad_norm", "token_acc")
+    logs = [{k: float(log[k]) for k in names if k in log} for log in trainer.state.log_history if "loss" in log]
+    weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    return Run(logs, weights, seen.largest, seen.peak)
+
+
+def assert_same_run(ours: Run, own: Run) -> None:
+    """Equal losses, norms of gradients and weights, but for the rounding of float32 through three steps."""
+    assert len(ours.logs) == len(own.logs) > 1
+    for a, b in zip(ours.logs, own.logs, strict=True):
+        assert a == pytest.approx(b, rel=2e-4, abs=2e-6)
+    moved = {name for name, weight in own.weights.items() if not torch.equal(weight, start(name, weight))}
+    assert moved, "the host's own run trained nothing"
+    for name, weight in own.weights.items():
+        torch.testing.assert_close(ours.weights[name], weight, rtol=1e-4, atol=1e-5)
+
+
+def assert_no_logits(ours: Run, own: Run) -> None:
+    """Of two long rows: the host holds logits, and we a chunk at most and never as much as the host."""
+    assert own.largest > 1.2 * CHUNK
+    assert ours.largest <= CHUNK
+    assert ours.peak < own.peak
+
+
+def start(name: str, like: Tensor) -> Tensor:
+    """A parameter of the fresh model, or zeros where a host names it otherwise."""
+    return dict(llama().named_parameters()).get(name, torch.zeros_like(like))
+
+
+def installed(package: str, *modules: str) -> bool:
+    """Whether the real host is here."""
+    return importlib.util.find_spec(package) is not None and all(importlib.util.find_spec(m) for m in modules)
+
+
+@contextmanager
+def stubbed(package: str, version: str, modules: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Puts a stub of a host's published interface where its package would be imported from."""
+    own_version: Callable[[str], str] = importlib.metadata.version
+    before = {
+        name: module
+        for name, module in sys.modules.items()
+        if name.partition(".")[0] in {m.partition(".")[0] for m in modules}
+    }
+    for name in before:
+        del sys.modules[name]
+    made: list[str] = []
+    for name, content in modules.items():
+        parts = name.split(".")
+        for i in range(1, len(parts) + 1):
+            path = ".".join(parts[:i])
+            if path not in sys.modules:
+                module = ModuleType(path)
+                module.__path__ = []
+                sys.modules[path] = module
+                made.append(path)
+                if i > 1:
+                    setattr(sys.modules[".".join(parts[: i - 1])], parts[i - 1], module)
+        vars(sys.modules[name]).update(content)
+    importlib.metadata.version = lambda name: version if name == package else own_version(name)
+    try:
+        yield
+    finally:
+        importlib.metadata.version = own_version
+        for name in made:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
