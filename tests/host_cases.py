@@ -75,8 +75,9 @@ def train(trainer: Any) -> Run:
     """Runs a Transformers trainer to its end."""
     with watch_allocations() as seen:
         trainer.train()
-    names = ("loss", "grad_norm", "token_acc")
-    logs = [{k: float(log[k]) for k in names if k in log} for log in trainer.state.log_history if "loss" in log]
+    names = ("loss", "grad_norm", "token_acc", "eval_loss")
+    logs = [{k: float(log[k]) for k in names if k in log} for log in trainer.state.log_history]
+    logs = [log for log in logs if log]
     weights = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     return Run(logs, weights, seen.largest, seen.peak)
 

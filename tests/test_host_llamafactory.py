@@ -279,5 +279,7 @@ def test_another_release_or_interface_changes_nothing() -> None:
             llamafactory.enable()
         assert not enabled()
     if not installed("llamafactory"):
-        with pytest.raises(hosts.UnsupportedHostError, match="llamafactory: not installed; expected >=0.9.5,<0.9.6"):
+        with pytest.raises(
+            hosts.UnsupportedHostError, match=r"llamafactory: not installed; expected >=0\.9\.5,<0\.9\.6"
+        ):
             llamafactory.enable()

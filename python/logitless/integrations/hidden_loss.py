@@ -20,6 +20,7 @@ from ..losses import Loss
 from ..ops import linear_top_k
 from .families import head_rule
 from .heads import find_head, product
+from .hosts import UnsupportedHostError
 from .scoring import Patch, Request, score_hidden
 from .support import causal_lm
 from .transformers import patch, unpatch
@@ -35,6 +36,21 @@ def inner_model(model: Any) -> nn.Module:
 def is_patched(model: Any) -> bool:
     """Whether the causal LM inside is patched."""
     return "_logitless_patch" in inner_model(model).__dict__
+
+
+def needs_tokens_alone(loss: Loss) -> bool:
+    """Whether a host can train a loss: its batches hold tokens alone, and the count that it divides by is of tokens."""
+    plain = loss.token_wise and not loss.lists and loss.divided_by is None and loss.reduction == "mean"
+    return plain and not loss.inputs and not loss.sequence_inputs
+
+
+def check_host_loss(loss: Loss, host: str) -> Loss:
+    """The loss; raises UnsupportedHostError unless it `needs_tokens_alone`."""
+    if not needs_tokens_alone(loss):
+        raise UnsupportedHostError(
+            f"loss={loss.name!r}: {host} has batches of tokens and a count of them, and this loss needs more than that"
+        )
+    return loss
 
 
 @contextmanager

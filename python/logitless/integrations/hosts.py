@@ -41,12 +41,12 @@ def check_parameters(function: Callable[..., Any], *names: str) -> None:
 
 
 class Change(NamedTuple):
-    """One function of a host that is replaced: where it is, the parameters it must have, and what to make of it."""
+    """One name of a host that is replaced: where it is, the parameters that it must have, and what to make of it."""
 
     owner: Any
     name: str
-    parameters: tuple[str, ...]
-    make: Callable[[Callable[..., Any]], Callable[..., Any]]
+    parameters: tuple[str, ...] | None  # None for what is no function
+    make: Callable[[Any], Any]
 
 
 class Switch:
@@ -71,7 +71,8 @@ class Switch:
         check_version(self.package, self.tested)
         found = changes()
         for change in found:
-            check_parameters(getattr(change.owner, change.name), *change.parameters)
+            if change.parameters is not None:
+                check_parameters(getattr(change.owner, change.name), *change.parameters)
         for owner, name, _, make in found:
             self._before.append((owner, name, vars(owner).get(name, _MISSING)))
             setattr(owner, name, make(getattr(owner, name)))

@@ -1,7 +1,7 @@
 """LLaMA-Factory's SFT and pre-training stages without logits: `enable()` before `run_exp`.
 
-`use_dft_loss`, `use_asft_loss` and `use_eaft_loss` are those of LLaMA-Factory, with its normalisation. `enable(loss=...)`
-trains another loss of the registry. The preference and reward stages stay LLaMA-Factory's own.
+`use_dft_loss`, `use_asft_loss` and `use_eaft_loss` are those of LLaMA-Factory, with its normalisation.
+`enable(loss=...)` trains another loss of the registry. The preference and reward stages stay LLaMA-Factory's own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..losses import ASFT, DFT, Loss, get
-from .hidden_loss import drop_logits, loss_of_hidden, patched_or_not, read_hidden_states, top_entropy
+from .hidden_loss import check_host_loss, drop_logits, loss_of_hidden, patched_or_not, read_hidden_states, top_entropy
 from .hosts import Change, Switch, UnsupportedHostError
 from .scoring import plain_head
 
@@ -37,10 +37,10 @@ def enable(loss: Loss | str = "nll", **patch_options: Any) -> Switch:
         **patch_options: `backend`, `backward`, `temperature` and `check` of `logitless.patch`.
 
     Raises:
-        UnsupportedHostError: another release than `TESTED`, or enabled already. Later, as a trainer is made:
+        UnsupportedHostError: another release than `TESTED`, enabled already, or a loss that needs more. Later, as a trainer is made:
             `label_smoothing_factor`, which would take the labels out of the batch.
     """
-    return _SWITCH.on(lambda: _changes(get(loss), patch_options))
+    return _SWITCH.on(lambda: _changes(check_host_loss(get(loss), "LLaMA-Factory"), patch_options))
 
 
 def disable() -> None:
@@ -82,7 +82,7 @@ def _initialiser(
 def _check_options(arguments: Any, chosen: str | None, loss: Loss) -> None:
     if chosen is not None and loss != get("nll"):
         raise UnsupportedHostError(f"{chosen}: enable(loss={loss.name!r}) asks for another loss; take one of them")
-    if chosen is None and getattr(arguments, "label_smoothing_factor", 0.0):
+    if chosen is None and arguments.label_smoothing_factor:
         raise UnsupportedHostError(
             "label_smoothing_factor: Trainer would take the labels out of the batch; give it to the loss, "
             "enable(loss=losses.NLL(label_smoothing=...))"
