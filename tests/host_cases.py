@@ -142,3 +142,43 @@ def stubbed(package: str, version: str, modules: dict[str, dict[str, Any]]) -> I
         for name in made:
             sys.modules.pop(name, None)
         sys.modules.update(before)
+
+
+class Steps(NamedTuple):
+    """Losses of micro-batches, the last gradients and the weights after some steps of a policy."""
+
+    losses: list[float]
+    gradients: dict[str, Tensor]
+    weights: dict[str, Tensor]
+
+
+def policy_steps(model: Any, scored: Callable[[Any, dict[str, Tensor]], tuple[Tensor, Tensor]]) -> Steps:
+    """Three steps of SGD, of two ragged micro-batches each, on a clipped ratio and an entropy bonus."""
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.05), []
+    gradients: dict[str, Tensor] = {}
+    for step in range(3):
+        optimizer.zero_grad()
+        for part in range(2):
+            batch = collate(rows()[2 * part : 2 * part + 2])
+            counts = batch["attention_mask"][:, 1:].bool()
+            logprob, entropy = scored(model, batch)
+            generator = torch.Generator().manual_seed(10 * step + part)
+            old = logprob.detach() + 0.1 * torch.randn(logprob.shape, generator=generator)
+            advantages = torch.randn(len(logprob), 1, generator=generator)
+            ratio = (logprob - old).exp()
+            objective = torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.1) * advantages) + 0.1 * entropy
+            loss = -objective[counts].mean()
+            loss.backward()
+            seen.append(loss.item())
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+    return Steps(seen, gradients, {name: p.detach().clone() for name, p in model.named_parameters()})
+
+
+def assert_same_steps(ours: Steps, own: Steps) -> None:
+    """Equal losses, gradients and weights, but for the rounding of float32."""
+    assert ours.losses == pytest.approx(own.losses, rel=1e-4, abs=1e-6)
+    assert ours.gradients.keys() == own.gradients.keys() and own.gradients
+    for mine, theirs in ((ours.gradients, own.gradients), (ours.weights, own.weights)):
+        for name, expected in theirs.items():
+            torch.testing.assert_close(mine[name], expected, rtol=1e-4, atol=1e-5)

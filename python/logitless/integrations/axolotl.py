@@ -14,7 +14,15 @@ from torch import Tensor
 
 from .. import losses
 from ..losses import Loss
-from .hidden_loss import check_host_loss, inner_model, is_patched, loss_of_hidden, read_hidden_states, top_entropy
+from .hidden_loss import (
+    check_host_loss,
+    inner_model,
+    is_patched,
+    loss_of_hidden,
+    patch_of,
+    read_hidden_states,
+    top_entropy,
+)
 from .hosts import UnsupportedHostError, check_parameters, check_version
 from .transformers import patch
 
@@ -98,7 +106,7 @@ class LogitlessPlugin(BasePlugin):
                 "label_smoothing_factor: Trainer would take the labels out of the batch; "
                 "logitless_loss_args: {label_smoothing: ...} gives it to the loss"
             )
-        inner_model(trainer.model)._logitless_patch.eval_logits = trainer.compute_metrics is not None
+        patch_of(trainer.model).eval_logits = trainer.compute_metrics is not None
         if cfg.use_eaft:
             alpha = 1.0 if cfg.eaft_alpha is None else cfg.eaft_alpha
             _serve_eaft(trainer, alpha, 20 if cfg.eaft_k is None else cfg.eaft_k)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .. import losses
 from ..losses import Loss
 from ..ops import linear_top_k
+from ..types import TokenStats
 from .families import head_rule
 from .heads import find_head, product
 from .hosts import UnsupportedHostError
@@ -36,6 +37,12 @@ def inner_model(model: Any) -> nn.Module:
 def is_patched(model: Any) -> bool:
     """Whether the causal LM inside is patched."""
     return "_logitless_patch" in inner_model(model).__dict__
+
+
+def patch_of(model: Any) -> Patch:
+    """The state of a patched model."""
+    state: Patch = inner_model(model)._logitless_patch  # type: ignore[assignment]
+    return state
 
 
 def needs_tokens_alone(loss: Loss) -> bool:
@@ -90,8 +97,6 @@ def loss_of_hidden(
     Returns:
         The fields `loss`, and `token_stats` and `loss_result` where there are such.
     """
-    inner = inner_model(model)
-    state: Patch = inner._logitless_patch  # type: ignore[assignment]
     request = Request(
         {},
         labels=labels,
@@ -99,9 +104,23 @@ def loss_of_hidden(
         token_outputs=token_outputs,
         loss_inputs=loss_inputs,
     )
+    return _scored(model, hidden, request, losses.get(loss))
+
+
+def stats_of_hidden(
+    model: Any, hidden: Tensor, targets: Tensor, outputs: tuple[str, ...], temperature: float = 1.0
+) -> TokenStats:
+    """The statistics of hidden states `[B, T, H]` that a patched model has returned, for targets `[B, T]` in place."""
+    request = Request({}, shift_labels=targets, token_outputs=outputs, temperature=temperature)
+    stats: TokenStats = _scored(model, hidden, request, losses.get("nll"))["token_stats"]
+    return stats
+
+
+def _scored(model: Any, hidden: Tensor, request: Request, loss: Loss) -> dict[str, Any]:
+    state = patch_of(model)
     if state.check:
         state.forward.confirm()
-    return score_hidden(inner, state, request, losses.get(loss), hidden)
+    return score_hidden(inner_model(model), state, request, loss, hidden)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from .scoring import plain_head
 
 #: Releases of LLaMA-Factory that the tests ran.
 TESTED = ">=0.9.5,<0.9.6"
-_SWITCH = Switch("llamafactory", TESTED)
+_TRAINERS = Switch("llamafactory", TESTED)
 #: LLaMA-Factory's own losses, in the order in which it looks at them.
 OWN_LOSSES = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
 
@@ -37,30 +37,30 @@ def enable(loss: Loss | str = "nll", **patch_options: Any) -> Switch:
         **patch_options: `backend`, `backward`, `temperature` and `check` of `logitless.patch`.
 
     Raises:
-        UnsupportedHostError: another release than `TESTED`, enabled already, or a loss that needs more. Later, as a trainer is made:
-            `label_smoothing_factor`, which would take the labels out of the batch.
+        UnsupportedHostError: another release than `TESTED`, enabled already, or a loss that needs more. Later, as a
+            trainer is made: `label_smoothing_factor`, which would take the labels out of the batch.
     """
-    return _SWITCH.on(lambda: _changes(check_host_loss(get(loss), "LLaMA-Factory"), patch_options))
+    return _TRAINERS.on(lambda: _trainer_changes(check_host_loss(get(loss), "LLaMA-Factory"), patch_options))
 
 
 def disable() -> None:
     """Puts LLaMA-Factory's trainers back."""
-    _SWITCH.off()
+    _TRAINERS.off()
 
 
-def _changes(loss: Loss, options: dict[str, Any]) -> list[Change]:
+def _trainer_changes(loss: Loss, options: dict[str, Any]) -> list[Change]:
     from llamafactory.train.pt.trainer import CustomTrainer
     from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
     first = ("self", "finetuning_args", "processor", "model_args")
-    make = partial(_initialiser, loss=loss, options=options)
+    make = partial(_patching_initialiser, loss=loss, options=options)
     return [
         Change(CustomSeq2SeqTrainer, "__init__", (*first, "gen_kwargs", "ref_model", "kwargs"), make),
         Change(CustomTrainer, "__init__", (*first, "kwargs"), partial(make, own_losses=())),
     ]
 
 
-def _initialiser(
+def _patching_initialiser(
     own: Callable[..., None], loss: Loss, options: dict[str, Any], own_losses: tuple[str, ...] = OWN_LOSSES
 ) -> Callable[..., None]:
     """The trainer's `__init__` with its models patched first, so that the trainer sees a patched forward."""

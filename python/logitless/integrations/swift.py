@@ -23,15 +23,15 @@ from .hosts import Change, Switch, UnsupportedHostError
 
 #: Releases of ms-swift that the tests ran.
 TESTED = ">=4.6.0,<4.7"
-_SWITCH = Switch("ms-swift", TESTED)
+_LOSS_TYPES = Switch("ms-swift", TESTED)
 
 
 def enable(**named: Loss) -> Switch:
     """Offers the registry's losses to ms-swift as `loss_type`, and patches the models that train with one.
 
     Every loss that needs nothing but tokens has the name `logitless_` and its own, with its defaults: `logitless_nll`,
-    `logitless_dft`, ... A file for `--external_plugins` needs no more than this call. `disable()` or the end of a `with`
-    block takes it back; a model that was trained meanwhile stays patched.
+    `logitless_dft`, ... A file for `--external_plugins` needs no more than this call. `disable()` or the end of a
+    `with` block takes it back; a model that was trained meanwhile stays patched.
 
     Args:
         **named: losses with other hyper-parameters under names of your own, `my_dft=losses.DFT(power=0.5)`.
@@ -40,12 +40,12 @@ def enable(**named: Loss) -> Switch:
         UnsupportedHostError: another release than `TESTED`, or enabled already. Later, as a trainer is made: an option
             that would be ignored, or a trainer of another task.
     """
-    return _SWITCH.on(lambda: _changes(named))
+    return _LOSS_TYPES.on(lambda: _type_changes(named))
 
 
 def disable() -> None:
     """Puts ms-swift's trainers and its losses back."""
-    _SWITCH.off()
+    _LOSS_TYPES.off()
 
 
 def offered() -> dict[str, Loss]:
@@ -53,7 +53,7 @@ def offered() -> dict[str, Loss]:
     return {f"logitless_{name}": losses.get(name) for name in losses.names() if needs_tokens_alone(losses.get(name))}
 
 
-def _changes(named: dict[str, Loss]) -> list[Change]:
+def _type_changes(named: dict[str, Loss]) -> list[Change]:
     from swift.trainers import Seq2SeqTrainer, mixin
 
     checked = {name: check_host_loss(loss, "ms-swift") for name, loss in named.items()}
@@ -62,11 +62,11 @@ def _changes(named: dict[str, Loss]) -> list[Change]:
         Change(mixin, "loss_map", None, lambda own: {**own, **types}),
         Change(mixin.SwiftMixin, "create_loss_and_eval_metric", ("self", "args"), lambda own: own),
         Change(Seq2SeqTrainer, "_prepare_inputs", ("self", "inputs"), lambda own: own),
-        Change(Seq2SeqTrainer, "__init__", ("self", "args", "kwargs"), lambda own: _initialiser(own, types)),
+        Change(Seq2SeqTrainer, "__init__", ("self", "args", "kwargs"), lambda own: _patching_types(own, types)),
     ]
 
 
-def _initialiser(own: Callable[..., None], types: dict[str, Any]) -> Callable[..., None]:
+def _patching_types(own: Callable[..., None], types: dict[str, Any]) -> Callable[..., None]:
     """The trainer's `__init__`, with its model patched first if the loss is ours."""
 
     @wraps(own)
