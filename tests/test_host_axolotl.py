@@ -28,11 +28,10 @@ from host_cases import (  # noqa: E402
     assert_no_logits,
     assert_same_run,
     collate,
-    installed,
     rows,
-    stubbed,
     train,
 )
+from host_stubs import installed, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless import losses  # noqa: E402

@@ -18,7 +18,8 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from host_cases import LARGE, TRAINING, Run, assert_no_logits, assert_same_run, collate, installed, rows, stubbed, train  # noqa: E402
+from host_cases import LARGE, TRAINING, Run, assert_no_logits, assert_same_run, collate, rows, train  # noqa: E402
+from host_stubs import installed, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless import losses  # noqa: E402

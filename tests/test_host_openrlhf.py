@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 transformers = pytest.importorskip("transformers")
 
-from host_cases import LARGE, assert_same_steps, installed, policy_steps, stubbed  # noqa: E402
+from host_cases import LARGE, assert_same_steps, policy_steps  # noqa: E402
+from host_stubs import installed, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless.integrations import hosts, openrlhf  # noqa: E402

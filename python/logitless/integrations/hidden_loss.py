@@ -1,7 +1,7 @@
 """Losses that a host computes itself, after the model's forward: from hidden states, inside the head's own call.
 
-Such a host takes the labels out of the batch, so that the model returns logits. A patched model returns hidden states in
-their place (`hidden_only=True`), and the functions here turn them into the host's loss.
+Such a host takes the labels out of the batch, so that the model returns logits. A patched model returns hidden states
+in their place (`hidden_only=True`), and the functions here turn them into the host's loss.
 """
 
 from __future__ import annotations

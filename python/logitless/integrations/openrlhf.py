@@ -46,8 +46,8 @@ _CURRENT: ContextVar[_Scoring | None] = ContextVar("logitless_openrlhf", default
 def enable() -> Switch:
     """Makes OpenRLHF's actors score without logits; their models are patched at the first call.
 
-    A call that asks for logits themselves gets them. `disable()` or the end of a `with` block takes it back; models stay
-    patched. With packed rows the entropy takes a product with the vocabulary of its own.
+    A call that asks for logits themselves gets them. `disable()` or the end of a `with` block takes it back; models
+    stay patched. With packed rows the entropy takes a product with the vocabulary of its own.
 
     Raises:
         UnsupportedHostError: another release than `TESTED`, or enabled already. Later, at a call: a model of images.
@@ -63,8 +63,10 @@ def disable() -> None:
 def _actor_changes() -> list[Change]:
     from openrlhf.models import actor
 
-    asked = ("self", "sequences", "action_mask", "attention_mask", "return_output", "allgather_logits")
-    asked += ("return_logprobs", "ring_attn_group", "packed_seq_lens", "return_entropy", "mm_inputs")
+    asked = (
+        *("self", "sequences", "action_mask", "attention_mask", "return_output", "allgather_logits"),
+        *("return_logprobs", "ring_attn_group", "packed_seq_lens", "return_entropy", "mm_inputs"),
+    )
     return [
         Change(actor.Actor, "forward", asked, _without_logits),
         Change(actor, "log_probs_from_logits", ("logits", "labels", "temperature"), _log_probs),
