@@ -6,8 +6,10 @@ into `compute_loss_func`.
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Iterator
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,11 +100,26 @@ STUB = {
 }
 
 
+def import_trainers() -> None:
+    """Imports LLaMA-Factory's trainers; torchaudio, which it reads sound with, may be absent and is empty then."""
+    llama()
+    absent = not installed("torchaudio")
+    if absent:
+        sys.modules["torchaudio"] = ModuleType("torchaudio")
+    try:
+        importlib.import_module("llamafactory.train.sft.trainer")
+        importlib.import_module("llamafactory.train.pt.trainer")
+    finally:
+        if absent:
+            del sys.modules["torchaudio"]
+
+
 @pytest.fixture(params=["stub", "real"])
 def host(request: pytest.FixtureRequest) -> Iterator[str]:
     if request.param == "real":
         if not installed("llamafactory"):
             pytest.skip("llamafactory is not installed")
+        import_trainers()
         yield "real"
         llamafactory.disable()
         return
