@@ -89,7 +89,7 @@ def assert_same_run(ours: Run, own: Run) -> None:
 
 
 def assert_no_logits(ours: Run, own: Run) -> None:
-    """Of two long rows: the host holds logits, and we a chunk at most and never as much as the host."""
+    """The host holds the logits of two long rows; we hold a chunk at most, and less than the host at any time."""
     assert own.largest > 1.2 * CHUNK
     assert ours.largest <= CHUNK
     assert ours.peak < own.peak

@@ -231,7 +231,7 @@ def test_another_release_or_interface_changes_nothing() -> None:
 
 
 def test_axolotl_loads_the_plugin_and_merges_its_keys() -> None:
-    """Its own loader, manager and schema; of the real package alone."""
+    """The loader, the manager and the schema of the real package."""
     if not installed("axolotl"):
         pytest.skip("axolotl is not installed")
     from axolotl.integrations.base import PluginManager

@@ -73,9 +73,10 @@ class Switch:
         for change in found:
             if change.parameters is not None:
                 check_parameters(getattr(change.owner, change.name), *change.parameters)
-        for owner, name, _, make in found:
+        made = [(owner, name, make(getattr(owner, name))) for owner, name, _, make in found]  # raises before any is set
+        for owner, name, new in made:
             self._before.append((owner, name, vars(owner).get(name, _MISSING)))
-            setattr(owner, name, make(getattr(owner, name)))
+            setattr(owner, name, new)
         return self
 
     def off(self) -> None:
