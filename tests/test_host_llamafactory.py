@@ -20,12 +20,13 @@ from torch import Tensor
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from host_cases import LARGE, TRAINING, Run, assert_no_logits, assert_same_run, collate, rows, train  # noqa: E402
+from host_cases import CHUNK, LARGE, TRAINING, Run, assert_no_logits, assert_same_run, collate, rows, train  # noqa: E402
 from host_stubs import installed, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless import losses  # noqa: E402
 from logitless.integrations import hosts, llamafactory  # noqa: E402
+from logitless.testing import watch_allocations  # noqa: E402
 
 
 def shifted_nll(outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,7 +95,49 @@ class StubPT(transformers.Trainer):
         super().__init__(**kwargs)
 
 
+class StubPreferences(transformers.Trainer):
+    def __init__(
+        self,
+        model: Any,
+        ref_model: Any,
+        finetuning_args: Any,
+        processor: Any,
+        disable_dropout: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        kwargs["processing_class"] = kwargs.pop("tokenizer")
+        self.ref_model, self.loss_type, self.ld_alpha = ref_model, finetuning_args.pref_loss, finetuning_args.ld_alpha
+        super().__init__(model=model, **kwargs)
+
+
+class StubDPO(StubPreferences):
+    def concatenated_forward(self, model: Any, batch: Any, is_ref_model: bool = False) -> Any:
+        rest = {name: value for name, value in batch.items() if name != "labels"}
+        logits, labels = model(**rest, return_dict=True, use_cache=False).logits, batch["labels"][:, 1:]
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        weight = (labels != -100).float()
+        if self.ld_alpha is not None and not is_ref_model:
+            for i, row in enumerate(weight):
+                shared = int(min(weight[i].sum(), weight[(i + len(weight) // 2) % len(weight)].count_nonzero()))
+                row[row.nonzero()[shared:, 0]] = self.ld_alpha
+        sums, means = (logp * weight).sum(-1), (logp * weight).sum(-1) / (labels != -100).sum(-1)
+        scores = means if self.loss_type in ("ipo", "orpo", "simpo") else sums
+        found = {"chosen_logps": scores.chunk(2)[0], "rejected_logps": scores.chunk(2)[1]}
+        found |= {"chosen_logits": logits.chunk(2)[0], "rejected_logits": logits.chunk(2)[1]}
+        return {**found, "chosen_logps_avg": means.chunk(2)[0]}
+
+
+class StubKTO(StubPreferences):
+    def forward(self, model: Any, batch: Any, prefix: str = "") -> Any:
+        ids, mask = batch[f"{prefix}input_ids"], batch[f"{prefix}attention_mask"]
+        logits, labels = model(input_ids=ids, attention_mask=mask).logits, batch[f"{prefix}labels"][:, 1:]
+        logp = logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0] * (labels != -100)
+        return logits, logp.sum(-1), logp.sum(-1) / (labels != -100).sum(-1)
+
+
 STUB = {
+    "llamafactory.train.dpo.trainer": {"CustomDPOTrainer": StubDPO},
+    "llamafactory.train.kto.trainer": {"CustomKTOTrainer": StubKTO},
     "llamafactory.train.sft.trainer": {"CustomSeq2SeqTrainer": StubSFT},
     "llamafactory.train.pt.trainer": {"CustomTrainer": StubPT},
 }
@@ -109,6 +152,8 @@ def import_trainers() -> None:
     try:
         importlib.import_module("llamafactory.train.sft.trainer")
         importlib.import_module("llamafactory.train.pt.trainer")
+        importlib.import_module("llamafactory.train.dpo.trainer")
+        importlib.import_module("llamafactory.train.kto.trainer")
     finally:
         if absent:
             del sys.modules["torchaudio"]
@@ -231,6 +276,133 @@ def test_a_processor_changes_the_normalisation_as_in_the_host(host: str, tmp_pat
         with llamafactory.enable():
             ours = train(make(host, tmp_path, processor=SimpleNamespace(save_pretrained=print), **options))
         assert_same_run(ours, own)
+
+
+def preferences(host: str, folder: Any, cls: str, **options: Any) -> Any:
+    """A trainer of the stage `dpo` or `kto`, of two pairs a micro-batch: the chosen answers first."""
+    stage = "kto" if "KTO" in cls else "dpo"
+    trainer = getattr(importlib.import_module(f"llamafactory.train.{stage}.trainer"), cls)
+    own = {name: options.pop(name) for name in list(options) if name.startswith(("pref_", "ld_", "simpo", "kto_"))}
+    if host == "real":
+        from llamafactory.hparams import FinetuningArguments, TrainingArguments
+
+        finetuning = FinetuningArguments(stage=stage, **own)
+        finetuning.use_ref_model = own.get("pref_loss", "sigmoid") not in ("orpo", "simpo")
+    else:
+        finetuning = SimpleNamespace(**{"pref_loss": "sigmoid", "ld_alpha": None, **own})
+        TrainingArguments = transformers.Seq2SeqTrainingArguments
+    reference = llama()
+    with torch.no_grad():
+        reference.lm_head.weight.mul_(0.5)
+    return trainer(
+        model=options.pop("model", None) or llama(),
+        ref_model=reference,
+        finetuning_args=finetuning,
+        processor=None,
+        args=TrainingArguments(output_dir=str(folder), **{**TRAINING, "learning_rate": 1e-3, **options}),
+        train_dataset=rows(),
+        data_collator=collate_answers if stage == "kto" else collate_pairs,
+        tokenizer=None,
+    )
+
+
+def collate_pairs(examples: list[Any]) -> dict[str, Tensor]:
+    return collate([*examples, *({**x, "input_ids": x["input_ids"][::-1]} for x in examples)])
+
+
+def collate_answers(examples: list[Any]) -> dict[str, Tensor]:
+    moved = collate([examples[-1], *examples[:-1]])
+    tags = torch.arange(len(examples)) % 2 == 0
+    return {**collate(examples), **{f"kl_{name}": value for name, value in moved.items()}, "kto_tags": tags}
+
+
+@pytest.mark.parametrize("options", [{}, {"ld_alpha": 0.3}, {"pref_loss": "simpo"}, {"pref_loss": "ipo"}], ids=str)
+def test_preferences_are_scored_as_in_the_host(host: str, options: dict[str, Any], tmp_path: Any) -> None:
+    batch = collate_pairs(rows()[:2])
+    batch["labels"][0, 6:] = -100
+
+    def scored() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        trainer = preferences(host, tmp_path, "CustomDPOTrainer", **options)
+        found = {name: x.mean() for name, x in trainer.concatenated_forward(trainer.model, dict(batch)).items()}
+        (found["chosen_logps"] - 2 * found["rejected_logps"] + found["chosen_logps_avg"]).backward()
+        return found, {name: p.grad for name, p in trainer.model.named_parameters()}
+
+    own = scored()
+    with llamafactory.enable():
+        ours = scored()
+    for mine, theirs in zip(ours, own, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, expected in theirs.items():
+            torch.testing.assert_close(mine[name], expected, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_single_answers_are_scored_as_in_the_host(host: str, tmp_path: Any) -> None:
+    batch = collate_answers(rows()[:3])
+
+    def scored(prefix: str) -> list[Tensor]:
+        trainer = preferences(host, tmp_path, "CustomKTOTrainer")
+        logits, sums, means = trainer.forward(trainer.model, dict(batch), prefix=prefix)
+        return [logits[1:].nansum(), sums, means]
+
+    for prefix in ("", "kl_"):
+        own = scored(prefix)
+        with llamafactory.enable():
+            ours = scored(prefix)
+        for mine, theirs in zip(ours, own, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+
+
+STAGES = [
+    ("CustomDPOTrainer", {}),
+    ("CustomDPOTrainer", {"pref_loss": "simpo", "pref_ftx": 0.1}),
+    ("CustomDPOTrainer", {"pref_loss": "orpo"}),
+    ("CustomDPOTrainer", {"ld_alpha": 0.5, "pref_ftx": 0.2}),
+    ("CustomKTOTrainer", {}),
+]
+
+
+@pytest.mark.parametrize(("cls", "options"), STAGES, ids=str)
+def test_runs_on_preferences_are_the_hosts_own(cls: str, options: dict[str, Any], host: str, tmp_path: Any) -> None:
+    """Losses, weights and every metric; of the real package, whose losses the stub does not have."""
+    if host == "stub":
+        pytest.skip("the stub has no losses of preferences")
+
+    def run() -> tuple[Run, list[dict[str, float]]]:
+        trainer = preferences(host, tmp_path, cls, **options)
+        found = train(trainer)
+        return found, [log for log in trainer.state.log_history if "loss" in log]
+
+    own, own_logs = run()
+    with llamafactory.enable():
+        ours, logs = run()
+    assert_same_run(ours, own)
+    assert any("rewards/chosen" in log and "logits/chosen" in log for log in own_logs)
+    for mine, theirs in zip(logs, own_logs, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_preferences_allocate_no_logits(host: str, tmp_path: Any) -> None:
+    def allocated() -> Any:
+        model = llama(vocab_size=LARGE, max_position_embeddings=256)
+        trainer = preferences(host, tmp_path, "CustomDPOTrainer", model=model)
+        batch = collate_pairs(rows(vocabulary=LARGE, times=10)[:1])
+        with watch_allocations() as seen:
+            found = trainer.concatenated_forward(trainer.model, batch)
+            (found["chosen_logps"] - found["rejected_logps"]).sum().backward()
+        return seen
+
+    own = allocated()
+    with llamafactory.enable():
+        ours = allocated()
+    assert own.largest > 40 * 2**20 and ours.largest <= CHUNK and ours.peak < own.peak
+
+
+def test_another_loss_in_a_preference_stage_is_refused(host: str, tmp_path: Any) -> None:
+    with (
+        llamafactory.enable(loss="dft"),
+        pytest.raises(hosts.UnsupportedHostError, match=r"loss=.dft.: .*DPO"),
+    ):
+        preferences(host, tmp_path, "CustomDPOTrainer")
 
 
 def test_metrics_of_evaluation_see_logits(host: str, tmp_path: Any) -> None:

@@ -1,7 +1,8 @@
-"""LLaMA-Factory's SFT and pre-training stages without logits: `enable()` before `run_exp`.
+"""LLaMA-Factory's stages `sft`, `pt`, `dpo` and `kto` without logits: `enable()` before `run_exp`.
 
 `use_dft_loss`, `use_asft_loss` and `use_eaft_loss` are those of LLaMA-Factory, with its normalisation.
-`enable(loss=...)` trains another loss of the registry. The preference and reward stages stay LLaMA-Factory's own.
+`enable(loss=...)` trains another loss of the registry. The losses of preferences are LLaMA-Factory's, on
+log-probabilities from here. The stages `rm` and `ppo` stay as they are.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..losses import ASFT, DFT, Loss, get
 from .hidden_loss import check_host_loss, drop_logits, loss_of_hidden, patched_or_not, read_hidden_states, top_entropy
 from .hosts import Change, Switch, UnsupportedHostError
+from .llamafactory_preference import pair_forward, unpaired_forward
 from .scoring import plain_head
 
 #: Releases of LLaMA-Factory that the tests ran.
@@ -26,14 +28,14 @@ OWN_LOSSES = ("use_dft_loss", "use_eaft_loss", "use_asft_loss")
 
 
 def enable(loss: Loss | str = "nll", **patch_options: Any) -> Switch:
-    """Makes LLaMA-Factory's trainers of the stages `sft` and `pt` compute their losses without logits.
+    """Makes LLaMA-Factory's trainers of the stages `sft`, `pt`, `dpo` and `kto` compute without logits.
 
     Their models are patched as they are made. `disable()` or the end of a `with` block puts the trainers back; models
     that were trained meanwhile stay patched.
 
     Args:
         loss: a loss of the registry that needs nothing but tokens, in place of NLL. Together with one of
-            LLaMA-Factory's own `use_..._loss` it is refused.
+            LLaMA-Factory's own `use_..._loss`, or in a preference stage, it is refused.
         **patch_options: `backend`, `backward`, `temperature` and `check` of `logitless.patch`.
 
     Raises:
@@ -49,15 +51,36 @@ def disable() -> None:
 
 
 def _trainer_changes(loss: Loss, options: dict[str, Any]) -> list[Change]:
+    from llamafactory.train.dpo.trainer import CustomDPOTrainer
+    from llamafactory.train.kto.trainer import CustomKTOTrainer
     from llamafactory.train.pt.trainer import CustomTrainer
     from llamafactory.train.sft.trainer import CustomSeq2SeqTrainer
 
     first = ("self", "finetuning_args", "processor", "model_args")
+    pairs = ("self", "model", "ref_model", "finetuning_args", "processor", "disable_dropout", "kwargs")
     make = partial(_patching_initialiser, loss=loss, options=options)
+    prefer = partial(_patching_preferences, loss=loss, options=options)
     return [
         Change(CustomSeq2SeqTrainer, "__init__", (*first, "gen_kwargs", "ref_model", "kwargs"), make),
         Change(CustomTrainer, "__init__", (*first, "kwargs"), partial(make, own_losses=())),
+        Change(CustomDPOTrainer, "__init__", pairs, prefer),
+        Change(CustomDPOTrainer, "concatenated_forward", ("self", "model", "batch", "is_ref_model"), pair_forward),
+        Change(CustomKTOTrainer, "__init__", pairs, prefer),
+        Change(CustomKTOTrainer, "forward", ("self", "model", "batch", "prefix"), unpaired_forward),
     ]
+
+
+def _patching_preferences(own: Callable[..., None], loss: Loss, options: dict[str, Any]) -> Callable[..., None]:
+    """The `__init__` of a trainer on preferences, which has a loss of its own, with its models patched first."""
+
+    @wraps(own)
+    def __init__(self: Any, model: Any, ref_model: Any, *args: Any, **kwargs: Any) -> None:
+        if loss != get("nll"):
+            raise UnsupportedHostError(f"loss={loss.name!r}: {type(self).__name__} has a loss of its own (pref_loss)")
+        with patched_or_not(*(m for m in (model, ref_model) if m is not None), **options):
+            own(self, model, ref_model, *args, **kwargs)
+
+    return __init__
 
 
 def _patching_initialiser(
