@@ -151,18 +151,25 @@ def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip:
     # A class without the argument `output_router_logits` reports what its base model was asked to record.
     records = routed or "output_router_logits" not in state.names
     fields["router_logits"] = getattr(base, "router_logits", None) if records else None
-    if not request.scored:
-        return state.output(**fields)
-    head = find_head(model)
-    targets = _targets(request, hidden, loss)
-    with_logits = not skip and not request.hidden_only
-    work = _HeadCall(state, request, loss, head, head_rule(model), targets, with_logits)
-    results = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
-    fields |= work.unpack(results)
+    added = None
     if routed and state.router is not None and isinstance(fields["router_logits"], tuple):
-        aux, added = state.router(model, fields["router_logits"], request.inputs.get("attention_mask"))
-        fields |= {"aux_loss": aux, "loss": fields["loss"] + added.to(results["loss"].device)}
+        fields["aux_loss"], added = state.router(model, fields["router_logits"], request.inputs.get("attention_mask"))
+    if request.scored:
+        if request.gain is not None:
+            hidden = hidden * request.gain[:, None]
+        fields |= score_hidden(model, state, request, loss, hidden, with_logits=not skip and not request.hidden_only)
+        if added is not None:
+            fields["loss"] = fields["loss"] + added.to(fields["loss"].device)
     return state.output(**fields)  # made at once: a field that is set later would come behind those that were there
+
+
+def score_hidden(
+    model: nn.Module, state: Patch, request: Request, loss: Loss, hidden: Tensor, *, with_logits: bool = False
+) -> dict[str, Any]:
+    """The output's fields that come from the head: the loss of hidden states, inside the head's own call."""
+    head = find_head(model)
+    work = _HeadCall(state, request, loss, head, head_rule(model), _targets(request, hidden, loss), with_logits)
+    return work.unpack(head.call(hidden, work))
 
 
 def _run_base(model: nn.Module, state: Patch, request: Request) -> tuple[Any, bool]:
