@@ -130,15 +130,13 @@ def top_entropy(model: Any, hidden: Tensor, labels: Tensor, k: int) -> Tensor:
     LLaMA-Factory and Axolotl weight tokens by it (EAFT). It takes a product with the vocabulary of its own.
     """
     inner = inner_model(model)
-    head, transform = find_head(inner), head_rule(inner).transform
+    head, rule = find_head(inner), head_rule(inner)
     counts = F.pad(labels, (0, 1), value=-100)[..., 1:] != -100
 
     def entropy(rows: Tensor) -> dict[str, Tensor]:
-        rows, weight, bias = product(head.inner, rows)
-        weight, bias = head_rule(inner).cut(weight, bias)
-        top = linear_top_k(
-            rows, weight, k, bias=bias, logit_scale=transform.logit_scale, softcap=transform.softcap
-        ).logprob.log_softmax(-1)
+        rows, weight, bias, group = product(head.inner, rows).cut(rule.vocabulary)
+        scale = {"logit_scale": rule.transform.logit_scale, "softcap": rule.transform.softcap}
+        top = linear_top_k(rows, weight, k, bias=bias, group=group, **scale).logprob.log_softmax(-1)
         return {"entropy": -(top.exp() * top).sum(-1)}
 
     found = head.call(hidden[counts], entropy)["entropy"]

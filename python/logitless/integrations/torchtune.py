@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..linear import linear_loss
-from .heads import HeadModules, product
+from .heads import HeadModules, Product, product
 from .hidden_loss import check_host_loss
 from .hosts import Change, Switch, UnsupportedHostError
 
@@ -79,13 +79,13 @@ class LogitlessLoss(nn.Module):
         output = self._decoder[0].output
         tied = getattr(output, "tied_module", None)  # of torchtune's TiedLinear, which is no module itself
         if tied is not None:
-            return self._score(logits, tied.weight, None, labels)
+            return self._score(Product(logits, tied.weight, None), labels)
         if type(output) is not nn.Linear:
             raise UnsupportedHostError(f"output: expected a plain torch.nn.Linear, got {type(output).__name__}")
         head = HeadModules(output, output)
-        return head.call(logits, lambda hidden: {"loss": self._score(*product(output, hidden), labels)})["loss"]
+        return head.call(logits, lambda hidden: {"loss": self._score(product(output, hidden), labels)})["loss"]
 
-    def _score(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-        options = {"bias": bias, "ignore_index": self.ignore_index}
-        loss: Tensor = linear_loss(self.loss, hidden, weight, labels, **options)
+    def _score(self, head: Product, labels: Tensor) -> Tensor:
+        options = {"bias": head.bias, "group": head.group, "ignore_index": self.ignore_index}
+        loss: Tensor = linear_loss(self.loss, head.hidden, head.weight, labels, **options)
         return loss
