@@ -477,3 +477,65 @@ def test_a_zero3_parameter_in_one_compiled_graph_is_refused(zero3: FakeZero3) ->
         torch.compile(loss, backend="eager", fullgraph=True)(zero3.parameter)
     found = torch.compile(loss, backend="eager")(zero3.parameter)  # breaks the graph there
     torch.testing.assert_close(found, loss(zero3.values))
+
+
+class Embedded(nn.Module):
+    """A body with a head, whose forward gives hidden states, or with targets the loss."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed, self.lm_head = nn.Embedding(V, H), nn.Linear(H, V, bias=not tied)
+        if tied:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor, targets: Tensor | None = None) -> Any:
+        hidden = self.embed(ids).tanh()
+        return hidden if targets is None else self.loss(hidden, targets)
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Any:
+        head = self.lm_head
+        return logitless.linear_loss("dft", hidden, head.weight, targets, bias=head.bias, backward="recompute")
+
+
+def micro_batches(world: int) -> list[tuple[Tensor, Tensor]]:
+    """Six times the ids and targets of every process."""
+    g = torch.Generator().manual_seed(4)
+    return [
+        (torch.randint(V, (world, 2, 5), generator=g), torch.randint(V, (world, 2, 5), generator=g)) for _ in "123456"
+    ]
+
+
+def deepspeed_steps(rank: int, world: int, layout: str) -> dict[str, Any]:
+    """Three steps of two micro-batches under ZeRO-3, with the op outside of any forward or "inside" the model's."""
+    os.environ.update(DS_ACCELERATOR="cpu", RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    import deepspeed
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    model = Embedded(layout == "tied")
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    config = {"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 2, "zero_optimization": zero}
+    config["zero_allow_untested_optimizer"] = True
+    engine, *_ = deepspeed.initialize(model=model, config=config, optimizer=torch.optim.SGD(model.parameters(), lr=0.5))
+    for ids, targets in micro_batches(world):
+        own = ids[rank], targets[rank]
+        engine.backward(engine(*own) if layout == "inside" else model.loss(engine(own[0]), own[1]))
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["outside", "tied", "inside"])
+def test_deepspeed_takes_the_same_steps_as_one_process(tmp_path: Path, layout: str) -> None:
+    pytest.importorskip("deepspeed")
+    results = in_processes(2, tmp_path, deepspeed_steps, layout)
+    model = Embedded(layout == "tied")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for i, (ids, targets) in enumerate(micro_batches(2)):
+        (sum(model(ids[rank], targets[rank]) for rank in range(2)) / 4).backward()
+        if i % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    for found in results:
+        torch.testing.assert_close(found, {name: p.detach() for name, p in model.named_parameters()})
