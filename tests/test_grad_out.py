@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from cases import HERE
@@ -201,6 +204,38 @@ def test_under_autocast_the_buffer_is_the_float32_heads(name):
     torch.testing.assert_close(buffer, own.weight.grad, rtol=2**-7, atol=2**-7 * float(own.weight.grad.abs().max()))
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_pass_for_other_inputs_adds_nothing(name):
+    """As `.grad` of a tensor that `torch.autograd.grad` was not asked for stays as it is."""
+    p, q, buffer = problem(), problem(), torch.zeros(V, H)
+    loss, expected = CALLS[name](p, grad_out=buffer), CALLS[name](q)
+    (ours,) = torch.autograd.grad(loss, p.hidden, retain_graph=True)
+    own, of_weight = torch.autograd.grad(expected, (q.hidden, q.weight))
+    torch.testing.assert_close(ours, own)
+    assert not buffer.any()
+    loss.backward(inputs=[p.weight])  # the second of a pipeline's two passes
+    torch.testing.assert_close(buffer, of_weight)
+
+
+def test_a_part_of_a_padded_head():
+    """A slice is no leaf; detached, it is the caller's word that the buffer is where its gradient goes."""
+    p, q, padded = problem(), problem(), torch.zeros(V, H)
+    bias = p.bias[:200].detach()
+    targets = p.targets.clamp(max=199)
+    logitless.linear_cross_entropy(p.hidden, p.weight[:200], targets, bias=bias).backward()
+    part = q.weight[:200].detach().requires_grad_()
+    logitless.linear_cross_entropy(q.hidden, part, targets, bias=bias, grad_out=padded[:200]).backward()
+    torch.testing.assert_close(padded, p.weight.grad)
+
+
+def test_modules_take_it():
+    p, q, buffer = problem(), problem(), torch.zeros(V, H)
+    CALLS["dft"](p).backward()
+    module = logitless.nn.LinearLoss("dft", grad_out=buffer)
+    module(**head(q)).backward()
+    torch.testing.assert_close(buffer, p.weight.grad)
+
+
 def test_without_a_gradient_nothing_is_added():
     p, buffer = problem(), torch.zeros(V, H)
     with torch.no_grad():
@@ -224,31 +259,56 @@ def test_memory_that_was_not_written_is_not_read():
             assert buffer.isfinite().all(), name
 
 
-def hook_of_megatron(weight: torch.Tensor, seen: list[str]) -> object:
-    """The hook that Megatron's DistributedDataParallel puts on a parameter's accumulation, by its published rules."""
-    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+def gradient_added() -> type[torch.autograd.Function]:
+    """The recipe of docs/extras.md."""
+    page = (Path(__file__).resolve().parents[1] / "docs" / "extras.md").read_text(encoding="utf-8")
+    found = re.search(r"^class GradientAdded.*?(?=^\w+\.main_grad)", page, re.MULTILINE | re.DOTALL)
+    assert found is not None
+    names = {"torch": torch}
+    exec(found[0], names)
+    return names["GradientAdded"]
+
+
+def watched_by_megatron(weight: torch.Tensor) -> list[torch.Tensor]:
+    """Puts on a parameter what Megatron's DistributedDataParallel does, by its published rules: a stub of it.
+
+    The list holds the gradient that would be reduced, each time the parameter is said to be ready.
+    """
+    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(weight.shape), False
+    node, ready = weight.expand_as(weight).grad_fn.next_functions[0][0], []
 
     def hook(*_: object) -> None:
-        seen.append("ready")
-        if weight.grad is not None and not weight.grad_added_to_main_grad:
+        assert weight.grad is not None, "not safe when gradients are reduced in the background"
+        if not weight.grad_added_to_main_grad or getattr(weight, "zero_out_wgrad", False):
             weight.main_grad.add_(weight.grad)
         weight.grad = None
+        ready.append(weight.main_grad.clone())
 
     node.register_hook(hook)
-    return node
+    ready.append(node)  # which must live as long as the hook
+    return ready
 
 
-def test_a_hook_on_the_parameter_runs_after_the_gradient_was_added():
-    """Megatron's hook reduces `main_grad`: it has to see all of it, and the head's gradient once."""
-    p, own = problem(), problem()
-    CALLS["logprob"](own).backward()
-    weight, seen = p.weight, []
-    weight.main_grad, weight.grad_added_to_main_grad = torch.zeros(V, H), True
-    node = hook_of_megatron(weight, seen)
-    node.register_hook(lambda *_: seen.append(weight.main_grad.clone()))
-    CALLS["logprob"](p, grad_out=weight.main_grad).backward()
-    assert seen[0] == "ready"
-    torch.testing.assert_close(seen[1], own.weight.grad)
+@pytest.mark.parametrize("backward", ["recompute", "single_pass"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_recipe_for_megatron(tied, backward):
+    """The hook sees the whole gradient, once: the head's share, and a tied embedding's."""
+    torch.manual_seed(0)
+    ids = torch.randint(V, (20,))
+    own = torch.randn(V, H).requires_grad_()
+    ours = own.detach().clone().requires_grad_()
+    ready, recipe = watched_by_megatron(ours), gradient_added()
+    ours.zero_out_wgrad = tied
+
+    def loss(weight, **options):
+        hidden = (weight if tied else weight.detach())[ids]
+        return logitless.linear_cross_entropy(hidden, weight, ids.roll(1), backward=backward, **options)
+
+    for _ in range(2):  # micro-batches
+        loss(own).backward()
+        recipe.apply(loss(ours, grad_out=ours.main_grad), ours).backward()
+    assert len(ready) == 3
+    torch.testing.assert_close(ready[2], own.grad)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .losses.layout import token_layout
 from .ops.call import prepare_call
 from .ops.checks import check_ignore_index, check_tensor, check_tokens
 from .ops.token_loss import check_token_input, sum_in_one_sweep
-from .types import OPTION_NAMES, Options
+from .types import OPTION_NAMES, Options, statistics_dtype
 
 
 class DepthLosses(NamedTuple):
@@ -90,10 +90,12 @@ def linear_depth_loss(
     known = (*loss.inputs, *loss.optional_inputs)  # the others are refused in the next line
     joined = {name: _joined(name, x, targets) if name in known else x for name, x in given.items()}
     inputs = loss_inputs(loss, joined, token_layout(ids != ignore_index, None), tokens.device)
+    if normalizer is None:
+        normalizer = [(t != ignore_index).sum() for t in targets]
+    dtype = statistics_dtype(tokens.dtype)
+    factors = torch.tensor([float(w) for w in depth_weight], dtype=dtype, device=tokens.device)
+    share = factors / _divisors(normalizer, factors)
     depth = torch.cat([torch.full_like(t.reshape(-1), d, dtype=torch.long) for d, t in enumerate(targets)])
-    factors = torch.tensor([float(w) for w in depth_weight], device=tokens.device)
-    counts = torch.stack([(t != ignore_index).sum().float() for t in targets]) if normalizer is None else normalizer
-    share = factors / _divisors(counts, depths, tokens.device)
     weights = share[depth]
     if token_weight is not None:
         of_tokens = _joined("token_weight", token_weight, targets)
@@ -207,18 +209,17 @@ def _check_weights(depth_weight: Sequence[float], depths: int) -> None:
             )
 
 
-def _divisors(normalizer: Sequence[Tensor | float] | Tensor | float, depths: int, device: torch.device) -> Tensor:
-    """What each depth's sum is divided by, `[D]` or `[]`; 1 where nothing counts."""
-    if isinstance(normalizer, Tensor) and normalizer.numel() in (1, depths):
-        counts = normalizer.detach().to(device).float().flatten()
-        return torch.where(counts == 0, torch.ones_like(counts), counts)
-    if isinstance(normalizer, Tensor) or (isinstance(normalizer, Sequence) and len(normalizer) != depths):
-        got = list(normalizer.shape) if isinstance(normalizer, Tensor) else len(normalizer)
-        raise ValueError(f"normalizer: expected one number, or {depths}, one a depth, got {got}")
-    for number in normalizer if isinstance(normalizer, Sequence) else [normalizer]:
-        reduce.check("mean", number)
+def _divisors(normalizer: Sequence[Tensor | float] | Tensor | float, like: Tensor) -> Tensor:
+    """What each depth's sum is divided by, `[D]` as `like` or `[1]`; 1 where nothing counts."""
     numbers = normalizer if isinstance(normalizer, Sequence) else [normalizer]
-    counts = torch.stack([torch.as_tensor(x, device=device).detach().float().reshape(()) for x in numbers])
+    if isinstance(normalizer, Tensor) and normalizer.numel() == len(like):
+        numbers = list(normalizer.reshape(-1))
+    if len(numbers) not in (1, len(like)) or (isinstance(normalizer, Tensor) and len(numbers) != normalizer.numel()):
+        got = list(normalizer.shape) if isinstance(normalizer, Tensor) else len(numbers)
+        raise ValueError(f"normalizer: expected one number, or {len(like)}, one a depth, got {got}")
+    for number in numbers:
+        reduce.check("mean", number)
+    counts = torch.stack([torch.as_tensor(x).detach().to(like).reshape(()) for x in numbers])
     return torch.where(counts == 0, torch.ones_like(counts), counts)
 
 

@@ -21,6 +21,7 @@ from .shared import (
     add_scaled,
     cast,
     delivered,
+    differentiates_head,
     fake_gradients,
     gradients,
     named,
@@ -258,6 +259,7 @@ def _differentiate_divergence(ctx: Any, grad: Tensor | None, *_: Tensor | None) 
         )
         return gradients(divergence, hidden=hidden, ref_hidden=ref_hidden)
     needs = [need and x is not None for x, need in zip(tensors, ctx.needs_input_grad, strict=False)]
+    needs[1] = differentiates_head(ctx, 1)
     arguments = grad, *tensors, mask, *ctx.description, needs, ctx.weight_out, *ctx.execution
     _, *results = divergence_sum(*arguments) if ctx.weight_out is None else divergence_backward(*arguments)
     needs[1] = needs[1] and ctx.weight_out is None
@@ -280,7 +282,8 @@ def _differentiate_sum(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tupl
     refuse_double_backward()
     if grad is None:
         return gradients(divergence_sum)
-    needs = add_scaled(ctx.weight_out, ctx.saved_tensors[1], grad, ctx.needs)
+    weight_out = ctx.weight_out if differentiates_head(ctx, 2) else None
+    needs = add_scaled(weight_out, ctx.saved_tensors[1], grad, ctx.needs)
     by_name = zip(SIDES, ctx.saved_tensors, ctx.dtypes, needs, strict=True)
     return gradients(
         divergence_sum, **{name: scaled(g, grad, dtype) if need else None for name, g, dtype, need in by_name}

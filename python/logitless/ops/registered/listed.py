@@ -19,6 +19,7 @@ from .shared import (
     Execution,
     cast,
     delivered,
+    differentiates_head,
     fake_gradient_outputs,
     fake_gradients,
     gradient_outputs,
@@ -132,7 +133,7 @@ def _differentiate_list_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tenso
     if not ctx.with_entropy:
         upstream[2] = stats[2] = None
     wants = named(list_logprobs, ctx.needs_input_grad)
-    needs = [wants.hidden, wants.weight, bias is not None and wants.bias]
+    needs = [wants.hidden, differentiates_head(ctx, 1), bias is not None and wants.bias]
     results = list_logprobs_backward(upstream, stats, needs, hidden, weight, bias, targets, *ctx.rest)
     names, needs[1] = ("hidden", "weight", "bias"), wants.weight and ctx.weight_out is None
     return gradients(list_logprobs, **{n: g for n, g, need in zip(names, results, needs, strict=True) if need})
@@ -221,7 +222,7 @@ def _save_listed_products(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> 
 def _differentiate_listed_products(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     hidden, weight, ids = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
+    needs = [ctx.needs_input_grad[0], differentiates_head(ctx, 1)]
     d_hidden, d_weight = listed_products_backward(grad.contiguous(), hidden, weight, ids, needs, ctx.weight_out)
     needs[1] = needs[1] and ctx.weight_out is None
     return gradients(listed_products, hidden=d_hidden if needs[0] else None, weight=d_weight if needs[1] else None)

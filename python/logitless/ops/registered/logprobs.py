@@ -17,6 +17,7 @@ from ..tokens import NO_LSE, Tokens, of_targets, refuse_capture
 from .shared import (
     Execution,
     cast,
+    differentiates_head,
     fake_gradient_outputs,
     gradient_outputs,
     gradients,
@@ -180,7 +181,7 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
         row = weight, torch.where(counts, targets, 0), transform.derivative_at(logprob + lse), transform.slope
         return gradients(logprobs, hidden=_scale_unit(unit, *row, logit_weight, counts, upstream))
     wants = named(logprobs, ctx.needs_input_grad)
-    needs = [wants.hidden, wants.weight, bias is not None and wants.bias]
+    needs = [wants.hidden, differentiates_head(ctx, 1), bias is not None and wants.bias]
     stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
     head = (weight, bias, targets, order, logit_weight, ctx.transform, ctx.ignore_index, ctx.weight_out)
     d_hidden, d_weight, d_bias = logprobs_backward(upstream, stats, saved, needs, hidden, *head, *ctx.execution)

@@ -123,6 +123,22 @@ def sum_in(weight_out: Tensor | None, hidden: Tensor) -> Tensor | None:
     return weight_out if weight_out is not None and weight_out.dtype == statistics_dtype(hidden.dtype) else None
 
 
+def differentiates_head(ctx: Any, place: int) -> bool:
+    """Whether a backward pass asks for the gradient of the head, which is an op's tensor argument number `place`.
+
+    With a caller's buffer the answer counts, as every pass adds to it. A pass for other inputs alone, such as the first
+    of two that a pipeline makes, must not; what it goes on to is the engine's knowledge, and `ctx` has not got it.
+    """
+    if not ctx.needs_input_grad[place]:
+        return False
+    if ctx.weight_out is None:
+        return True
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[place][0]))
+    except RuntimeError:  # the head is itself what `torch.autograd.grad` was asked for, as a compiler does
+        return True
+
+
 def delivered(d_weight: Tensor | None, weight_out: Tensor | None) -> Tensor | None:
     """The head's gradient for autograd: None after it was added to a caller's buffer, if there is one."""
     if weight_out is None:

@@ -19,6 +19,7 @@ from .shared import (
     Execution,
     add_scaled,
     cast,
+    differentiates_head,
     fake_gradients,
     gradients,
     named,
@@ -127,7 +128,8 @@ def _differentiate_token_loss(ctx: Any, grad: Tensor | None, *_: Tensor | None) 
     lists = {"token_inputs": [None] * ctx.token_inputs, "numbers": None if ctx.numbers else []}
     if grad is None:
         return gradients(token_loss, **lists)
-    needs = add_scaled(ctx.weight_out, ctx.saved_tensors[1], grad, ctx.needs)
+    weight_out = ctx.weight_out if differentiates_head(ctx, 1) else None
+    needs = add_scaled(weight_out, ctx.saved_tensors[1], grad, ctx.needs)
     of_tensors = (
         scaled(gradient, grad, dtype) if need else None
         for gradient, dtype, need in zip(ctx.saved_tensors, ctx.dtypes, needs, strict=True)
