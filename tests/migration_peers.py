@@ -31,8 +31,6 @@ def of_torch(names: Names) -> dict[str, Any]:
     def owned(module: nn.Module) -> Callable[..., Tensor]:
         return lambda *args: torch.func.functional_call(module, {"linear.weight": names["weight"]}, args)
 
-    if not hasattr(F, "linear_cross_entropy"):
-        pytest.skip("torch 2.13 has the first linear_cross_entropy")
     return {"owned": owned}
 
 

@@ -19,6 +19,8 @@ TEXT = PAGE.read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row.section not in INTERPRETED], ids=str)
 def test_a_row_is_right(row: Row) -> None:
+    if re.search(r"F\.linear_cross|nn\.LinearCross", row.theirs) and not hasattr(torch.nn, "LinearCrossEntropyLoss"):
+        pytest.skip("torch 2.13 has the first linear_cross_entropy")
     check_row(row, *SECTIONS[row.section])
 
 

@@ -69,7 +69,7 @@ RENAMED = {
 }
 
 _A_SUM = "sums of gradients are float32 whatever the inputs; leave it out"
-_CHUNKS = "chunk_bytes is a budget of bytes for a chunk's logits; no result depends on it"
+_CHUNKS = "chunk_bytes is a budget of bytes for a chunk's logits, and has a default"
 _COUNTED = "give the tokens that do not count the target ignore_index, -100"
 #: What to do in place of an argument whose name or value is not one of ours.
 ADVICE = {
