@@ -135,7 +135,7 @@ def top_entropy(model: Any, hidden: Tensor, labels: Tensor, k: int) -> Tensor:
 
     def entropy(rows: Tensor) -> dict[str, Tensor]:
         rows, weight, bias, group = product(head.inner, rows).cut(rule.vocabulary)
-        scale = {"logit_scale": rule.transform.logit_scale, "softcap": rule.transform.softcap}
+        scale: Any = {"logit_scale": rule.transform.logit_scale, "softcap": rule.transform.softcap}
         top = linear_top_k(rows, weight, k, bias=bias, group=group, **scale).logprob.log_softmax(-1)
         return {"entropy": -(top.exp() * top).sum(-1)}
 
