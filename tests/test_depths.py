@@ -27,7 +27,7 @@ def depths(dtype: torch.dtype = torch.float32, ignored: int = 4, batch: int = 3)
 
 
 def apart(loss, hidden, weight, targets, **options):
-    """The same by one call a depth: the total and the losses."""
+    """The total and the losses by one call a depth."""
     each = [logitless.linear_loss(loss, h, weight, t, **options) for h, t in zip(hidden, targets, strict=True)]
     return sum(w * x for w, x in zip(WEIGHTS, each, strict=True)), torch.stack(each).detach()
 

@@ -206,7 +206,7 @@ def test_under_autocast_the_buffer_is_the_float32_heads(name):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_pass_for_other_inputs_adds_nothing(name):
-    """As `.grad` of a tensor that `torch.autograd.grad` was not asked for stays as it is."""
+    """The gradient of a tensor that `torch.autograd.grad` was not asked for stays as it is, too."""
     p, q, buffer = problem(), problem(), torch.zeros(V, H)
     loss, expected = CALLS[name](p, grad_out=buffer), CALLS[name](q)
     (ours,) = torch.autograd.grad(loss, p.hidden, retain_graph=True)
@@ -338,7 +338,7 @@ def test_recomputation_takes_no_second_buffer():
 
 
 def test_a_single_pass_takes_one_buffer():
-    """Its own, which is scaled on the way: a copy of it would be a second."""
+    """The sweep has one of its own, which is scaled on the way: a copy of it would be a second."""
     buffer = torch.zeros(8192, 64)
     assert largest("single_pass", grad_out=buffer)[1] < 2 * BIG
 

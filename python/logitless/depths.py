@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reduce
@@ -101,7 +102,7 @@ def linear_depth_loss(
         of_tokens = _joined("token_weight", token_weight, targets)
         check_token_input("token_weight", of_tokens, tokens)
         weights = weights * of_tokens
-    total, parts = _weighted(loss, tokens, weight, ids, weights, inputs, options)
+    total, parts = _sum_and_parts(loss, tokens, weight, ids, weights, inputs, options)
     return DepthLosses(total, parts.new_zeros(depths).index_add_(0, depth, parts) / factors)
 
 
@@ -130,21 +131,20 @@ def depth_targets(
         raise ValueError(f"depths: expected a positive int, got {depths!r}")
     check_ignore_index(ignore_index)
     if cu_seqlens is None:
-        return tuple(_ahead(labels, d + 1, ignore_index) for d in range(depths))
+        return tuple(_later(labels, d + 1, ignore_index) for d in range(depths))
     sequence = token_layout(torch.ones_like(labels, dtype=torch.bool), cu_seqlens).sequence
     assert sequence is not None
     sequence, flat = sequence.flatten(), labels.flatten()
-    ahead = [(_ahead(flat, d + 1, ignore_index), _ahead(sequence, d + 1, -1)) for d in range(depths)]
+    ahead = [(_later(flat, d + 1, ignore_index), _later(sequence, d + 1, -1)) for d in range(depths)]
     return tuple(x.where(other == sequence, ignore_index).view_as(labels) for x, other in ahead)
 
 
-def _ahead(x: Tensor, steps: int, fill: int) -> Tensor:
-    """`x [..., T]` some places to the left, with `fill` behind its end."""
-    kept = x[..., steps:]
-    return torch.cat([kept, x.new_full((*x.shape[:-1], x.shape[-1] - kept.shape[-1]), fill)], dim=-1)
+def _later(x: Tensor, steps: int, fill: int) -> Tensor:
+    """The values of `x [..., T]` some places further on, `fill` beyond its end."""
+    return F.pad(x[..., steps:], (0, min(steps, x.shape[-1])), value=fill)
 
 
-def _weighted(
+def _sum_and_parts(
     loss: Loss,
     hidden: Tensor,
     weight: Tensor,
