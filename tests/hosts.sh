@@ -71,5 +71,5 @@ hosts=("$@")
 for host in "${hosts[@]}"; do
     make_environment "$host"
     echo "== $(host_package "$host")"
-    "$root/$host/bin/python" -m pytest "tests/test_host_$host.py" -k "not stub"
+    "$root/$host/bin/python" -m pytest "tests/test_host_$host.py" -k "not stub" -m "slow or not slow"
 done

@@ -141,6 +141,7 @@ def test_a_run_is_the_hosts_own(plugin: Any, options: dict[str, Any], tmp_path: 
     assert any("eval_loss" in log for log in own.logs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", CASES[:2], ids=lambda case: "-".join(case) or "nll")
 def test_no_logits_are_allocated(plugin: Any, options: dict[str, Any], tmp_path: Any) -> None:
     cfg = configuration(plugin, **options)

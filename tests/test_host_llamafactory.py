@@ -248,7 +248,11 @@ def evaluated(host: str, folder: Any, options: dict[str, Any], model: Any) -> fl
     return loss
 
 
-@pytest.mark.parametrize("options", [CASES[0], *CASES[2:]], ids=lambda case: "-".join(case) or "nll")
+@pytest.mark.parametrize(
+    "options",
+    [CASES[0], *(pytest.param(case, marks=pytest.mark.slow) for case in CASES[2:])],
+    ids=lambda case: "-".join(case) or "nll",
+)
 def test_no_logits_are_allocated(host: str, options: dict[str, Any], tmp_path: Any) -> None:
     def run() -> Run:
         model = llama(vocab_size=LARGE, max_position_embeddings=256)
@@ -381,6 +385,7 @@ def test_runs_on_preferences_are_the_hosts_own(cls: str, options: dict[str, Any]
         assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_preferences_allocate_no_logits(host: str, tmp_path: Any) -> None:
     def allocated() -> Any:
         model = llama(vocab_size=LARGE, max_position_embeddings=256)

@@ -47,11 +47,11 @@ def host(request: pytest.FixtureRequest) -> Iterator[str]:
         if not installed("torchtune", "torchao"):
             pytest.skip("torchtune is not installed")
         yield "real"
-        torchtune._DECODER.off()
+        torchtune._UNEMBEDDING.off()
         return
     with stubbed("torchtune", "0.6.1", STUB):
         yield "stub"
-        torchtune._DECODER.off()
+        torchtune._UNEMBEDDING.off()
 
 
 def decoder(host: str, vocabulary: int = V, tied: bool = False) -> Any:

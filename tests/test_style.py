@@ -35,6 +35,7 @@ INTERFACES = {
     "enable": "the hosts",
     "disable": "the hosts",
     "TESTED": "the hosts",
+    "LogitlessLoss": "the hosts: the class that a configuration names",
 }
 
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

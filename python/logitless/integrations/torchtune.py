@@ -21,7 +21,7 @@ from .hosts import Change, Switch, UnsupportedHostError
 
 #: Releases of torchtune that the tests ran. Its development has ended.
 TESTED = ">=0.6.1,<0.7"
-_DECODER = Switch("torchtune", TESTED)
+_UNEMBEDDING = Switch("torchtune", TESTED)
 
 
 class LogitlessLoss(nn.Module):
@@ -45,7 +45,7 @@ class LogitlessLoss(nn.Module):
         self.ignore_index = ignore_index
         self.loss = check_host_loss(losses.get(loss, **hyper_parameters), "torchtune")
         self._decoder: list[Any] = []  # the one that ran last; in a list, because it is no part of this module
-        _DECODER.on(self._changes)
+        _UNEMBEDDING.on(self._changes)
 
     def _changes(self) -> list[Change]:
         from torchtune.modules.transformer import TransformerDecoder
@@ -68,7 +68,7 @@ class LogitlessLoss(nn.Module):
 
     def close(self) -> None:
         """Gives the decoders back their own `unembed`."""
-        _DECODER.off()
+        _UNEMBEDDING.off()
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The mean loss of hidden states `[..., H]`, which the recipe takes for logits, and labels `[...]`."""
