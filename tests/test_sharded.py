@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import in_processes
 from torch import Tensor, nn
 
 import logitless
@@ -30,18 +31,13 @@ H, V = 6, 11  # no number of processes divides V
 # Processes
 
 
-def in_processes(world: int, folder: Path, worker: Callable[..., dict[str, Any]], *args: Any) -> list[dict[str, Any]]:
+def results_of(world: int, folder: Path, worker: Callable[..., dict[str, Any]], *args: Any) -> list[dict[str, Any]]:
     """The results of `worker(rank, world, *args)` in each of `world` processes."""
-    torch.multiprocessing.spawn(_process, args=(world, str(folder), worker, args), nprocs=world)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    return in_processes(world, folder, _with_rank, worker, args)
 
 
-def _process(rank: int, world: int, folder: str, worker: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    torch.save(worker(rank, world, *args), f"{folder}/{rank}.pt")
-    dist.barrier()
-    os._exit(0)  # once in many runs a thread of gloo outlives Python's shutdown, and C++ then aborts the process
+def _with_rank(worker: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> dict[str, Any]:
+    return worker(dist.get_rank(), dist.get_world_size(), *args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,12 +181,12 @@ def check_sums(results: list[dict[str, Any]], name: str) -> None:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_processes(2, tmp_path_factory.mktemp("two"), sharded_sums, list(SUMS))
+    return results_of(2, tmp_path_factory.mktemp("two"), sharded_sums, list(SUMS))
 
 
 @pytest.fixture(scope="module")
 def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return in_processes(4, tmp_path_factory.mktemp("four"), sharded_sums, list(SUMS))
+    return results_of(4, tmp_path_factory.mktemp("four"), sharded_sums, list(SUMS))
 
 
 @pytest.mark.parametrize("name", SUMS)
@@ -236,7 +232,7 @@ def dtensor_tokens(rank: int, world: int) -> dict[str, Any]:
 
 
 def test_tokens_may_be_dtensors(tmp_path: Path) -> None:
-    for found in in_processes(2, tmp_path, dtensor_tokens):
+    for found in results_of(2, tmp_path, dtensor_tokens):
         for key, values in found.items():
             truth = expected(key.split("-")[1])
             for name, value in values.items():
@@ -312,12 +308,12 @@ def check_steps(results: list[dict[str, Any]], world: int) -> None:
 
 
 def test_an_fsdp2_optimizer_takes_the_same_steps_as_one_process(tmp_path: Path) -> None:
-    check_steps(in_processes(2, tmp_path, fsdp2_steps), 2)
+    check_steps(results_of(2, tmp_path, fsdp2_steps), 2)
 
 
 @pytest.mark.slow
 def test_fsdp2_and_hsdp_on_four_processes_take_the_same_steps(tmp_path: Path) -> None:
-    check_steps(in_processes(4, tmp_path, fsdp2_steps), 4)
+    check_steps(results_of(4, tmp_path, fsdp2_steps), 4)
 
 
 def no_rows_and_errors(rank: int, world: int) -> dict[str, Any]:
@@ -356,7 +352,7 @@ def no_rows_and_errors(rank: int, world: int) -> dict[str, Any]:
 @pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_few_rows_compiled_calls_and_refusals(tmp_path: Path, world: int) -> None:
     """Three rows on two processes; five rows on four, of which the last has none."""
-    results = in_processes(world, tmp_path, no_rows_and_errors)
+    results = results_of(world, tmp_path, no_rows_and_errors)
     assert [found["rows"] for found in results] == {2: [2, 1], 4: [2, 2, 1, 0]}[world]
     for found in results:
         torch.testing.assert_close(found["few"], found["truth"])
@@ -388,7 +384,7 @@ def fsdp1_errors(rank: int, world: int) -> dict[str, Any]:
 def test_a_piece_of_fsdp1_is_refused(tmp_path: Path) -> None:
     x = batch()
     truth = logitless.linear_loss("dft", x["hidden"], Body().lm_head.weight, x["targets"]).detach()
-    for found in in_processes(2, tmp_path, fsdp1_errors):
+    for found in results_of(2, tmp_path, fsdp1_errors):
         assert "weight: expected a whole tensor, got a flat piece of shape [" in found[True]
         assert f"weight: expected a whole tensor, got shape {[V, H]} without its data" in found[False]
         assert all("FSDP1" in found[original] for original in (True, False))
@@ -529,7 +525,7 @@ def deepspeed_steps(rank: int, world: int, layout: str) -> dict[str, Any]:
 @pytest.mark.parametrize("layout", ["outside", "tied", "inside"])
 def test_deepspeed_takes_the_same_steps_as_one_process(tmp_path: Path, layout: str) -> None:
     pytest.importorskip("deepspeed")
-    results = in_processes(2, tmp_path, deepspeed_steps, layout)
+    results = results_of(2, tmp_path, deepspeed_steps, layout)
     model = Embedded(layout == "tied")
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for i, (ids, targets) in enumerate(micro_batches(2)):

@@ -32,7 +32,7 @@ from logitless.training import files
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
 from logitless.training.settings import Settings
-from logitless.training.sharding import gathered_state, like, parameters_of, shape_of, whole
+from logitless.training.sharding import gathered_state, like, parameters_of, shape_of, whole_weight
 
 STATE = "trainer_state.json"
 ESTIMATED = "estimated.safetensors"
@@ -65,7 +65,7 @@ def save(
     generators = generator_states(world)
     weights = gathered_state(model, keep=world.is_main)
     moments = optimizer_state(model, optimizer, world)
-    reference = {name: whole(tensor).cpu() for name, tensor in reference.items()}
+    reference = {name: whole_weight(tensor).cpu() for name, tensor in reference.items()}
     if world.is_main:
         with files.new_folder(folder) as unfinished:
             settings.save(unfinished, model, tokenizer, weights)

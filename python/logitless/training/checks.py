@@ -23,7 +23,7 @@ from logitless.training.config import TrainOptions
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 from logitless.training.examples import Example, TokenizedData
-from logitless.training.sharding import gathered, shape_of
+from logitless.training.sharding import gathered_weights, shape_of
 
 #: Tables of positions by the last part of their names; rotary and ALiBi models have none.
 _TABLES = re.compile(r"wpe|(embed_)?positions?(_embed(dings?)?)?|pos_(emb|embed|embedding|encoding)")
@@ -75,7 +75,7 @@ def embedding_rows(model: Any) -> int:
 
 def head_rows(model: Any) -> int:
     """Rows of a model's output head, those that it makes logits of."""
-    with gathered(list(model.get_output_embeddings().parameters())):
+    with gathered_weights(list(model.get_output_embeddings().parameters())):
         return len(plain_head(model).weight)
 
 

@@ -52,19 +52,19 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def whole(weight: Tensor) -> Tensor:
+def whole_weight(weight: Tensor) -> Tensor:
     """A weight that is put together from all processes, which must call it at once; a plain tensor as it is."""
     if hasattr(weight, "device_mesh"):
         found: Tensor = weight.full_tensor()  # type: ignore[attr-defined]
         return found
     if not hasattr(weight, "ds_id"):
         return weight.detach()
-    with gathered([weight]):
+    with gathered_weights([weight]):
         return weight.detach().clone()
 
 
 @contextmanager
-def gathered(weights: list[Any]) -> Iterator[None]:
+def gathered_weights(weights: list[Any]) -> Iterator[None]:
     """Has the weights that ZeRO-3 partitioned whole meanwhile, for all processes at once; others stay."""
     partitioned = [weight for weight in weights if hasattr(weight, "ds_id")]
     if not partitioned:
@@ -98,7 +98,7 @@ def whole_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The model's tensors by name, whole, one after the other; all processes must take all of them."""
     parameters_of(model)
     for name, tensor in model.state_dict(keep_vars=True).items():
-        yield name, whole(tensor)
+        yield name, whole_weight(tensor)
 
 
 def gathered_state(model: Any, *, keep: bool) -> dict[str, Tensor] | None:
@@ -121,7 +121,7 @@ def gathered_state(model: Any, *, keep: bool) -> dict[str, Tensor] | None:
     once: dict[int, Tensor] = {}  # a tied weight has two names and stays one tensor
     for name, tensor in state.items():
         if id(tensor) not in once:
-            value = whole(tensor)
+            value = whole_weight(tensor)
             once[id(tensor)] = value.cpu() if keep else value.new_empty(0)
         found[name] = once[id(tensor)]
     return found
@@ -181,7 +181,7 @@ class Copies:
             check: looks at the norm before the step, and raises where it must not be taken.
         """
         trainable = [parameter for parameter in parallel.parameters() if parameter.requires_grad]
-        norm = float(whole(torch.nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)))
+        norm = float(whole_weight(torch.nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)))
         check(norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -189,7 +189,7 @@ class Copies:
 
     def moments(self, optimizer: Any, parameter: nn.Parameter) -> dict[str, Tensor]:
         """The optimizer's tensors of a parameter, whole; all processes must call it at once."""
-        return {moment: whole(tensor) for moment, tensor in optimizer.state.get(parameter, {}).items()}
+        return {moment: whole_weight(tensor) for moment, tensor in optimizer.state.get(parameter, {}).items()}
 
     def set_moment(self, optimizer: Any, parameter: nn.Parameter, moment: str, tensor: Tensor) -> None:
         """Gives the optimizer what `moments` gave."""
