@@ -201,9 +201,39 @@ def losses_worker(rows: tuple[int, ...]) -> None:
                 group=group,
             ),
         )
+    depths_worker(rows)
+    buffer_worker(rows)
     module = logitless.nn.LinearLoss("dft", group=world(rows))
     value = module(problem.hidden, own_rows(problem.weight, world(rows)), targets)
     torch.testing.assert_close(value, linear_loss("dft", problem.hidden, problem.weight, targets))
+
+
+def depths_worker(rows: tuple[int, ...]) -> None:
+    """Several hidden states over a shared head."""
+    group, problem = world(rows), make_problem((2, 9), 8, sum(rows), dtype=torch.float64)
+    hidden, targets = list(problem.hidden), list(problem.targets)
+    options: Any = {"depth_weight": (1.0, 0.3)}
+    whole = logitless.linear_depth_loss("dft", hidden, problem.weight, targets, **options)
+    weight = own_rows(problem.weight, group)
+    found = logitless.linear_depth_loss("dft", hidden, weight, targets, group=group, **options)
+    torch.testing.assert_close(found.loss, whole.loss)
+    torch.testing.assert_close(found.losses, whole.losses)
+    tensors = (problem.hidden, problem.weight)
+    expected = torch.autograd.grad(whole.loss, tensors)
+    torch.testing.assert_close(torch.autograd.grad(found.loss, tensors), expected)
+
+
+def buffer_worker(rows: tuple[int, ...]) -> None:
+    """The gradient of this rank's rows, added to its buffer."""
+    group, problem = world(rows), make_problem((9,), 8, sum(rows))
+    whole = torch.autograd.grad(linear_loss("nll", *problem[:2], problem.targets), problem.weight)[0]
+    weight = own_rows(problem.weight, group).detach().requires_grad_()
+    for backward in ("auto", "recompute"):
+        buffer = torch.ones_like(weight)
+        options: Any = {"group": group, "grad_out": buffer, "backward": backward}
+        linear_loss("nll", problem.hidden, weight, problem.targets, **options).backward()
+        assert weight.grad is None or not len(weight)
+        torch.testing.assert_close(buffer, 1 + own_rows(whole, group))
 
 
 def _inputs(loss: Any, ref: dict[str, Tensor]) -> dict[str, Any]:
