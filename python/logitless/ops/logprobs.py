@@ -47,7 +47,7 @@ def linear_logprobs(
 
     Args:
         hidden: `[..., H]`, any strides; float64, float32, bfloat16 or float16. Under autocast, cast as `F.linear` does.
-        weight: `[V, H]`, the dtype and device of `hidden`.
+        weight: `[V, H]`, the dtype and device of `hidden`; also sharded (DTensor, ZeRO-3): docs/sharded.md.
         targets: `[...]` int64 or int32 ids in [0, V), aligned with `hidden` (no shift), or `ignore_index`. None where
             `outputs` asks only for `lse`, `entropy`, `mean_logit` or `log_sum_sq`. Or `[..., K]`, several ids a token,
             -1 or `ignore_index` for an absent place, at the price of one: `logprob` is `[..., K]` then, and `outputs`
