@@ -197,7 +197,7 @@ MIXTURES = {
     "FlexOlmoForCausalLM": ("FlexOlmoConfig", MIXTURE),
     "FlintForCausalLM": ("FlintConfig", {**MIXTURE, "layer_types": ["full_attention"] * 2, "mlp_only_layers": []}),
     "Glm4MoeForCausalLM": ("Glm4MoeConfig", MIXTURE),
-    "GraniteMoeSWAForCausalLM": ("GraniteMoeSWAConfig", MIXTURE),
+    "GraniteMoeSWAForCausalLM": ("GraniteMoeSWAConfig", {**MIXTURE, "logits_scaling": 3.0}),
     "HYV3ForCausalLM": ("HYV3Config", MIXTURE),
     "LagunaForCausalLM": ("LagunaConfig", MIXTURE),
     "LaraMiniForCausalLM": ("LaraMiniConfig", MIXTURE),
