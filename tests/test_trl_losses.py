@@ -182,3 +182,79 @@ def test_grpo_is_trls_own(folder: str, tmp_path: Path, case: str) -> None:
         for name in ("loss", "grad_norm", "entropy"):
             if name in a:
                 assert b[name] == pytest.approx(a[name], rel=2e-4, abs=2e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A patched model
+
+
+def plain(cls: Any, config: Any, rows: Any, model: Any, path: Path, **more: Any) -> Any:
+    """A trainer of TRL's own around a model."""
+    args = config(**settings(path))
+    return cls(model=model, args=args, train_dataset=rows, processing_class=make_tokenizer(), **more)
+
+
+HOSTS = {
+    "sft": (trl.SFTTrainer, trl.SFTConfig, sft_rows, "dft"),
+    "dpo": (trl.DPOTrainer, trl.DPOConfig, pair_rows, "simpo"),
+    "kto": (trl.KTOTrainer, trl.KTOConfig, marked_rows, "kto"),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_trls_own_trainer_refuses_the_loss_of_a_patched_model(
+    folder: str, tmp_path: Path, host: str, adapted: bool
+) -> None:
+    cls, config, rows, loss = HOSTS[host]
+    model = logitless.patch(AutoModelForCausalLM.from_pretrained(folder), loss=loss)
+    if adapted:
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    with pytest.raises(ValueError, match=r"would ignore .*with_loss"):
+        plain(cls, config, rows(), model, tmp_path)
+
+
+def test_trls_own_trainer_refuses_the_temperature_of_a_patched_model(folder: str, tmp_path: Path) -> None:
+    model = logitless.patch(AutoModelForCausalLM.from_pretrained(folder), temperature=0.7)
+    with pytest.raises(ValueError, match=r"temperature 0\.7"):
+        plain(trl.SFTTrainer, trl.SFTConfig, sft_rows(), model, tmp_path)
+
+
+def test_trls_own_trainer_says_that_it_does_not_run_the_patch(
+    folder: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = logitless.patch(AutoModelForCausalLM.from_pretrained(folder))
+    trainer = plain(trl.SFTTrainer, trl.SFTConfig, sft_rows(), model, tmp_path)
+    assert "in place of this LlamaForCausalLM's patch" in caplog.text
+    assert trainer.train().training_loss > 0
+
+
+def test_the_loss_of_a_patched_model_is_trained(folder: str, tmp_path: Path) -> None:
+    args = trl.SFTConfig(**settings(tmp_path))
+    patched = logitless.patch(AutoModelForCausalLM.from_pretrained(folder), loss="dft")
+    got = run(with_loss(trl.SFTTrainer), folder, args, sft_rows(), model=patched)
+    expected = run(trl.SFTTrainer, folder, trl.SFTConfig(**settings(tmp_path, loss_type="dft")), sft_rows())
+    same_run(expected, got)
+    with pytest.raises(ValueError, match="pass one"):
+        with_loss(trl.SFTTrainer)(
+            model=logitless.patch(AutoModelForCausalLM.from_pretrained(folder), loss="dft"),
+            args=args,
+            train_dataset=sft_rows(),
+            loss="eaft",
+        )
+
+
+def test_patching_behind_trls_head_names_the_adapter(folder: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    trainer = plain(trl.SFTTrainer, trl.SFTConfig, sft_rows(), model, tmp_path)
+    with pytest.raises(UnsupportedModelError, match=r"integrations\.trl\.losses\.with_loss"):
+        logitless.patch(trainer.model)
+
+
+def test_tags_of_others_pass_and_unpatching_leaves_nothing(folder: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = set(vars(model))
+    logitless.patch(model, loss="dft").add_model_tags("mine")
+    assert model.model_tags == ["mine"]
+    logitless.unpatch(model)
+    assert set(vars(model)) - {"model_tags"} == before - {"model_tags"}

@@ -10,6 +10,7 @@ runs the original forward (`forward.py`), and an argument of ours that stands in
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 from torch import nn
@@ -22,6 +23,7 @@ from .forward import PatchedForward, logger
 from .heads import find_head
 from .scoring import Patch, check_temperature
 from .support import causal_lm, check_model
+from .tags import add_tags
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,8 +42,8 @@ def patch(
 
     Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature that
     `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
-    `get_peft_model` may come before or after. TRL's trainers of releases with a fused head replace the forward by their
-    own: under them no patch runs, and the loss is theirs. Pickle, `torch.save(model)` and `copy.deepcopy` give a
+    `get_peft_model` may come before or after. TRL's trainers with a fused head replace the forward by their own. They
+    refuse a model with another loss than `"nll"`, which `logitless.integrations.trl.losses` trains in them. Pickle, `torch.save(model)` and `copy.deepcopy` give a
     patched model.
 
     **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more
@@ -133,6 +135,7 @@ def patch(
     inner._logitless_patch = state  # type: ignore[assignment]
     inner.forward = state.forward
     inner._replicate_for_data_parallel = _refuse_replica  # type: ignore[method-assign]
+    inner.add_model_tags = partial(add_tags, inner)
     _announce(inner, state)
     return model
 
@@ -156,7 +159,7 @@ def unpatch(model: Model) -> Model:
         del inner.forward
     else:
         inner.forward = state.shadowed
-    del inner._logitless_patch, inner._replicate_for_data_parallel
+    del inner._logitless_patch, inner._replicate_for_data_parallel, inner.add_model_tags
     return model
 
 
