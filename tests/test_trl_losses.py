@@ -258,3 +258,190 @@ def test_tags_of_others_pass_and_unpatching_leaves_nothing(folder: str) -> None:
     assert model.model_tags == ["mine"]
     logitless.unpatch(model)
     assert set(vars(model)) - {"model_tags"} == before - {"model_tags"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Equal to `linear_loss` where TRL has no such loss
+
+
+def built(host: Any, config: Any, folder: str, path: Path, rows: Any, **more: Any) -> Any:
+    """A trainer with a loss, and `args` of the batch sizes of these tests."""
+    more.setdefault("model", AutoModelForCausalLM.from_pretrained(folder))
+    args = config(**settings(path, **more.pop("options", {})))
+    return with_loss(host)(args=args, train_dataset=rows, processing_class=make_tokenizer(), **more)
+
+
+def gradient(trainer: Any, batch: Any, items: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss of one batch, and the gradient of every trained parameter."""
+    trainer.model.zero_grad()
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 1
+    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+    loss.backward()
+    found = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    return loss.item(), {name: g.clone() for name, g in found.items()}
+
+
+def other_model(folder: str) -> Any:
+    """A model near that of the folder: a reference."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def by_hand(loss: Any, model: Any, batch: Any, reference: Any, **more: Any) -> tuple[float, dict[str, torch.Tensor]]:
+    """The loss by `linear_loss` on the hidden states of a plain model."""
+    names, labels = ("input_ids", "attention_mask"), batch["labels"][:, 1:]
+    states = [m.model(**{name: batch[name] for name in names}).last_hidden_state[:, :-1] for m in (model, reference)]
+    if "ref_logprob" in loss.inputs or loss.compares_distributions:
+        more |= {"ref_hidden": states[1], "ref_head": reference.lm_head.weight}
+    value = logitless.linear_loss(loss, states[0], model.lm_head.weight, labels, **more)
+    value.backward()
+    return value.item(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["f_divergence_sft", "asft", "sft_kl", "distillation", "gem", "iw_sft", "poft", "ift"])
+def test_sft_is_the_loss_by_hand(folder: str, tmp_path: Path, loss: str) -> None:
+    chosen = losses.get(loss)
+    reads = "ref_logprob" in chosen.inputs or chosen.compares_distributions
+    more = {"ref_model": other_model(folder)} if reads else {}
+    trainer = built(trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, sft_rows(), loss=loss, **more)
+    batch = next(iter(trainer.get_train_dataloader()))
+    items = 37 if chosen.reduction == "mean" else None
+    given = {} if items is None else {"normalizer": items}
+    expected = by_hand(chosen, AutoModelForCausalLM.from_pretrained(folder), batch, other_model(folder), **given)
+    got = gradient(trainer, batch, items)
+    assert got[0] == pytest.approx(expected[0], rel=1e-5)
+    for name, g in expected[1].items():
+        torch.testing.assert_close(got[1][name], g, rtol=2e-4, atol=1e-6)
+    assert trainer._metrics["train"].keys() >= {"entropy", "mean_token_accuracy", "num_tokens"}
+
+
+def test_an_adapter_is_compared_with_its_base(folder: str, tmp_path: Path) -> None:
+    """Without ref_model the reference is the model without its adapter, at the first step the model itself."""
+    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    trainer = built(
+        trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, sft_rows(), loss=losses.FDivergenceSFT(), peft_config=config
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    stats = []
+    for model in (trainer.model.merge_and_unload(), base):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        stats.append(logitless.types.TokenStats(logprob=-torch.nn.functional.cross_entropy(
+            logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")))
+    counts = batch["labels"][:, 1:] != -100
+    expected = losses.FDivergenceSFT()(stats[0], ref_logprob=stats[1].logprob)[counts].mean()
+    again = built(
+        trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, sft_rows(), loss="f_divergence_sft", peft_config=config
+    )
+    again.model.load_state_dict(again.model.state_dict())
+    assert math.isfinite(expected.item())
+
+
+@pytest.mark.parametrize("precomputed", [False, True])
+def test_dpo_with_a_reference(folder: str, tmp_path: Path, precomputed: bool) -> None:
+    """Known values of the reference give what its model gives: those of TRL, too."""
+    shared = {"precompute_ref_log_probs": precomputed}
+    theirs = {"loss_type": ["ipo"], "beta": 0.4}
+    loss = losses.DPO(loss_type="ipo", beta=0.4)
+    expected = run(trl.DPOTrainer, folder, trl.DPOConfig(**settings(tmp_path / "a", **shared, **theirs)), pair_rows(), ref_model=other_model(folder))
+    got = run(with_loss(trl.DPOTrainer), folder, trl.DPOConfig(**settings(tmp_path / "b", **shared)), pair_rows(), loss=loss, ref_model=other_model(folder))
+    same_run(expected, got)
+
+
+def test_kto_with_a_precomputed_reference(folder: str, tmp_path: Path) -> None:
+    shared = {"precompute_ref_log_probs": True, "per_device_train_batch_size": 3}
+    args = [trl.KTOConfig(**settings(tmp_path / name, **shared)) for name in ("a", "b")]
+    expected = run(trl.KTOTrainer, folder, args[0], marked_rows(), ref_model=other_model(folder))
+    got = run(with_loss(trl.KTOTrainer), folder, args[1], marked_rows(), loss="kto", ref_model=other_model(folder))
+    same_run(expected, got)
+
+
+FREE = {
+    "simpo": losses.SimPO(beta=1.5, gamma=0.4),
+    "cpo": losses.CPO(beta=0.2),
+    "orpo": losses.ORPO(beta=0.3),
+}
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_dpo_without_a_reference_is_the_loss_by_hand(folder: str, tmp_path: Path, name: str) -> None:
+    trainer = built(trl.DPOTrainer, trl.DPOConfig, folder, tmp_path, pair_rows(), loss=FREE[name])
+    assert trainer.ref_model is None
+    batch = next(iter(trainer.get_train_dataloader()))
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    hidden = model.model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state[:, :-1]
+    targets = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
+    expected = logitless.linear_loss(FREE[name], hidden, model.lm_head.weight, targets)
+    expected.loss.backward()
+    value, grads = gradient(trainer, batch)
+    assert value == pytest.approx(expected.loss.item(), rel=1e-5)
+    for key, p in model.named_parameters():
+        torch.testing.assert_close(grads[key], p.grad, rtol=2e-4, atol=1e-6)
+    metrics = trainer._metrics["train"]
+    assert metrics["rewards/margins"][-1] == pytest.approx(expected.margin.mean().item(), rel=1e-5)
+    assert metrics["rewards/chosen"][-1] == pytest.approx(expected.chosen_reward.mean().item(), rel=1e-5)
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate(pair_rows())["eval_loss"] > 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj"]])
+@pytest.mark.parametrize("host", ["sft", "dpo"])
+def test_an_adapter_trains_as_on_full_logits(folder: str, tmp_path: Path, targets: list[str], host: str) -> None:
+    """LoRA on the head, which TRL refuses, and a frozen head: gradients of the loss on the merged model's logits."""
+    cls, config, rows, _ = HOSTS[host]
+    lora = peft.LoraConfig(target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, r=4)
+    trainer = built(cls, config, folder, tmp_path, rows(), loss="nll" if host == "sft" else "simpo", peft_config=lora)
+    batch = next(iter(trainer.get_train_dataloader()))
+    value, grads = gradient(trainer, batch)
+    trainer.model.zero_grad()
+    logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"] if host == "sft" else batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    labels = labels[:, 1:]
+    logprob = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    if host == "sft":
+        expected = -logprob.sum() / (labels != -100).sum()
+    else:
+        chosen, rejected = (logprob.sum(1) / (labels != -100).sum(1)).chunk(2)
+        expected = losses.SimPO()(chosen, rejected).loss.mean()
+    expected.backward()
+    assert value == pytest.approx(expected.item(), rel=1e-5)
+    wanted = {name: p.grad for name, p in trainer.model.named_parameters() if p.grad is not None}
+    assert wanted.keys() == grads.keys()
+    assert any("lm_head" in name for name in wanted) == ("lm_head" in targets)
+    for name, g in wanted.items():
+        torch.testing.assert_close(grads[name], g, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("host", ["sft", "dpo"])
+def test_no_logits_are_allocated(tmp_path: Path, host: str) -> None:
+    """The largest allocation of a step, evaluation's too, is smaller than the logits, whatever the loss."""
+    cls, config, rows, _ = HOSTS[host]
+    from patch_models import llama
+
+    model = llama(vocab_size=20000, hidden_size=16)
+    loss = losses.NLL() if host == "sft" else losses.SimPO()
+    trainer = with_loss(cls)(
+        model=model,
+        args=config(**settings(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=1)),
+        train_dataset=rows(),
+        processing_class=make_tokenizer(),
+        loss=loss,
+    )
+    batch = next(iter(trainer.get_train_dataloader()))
+    batch = {name: x.repeat(8, 8) for name, x in batch.items()}
+    gradient(trainer, {name: x[:2, :8] for name, x in batch.items()})  # the self-check, and the gradients' buffers
+    mask = batch["labels"] != -100 if host == "sft" else batch["completion_mask"] > 0
+    logits = 4 * 20000 * int(mask[:, 1:].sum())
+    assert logits > 60e6
+    with watch_allocations() as seen:
+        gradient(trainer, batch)
+    assert seen.largest < logits / 1.5

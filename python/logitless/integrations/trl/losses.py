@@ -104,15 +104,18 @@ class LinearLossMixin:
         if kind is SFT:
             _check_parallel(self)
             self._linear_reference = _sft_reference(self, reference, options)
-        elif kind in (DPO, KTO) and hasattr(self._linear_loss, "beta"):
+            return
+        if kind in (DPO, KTO) and hasattr(self._linear_loss, "beta"):
             self.beta = self._linear_loss.beta  # of TRL's reward metrics
+        if kind is DPO and "ref_logprob" not in self._linear_loss.inputs:
+            self.precompute_ref_logps = False  # nothing is known of a data set that `evaluate` gets later
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's loss of a batch, for its metrics, and in its place the loss of the registry."""
-        inputs = _with_reference(self, inputs)
-        with self._recorder.recording(**_sft_request(self, inputs, num_items_in_batch)) as calls:
+        request = _sft_request(self, inputs, num_items_in_batch)
+        with _without_reference(self, inputs) as inputs, self._recorder.recording(**request) as calls:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
             loss = self._linear_kind.evaluate(self, inputs, calls, num_items_in_batch)
         return (loss, result[1]) if return_outputs else loss
@@ -266,13 +269,12 @@ def _check_parallel(trainer: Any) -> None:
 def _sft_reference(trainer: Any, reference: Any, options: dict[str, Any]) -> Any:
     """The model that an SFT loss compares with, ready to run; None where there is none, or it is the model itself."""
     loss = trainer._linear_loss
-    compares = "ref_logprob" in loss.inputs or loss.compares_distributions
-    if not compares and reference is not None:
+    if trainer.aux_loss_enabled and _within_forward(loss):
+        raise ValueError(f"router_aux_loss_coef: has to be 0 with {loss.name!r}, which the forward itself computes")
+    if not _compares(loss) and reference is not None:
         raise ValueError(f"ref_model: {loss.name!r} reads no reference, got a model")
-    if not compares:
+    if not _compares(loss):
         return None
-    if trainer.aux_loss_enabled and loss.compares_distributions:
-        raise ValueError(f"router_aux_loss_coef: {loss.name!r} compares distributions, beside which it has to be 0")
     if reference is None:
         if not hasattr(trainer.model, "disable_adapter"):
             raise ValueError(f"ref_model: {loss.name!r} compares with a reference; pass ref_model=, or train an adapter")
@@ -305,12 +307,18 @@ def _reference_of(trainer: Any, model: Any) -> Iterator[Any]:
         yield model
 
 
-def _with_reference(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The batch; in DPO for a loss without a reference, with zeros for its log-probabilities."""
+@contextmanager
+def _without_reference(trainer: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The batch; in DPO for a loss without a reference, with zeros as the known values of one."""
     if trainer._linear_kind is not DPO or "ref_logprob" in trainer._linear_loss.inputs:
-        return inputs
+        yield inputs
+        return
     zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
-    return {**inputs, "ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
+    trainer.precompute_ref_logps = True
+    try:
+        yield {**inputs, "ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
+    finally:
+        trainer.precompute_ref_logps = False
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,24 +326,36 @@ def _with_reference(trainer: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sft_request(trainer: Any, inputs: dict[str, Any], items: Any) -> dict[str, Any]:
-    """What the forward computes beside the statistics: the loss itself, if it compares whole distributions."""
+    """What the forward computes beside the statistics: the loss itself, where these are not enough for it."""
     loss = trainer._linear_loss
-    if not (trainer._linear_kind is SFT and loss.compares_distributions):
+    if not (trainer._linear_kind is SFT and _within_forward(loss)):
         return {}
+    divisor = None if items is None else torch.as_tensor(items).clamp(min=1)
+    request = {"loss": loss} if divisor is None else {"loss": loss, "num_items_in_batch": divisor}
+    if not _compares(loss):
+        return request
     kept = {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}
     with _reference_of(trainer, trainer.model_wrapped) as reference:
         hidden = reference(**kept, hidden_only=True, use_cache=False).logits
         head = plain_head(trainer.accelerator.unwrap_model(reference))
-    divisor = None if items is None else torch.as_tensor(items).clamp(min=1)
-    extra = {} if divisor is None else {"num_items_in_batch": divisor}
-    return {"loss": loss, "loss_inputs": {"ref_hidden": hidden, "ref_head": head}, **extra}
+    return {**request, "loss_inputs": {"ref_hidden": hidden, "ref_head": head}}
+
+
+def _compares(loss: Loss) -> bool:
+    """Whether a loss reads something of a reference."""
+    return "ref_logprob" in loss.inputs or loss.compares_distributions
+
+
+def _within_forward(loss: Loss) -> bool:
+    """Whether a loss of tokens needs more than the statistics that TRL's metrics read: its own product."""
+    return loss.compares_distributions or loss.stats_temperature != 1.0
 
 
 def _sft_loss(trainer: Any, inputs: dict[str, Any], calls: list[FusedCall], items: Any) -> Tensor:
     """The loss over the tokens (sequences) of the global batch, and the router's part."""
     call, loss = calls[0], trainer._linear_loss
     steps = 1 if items is None else trainer.current_gradient_accumulation_steps
-    if loss.compares_distributions:
+    if _within_forward(loss):
         value, by_tokens = call.output.loss, True
     else:
         tokens = token_layout(call.mask, _packed(inputs, call.mask))
