@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import math
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ trl = pytest.importorskip("trl")
 peft = pytest.importorskip("peft")
 datasets = pytest.importorskip("datasets")
 
+import transformers  # noqa: E402
 from training_fixtures import make_model, make_tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
@@ -31,6 +32,11 @@ CLOCKS = ("runtime", "per_second", "step_time", "total_flos", "epoch")
 STEPS = 3
 
 
+def slowly(cases: Any, fast: str) -> list[Any]:
+    """All cases as parameters, all but one of the slow tier."""
+    return [case if case == fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("trl") / "model"
@@ -43,7 +49,20 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def sft_rows() -> Any:
-    texts = ["red", "a longer answer", "x", "blue or green", "four", "no", "maybe so", "7", "the end", "yes", "ok", "one"]
+    texts = [
+        "red",
+        "a longer answer",
+        "x",
+        "blue or green",
+        "four",
+        "no",
+        "maybe so",
+        "7",
+        "the end",
+        "yes",
+        "ok",
+        "one",
+    ]
     return datasets.Dataset.from_list([{"prompt": f"q{i} ", "completion": t} for i, t in enumerate(texts)])
 
 
@@ -81,7 +100,8 @@ def same_run(one: tuple[Any, Any], two: tuple[Any, Any], *, but: tuple[str, ...]
     """Both ended at the same weights, and logged the same metrics, gradient norms and losses among them."""
     for (name, x), (_, y) in zip(one[0].model.named_parameters(), two[0].model.named_parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-    assert len(one[1]) == len(two[1]) > STEPS - 1
+    assert len(one[1]) == len(two[1]) == STEPS + 1
+    assert any(entry["grad_norm"] > 1e-3 for entry in one[1][:STEPS])
     for a, b in zip(one[1], two[1], strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
@@ -103,11 +123,12 @@ def both(folder: str, tmp_path: Path, host: Any, config: Any, rows: Any, theirs:
 # Equal to TRL's own loss
 
 
-@pytest.mark.parametrize("loss", ["nll", "dft"])
+@pytest.mark.parametrize("loss", slowly(["nll", "dft"], "dft"))
 def test_sft_is_trls_own(folder: str, tmp_path: Path, loss: str) -> None:
     both(folder, tmp_path, trl.SFTTrainer, trl.SFTConfig, sft_rows(), {"loss_type": loss}, loss)
 
 
+@pytest.mark.slow
 def test_packed_sft_is_trls_own(folder: str, tmp_path: Path) -> None:
     shared = {"packing": True, "max_length": 24}
     both(folder, tmp_path, trl.SFTTrainer, trl.SFTConfig, sft_rows(), {"loss_type": "dft"}, "dft", shared=shared)
@@ -123,7 +144,7 @@ DPO_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", DPO_CASES)
+@pytest.mark.parametrize("case", slowly(DPO_CASES, "robust"))
 def test_dpo_is_trls_own(folder: str, tmp_path: Path, case: str) -> None:
     theirs, loss = DPO_CASES[case]
     both(folder, tmp_path, trl.DPOTrainer, trl.DPOConfig, pair_rows(), theirs, loss)
@@ -142,46 +163,50 @@ def lengths(completions: list[str], **_: Any) -> list[float]:
     return [float(len(set(text))) for text in completions]
 
 
-GRPO_CASES = {
-    "dapo": ({}, "dapo"),
+GRPO_CASES: dict[str, tuple[dict[str, Any], Any]] = {
+    "dapo": ({"epsilon_high": losses.DAPO().epsilon_high}, "dapo"),
     "grpo": ({"loss_type": "grpo"}, "grpo"),
     "bnpo": ({"loss_type": "bnpo"}, "bnpo"),
     "dr_grpo": ({"loss_type": "dr_grpo"}, "dr_grpo"),
-    "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, "cispo"),
+    "luspo": (
+        {
+            "loss_type": "luspo",
+            "importance_sampling_level": "sequence",
+            "epsilon": losses.LUSPO().epsilon_low,
+            "epsilon_high": losses.LUSPO().epsilon_high,
+        },
+        "luspo",
+    ),
+    "cispo": ({"loss_type": "cispo", "epsilon_high": 5.0}, losses.CISPO(ratio_cap=5.0)),
+    "sapo": ({"loss_type": "sapo"}, "sapo"),
     "kl": ({"loss_type": "grpo", "beta": 0.1}, losses.GRPO(beta=0.1, kl_importance=True)),
-    "gspo": ({"loss_type": "grpo", "importance_sampling_level": "sequence"}, "gspo"),
+    "gspo": (
+        {
+            "loss_type": "grpo",
+            "importance_sampling_level": "sequence",
+            "epsilon": losses.GSPO().epsilon_low,
+            "epsilon_high": losses.GSPO().epsilon_high,
+        },
+        "gspo",
+    ),
 }
 
 
-@pytest.mark.parametrize("case", GRPO_CASES)
+@pytest.mark.parametrize("case", slowly(GRPO_CASES, "kl"))
 def test_grpo_is_trls_own(folder: str, tmp_path: Path, case: str) -> None:
+    """At a temperature, with samples of an older policy; only TRL's PPO-like losses have its clip ratios."""
     theirs, loss = GRPO_CASES[case]
-    if case == "gspo":
-        theirs = {**theirs, "epsilon": losses.GSPO().epsilon_low, "epsilon_high": losses.GSPO().epsilon_high}
-    if case == "dapo":
-        theirs = {**theirs, "epsilon_high": losses.DAPO().epsilon_high}
     rows = datasets.Dataset.from_list([{"prompt": f"q{i} "} for i in range(12)])
-    shared = {
-        "max_completion_length": 6,
-        "num_generations": 2,
-        "temperature": 0.7,
-        "steps_per_generation": 4,
-        "num_iterations": 2,
-        "learning_rate": 3e-3,
-    }
-    but = ("cispo_clip_ratio", "clip_ratio") if case == "cispo" else ()
-    if case == "cispo":
-        pytest.importorskip("trl")
-    run_both = {"shared": shared, "more": {"reward_funcs": lengths}, "but": but}
-    if case != "cispo":
-        both(folder, tmp_path, trl.GRPOTrainer, trl.GRPOConfig, rows, theirs, loss, **run_both)
-        return
-    expected = run(trl.GRPOTrainer, folder, trl.GRPOConfig(**settings(tmp_path, **shared, **theirs)), rows, reward_funcs=lengths)
-    got = run(with_loss(trl.GRPOTrainer), folder, trl.GRPOConfig(**settings(tmp_path, **shared)), rows, loss=loss, reward_funcs=lengths)
-    for a, b in zip(expected[1], got[1], strict=True):
-        for name in ("loss", "grad_norm", "entropy"):
-            if name in a:
-                assert b[name] == pytest.approx(a[name], rel=2e-4, abs=2e-5)
+    shared = {"max_completion_length": 6, "num_generations": 2, "temperature": 0.7, "learning_rate": 3e-3}
+    shared |= {"steps_per_generation": 4, "num_iterations": 2}
+    args = [trl.GRPOConfig(**settings(tmp_path, **shared, **more)) for more in (theirs, {})]
+    expected = run(trl.GRPOTrainer, folder, args[0], rows, reward_funcs=lengths)
+    got = run(with_loss(trl.GRPOTrainer), folder, args[1], rows, loss=loss, reward_funcs=lengths)
+    if case in ("cispo", "sapo"):
+        for entry in (*expected[1], *got[1]):
+            for name in [name for name in entry if "clip_ratio" in name]:
+                del entry[name]
+    same_run(expected, got)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -303,7 +328,9 @@ def by_hand(loss: Any, model: Any, batch: Any, reference: Any, **more: Any) -> t
     return value.item(), {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("loss", ["f_divergence_sft", "asft", "sft_kl", "distillation", "gem", "iw_sft", "poft", "ift"])
+@pytest.mark.parametrize(
+    "loss", slowly(["f_divergence_sft", "asft", "sft_kl", "distillation", "gem", "iw_sft", "poft", "ift"], "asft")
+)
 def test_sft_is_the_loss_by_hand(folder: str, tmp_path: Path, loss: str) -> None:
     chosen = losses.get(loss)
     reads = "ref_logprob" in chosen.inputs or chosen.compares_distributions
@@ -321,25 +348,23 @@ def test_sft_is_the_loss_by_hand(folder: str, tmp_path: Path, loss: str) -> None
 
 
 def test_an_adapter_is_compared_with_its_base(folder: str, tmp_path: Path) -> None:
-    """Without ref_model the reference is the model without its adapter, at the first step the model itself."""
-    config = peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
-    trainer = built(
-        trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, sft_rows(), loss=losses.FDivergenceSFT(), peft_config=config
-    )
+    """Without ref_model the reference is the model without its adapter, on the head too."""
+    lora = peft.LoraConfig(target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM", init_lora_weights=False)
+    loss = losses.FDivergenceSFT()
+    trainer = built(trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, sft_rows(), loss=loss, peft_config=lora)
     batch = next(iter(trainer.get_train_dataloader()))
-    base = AutoModelForCausalLM.from_pretrained(folder)
+    value, _ = gradient(trainer, batch)
+    targets = batch["labels"][:, 1:]
     stats = []
-    for model in (trainer.model.merge_and_unload(), base):
-        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-        stats.append(logitless.types.TokenStats(logprob=-torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")))
-    counts = batch["labels"][:, 1:] != -100
-    expected = losses.FDivergenceSFT()(stats[0], ref_logprob=stats[1].logprob)[counts].mean()
-    again = built(
-        trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, sft_rows(), loss="f_divergence_sft", peft_config=config
+    for context in (contextlib.nullcontext(), trainer.model.disable_adapter()):
+        with context, torch.no_grad():
+            logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        stats.append(-torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none"))
+    tokens = loss(logitless.types.TokenStats(logprob=stats[0]), ref_logprob=stats[1])
+    assert value == pytest.approx(tokens[targets != -100].mean().item(), rel=1e-5)
+    assert value != pytest.approx(
+        loss(logitless.types.TokenStats(logprob=stats[0]), ref_logprob=stats[0]).mean().item()
     )
-    again.model.load_state_dict(again.model.state_dict())
-    assert math.isfinite(expected.item())
 
 
 @pytest.mark.parametrize("precomputed", [False, True])
@@ -348,11 +373,25 @@ def test_dpo_with_a_reference(folder: str, tmp_path: Path, precomputed: bool) ->
     shared = {"precompute_ref_log_probs": precomputed}
     theirs = {"loss_type": ["ipo"], "beta": 0.4}
     loss = losses.DPO(loss_type="ipo", beta=0.4)
-    expected = run(trl.DPOTrainer, folder, trl.DPOConfig(**settings(tmp_path / "a", **shared, **theirs)), pair_rows(), ref_model=other_model(folder))
-    got = run(with_loss(trl.DPOTrainer), folder, trl.DPOConfig(**settings(tmp_path / "b", **shared)), pair_rows(), loss=loss, ref_model=other_model(folder))
+    expected = run(
+        trl.DPOTrainer,
+        folder,
+        trl.DPOConfig(**settings(tmp_path / "a", **shared, **theirs)),
+        pair_rows(),
+        ref_model=other_model(folder),
+    )
+    got = run(
+        with_loss(trl.DPOTrainer),
+        folder,
+        trl.DPOConfig(**settings(tmp_path / "b", **shared)),
+        pair_rows(),
+        loss=loss,
+        ref_model=other_model(folder),
+    )
     same_run(expected, got)
 
 
+@pytest.mark.slow
 def test_kto_with_a_precomputed_reference(folder: str, tmp_path: Path) -> None:
     shared = {"precompute_ref_log_probs": True, "per_device_train_batch_size": 3}
     args = [trl.KTOConfig(**settings(tmp_path / name, **shared)) for name in ("a", "b")]
@@ -368,7 +407,7 @@ FREE = {
 }
 
 
-@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("name", slowly(FREE, "simpo"))
 def test_dpo_without_a_reference_is_the_loss_by_hand(folder: str, tmp_path: Path, name: str) -> None:
     trainer = built(trl.DPOTrainer, trl.DPOConfig, folder, tmp_path, pair_rows(), loss=FREE[name])
     assert trainer.ref_model is None
@@ -445,3 +484,120 @@ def test_no_logits_are_allocated(tmp_path: Path, host: str) -> None:
     with watch_allocations() as seen:
         gradient(trainer, batch)
     assert seen.largest < logits / 1.5
+
+
+@pytest.mark.slow
+def test_the_loss_of_a_router_is_added_as_trl_adds_it(folder: str, tmp_path: Path) -> None:
+    def mixture() -> Any:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+        more = {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "output_router_logits": True,
+        }
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes, **more, router_aux_loss_coef=0.5))
+
+    args = [trl.SFTConfig(**settings(tmp_path, loss_type=name)) for name in ("dft", "nll")]
+    expected = run(trl.SFTTrainer, folder, args[0], sft_rows(), model=mixture())
+    got = run(with_loss(trl.SFTTrainer), folder, args[1], sft_rows(), model=mixture(), loss="dft")
+    assert expected[1][0]["aux_loss"] > 0.1
+    same_run(expected, got)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("host", "loss", "message"),
+    [
+        ("sft", "dpo", r"cannot train 'dpo': it is a pair loss.*DPOTrainer serves it"),
+        ("sft", "grpo", r"reads advantages.*GRPOTrainer serves it"),
+        ("sft", "psft", r"reads old_logprob"),
+        ("sft", "on_policy_distillation", r"samples of the policy"),
+        ("sft", "top_k_distillation", r"lists of ids"),
+        ("dpo", "nll", r"it is a token loss.*SFTTrainer serves it"),
+        ("dpo", "bco_pair", r"reads reward_shift"),
+        ("dpo", "kto", r"KTOTrainer serves it"),
+        ("kto", "dpo", r"DPOTrainer serves it"),
+        ("kto", "bco", r"reads reward_shift"),
+    ],
+)
+def test_a_loss_of_another_kind_is_refused(folder: str, tmp_path: Path, host: str, loss: str, message: str) -> None:
+    cls, config, rows, _ = HOSTS[host]
+    with pytest.raises(ValueError, match=message):
+        built(cls, config, folder, tmp_path, rows(), loss=loss)
+
+
+@pytest.mark.parametrize("loss", ["nll", "dpo", "gvpo", "a2po", "on_policy_distillation"])
+def test_grpo_takes_policy_losses_alone(folder: str, tmp_path: Path, loss: str) -> None:
+    with pytest.raises(ValueError, match=f"GRPOTrainer cannot train '{loss}'"):
+        built(
+            *(trl.GRPOTrainer, trl.GRPOConfig, folder, tmp_path, sft_rows()),
+            loss=loss,
+            reward_funcs=lengths,
+            options={"num_generations": 2},
+        )
+
+
+@pytest.mark.parametrize(
+    ("host", "options", "message"),
+    [
+        ("sft", {"loss_type": "dft"}, "loss_type: belongs to TRL's own loss"),
+        ("sft", {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ("dpo", {"loss_type": ["ipo"]}, "loss_type"),
+        ("dpo", {"beta": 0.3}, r"beta: .*got 0\.3 in args.*losses\.SimPO\(beta=\.\.\.\)"),
+        ("dpo", {"use_weighting": True}, "use_weighting"),
+        ("dpo", {"ld_alpha": 0.5}, "ld_alpha"),
+        ("kto", {"desirable_weight": 2.0}, "desirable_weight"),
+    ],
+)
+def test_an_option_of_trls_loss_is_refused(
+    folder: str, tmp_path: Path, host: str, options: dict[str, Any], message: str
+) -> None:
+    cls, config, rows, loss = HOSTS[host]
+    with pytest.raises(ValueError, match=message):
+        built(cls, config, folder, tmp_path, rows(), loss=loss, options=options)
+
+
+def test_arguments_that_would_do_nothing_are_refused(folder: str, tmp_path: Path) -> None:
+    sft, dpo = (trl.SFTTrainer, trl.SFTConfig), (trl.DPOTrainer, trl.DPOConfig)
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        built(*sft, folder, tmp_path, sft_rows(), loss="dft", compute_loss_func=lambda *_: None)
+    with pytest.raises(ValueError, match="reads no reference, got a model"):
+        built(*sft, folder, tmp_path, sft_rows(), loss="dft", ref_model=other_model(folder))
+    with pytest.raises(ValueError, match="reads no reference, got a model"):
+        built(*dpo, folder, tmp_path, pair_rows(), loss="orpo", ref_model=other_model(folder))
+    with pytest.raises(ValueError, match="pass ref_model="):
+        built(*sft, folder, tmp_path, sft_rows(), loss="f_divergence_sft")
+    with pytest.raises(ValueError, match="expected a loss or its name"):
+        built(*sft, folder, tmp_path, sft_rows())
+    with pytest.raises(TypeError, match="args: expected the trainer's configuration"):
+        with_loss(trl.SFTTrainer)(model=folder, train_dataset=sft_rows(), loss="dft")
+
+
+def test_trainers_that_are_not_served_are_named() -> None:
+    for trainer in (trl.RewardTrainer, trl.RLOOTrainer, transformers.Trainer):
+        with pytest.raises(TypeError, match=f"expected SFTTrainer, .* got {trainer.__name__}"):
+            with_loss(trainer)
+
+
+def test_a_failed_trainer_leaves_trl_as_it_was(folder: str, tmp_path: Path) -> None:
+    module = sys.modules[trl.SFTTrainer.__module__]
+    before = dict(vars(module))
+    with pytest.raises(ValueError, match="train_dataset"):
+        built(trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, None, loss="dft")
+    assert vars(module)["add_fused_lm_head"] is before["add_fused_lm_head"]
+    assert vars(module)["BaseTunerLayer"] is before["BaseTunerLayer"]
+
+
+def test_the_mixin_is_a_base_class_of_a_users_trainer(folder: str, tmp_path: Path) -> None:
+    class Mine(LinearLossMixin, trl.SFTTrainer):
+        """A user's."""
+
+    args = trl.SFTConfig(**settings(tmp_path))
+    trainer = Mine(folder, args, None, sft_rows(), loss="eaft", processing_class=make_tokenizer())
+    assert trainer.train().training_loss > 0
+    assert trainer.evaluate(sft_rows()).keys() >= {"eval_loss", "eval_entropy", "eval_mean_token_accuracy"}

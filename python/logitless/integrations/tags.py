@@ -6,19 +6,15 @@ by the tags of the model card that every such trainer gives to its model while i
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
-
 from ..losses.sft.likelihood import NLL
+from .forward import logger
 
-logger = logging.getLogger(__name__)
 
-
-def add_tags(model: nn.Module, tags: Iterable[str] | str) -> None:
+def add_tags(model: Any, tags: Iterable[str] | str) -> None:
     """The `add_model_tags` of a patched model: the class's own, after a look at who tags it.
 
     Raises:
@@ -27,7 +23,7 @@ def add_tags(model: nn.Module, tags: Iterable[str] | str) -> None:
     names = [tags] if isinstance(tags, str) else list(tags)
     if "trl" in names and "_logitless_head" not in vars(model):
         _meet_trl(model, [name for name in names if name != "trl"])
-    type(model).add_model_tags(model, tags)  # type: ignore[operator]
+    type(model).add_model_tags(model, tags)
 
 
 def _meet_trl(model: Any, kinds: list[str]) -> None:

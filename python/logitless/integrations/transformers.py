@@ -42,9 +42,9 @@ def patch(
 
     Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature that
     `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
-    `get_peft_model` may come before or after. TRL's trainers with a fused head replace the forward by their own. They
-    refuse a model with another loss than `"nll"`, which `logitless.integrations.trl.losses` trains in them. Pickle, `torch.save(model)` and `copy.deepcopy` give a
-    patched model.
+    `get_peft_model` may come before or after. TRL's trainers replace the forward by one of their own, and refuse a
+    model with another loss than `"nll"`: `logitless.integrations.trl.losses` trains any loss in them. Pickle,
+    `torch.save(model)` and `copy.deepcopy` give a patched model.
 
     **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more
     memory than training. Whoever reads `output.logits` beside the loss says so: `skip_logits=False` in a call, or
@@ -135,7 +135,7 @@ def patch(
     inner._logitless_patch = state  # type: ignore[assignment]
     inner.forward = state.forward
     inner._replicate_for_data_parallel = _refuse_replica  # type: ignore[method-assign]
-    inner.add_model_tags = partial(add_tags, inner)
+    inner.add_model_tags = partial(add_tags, inner)  # type: ignore[assignment]
     _announce(inner, state)
     return model
 

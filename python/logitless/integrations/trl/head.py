@@ -68,17 +68,15 @@ class LinearHead:
 
     def score(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """TRL's output of one call, from the patched forward."""
-        labels = kwargs.get("labels")
-        name, shift = ("labels", 1) if kwargs.get("shift_labels") is None else ("shift_labels", 0)
+        shift = 1 if kwargs.get("shift_labels") is None else 0
+        if shift == 0:
+            kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
+        labels = kwargs["labels" if shift else "shift_labels"]
         request, self.recorder.request = self.recorder.request, {}
         settings = {"loss": "nll", "temperature": self.temperature, "skip_logits": True, **request}
-        if shift == 0:
-            labels = kwargs["shift_labels"]
-            kwargs = {key: value for key, value in kwargs.items() if key != "labels"}
-        assert labels is not None, name
         wanted = tuple(FIELDS[name] for name in self.fields)
-        kwargs = {**kwargs, "use_cache": False, "return_dict": True}
-        result = model._logitless_patch.forward(*args, **{**kwargs, **settings}, token_outputs=wanted)
+        kwargs = {**kwargs, **settings, "use_cache": False, "return_dict": True, "token_outputs": wanted}
+        result = model._logitless_patch.forward(*args, **kwargs)
         kept = result.token_stats.logprob.shape[1] - shift
         stats = TokenStats(*(None if x is None else x[:, :kept] for x in result.token_stats))
         mask = labels[:, shift:].to(result.loss.device) != -100
@@ -141,11 +139,12 @@ def add_linear_head(
     names = {statistic: name for name, statistic in FIELDS.items()}
     fields = dict.fromkeys((*outputs, *(names[statistic] for statistic in statistics)))
     inner._logitless_head = LinearHead(recorder, temperature, tuple(fields))
-    inner.forward = types.MethodType(_forward_of(type(inner)), inner)
+    cls: Any = type(inner)
+    inner.forward = types.MethodType(_forward_of(cls), inner)
 
 
 @functools.cache
-def _forward_of(cls: type[nn.Module]) -> Any:
+def _forward_of(cls: Any) -> Any:
     """The forward of a class, which `generate` and Trainer inspect, with TRL's argument served."""
 
     @functools.wraps(cls.forward)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,26 +89,28 @@ class LinearLossMixin:
         self, *args: Any, loss: Loss | str | None = None, backend: Any = "auto", backward: Any = "auto", **kwargs: Any
     ) -> None:
         kind, host = _kind_of(type(self))
-        names = list(host.__init__.__code__.co_varnames[1 : host.__init__.__code__.co_argcount])
+        names = list(inspect.signature(host.__init__).parameters)[1:]
         given: dict[str, Any] = {**dict(zip(names, args, strict=False)), **kwargs}
         self._linear_loss = _loss_of(loss, given.get("model"))
         check_fit(self._linear_loss, kind)
         if given.get("args") is None:
-            raise TypeError(f"args: expected the trainer's configuration with loss={self._linear_loss.name!r}, got None")
+            raise TypeError(
+                f"args: expected the trainer's configuration with loss={self._linear_loss.name!r}, got None"
+            )
         _check_options(self._linear_loss, kind, given)
         self._linear_kind, self._recorder = kind, Recorder()
         given = kind.prepare(self._linear_loss, given)
-        reference = given.pop("ref_model", None) if kind is SFT else None
+        reference = given.pop("ref_model", None) if kind is SFT_TRAINER else None
         options = {"backend": backend, "backward": backward}
         with _linear_heads(host, self._recorder, self._linear_loss, options):
             super().__init__(**given)
-        if kind is SFT:
+        if kind is SFT_TRAINER:
             _check_parallel(self)
             self._linear_reference = _sft_reference(self, reference, options)
             return
-        if kind in (DPO, KTO) and hasattr(self._linear_loss, "beta"):
+        if kind in (DPO_TRAINER, KTO_TRAINER) and hasattr(self._linear_loss, "beta"):
             self.beta = self._linear_loss.beta  # of TRL's reward metrics
-        if kind is DPO and "ref_logprob" not in self._linear_loss.inputs:
+        if kind is DPO_TRAINER and "ref_logprob" not in self._linear_loss.inputs:
             self.precompute_ref_logps = False  # nothing is known of a data set that `evaluate` gets later
 
     def compute_loss(
@@ -145,7 +148,7 @@ def check_fit(loss: Loss, kind: TrainerKind) -> None:
     reason = kind.misfit(loss)
     if reason is None:
         return
-    others = [other.name for other in KINDS if other.misfit(loss) is None]
+    others = [other.name for other in TRAINERS if other.misfit(loss) is None]
     cure = f"{' or '.join(others)} serves it" if others else "logitless.linear_loss takes it in a loop of your own"
     raise ValueError(f"loss: {kind.name} cannot train {loss.name!r}: {reason}; {cure}")
 
@@ -157,25 +160,25 @@ def check_fit(loss: Loss, kind: TrainerKind) -> None:
 def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     """The kind of a trainer class, and the class of TRL that it is or derives from."""
     for base in cls.__mro__:
-        for kind in KINDS:
+        for kind in TRAINERS:
             if base.__name__ == kind.name and base.__module__.startswith("trl."):
                 if not hasattr(sys.modules[base.__module__], "add_fused_lm_head"):
                     raise TypeError(f"{kind.name}: this release of TRL has no fused head, which loss= builds on")
                 return kind, base
-    served = ", ".join(kind.name for kind in KINDS)
+    served = ", ".join(kind.name for kind in TRAINERS)
     raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {cls.__name__}")
 
 
 def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
     """The loss that was passed, or the patch's; an error if there are two."""
-    patched = None if isinstance(model, str) or model is None else vars(causal_lm(model)).get("_logitless_patch")
-    if loss is None and patched is None:
+    patch = None if isinstance(model, str) or model is None else vars(causal_lm(model)).get("_logitless_patch")
+    of_model: Loss | None = None if patch is None else patch.loss
+    if loss is None and of_model is None:
         raise ValueError('loss: expected a loss or its name, such as loss="dft", got None and a model without a patch')
-    if loss is None:
-        return patched.loss
-    found = registry.get(loss)
-    if patched is not None and patched.loss not in (found, registry.get("nll")):
-        raise ValueError(f"loss: the trainer got {found}, and the model was patched with {patched.loss}; pass one")
+    found = of_model if loss is None else registry.get(loss)
+    assert found is not None
+    if of_model not in (None, found, registry.get("nll")):
+        raise ValueError(f"loss: the trainer got {found}, and the model was patched with {of_model}; pass one")
     return found
 
 
@@ -186,14 +189,14 @@ def _check_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None
     for name in (*kind.options, "label_smoothing_factor"):
         if name not in defaults:
             continue
-        value, default = getattr(args, name), defaults[name].default
-        if default is dataclasses.MISSING:
-            default = defaults[name].default_factory()  # type: ignore[misc]
+        value, known = getattr(args, name), defaults[name]
+        factory: Any = known.default_factory
+        default = known.default if factory is dataclasses.MISSING else factory()
         if value not in (default, getattr(loss, name, None)):
             where = f"losses.{type(loss).__name__}({name}=...)" if name in vars(loss) else "a loss that has it"
             raise ValueError(
-                f"{name}: belongs to TRL's own loss, which loss={loss.name!r} replaces, got {value!r} in args; leave it "
-                f"at {default!r} and use {where}, or train TRL's loss without loss="
+                f"{name}: belongs to TRL's own loss, which loss={loss.name!r} replaces, got {value!r} in args; leave "
+                f"it at {default!r} and use {where}, or train TRL's loss without loss="
             )
     if given.get("compute_loss_func") is not None:
         raise ValueError(f"compute_loss_func: expected None with loss={loss.name!r}, which computes the loss")
@@ -206,8 +209,8 @@ def _linear_heads(host: Any, recorder: Recorder, loss: Loss, options: dict[str, 
     saved = {name: vars(module)[name] for name in ("add_fused_lm_head", "BaseTunerLayer") if name in vars(module)}
 
     def add(model: Any, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False, outputs: Any = ()) -> None:
-        cast = {"temperature": temperature, "cast_lm_head_to_fp32": cast_lm_head_to_fp32}
-        add_linear_head(model, recorder, loss, outputs=tuple(outputs) or ("log_probs",), **cast, **options)
+        head: dict[str, Any] = {"temperature": temperature, "cast_lm_head_to_fp32": cast_lm_head_to_fp32}
+        add_linear_head(model, recorder, loss, outputs=tuple(outputs) or ("log_probs",), **head, **options)
 
     class NoTunerLayer:
         """Stands for the class of adapter layers in TRL's check of the head, which our head does not need."""
@@ -257,7 +260,7 @@ def _check_parallel(trainer: Any) -> None:
     if parallel is None:
         return
     if parallel.sp_enabled:
-        raise ValueError("loss: under sequence parallelism the trainer takes the model's own loss; use context parallel")
+        raise ValueError("loss: under sequence parallelism TRL takes the model's own loss; use context parallelism")
     if parallel.cp_enabled and (trainer._linear_loss.of_sequences or trainer._linear_loss.reduction != "mean"):
         raise ValueError(f"loss: {trainer._linear_loss.name!r} reads whole sequences, which context parallelism cuts")
 
@@ -271,21 +274,21 @@ def _sft_reference(trainer: Any, reference: Any, options: dict[str, Any]) -> Any
     loss = trainer._linear_loss
     if trainer.aux_loss_enabled and _within_forward(loss):
         raise ValueError(f"router_aux_loss_coef: has to be 0 with {loss.name!r}, which the forward itself computes")
-    if not _compares(loss) and reference is not None:
+    if not _reads_reference(loss) and reference is not None:
         raise ValueError(f"ref_model: {loss.name!r} reads no reference, got a model")
-    if not _compares(loss):
+    if not _reads_reference(loss):
         return None
     if reference is None:
         if not hasattr(trainer.model, "disable_adapter"):
-            raise ValueError(f"ref_model: {loss.name!r} compares with a reference; pass ref_model=, or train an adapter")
+            raise ValueError(f"ref_model: {loss.name!r} needs a reference: pass ref_model=, or train an adapter")
         return None
     if causal_lm(reference) is causal_lm(trainer.model):
         raise ValueError("ref_model: expected a model of its own, got the one that is trained")
     add_linear_head(reference, Recorder(), registry.get("nll"), **options)
-    return _prepared(trainer, reference.requires_grad_(False).eval())
+    return _placed(trainer, reference.requires_grad_(False).eval())
 
 
-def _prepared(trainer: Any, reference: Any) -> Any:
+def _placed(trainer: Any, reference: Any) -> Any:
     """The reference on the trainer's device, and sharded as TRL shards its own."""
     from trl.models import prepare_deepspeed, prepare_fsdp
 
@@ -310,7 +313,7 @@ def _reference_of(trainer: Any, model: Any) -> Iterator[Any]:
 @contextmanager
 def _without_reference(trainer: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """The batch; in DPO for a loss without a reference, with zeros as the known values of one."""
-    if trainer._linear_kind is not DPO or "ref_logprob" in trainer._linear_loss.inputs:
+    if trainer._linear_kind is not DPO_TRAINER or "ref_logprob" in trainer._linear_loss.inputs:
         yield inputs
         return
     zeros = torch.zeros(len(inputs["input_ids"]) // 2, device=inputs["input_ids"].device)
@@ -328,11 +331,11 @@ def _without_reference(trainer: Any, inputs: dict[str, Any]) -> Iterator[dict[st
 def _sft_request(trainer: Any, inputs: dict[str, Any], items: Any) -> dict[str, Any]:
     """What the forward computes beside the statistics: the loss itself, where these are not enough for it."""
     loss = trainer._linear_loss
-    if not (trainer._linear_kind is SFT and _within_forward(loss)):
+    if not (trainer._linear_kind is SFT_TRAINER and _within_forward(loss)):
         return {}
     divisor = None if items is None else torch.as_tensor(items).clamp(min=1)
     request = {"loss": loss} if divisor is None else {"loss": loss, "num_items_in_batch": divisor}
-    if not _compares(loss):
+    if not _reads_reference(loss):
         return request
     kept = {name: x for name, x in inputs.items() if name not in ("labels", "shift_labels")}
     with _reference_of(trainer, trainer.model_wrapped) as reference:
@@ -341,7 +344,7 @@ def _sft_request(trainer: Any, inputs: dict[str, Any], items: Any) -> dict[str, 
     return {**request, "loss_inputs": {"ref_hidden": hidden, "ref_head": head}}
 
 
-def _compares(loss: Loss) -> bool:
+def _reads_reference(loss: Loss) -> bool:
     """Whether a loss reads something of a reference."""
     return "ref_logprob" in loss.inputs or loss.compares_distributions
 
@@ -396,7 +399,7 @@ def _dpo_loss(trainer: Any, inputs: dict[str, Any], calls: list[FusedCall], item
     sums = None
     if trainer.precompute_ref_logps:
         sums = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
-    result, call = _of_sequences(trainer, inputs, calls[0], calls[-1], sums, {})
+    result, call = _whole_sequences(trainer, inputs, calls[0], calls[-1], sums, {})
     if "ref_logprob" not in trainer._linear_loss.inputs:
         _set_metrics(
             trainer,
@@ -418,11 +421,11 @@ def _kto_loss(trainer: Any, inputs: dict[str, Any], calls: list[FusedCall], item
     if "reference_point" in trainer._linear_loss.sequence_inputs:
         given["reference_point"] = torch.tensor(_metrics(trainer)["kl"][-1], device=device)
     sums = inputs["ref_logps"] if trainer.precompute_ref_logps else None
-    result, call = _of_sequences(trainer, inputs, policy, calls[-1], sums, given)
+    result, call = _whole_sequences(trainer, inputs, policy, calls[-1], sums, given)
     return _with_router(trainer, result.loss, call)
 
 
-def _of_sequences(
+def _whole_sequences(
     trainer: Any,
     inputs: dict[str, Any],
     policy: FusedCall,
@@ -542,7 +545,7 @@ def _set_metrics(trainer: Any, values: dict[str, Tensor]) -> None:
         _metrics(trainer)[name][-1] = trainer.accelerator.gather(x).mean().item()
 
 
-SFT = TrainerKind(
+SFT_TRAINER = TrainerKind(
     "SFTTrainer",
     ("token", "sequence", "distribution"),
     ("ref_logprob",),
@@ -551,7 +554,7 @@ SFT = TrainerKind(
     _unchanged,
     _sft_loss,
 )
-DPO = TrainerKind(
+DPO_TRAINER = TrainerKind(
     "DPOTrainer",
     ("pair",),
     ("ref_logprob",),
@@ -563,7 +566,7 @@ DPO = TrainerKind(
     _prepare_dpo,
     _dpo_loss,
 )
-KTO = TrainerKind(
+KTO_TRAINER = TrainerKind(
     "KTOTrainer",
     ("unpaired",),
     ("ref_logprob", "desirable", "reference_point"),
@@ -572,18 +575,26 @@ KTO = TrainerKind(
     _prepare_kto,
     _kto_loss,
 )
-GRPO = TrainerKind(
+GRPO_TRAINER = TrainerKind(
     "GRPOTrainer",
     ("token", "sequence"),
     ("advantages", "ref_logprob"),
     ("advantages",),
     (
-        *("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level", "use_bias_correction_kl"),
+        *(
+            "loss_type",
+            "beta",
+            "epsilon",
+            "epsilon_high",
+            "delta",
+            "importance_sampling_level",
+            "use_bias_correction_kl",
+        ),
         *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"),
         *("vespo_lambda_neg", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
-        *("off_policy_mask_threshold",),
+        *("off_policy_mask_threshold", "use_bias_correction_kl"),
     ),
     _prepare_grpo,
     _grpo_loss,
 )
-KINDS = (SFT, DPO, KTO, GRPO)
+TRAINERS = (SFT_TRAINER, DPO_TRAINER, KTO_TRAINER, GRPO_TRAINER)
