@@ -601,3 +601,5 @@ def test_the_mixin_is_a_base_class_of_a_users_trainer(folder: str, tmp_path: Pat
     trainer = Mine(folder, args, None, sft_rows(), loss="eaft", processing_class=make_tokenizer())
     assert trainer.train().training_loss > 0
     assert trainer.evaluate(sft_rows()).keys() >= {"eval_loss", "eval_entropy", "eval_mean_token_accuracy"}
+    made = with_loss(trl.SFTTrainer)(folder, args, None, sft_rows(), loss="eaft", processing_class=make_tokenizer())
+    assert made.train().training_loss == pytest.approx(trainer.state.log_history[STEPS]["train_loss"], rel=1e-4)

@@ -159,7 +159,7 @@ def check_fit(loss: Loss, kind: TrainerKind) -> None:
 
 def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     """The kind of a trainer class, and the class of TRL that it is or derives from."""
-    for base in cls.__mro__:
+    for base in (base for base in cls.__mro__ if not issubclass(base, LinearLossMixin)):
         for kind in TRAINERS:
             if base.__name__ == kind.name and base.__module__.startswith("trl."):
                 if not hasattr(sys.modules[base.__module__], "add_fused_lm_head"):
