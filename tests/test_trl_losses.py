@@ -460,6 +460,19 @@ def test_an_adapter_trains_as_on_full_logits(folder: str, tmp_path: Path, target
         torch.testing.assert_close(grads[name], g, rtol=2e-4, atol=1e-6)
 
 
+def test_a_frozen_head_keeps_its_two_products(folder: str, tmp_path: Path) -> None:
+    """TRL's entropy and accuracy are metrics: the backward of an adapter's loss makes no logits again."""
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = built(trl.SFTTrainer, trl.SFTConfig, folder, tmp_path, sft_rows(), loss="dft", peft_config=lora)
+    trainer.current_gradient_accumulation_steps = 1
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, batch)
+    with torch.profiler.profile() as profile:
+        loss.backward()
+    assert "logitless::logprobs_backward" not in {event.key for event in profile.key_averages()}
+    assert trainer._metrics["train"]["entropy"][-1] > 0
+
+
 @pytest.mark.parametrize("host", ["sft", "dpo"])
 def test_no_logits_are_allocated(tmp_path: Path, host: str) -> None:
     """The largest allocation of a step, evaluation's too, is smaller than the logits, whatever the loss."""

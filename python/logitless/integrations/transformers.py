@@ -69,7 +69,8 @@ def patch(
       Position t holds the value for predicting token t + 1, as in `token_stats`. One number a sequence works too.
       `reduction`, `max_length` and `ref_head` are those of `logitless.linear_loss`.
     - `temperature`: in place of the patch's for this call.
-    - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable.
+    - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable; but for
+      `token_constants`, those of them that the loss does not read and that are metrics (see `linear_logprobs`).
     - `hidden_only`: True returns hidden states `[B, T, H]` in place of logits, with or without labels, for a host that
       computes a loss itself.
     - `cu_seqlens`: `[S + 1]` boundaries of the S sequences of a packed batch `[1, total]` (or of several packed rows,

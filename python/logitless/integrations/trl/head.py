@@ -65,6 +65,7 @@ class LinearHead:
     recorder: Recorder
     temperature: float
     fields: tuple[str, ...]
+    read: tuple[str, ...]  # the statistics that the trainer's loss differentiates
 
     def score(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """TRL's output of one call, from the patched forward."""
@@ -75,6 +76,7 @@ class LinearHead:
         request, self.recorder.request = self.recorder.request, {}
         settings = {"loss": "nll", "temperature": self.temperature, "skip_logits": True, **request}
         wanted = tuple(FIELDS[name] for name in self.fields)
+        settings["token_constants"] = tuple(name for name in wanted if name not in self.read)
         kwargs = {**kwargs, **settings, "use_cache": False, "return_dict": True, "token_outputs": wanted}
         result = model._logitless_patch.forward(*args, **kwargs)
         kept = result.token_stats.logprob.shape[1] - shift
@@ -90,9 +92,6 @@ def _trl_output(stats: TokenStats, mask: Tensor, fields: tuple[str, ...], result
     from trl.trainer.utils import FusedCausalLMOutput
 
     values: dict[str, Any] = {name: getattr(stats, FIELDS[name]) for name in fields}
-    for name in ("log_sum_sq_probs", "mean_logits"):
-        if name in values:
-            values[name] = values[name].detach()
     if "is_top1" in values:
         values["is_top1"] = values["is_top1"].bool()
     return FusedCausalLMOutput(loss=result.loss, label_mask=mask, aux_loss=result.aux_loss, **values)
@@ -138,7 +137,7 @@ def add_linear_head(
     statistics = (*loss.outputs, *(("logprob",) if loss.outputs else ()))
     names = {statistic: name for name, statistic in FIELDS.items()}
     fields = dict.fromkeys((*outputs, *(names[statistic] for statistic in statistics)))
-    inner._logitless_head = LinearHead(recorder, temperature, tuple(fields))
+    inner._logitless_head = LinearHead(recorder, temperature, tuple(fields), ("logprob", *loss.outputs))
     cls: Any = type(inner)
     inner.forward = types.MethodType(_forward_of(cls), inner)
 
