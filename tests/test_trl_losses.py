@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -616,3 +619,35 @@ def test_the_mixin_is_a_base_class_of_a_users_trainer(folder: str, tmp_path: Pat
     assert trainer.evaluate(sft_rows()).keys() >= {"eval_loss", "eval_entropy", "eval_mean_token_accuracy"}
     made = with_loss(trl.SFTTrainer)(folder, args, None, sft_rows(), loss="eaft", processing_class=make_tokenizer())
     assert made.train().training_loss == pytest.approx(trainer.state.log_history[STEPS]["train_loss"], rel=1e-4)
+
+
+TWO_PROCESSES = """
+import json, os, sys
+import trl
+from test_trl_losses import run, settings, sft_rows, with_loss
+from pathlib import Path
+
+model, path = sys.argv[1], Path(sys.argv[2])
+cls, theirs, ours = trl.SFTTrainer, {"loss_type": "dft"}, {}
+args = [trl.SFTConfig(**settings(path, **more)) for more in (theirs, ours)]
+host = run(cls, model, args[0], sft_rows())
+mine = run(with_loss(cls), model, args[1], sft_rows(), loss="dft")
+names = ("loss", "grad_norm", "entropy", "mean_token_accuracy", "num_tokens")
+if host[0].accelerator.is_main_process:
+    assert host[0].accelerator.num_processes == 2
+    found = [[[entry[name] for name in names] for entry in log[:-1]] for log in (host[1], mine[1])]
+    (path / "found.json").write_text(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_divide_by_the_tokens_of_both(folder: str, tmp_path: Path) -> None:
+    script, here = tmp_path / "two.py", Path(__file__).parent
+    script.write_text(TWO_PROCESSES)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    paths = os.pathsep.join([str(here), *sys.path])
+    command = [sys.executable, *launcher, str(script), folder, str(tmp_path)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": paths})
+    host, mine = json.loads((tmp_path / "found.json").read_text())
+    assert len(host) == STEPS
+    torch.testing.assert_close(torch.tensor(mine), torch.tensor(host), rtol=2e-4, atol=2e-5)
