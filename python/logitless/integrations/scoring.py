@@ -69,6 +69,7 @@ class Request:
     loss: Loss | str | None = None
     loss_inputs: dict[str, Tensor] | None = None
     token_outputs: tuple[str, ...] = ()
+    token_constants: tuple[str, ...] = ()
     hidden_only: bool = False
     cu_seqlens: Tensor | None = None
     temperature: float | None = None
@@ -90,6 +91,9 @@ def check_request(request: Request) -> None:
     names = request.token_outputs
     if isinstance(names, str) or any(name not in OUTPUTS for name in names):
         raise ValueError(f"token_outputs: expected a tuple of names of {list(OUTPUTS)}, got {names!r}")
+    if isinstance(request.token_constants, str) or not set(request.token_constants) <= set(names):
+        got = request.token_constants
+        raise ValueError(f"token_constants: expected a tuple of names of token_outputs, got {got!r}")
     if request.loss_inputs is not None and not isinstance(request.loss_inputs, dict):
         raise TypeError(f"loss_inputs: expected a dict of tensors by name, got {type(request.loss_inputs).__name__}")
     request.num_items_in_batch = _number_of_items(request.num_items_in_batch)
@@ -287,7 +291,9 @@ class _HeadCall:
             return {}
         read = self.loss.outputs if self._reads_them else ()
         outputs = tuple(dict.fromkeys((*self.request.token_outputs, *read)))
-        stats = linear_logprobs(hidden, weight, self.targets, outputs=outputs, **_recomputable(options))
+        constants = tuple([name for name in self.request.token_constants if name not in read])
+        own = _recomputable(options)
+        stats = linear_logprobs(hidden, weight, self.targets, outputs=outputs, constants=constants, **own)
         return {f"stats.{name}": value for name, value in stats._asdict().items() if value is not None}
 
     def _loss_of_stats(self, results: dict[str, Tensor]) -> Tensor:

@@ -33,7 +33,10 @@ def check_model(model: nn.Module) -> None:
     if not all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings")):
         raise TypeError(f"model: expected a Transformers causal LM, got {kind}")
     if "fused_lm_head" in inspect.signature(model.forward).parameters or _fused_by_trl(model.forward):
-        raise UnsupportedModelError(f"{kind}: TRL has put its own fused head on it; patch it without TRL's")
+        raise UnsupportedModelError(
+            f"{kind}: a trainer of TRL has put its own fused head on it; logitless.integrations.trl.losses.with_loss("
+            "trl.SFTTrainer) makes a trainer whose head is ours, with any loss"
+        )
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind}: an encoder-decoder; only causal language models are served")
     reason = refusal(model)

@@ -247,6 +247,14 @@ def check_outputs(outputs: Iterable[str], *, with_targets: bool, known: tuple[st
     return names
 
 
+def check_constants(constants: tuple[str, ...], outputs: Iterable[str]) -> None:
+    """Raises unless `constants` are names of the statistics asked for."""
+    if isinstance(constants, str):
+        raise TypeError(f"constants: expected a tuple of names of {list(outputs)}, got {constants!r}")
+    for name in constants:
+        check_choice("constants", name, outputs)
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises unless the value is one of the choices."""
     if value not in tuple(choices):

@@ -31,6 +31,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    constants: tuple[str, ...] = (),
     logit_weight: Tensor | None = None,
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
@@ -61,6 +62,8 @@ def linear_logprobs(
         logit_scale, softcap, temperature: see `LogitTransform`. The defaults leave the logits as they are.
         ignore_index: tokens with this target give 0 and no gradient, and cost nothing. -100 as in PyTorch.
         outputs: which fields of `TokenStats` to compute. The differentiable ones may all be used together.
+        constants: which of `outputs` come without a gradient, as a metric does: `("entropy",)` beside a loss of logprob
+            leaves a frozen head its two GEMMs.
         logit_weight: `[V]` constants w, with which `mean_logit` is `mean_j w_j z_j` (NaN where w is 0 and the logit
             -inf). Under a softcap a chunk's rows are then PyTorch's operations, whatever the backend.
         backend: "reference" (full logits, plain autograd), "cuda", "triton", "chunked", or "auto": the first of the
@@ -121,13 +124,17 @@ def linear_logprobs(
         grad_out,
     )
     call = prepare_call(hidden, weight, targets, options, lists=True)
+    checks.check_constants(constants, outputs)
     if among is not None:
         stats = _among(call, hidden, among, targets, outputs)
     else:
         known = LIST_OUTPUTS if call.listed() else OUTPUTS
         outputs = checks.check_outputs(outputs, with_targets=targets is not None, known=known)
         checks.check_logit_weight(logit_weight, weight, outputs)
-        stats = _of_lists(call, outputs) if call.listed() else _statistics_of_call(call, outputs)
+        stats = _of_lists(call, outputs) if call.listed() else _statistics_of_call(call, outputs, constants)
+    if constants:
+        fields = zip(TokenStats._fields, stats, strict=True)
+        stats = TokenStats(*(x if x is None or name not in constants else x.detach() for name, x in fields))
     shape = hidden.shape[:-1]
     return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
 
@@ -157,15 +164,16 @@ def _of_lists(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     return statistics_from_lse(call, outputs, _statistics_of_call(one, names))
 
 
-def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
-    """The statistics that `outputs` names, `[N]` each, None for the others."""
+def _statistics_of_call(call: Call, outputs: tuple[str, ...], constants: tuple[str, ...] = ()) -> TokenStats:
+    """The statistics that `outputs` names, `[N]` each, None for the others; `constants` need no gradient."""
     if call.options.group is not None:
-        return _of_shard(call, outputs)
+        return _of_shard(call, outputs, constants)
     if call.options.backend == "reference":
         return _reference(call, outputs)
     options = call.options
     # Without targets any token id serves: the statistics asked for do not depend on it.
     targets = call.hidden.new_zeros(len(call.hidden), dtype=torch.long) if call.targets is None else call.targets
+    varying = tuple([name for name in outputs if name not in constants])
     results = logprobs(
         call.hidden,
         call.weight,
@@ -177,20 +185,20 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
         options.grad_out,
-        *call.execution("single_pass" if _takes_unit_gradient(call, outputs) else "recompute"),
+        *call.execution("single_pass" if _takes_unit_gradient(call, varying) else "recompute"),
     )
     stats = zip(OUTPUTS, results[: len(OUTPUTS)], strict=True)
     return TokenStats(*(x if name in outputs else None for name, x in stats))
 
 
-def _of_shard(call: Call, outputs: tuple[str, ...]) -> TokenStats:
+def _of_shard(call: Call, outputs: tuple[str, ...], constants: tuple[str, ...] = ()) -> TokenStats:
     """The statistics of the whole vocabulary, of which this process has a part of the rows."""
     shard, names = shard_of(call), tuple(dict.fromkeys(("logprob", "lse", *outputs)))
     if call.listed():
         needed = tuple(dict.fromkeys((*names, "tail")))
         stats = present(exact_statistics(shard.call, needed))
     else:
-        stats = present(_statistics_of_call(shard.call, names))
+        stats = present(_statistics_of_call(shard.call, names, constants))
     if "correct" in outputs:
         stats["top"] = largest_logit(shard.call)
     return combined(stats, shard.owner, shard.empty, call.group(), outputs)

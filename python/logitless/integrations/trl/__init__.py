@@ -1,0 +1,1 @@
+"""logitless under the trainers of TRL: any loss of the registry in them (`losses`)."""
