@@ -1,5 +1,26 @@
-"""TRL's trainers on logitless: `enable()` puts its operations under their losses, gradients and metrics."""
+"""TRL's trainers on logitless: `enable()` puts its operations under their losses, gradients and metrics.
 
+    from logitless.integrations import trl as logitless_trl
+
+    with logitless_trl.enable():
+        trainer = SFTTrainer(...)
+        trainer.train()
+
+`versions.py` has the releases that are known, `switch.py` what is replaced, `head.py` and `divergence.py` with what.
+"""
+
+from .divergence import chunked_divergence_loss
+from .head import add_fused_lm_head
+from .switch import Enabled, disable, enable
 from .versions import RANGE, UnsupportedTRLError, check
 
-__all__ = ["RANGE", "UnsupportedTRLError", "check"]
+__all__ = [
+    "RANGE",
+    "Enabled",
+    "UnsupportedTRLError",
+    "add_fused_lm_head",
+    "check",
+    "chunked_divergence_loss",
+    "disable",
+    "enable",
+]
