@@ -6,11 +6,11 @@
         trainer = SFTTrainer(...)
         trainer.train()
 
-`versions.py` has the releases that are known, `switch.py` what is replaced, `head.py` and `divergence.py` with what.
+`versions.py` has the releases that are known, `switch.py` what is replaced, `fused_head.py` and `divergence.py` with what.
 """
 
 from .divergence import chunked_divergence_loss
-from .head import add_fused_lm_head
+from .fused_head import add_fused_lm_head
 from .switch import Enabled, disable, enable
 from .versions import RANGE, UnsupportedTRLError, check
 

@@ -11,7 +11,7 @@ from ..families import UnsupportedModelError
 from ..heads import check_adapter
 from . import versions
 from .divergence import chunked_divergence_loss
-from .head import add_fused_lm_head
+from .fused_head import add_fused_lm_head
 
 #: TRL's functions and what stands in for them, by the module that defines them.
 _REPLACED = {
