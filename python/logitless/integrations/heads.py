@@ -94,7 +94,7 @@ def dense_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
     weight, bias = own_product(head)
     if not _is_adapter(layer) or layer.disable_adapters or layer.merged:
         return weight, bias
-    _check_adapter(layer)
+    check_adapter(layer)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             weight = weight + layer.get_delta_weight(name).to(weight)
@@ -113,7 +113,7 @@ def check_output_head(model: nn.Module, head: HeadModules) -> None:
         )
     linear: Any = head.inner.base_layer if _is_adapter(head.inner) else head.inner
     if _is_adapter(head.inner):
-        _check_adapter(head.inner)
+        check_adapter(head.inner)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         cure = "use LoRA or modules_to_save there" if _is_peft(linear) else "dequantise it if it is quantised"
         raise UnsupportedModelError(
@@ -190,7 +190,7 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
 
     It has any number of adapters, their dropout and their biases, as in PEFT.
     """
-    _check_adapter(layer)
+    check_adapter(layer)
     if _has_trained_rows(layer):
         return _with_trained_rows(layer, hidden)
     base = _operands_of_whole(layer.base_layer, hidden)
@@ -253,7 +253,7 @@ def _has_trained_rows(layer: nn.Module) -> bool:
     return type(layer).__name__ == "TrainableTokensLayer"
 
 
-def _check_adapter(layer: Any) -> None:
+def check_adapter(layer: Any) -> None:
     """Raises unless the adapter has a form that `_adapted` computes: plain LoRA on a linear layer, or trained rows."""
     if _has_trained_rows(layer):
         return

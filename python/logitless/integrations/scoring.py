@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Patch:
     names: tuple[str, ...]  # of the forward's parameters, in order
     router: RouterLoss | None
     output: type[LinearCausalLMOutput]
+    head_dtype: torch.dtype | None = None  # in which the head multiplies, outside autocast; None: as the model does
     checked: type[nn.Module] | None = None  # class of the head that the self-check has seen
     admitted: set[str] = field(default_factory=set)  # names of arguments that have been looked at in a call,
     admitted_to_loss: set[str] = field(default_factory=set)  # and in one with a loss that is not the model's own
@@ -250,13 +252,17 @@ class _HeadCall:
                 f"the output head was called with {sorted(extra)}, which the patch does not serve; skip_logits=False "
                 "runs the model's own forward where the loss is plain NLL"
             )
-        results = self._score(hidden)
+        with torch.autocast(hidden.device.type, enabled=False) if self.state.head_dtype else nullcontext():
+            results = self._score(hidden)
         if self.with_logits:
             results["logits"] = self.rule.finish(self.own_forward(hidden))
         return results
 
     def _score(self, hidden: Tensor) -> dict[str, Tensor]:
         hidden, weight, bias, group = product(self.head.inner, hidden).cut(self.rule.vocabulary)
+        if self.state.head_dtype is not None:
+            hidden, weight = hidden.to(self.state.head_dtype), weight.to(self.state.head_dtype)
+            bias = None if bias is None else bias.to(self.state.head_dtype)
         options: OptionKeywords = {
             "bias": bias,
             "logit_scale": self.rule.transform.logit_scale,

@@ -43,7 +43,7 @@ def patch(
     Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature that
     `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
     `get_peft_model` may come before or after. TRL's trainers replace the forward by one of their own, and refuse a
-    model with another loss than `"nll"`: `logitless.integrations.trl.losses` trains any loss in them. Pickle,
+    model with another loss than `"nll"`: `logitless.integrations.trl` trains any loss in them. Pickle,
     `torch.save(model)` and `copy.deepcopy` give a patched model.
 
     **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more

@@ -31,7 +31,8 @@ from ...losses import Loss, PolicyLoss
 from ...losses.layout import TokenLayout, token_layout
 from ..scoring import plain_head
 from ..support import causal_lm
-from .head import FusedCall, Recorder, add_linear_head, at_first_token, last
+from . import versions
+from .loss_head import FusedCall, Recorder, add_linear_head, at_first_token, last
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     for base in (base for base in cls.__mro__ if not issubclass(base, LinearLossMixin)):
         for kind in TRAINERS:
             if base.__name__ == kind.name and base.__module__.startswith("trl."):
-                if not hasattr(sys.modules[base.__module__], "add_fused_lm_head"):
-                    raise TypeError(f"{kind.name}: this release of TRL has no fused head, which loss= builds on")
+                versions.check()
                 return kind, base
     served = ", ".join(kind.name for kind in TRAINERS)
     raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {cls.__name__}")

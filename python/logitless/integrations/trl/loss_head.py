@@ -20,15 +20,7 @@ from ...losses import Loss
 from ...types import TokenStats
 from ..support import causal_lm
 from ..transformers import patch
-
-#: The statistic that each per-token field of TRL's output is.
-FIELDS = {
-    "log_probs": "logprob",
-    "entropy": "entropy",
-    "log_sum_sq_probs": "log_sum_sq",
-    "mean_logits": "mean_logit",
-    "is_top1": "correct",
-}
+from .fused_head import STATISTICS, trl_output
 
 
 @dataclass
@@ -75,26 +67,17 @@ class LinearHead:
         labels = kwargs["labels" if shift else "shift_labels"]
         request, self.recorder.request = self.recorder.request, {}
         settings = {"loss": "nll", "temperature": self.temperature, "skip_logits": True, **request}
-        wanted = tuple(FIELDS[name] for name in self.fields)
+        wanted = tuple(STATISTICS[name] for name in self.fields)
         settings["token_constants"] = tuple(name for name in wanted if name not in self.read)
         kwargs = {**kwargs, **settings, "use_cache": False, "return_dict": True, "token_outputs": wanted}
         result = model._logitless_patch.forward(*args, **kwargs)
         kept = result.token_stats.logprob.shape[1] - shift
         stats = TokenStats(*(None if x is None else x[:, :kept] for x in result.token_stats))
         mask = labels[:, shift:].to(result.loss.device) != -100
-        output = _trl_output(stats, mask, self.fields, result)
+        output = trl_output(stats, mask, self.fields, result)
         if self.recorder.calls is not None:
             self.recorder.calls.append(FusedCall(stats, mask, output))
         return output
-
-
-def _trl_output(stats: TokenStats, mask: Tensor, fields: tuple[str, ...], result: Any) -> Any:
-    from trl.trainer.utils import FusedCausalLMOutput
-
-    values: dict[str, Any] = {name: getattr(stats, FIELDS[name]) for name in fields}
-    if "is_top1" in values:
-        values["is_top1"] = values["is_top1"].bool()
-    return FusedCausalLMOutput(loss=result.loss, label_mask=mask, aux_loss=result.aux_loss, **values)
 
 
 def add_linear_head(
@@ -135,7 +118,7 @@ def add_linear_head(
         got = inner._logitless_patch.temperature
         raise ValueError(f"temperature: the trainer's is {temperature}, and the model was patched with {got}")
     statistics = (*loss.outputs, *(("logprob",) if loss.outputs else ()))
-    names = {statistic: name for name, statistic in FIELDS.items()}
+    names = {statistic: name for name, statistic in STATISTICS.items()}
     fields = dict.fromkeys((*outputs, *(names[statistic] for statistic in statistics)))
     inner._logitless_head = LinearHead(recorder, temperature, tuple(fields), ("logprob", *loss.outputs))
     cls: Any = type(inner)
