@@ -311,7 +311,7 @@ def test_a_copy_of_a_model_has_a_head_of_its_own() -> None:
 
 def test_what_is_not_served_is_refused_by_name() -> None:
     given = {**patch_models.batch(), "fused_lm_head": True}
-    with pytest.raises(ValueError, match="LlamaForCausalLM: it is patched"):
+    with pytest.raises(ValueError, match="TRL's trainer computes a loss of its own, and would ignore"):
         ours.add_fused_lm_head(logitless.patch(patch_models.llama(), loss="dft"))
     with pytest.raises(ValueError, match="outputs: expected names of"):
         ours.add_fused_lm_head(patch_models.llama(), outputs=("logits",))

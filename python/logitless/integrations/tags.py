@@ -31,14 +31,8 @@ def _meet_trl(model: Any, kinds: list[str]) -> None:
     fused = hasattr(sys.modules.get("trl.trainer.utils"), "add_fused_lm_head")
     if "sft" in kinds and not fused:
         return  # an SFTTrainer of an older release calls the patched forward with labels
-    patch, trainer = model._logitless_patch, f"TRL's {' '.join(kinds) or 'own'} trainer"
-    if patch.loss != NLL() or patch.temperature != 1.0:
-        raise ValueError(
-            f"patch: {trainer} computes a loss of its own, and would ignore that of this {type(model).__name__}: "
-            f"{patch.loss} at temperature {patch.temperature:g}. Build the trainer by "
-            "logitless.integrations.trl.with_loss(trl.SFTTrainer), or of DPOTrainer, KTOTrainer, GRPOTrainer, "
-            "which take loss=...; or give it a model without a patch"
-        )
+    trainer = f"TRL's {' '.join(kinds) or 'own'} trainer"
+    refuse_other_loss(model, trainer)
     forward = getattr(vars(model).get("forward"), "__func__", None)
     if getattr(forward, "__globals__", {}).get("__name__", "").startswith("logitless."):
         return  # `enable` has put this library's head there
@@ -48,3 +42,15 @@ def _meet_trl(model: Any, kinds: list[str]) -> None:
         trainer,
         type(model).__name__,
     )
+
+
+def refuse_other_loss(model: Any, trainer: str) -> None:
+    """Raises ValueError if a patched model is for another loss than the plain NLL, which a trainer would ignore."""
+    patch = model._logitless_patch
+    if patch.loss != NLL() or patch.temperature != 1.0:
+        raise ValueError(
+            f"patch: {trainer} computes a loss of its own, and would ignore that of this {type(model).__name__}: "
+            f"{patch.loss} at temperature {patch.temperature:g}. Build the trainer by "
+            "logitless.integrations.trl.with_loss(trl.SFTTrainer), or of DPOTrainer, KTOTrainer, GRPOTrainer, "
+            "which take loss=...; or give it a model without a patch"
+        )

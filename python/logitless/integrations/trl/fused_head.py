@@ -23,6 +23,7 @@ from ..heads import find_head
 from ..scoring import Patch, Request, check_temperature, score
 from ..selfcheck import self_check
 from ..support import causal_lm, check_architecture
+from ..tags import refuse_other_loss
 
 #: TRL's per-token fields, and the statistics that they hold.
 STATISTICS = {
@@ -60,7 +61,8 @@ def add_fused_lm_head(
     Raises:
         UnsupportedModelError: (a ValueError) the model, or the adapter on its head, is known not to fit. Also in the
             first call with labels, if its logits differ from the model's own.
-        ValueError: the temperature is not positive, or an output is unknown.
+        ValueError: the model is patched for another loss than NLL, the temperature is not positive, or an output is
+            unknown.
     """
     inner = causal_lm(model)
     check_architecture(inner)
@@ -79,6 +81,8 @@ def add_fused_lm_head(
 
 def _check_arguments(model: nn.Module, cast: bool, outputs: tuple[str, ...]) -> None:
     kind = type(model).__name__
+    if "_logitless_patch" in model.__dict__:
+        refuse_other_loss(model, "TRL's trainer")
     unknown = [name for name in outputs if name not in STATISTICS]
     if unknown:
         raise ValueError(f"outputs: expected names of {list(STATISTICS)}, got {unknown}")
