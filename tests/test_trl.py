@@ -108,7 +108,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "sft": ("SFT", completions, {}),
     "sft-dft": ("SFT", completions, {"loss_type": "dft"}),
     "sft-packed": ("SFT", completions, {"packing": True, "max_length": 24}),
-    "sft-padding-free": ("SFT", completions, {"padding_free": True}),
+    "sft-padding-free": ("SFT", completions, {"padding_free": True, "max_length": None}),
     "sft-evaluated": ("SFT", completions, {"eval_strategy": "steps", "eval_steps": 2}),
     "dpo": ("DPO", pairs, {}),
     "dpo-ipo": ("DPO", pairs, {"loss_type": ["ipo"]}),
@@ -148,18 +148,16 @@ def trained(trainer: Any) -> Any:
 
 def assert_same_run(expected: Any, found: Any) -> None:
     """Both ended at the same weights, and logged the same metrics: losses and gradient norms among them."""
-    moved = 0.0
-    named = zip(expected.model.named_parameters(), found.model.named_parameters(), strict=True)
-    for (name, x), (_, y) in named:
+    for (name, x), (_, y) in zip(expected.model.named_parameters(), found.model.named_parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-        moved = max(moved, float(x.grad.abs().max()) if x.grad is not None else 0.0)
     history = [trainer.state.log_history for trainer in (expected, found)]
     assert len(history[0]) == len(history[1]) > STEPS
     assert max(entry.get("grad_norm", 0.0) for entry in history[0]) > 1e-3
     for a, b in zip(*history, strict=True):
         assert a.keys() == b.keys()
+        undecided = abs(a.get("rewards/margins", 1.0)) < 1e-5  # rounding alone says which of two equal rewards is more
         for name, value in a.items():
-            if not any(word in name for word in CLOCKS):
+            if not any(word in name for word in CLOCKS) and not (undecided and name == "rewards/accuracies"):
                 assert b[name] == pytest.approx(value, rel=2e-4, abs=2e-5, nan_ok=True), name
 
 
