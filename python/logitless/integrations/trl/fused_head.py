@@ -24,7 +24,7 @@ from ..selfcheck import self_check
 from ..support import causal_lm, check_architecture
 
 #: TRL's per-token fields, and the statistics that they hold.
-STATISTICS = {
+FUSED_FIELDS = {
     "log_probs": "logprob",
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq",
@@ -53,7 +53,7 @@ def add_fused_lm_head(
         model: a causal LM of Transformers, or a `PeftModel` around one.
         temperature: the sampler's, by which logits are divided. 1 by default.
         cast_lm_head_to_fp32: whether the head multiplies in float32, outside autocast. False leaves it to the model.
-        outputs: which of `STATISTICS` to compute; `log_probs` always is. mean_logits, log_sum_sq_probs and is_top1
+        outputs: which of `FUSED_FIELDS` to compute; `log_probs` always is. mean_logits, log_sum_sq_probs and is_top1
             have no gradient.
 
     Raises:
@@ -71,7 +71,7 @@ def add_fused_lm_head(
     def fused_forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return state.original(self, *args, **kwargs)
-        return _Call(self, state, wanted).run(args, kwargs)
+        return _FusedCall(self, state, wanted).run(args, kwargs)
 
     inner.forward = MethodType(fused_forward, inner)
 
@@ -80,9 +80,9 @@ def _check_arguments(model: nn.Module, cast: bool, outputs: tuple[str, ...]) -> 
     kind = type(model).__name__
     if "_logitless_patch" in model.__dict__:
         raise ValueError(f"{kind}: it is patched, and TRL's trainer computes another loss than the patch: unpatch it")
-    unknown = [name for name in outputs if name not in STATISTICS]
+    unknown = [name for name in outputs if name not in FUSED_FIELDS]
     if unknown:
-        raise ValueError(f"outputs: expected names of {list(STATISTICS)}, got {unknown}")
+        raise ValueError(f"outputs: expected names of {list(FUSED_FIELDS)}, got {unknown}")
     if cast and hasattr(find_head(model).inner, "base_layer"):
         raise UnsupportedModelError(
             f"{kind}: cast_lm_head_to_fp32=True and an adapter on the output head exclude one another in TRL, which "
@@ -111,7 +111,7 @@ def _state(model: nn.Module, temperature: float, head_dtype: torch.dtype | None)
 
 
 @dataclass
-class _Call:
+class _FusedCall:
     """One call with `fused_lm_head=True`: its arguments by name, the scores, and these as TRL names them."""
 
     model: nn.Module
@@ -126,7 +126,7 @@ class _Call:
         shifted = request.shift_labels is not None
         labels = request.shift_labels if shifted else request.labels
         assert labels is not None
-        fields = {name: getattr(scored.token_stats, STATISTICS[name]) for name in self.wanted}
+        fields = {name: getattr(scored.token_stats, FUSED_FIELDS[name]) for name in self.wanted}
         fields = {name: self._field(name, x if shifted else x[:, :-1]) for name, x in fields.items()}
         mask = (labels if shifted else labels[:, 1:]) != -100
         return _output(loss=scored.loss, label_mask=mask.to(scored.loss.device), aux_loss=scored.aux_loss, **fields)
@@ -136,7 +136,7 @@ class _Call:
         inputs.pop("return_dict", None)
         if "use_cache" in self.state.names:
             inputs["use_cache"] = False
-        names = tuple(STATISTICS[name] for name in self.wanted)
+        names = tuple(FUSED_FIELDS[name] for name in self.wanted)
         request = Request(inputs, token_outputs=names, **taken)
         if not request.scored:
             raise ValueError("fused_lm_head=True: needs labels or shift_labels, got neither")
