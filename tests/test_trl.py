@@ -9,6 +9,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -29,6 +30,11 @@ from logitless.testing import watch_allocations  # noqa: E402
 utils = importlib.import_module("trl.trainer.utils")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
+kernels = importlib.import_module("trl.kernels.chunked_logprob")
+compared = pytest.mark.skipif(
+    not hasattr(kernels, "_use_triton") and not torch.cuda.is_available(),
+    reason="this release of TRL computes its own losses on a GPU alone",
+)
 STEPS = 3
 #: Metrics that are no function of the model: times and rates.
 CLOCKS = ("runtime", "per_second", "step_time", "total_flos")
@@ -108,7 +114,7 @@ CASES: dict[str, tuple[str, Callable[[], Any], dict[str, Any]]] = {
     "sft": ("SFT", completions, {}),
     "sft-dft": ("SFT", completions, {"loss_type": "dft"}),
     "sft-packed": ("SFT", completions, {"packing": True, "max_length": 24}),
-    "sft-padding-free": ("SFT", completions, {"padding_free": True}),
+    "sft-padding-free": ("SFT", completions, {"padding_free": True, "max_length": None}),
     "sft-evaluated": ("SFT", completions, {"eval_strategy": "steps", "eval_steps": 2}),
     "dpo": ("DPO", pairs, {}),
     "dpo-ipo": ("DPO", pairs, {"loss_type": ["ipo"]}),
@@ -148,21 +154,20 @@ def trained(trainer: Any) -> Any:
 
 def assert_same_run(expected: Any, found: Any) -> None:
     """Both ended at the same weights, and logged the same metrics: losses and gradient norms among them."""
-    moved = 0.0
-    named = zip(expected.model.named_parameters(), found.model.named_parameters(), strict=True)
-    for (name, x), (_, y) in named:
+    for (name, x), (_, y) in zip(expected.model.named_parameters(), found.model.named_parameters(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-        moved = max(moved, float(x.grad.abs().max()) if x.grad is not None else 0.0)
     history = [trainer.state.log_history for trainer in (expected, found)]
     assert len(history[0]) == len(history[1]) > STEPS
     assert max(entry.get("grad_norm", 0.0) for entry in history[0]) > 1e-3
     for a, b in zip(*history, strict=True):
         assert a.keys() == b.keys()
+        undecided = abs(a.get("rewards/margins", 1.0)) < 1e-5  # rounding alone says which of two equal rewards is more
         for name, value in a.items():
-            if not any(word in name for word in CLOCKS):
+            if not any(word in name for word in CLOCKS) and not (undecided and name == "rewards/accuracies"):
                 assert b[name] == pytest.approx(value, rel=2e-4, abs=2e-5, nan_ok=True), name
 
 
+@compared
 @pytest.mark.parametrize("case", slowly(CASES, "sft", "dpo", "kto", "grpo-entropy", "rloo", "distillation"))
 def test_a_trainer_is_itself(case: str, tmp_path: Path, saved: Any) -> None:
     """Weights after several steps and every logged number are TRL's, in float32, accumulated over ragged batches."""
@@ -172,6 +177,7 @@ def test_a_trainer_is_itself(case: str, tmp_path: Path, saved: Any) -> None:
     assert_same_run(expected, found)
 
 
+@compared
 @pytest.mark.parametrize("case", slowly(("sft", "dpo", "grpo", "distillation"), "sft", "dpo"))
 def test_lora_and_tied_heads(case: str, tmp_path: Path, saved: Any) -> None:
     """An adapter that leaves a tied head frozen, as TRL trains it."""
@@ -221,6 +227,7 @@ CALLS = {
 }
 
 
+@compared
 @pytest.mark.parametrize("name", CALLS)
 def test_the_head_answers_as_trl_s(name: str) -> None:
     expected, found = (
@@ -239,6 +246,7 @@ def test_positional_arguments_reach_the_base_model() -> None:
     torch.testing.assert_close(model(ids, mask, labels=labels, fused_lm_head=True).loss, by_name.loss)
 
 
+@compared
 def test_router_losses_are_trl_s() -> None:
     changes = {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True}
     base = {k: v for k, v in patch_models.config().to_dict().items() if k in SIZES}
@@ -257,6 +265,7 @@ SIZES = (
 )
 
 
+@compared
 def test_a_softcap_is_applied() -> None:
     base = {k: v for k, v in patch_models.config().to_dict().items() if k in SIZES}
     found = []
@@ -307,6 +316,23 @@ def test_a_copy_of_a_model_has_a_head_of_its_own() -> None:
     given = {**patch_models.batch(), "fused_lm_head": True}
     assert float(twin(**given).loss) == pytest.approx(float(torch.tensor(patch_models.V).log()))
     assert float(model(**given).loss) != pytest.approx(float(twin(**given).loss))
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "kto"])
+def test_a_frozen_head_costs_two_products_where_the_entropy_is_a_metric(trainer: str) -> None:
+    """The trainers that only log the entropy never ask for its gradient, which would take the logits again."""
+    from logitless.ops.registered import logprobs
+
+    model = patch_models.llama(tie_word_embeddings=False)
+    model.lm_head.weight.requires_grad_(False)
+    with ours.enable():
+        importlib.import_module(f"trl.trainer.{trainer}_trainer").add_fused_lm_head(
+            model, outputs=("log_probs", "entropy")
+        )
+    out = model(**patch_models.batch(), fused_lm_head=True)
+    with mock.patch.object(logprobs, "logprobs_backward", side_effect=AssertionError("the logits, again")):
+        out.loss.backward()
+    assert not out.entropy.requires_grad
 
 
 def test_what_is_not_served_is_refused_by_name() -> None:
@@ -422,6 +448,7 @@ def watched_step(case: str, path: Path, model: Any) -> tuple[int, int]:
     return seen.largest, seen.peak
 
 
+@compared
 @pytest.mark.parametrize("case", slowly(LONG_ROWS, "sft"))
 def test_no_logits_are_allocated(case: str, tmp_path: Path, saved: Any) -> None:
     """A chunk of 32 MiB stands where the logits are 64, and TRL's step holds several times more at its peak."""
@@ -439,7 +466,7 @@ def test_no_logits_are_allocated(case: str, tmp_path: Path, saved: Any) -> None:
 def in_trl() -> dict[tuple[str, str], Any]:
     """Every object in TRL that the switch may replace, by the module and name that lead to it."""
     modules = [importlib.import_module(f"trl.trainer.{name}_trainer") for name in (*TRAINERS, "distillation")]
-    modules += [utils, importlib.import_module("trl.experimental.async_grpo.async_grpo_trainer")]
+    modules.append(utils)
     names = ("add_fused_lm_head", "_chunked_divergence_loss", "BaseTunerLayer")
     return {(m.__name__, n): vars(m)[n] for m in modules for n in names if n in vars(m)}
 
@@ -461,9 +488,8 @@ def test_every_trainer_is_switched_and_switched_back() -> None:
 
 
 def test_a_module_that_is_loaded_later_is_switched_too() -> None:
-    name = "trl.experimental.async_grpo.async_grpo_trainer"
+    loaded = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
     theirs = utils.add_fused_lm_head
-    loaded = importlib.import_module(name)
     with ours.enable():
         module = importlib.reload(loaded)
         assert module.add_fused_lm_head is ours.add_fused_lm_head
@@ -481,6 +507,7 @@ def test_the_context_ends_after_an_exception_and_inside_another() -> None:
     assert utils.add_fused_lm_head is ours.add_fused_lm_head
 
 
+@compared
 def test_a_trainer_keeps_the_head_that_it_was_made_with(
     tmp_path: Path, saved: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,7 +539,7 @@ def test_an_unknown_release_is_named_and_nothing_is_changed(version: str, monkey
 @pytest.mark.parametrize("version", ["1.15.0", "1.15.3", "1.16.0", "1.16.1"])
 def test_a_known_release_is_served(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trl, "__version__", version)
-    ours.check()
+    ours.check_version()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ...losses import Loss
 from ...types import TokenStats
 from ..support import causal_lm
 from ..transformers import patch
-from .fused_head import STATISTICS, trl_output
+from .fused_head import FUSED_FIELDS, trl_output
 
 
 @dataclass
@@ -67,7 +67,7 @@ class LinearHead:
         labels = kwargs["labels" if shift else "shift_labels"]
         request, self.recorder.request = self.recorder.request, {}
         settings = {"loss": "nll", "temperature": self.temperature, "skip_logits": True, **request}
-        wanted = tuple(STATISTICS[name] for name in self.fields)
+        wanted = tuple(FUSED_FIELDS[name] for name in self.fields)
         settings["token_constants"] = tuple(name for name in wanted if name not in self.read)
         kwargs = {**kwargs, **settings, "use_cache": False, "return_dict": True, "token_outputs": wanted}
         result = model._logitless_patch.forward(*args, **kwargs)
@@ -118,7 +118,7 @@ def add_linear_head(
         got = inner._logitless_patch.temperature
         raise ValueError(f"temperature: the trainer's is {temperature}, and the model was patched with {got}")
     statistics = (*loss.outputs, *(("logprob",) if loss.outputs else ()))
-    names = {statistic: name for name, statistic in STATISTICS.items()}
+    names = {statistic: name for name, statistic in FUSED_FIELDS.items()}
     fields = dict.fromkeys((*outputs, *(names[statistic] for statistic in statistics)))
     inner._logitless_head = LinearHead(recorder, temperature, tuple(fields), ("logprob", *loss.outputs))
     cls: Any = type(inner)
