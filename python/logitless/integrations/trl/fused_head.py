@@ -26,7 +26,7 @@ from ..support import causal_lm, check_architecture
 from ..tags import refuse_other_loss
 
 #: TRL's per-token fields, and the statistics that they hold.
-STATISTICS = {
+TRL_STATISTICS = {
     "log_probs": "logprob",
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq",
@@ -55,7 +55,7 @@ def add_fused_lm_head(
         model: a causal LM of Transformers, or a `PeftModel` around one.
         temperature: the sampler's, by which logits are divided. 1 by default.
         cast_lm_head_to_fp32: whether the head multiplies in float32, outside autocast. False leaves it to the model.
-        outputs: which of `STATISTICS` to compute; `log_probs` always is. mean_logits, log_sum_sq_probs and is_top1
+        outputs: which of `TRL_STATISTICS` to compute; `log_probs` always is. mean_logits, log_sum_sq_probs and is_top1
             have no gradient.
 
     Raises:
@@ -74,7 +74,7 @@ def add_fused_lm_head(
     def fused_forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if not fused_lm_head:
             return state.original(self, *args, **kwargs)
-        return _Call(self, state, wanted).run(args, kwargs)
+        return _ScoredCall(self, state, wanted).run(args, kwargs)
 
     inner.forward = MethodType(fused_forward, inner)
 
@@ -83,9 +83,9 @@ def _check_arguments(model: nn.Module, cast: bool, outputs: tuple[str, ...]) -> 
     kind = type(model).__name__
     if "_logitless_patch" in model.__dict__:
         refuse_other_loss(model, "TRL's trainer")
-    unknown = [name for name in outputs if name not in STATISTICS]
+    unknown = [name for name in outputs if name not in TRL_STATISTICS]
     if unknown:
-        raise ValueError(f"outputs: expected names of {list(STATISTICS)}, got {unknown}")
+        raise ValueError(f"outputs: expected names of {list(TRL_STATISTICS)}, got {unknown}")
     if cast and hasattr(find_head(model).inner, "base_layer"):
         raise UnsupportedModelError(
             f"{kind}: cast_lm_head_to_fp32=True and an adapter on the output head exclude one another in TRL, which "
@@ -114,7 +114,7 @@ def _state(model: nn.Module, temperature: float, head_dtype: torch.dtype | None)
 
 
 @dataclass
-class _Call:
+class _ScoredCall:
     """One call with `fused_lm_head=True`: its arguments by name, the scores, and these as TRL names them."""
 
     model: nn.Module
@@ -125,20 +125,15 @@ class _Call:
         request = self._request({**dict(zip(self.state.names, args, strict=False)), **kwargs})
         self._check_once()
         scored = score(self.model, self.state, request, self.state.loss, skip=True)
-        assert scored.token_stats is not None
-        shifted = request.shift_labels is not None
-        labels = request.shift_labels if shifted else request.labels
-        assert labels is not None
-        stats = TokenStats(*(x if x is None or shifted else x[:, :-1] for x in scored.token_stats))
-        mask = (labels if shifted else labels[:, 1:]) != -100
-        return trl_output(stats, mask.to(scored.loss.device), self.wanted, scored)
+        stats, mask = trl_layout(scored, request.labels, request.shift_labels)
+        return trl_output(stats, mask, self.wanted, scored)
 
     def _request(self, inputs: dict[str, Any]) -> Request:
         taken = {name: inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
         inputs.pop("return_dict", None)
         if "use_cache" in self.state.names:
             inputs["use_cache"] = False
-        names = tuple(STATISTICS[name] for name in self.wanted)
+        names = tuple(TRL_STATISTICS[name] for name in self.wanted)
         request = Request(inputs, token_outputs=names, **taken)
         if not request.scored:
             raise ValueError("fused_lm_head=True: needs labels or shift_labels, got neither")
@@ -152,11 +147,21 @@ class _Call:
             self.state.checked = kind
 
 
+def trl_layout(result: Any, labels: Tensor | None, shift_labels: Tensor | None) -> tuple[TokenStats, Tensor]:
+    """A patched forward's statistics `[B, T - 1]`, or `[B, T]` for `shift_labels`, and the mask of what counts."""
+    assert result.token_stats is not None
+    if shift_labels is not None:
+        return result.token_stats, shift_labels.to(result.loss.device) != -100
+    assert labels is not None
+    stats = TokenStats(*(None if x is None else x[:, :-1] for x in result.token_stats))
+    return stats, labels[:, 1:].to(result.loss.device) != -100
+
+
 def trl_output(stats: TokenStats, mask: Tensor, fields: tuple[str, ...], result: Any) -> Any:
     """TRL's output of a call: statistics `[B, T]` under its names, and loss and router's loss of our own output."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    values: dict[str, Any] = {name: getattr(stats, STATISTICS[name]) for name in fields}
+    values: dict[str, Any] = {name: getattr(stats, TRL_STATISTICS[name]) for name in fields}
     for name in ("log_sum_sq_probs", "mean_logits"):
         if name in values:
             values[name] = values[name].detach()

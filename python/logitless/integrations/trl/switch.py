@@ -19,7 +19,7 @@ _REPLACED = {
     ("trl.trainer.distillation_trainer", "_chunked_divergence_loss"): chunked_divergence_loss,
 }
 #: TRL's trainers on its fused head. Each refuses an adapter on the output head by asking for PEFT's class of layers.
-_TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto", "grpo", "rloo"))
+_FUSED_TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto", "grpo", "rloo"))
 
 
 class _Swap(NamedTuple):
@@ -69,15 +69,15 @@ def enable() -> Enabled:
     """
     if _swaps:
         return Enabled(changed=False)
-    versions.check()
-    trainers = [importlib.import_module(name) for name in _TRAINERS]
+    versions.check_release()
+    trainers = [importlib.import_module(name) for name in _FUSED_TRAINERS]
     found = [_Swap(name, _own(module, name), ours) for (module, name), ours in _REPLACED.items()]
     adapters = next((vars(x)["BaseTunerLayer"] for x in trainers if "BaseTunerLayer" in vars(x)), None)
     for swap in found:
-        _put(swap.ours, _places(swap.name, swap.theirs), swap.name)
+        _put(swap.ours, _modules_with(swap.name, swap.theirs), swap.name)
     if adapters is not None:  # PEFT is installed
         found.append(_Swap("BaseTunerLayer", adapters, _refused_of(adapters)))
-        _put(found[-1].ours, [x for x in _places("BaseTunerLayer", adapters) if x in trainers], "BaseTunerLayer")
+        _put(found[-1].ours, [x for x in _modules_with("BaseTunerLayer", adapters) if x in trainers], "BaseTunerLayer")
     _swaps.extend(found)
     return Enabled(changed=True)
 
@@ -89,7 +89,7 @@ def disable() -> None:
     has been put since is left as it is.
     """
     for swap in _swaps:
-        _put(swap.theirs, _places(swap.name, swap.ours), swap.name)
+        _put(swap.theirs, _modules_with(swap.name, swap.ours), swap.name)
     _swaps.clear()
 
 
@@ -104,7 +104,7 @@ def _own(module: str, name: str) -> Any:
     return function
 
 
-def _places(name: str, value: Any) -> list[ModuleType]:
+def _modules_with(name: str, value: Any) -> list[ModuleType]:
     """TRL's loaded modules in which `name` is that very object."""
     modules = [m for key, m in list(sys.modules.items()) if key.partition(".")[0] == "trl" and m is not None]
     return [module for module in modules if vars(module).get(name) is value]
