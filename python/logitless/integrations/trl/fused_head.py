@@ -134,13 +134,8 @@ class _FusedCall:
         request = self._request({**dict(zip(self.state.names, args, strict=False)), **kwargs})
         self._check_once()
         scored = score(self.model, self.state, request, self.state.loss, skip=True)
-        assert scored.token_stats is not None
-        shifted = request.shift_labels is not None
-        labels = request.shift_labels if shifted else request.labels
-        assert labels is not None
-        stats = TokenStats(*(x if x is None or shifted else x[:, :-1] for x in scored.token_stats))
-        mask = (labels if shifted else labels[:, 1:]) != -100
-        return trl_output(stats, mask.to(scored.loss.device), self.wanted, scored)
+        stats, mask = trl_layout(scored, request.labels, request.shift_labels)
+        return trl_output(stats, mask, self.wanted, scored)
 
     def _request(self, inputs: dict[str, Any]) -> Request:
         taken = {name: inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
@@ -160,6 +155,16 @@ class _FusedCall:
         if self.state.checked is not kind:
             self_check(self.model, self.state)
             self.state.checked = kind
+
+
+def trl_layout(result: Any, labels: Tensor | None, shift_labels: Tensor | None) -> tuple[TokenStats, Tensor]:
+    """A patched forward's statistics `[B, T - 1]`, or `[B, T]` for `shift_labels`, and the mask of what counts."""
+    assert result.token_stats is not None
+    if shift_labels is not None:
+        return result.token_stats, shift_labels.to(result.loss.device) != -100
+    assert labels is not None
+    stats = TokenStats(*(None if x is None else x[:, :-1] for x in result.token_stats))
+    return stats, labels[:, 1:].to(result.loss.device) != -100
 
 
 def trl_output(stats: TokenStats, mask: Tensor, fields: tuple[str, ...], result: Any) -> Any:

@@ -98,7 +98,7 @@ class LinearLossMixin:
             raise TypeError(
                 f"args: expected the trainer's configuration with loss={self._linear_loss.name!r}, got None"
             )
-        _check_options(self._linear_loss, kind, given)
+        _check_loss_options(self._linear_loss, kind, given)
         self._linear_kind, self._recorder = kind, Recorder()
         given = kind.prepare(self._linear_loss, given)
         reference = given.pop("ref_model", None) if kind is SFT_TRAINER else None
@@ -182,7 +182,7 @@ def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
     return found
 
 
-def _check_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None:
+def _check_loss_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None:
     """Refuses options of TRL's own loss that would have no effect."""
     args = given["args"]
     defaults = {field.name: field for field in dataclasses.fields(args)}
