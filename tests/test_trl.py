@@ -539,7 +539,7 @@ def test_an_unknown_release_is_named_and_nothing_is_changed(version: str, monkey
 @pytest.mark.parametrize("version", ["1.15.0", "1.15.3", "1.16.0", "1.16.1"])
 def test_a_known_release_is_served(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trl, "__version__", version)
-    ours.check_version()
+    ours.check_release()
 
 
 @pytest.mark.parametrize(

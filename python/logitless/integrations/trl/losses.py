@@ -163,7 +163,7 @@ def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     for base in (base for base in cls.__mro__ if not issubclass(base, LinearLossMixin)):
         for kind in TRAINERS:
             if base.__name__ == kind.name and base.__module__.startswith("trl."):
-                versions.check_version()
+                versions.check_release()
                 return kind, base
     served = ", ".join(kind.name for kind in TRAINERS)
     raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {cls.__name__}")
