@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 import patch_models  # noqa: E402
 from training_fixtures import make_tokenizer  # noqa: E402
+from trl_runs import assert_same_run, lengths, settings, slowly  # noqa: E402
 
 import logitless  # noqa: E402
 from logitless.integrations import trl as ours  # noqa: E402
@@ -29,9 +30,6 @@ from logitless.testing import watch_allocations  # noqa: E402
 utils = importlib.import_module("trl.trainer.utils")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning", "ignore::DeprecationWarning")
 
-STEPS = 3
-#: Metrics that are no function of the model: times and rates.
-CLOCKS = ("runtime", "per_second", "step_time", "total_flos")
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
 
@@ -40,11 +38,6 @@ TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
 def _disabled() -> Iterator[None]:
     yield
     ours.disable()
-
-
-def slowly(cases: Any, *fast: str) -> list[Any]:
-    """All cases as parameters, all but the fast ones of the slow tier."""
-    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def tiny(**changes: Any) -> Any:
@@ -90,15 +83,8 @@ def prompts() -> Any:
     return datasets.Dataset.from_list([{"prompt": f"q{i} "} for i in range(12)])
 
 
-def reward(completions: list[str], **_: Any) -> list[float]:
-    return [float(len(set(text))) for text in completions]
-
-
 def config(cls: Any, path: Path, **more: Any) -> Any:
-    fixed = {"output_dir": str(path), "max_steps": STEPS, "report_to": "none", "use_cpu": True, "bf16": False}
-    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
-    rest = {"learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False}
-    return cls(**{**fixed, **sizes, **rest, **more})
+    return cls(**settings(path, **more))
 
 
 SAMPLED = {"max_completion_length": 6, "temperature": 0.8}
@@ -131,7 +117,7 @@ def trainer_of(case: str, path: Path, model: Any, **more: Any) -> Any:
     args = config(getattr(trl, f"{name}Config"), path, **options)
     arguments: dict[str, Any] = {"train_dataset": rows(), "processing_class": make_tokenizer(), **more}
     if name in ("GRPO", "RLOO"):
-        arguments["reward_funcs"] = reward
+        arguments["reward_funcs"] = lengths
     if name == "Distillation":
         arguments["teacher_model"] = tiny(hidden_size=48)
     if "evaluated" in case:
@@ -144,23 +130,6 @@ def trained(trainer: Any) -> Any:
     torch.manual_seed(0)
     trainer.train()
     return trainer
-
-
-def assert_same_run(expected: Any, found: Any) -> None:
-    """Both ended at the same weights, and logged the same metrics: losses and gradient norms among them."""
-    moved = 0.0
-    named = zip(expected.model.named_parameters(), found.model.named_parameters(), strict=True)
-    for (name, x), (_, y) in named:
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-        moved = max(moved, float(x.grad.abs().max()) if x.grad is not None else 0.0)
-    history = [trainer.state.log_history for trainer in (expected, found)]
-    assert len(history[0]) == len(history[1]) > STEPS
-    assert max(entry.get("grad_norm", 0.0) for entry in history[0]) > 1e-3
-    for a, b in zip(*history, strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            if not any(word in name for word in CLOCKS):
-                assert b[name] == pytest.approx(value, rel=2e-4, abs=2e-5, nan_ok=True), name
 
 
 @pytest.mark.parametrize("case", slowly(CASES, "sft", "dpo", "kto", "grpo-entropy", "rloo", "distillation"))
@@ -412,7 +381,7 @@ def watched_step(case: str, path: Path, model: Any) -> tuple[int, int]:
         options = {**options, "max_completion_length": LENGTH - 2, "generation_kwargs": {"min_new_tokens": LENGTH - 2}}
     args = config(getattr(trl, f"{name}Config"), path, **{**options, **sizes})
     rows = datasets.Dataset.from_list(LONG_ROWS[case])
-    more: dict[str, Any] = {"reward_funcs": reward} if name in ("GRPO", "RLOO") else {}
+    more: dict[str, Any] = {"reward_funcs": lengths} if name in ("GRPO", "RLOO") else {}
     more |= {"teacher_model": tiny(vocab_size=WIDE, hidden_size=48)} if name == "Distillation" else {}
     more |= {"train_dataset": rows, "processing_class": make_tokenizer()}
     trainer = getattr(trl, f"{name}Trainer")(model=model, args=args, **more)
