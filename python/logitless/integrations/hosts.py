@@ -25,13 +25,14 @@ def check_version(package: str, tested: str) -> None:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UnsupportedHostError(f"{package}: not installed; expected {tested}") from None
-    if not _in_range(found, tested):
+    if not in_range(found, tested):
         raise UnsupportedHostError(
             f"{package} {found}: logitless was tested with {tested}, and changes nothing in another release"
         )
 
 
-def _in_range(version: str, tested: str) -> bool:
+def in_range(version: str, tested: str) -> bool:
+    """Whether a release is in a range of releases; a version of no known form is not."""
     from packaging.specifiers import SpecifierSet  # every host brings it, torch does not
     from packaging.version import InvalidVersion
 
