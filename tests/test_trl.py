@@ -24,6 +24,7 @@ transformers = pytest.importorskip("transformers")
 
 import patch_models  # noqa: E402
 from training_fixtures import make_tokenizer  # noqa: E402
+from trl_runs import assert_same_run, lengths, settings, slowly  # noqa: E402
 
 import logitless  # noqa: E402
 from logitless.integrations import trl as ours  # noqa: E402
@@ -38,9 +39,6 @@ compared = pytest.mark.skipif(
     not hasattr(kernels, "_use_triton") and not torch.cuda.is_available(),
     reason="this release of TRL computes its own losses on a GPU alone",
 )
-STEPS = 3
-#: Metrics that are no function of the model: times and rates.
-CLOCKS = ("runtime", "per_second", "step_time", "total_flos")
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
 
@@ -49,11 +47,6 @@ TRAINERS = ("sft", "dpo", "kto", "grpo", "rloo")
 def _disabled() -> Iterator[None]:
     yield
     ours.disable()
-
-
-def slowly(cases: Any, *fast: str) -> list[Any]:
-    """All cases as parameters, all but the fast ones of the slow tier."""
-    return [case if case in fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 def tiny(**changes: Any) -> Any:
@@ -99,15 +92,8 @@ def prompts() -> Any:
     return datasets.Dataset.from_list([{"prompt": f"q{i} "} for i in range(12)])
 
 
-def reward(completions: list[str], **_: Any) -> list[float]:
-    return [float(len(set(text))) for text in completions]
-
-
 def config(cls: Any, path: Path, **more: Any) -> Any:
-    fixed = {"output_dir": str(path), "max_steps": STEPS, "report_to": "none", "use_cpu": True, "bf16": False}
-    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
-    rest = {"learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False}
-    return cls(**{**fixed, **sizes, **rest, **more})
+    return cls(**settings(path, **more))
 
 
 SAMPLED = {"max_completion_length": 6, "temperature": 0.8}
@@ -140,7 +126,7 @@ def trainer_of(case: str, path: Path, model: Any, **more: Any) -> Any:
     args = config(getattr(trl, f"{name}Config"), path, **options)
     arguments: dict[str, Any] = {"train_dataset": rows(), "processing_class": make_tokenizer(), **more}
     if name in ("GRPO", "RLOO"):
-        arguments["reward_funcs"] = reward
+        arguments["reward_funcs"] = lengths
     if name == "Distillation":
         arguments["teacher_model"] = tiny(hidden_size=48)
     if "evaluated" in case:
@@ -153,21 +139,6 @@ def trained(trainer: Any) -> Any:
     torch.manual_seed(0)
     trainer.train()
     return trainer
-
-
-def assert_same_run(expected: Any, found: Any) -> None:
-    """Both ended at the same weights, and logged the same metrics: losses and gradient norms among them."""
-    for (name, x), (_, y) in zip(expected.model.named_parameters(), found.model.named_parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-    history = [trainer.state.log_history for trainer in (expected, found)]
-    assert len(history[0]) == len(history[1]) > STEPS
-    assert max(entry.get("grad_norm", 0.0) for entry in history[0]) > 1e-3
-    for a, b in zip(*history, strict=True):
-        assert a.keys() == b.keys()
-        undecided = abs(a.get("rewards/margins", 1.0)) < 1e-5  # rounding alone says which of two equal rewards is more
-        for name, value in a.items():
-            if not any(word in name for word in CLOCKS) and not (undecided and name == "rewards/accuracies"):
-                assert b[name] == pytest.approx(value, rel=2e-4, abs=2e-5, nan_ok=True), name
 
 
 @compared
@@ -441,7 +412,7 @@ def watched_step(case: str, path: Path, model: Any) -> tuple[int, int]:
         options = {**options, "max_completion_length": LENGTH - 2, "generation_kwargs": {"min_new_tokens": LENGTH - 2}}
     args = config(getattr(trl, f"{name}Config"), path, **{**options, **sizes})
     rows = datasets.Dataset.from_list(LONG_ROWS[case])
-    more: dict[str, Any] = {"reward_funcs": reward} if name in ("GRPO", "RLOO") else {}
+    more: dict[str, Any] = {"reward_funcs": lengths} if name in ("GRPO", "RLOO") else {}
     more |= {"teacher_model": tiny(vocab_size=WIDE, hidden_size=48)} if name == "Distillation" else {}
     more |= {"train_dataset": rows, "processing_class": make_tokenizer()}
     trainer = getattr(trl, f"{name}Trainer")(model=model, args=args, **more)
@@ -584,7 +555,7 @@ def test_an_unknown_release_is_named_and_nothing_is_changed(version: str, monkey
 @pytest.mark.parametrize("version", ["1.15.0", "1.15.3", "1.16.0", "1.16.1"])
 def test_a_known_release_is_served(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trl, "__version__", version)
-    ours.check_version()
+    ours.check_release()
 
 
 @pytest.mark.parametrize(

@@ -163,7 +163,7 @@ def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     for base in (base for base in cls.__mro__ if not issubclass(base, LinearLossMixin)):
         for kind in TRAINERS:
             if base.__name__ == kind.name and base.__module__.startswith("trl."):
-                versions.check_version()
+                versions.check_release()
                 return kind, base
     served = ", ".join(kind.name for kind in TRAINERS)
     raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {cls.__name__}")
@@ -546,55 +546,47 @@ def _set_metrics(trainer: Any, values: dict[str, Tensor]) -> None:
 
 
 SFT_TRAINER = TrainerKind(
-    "SFTTrainer",
-    ("token", "sequence", "distribution"),
-    ("ref_logprob",),
-    (),
-    ("loss_type",),
-    _unchanged,
-    _sft_loss,
+    name="SFTTrainer",
+    levels=("token", "sequence", "distribution"),
+    inputs=("ref_logprob",),
+    required=(),
+    options=("loss_type",),
+    prepare=_unchanged,
+    evaluate=_sft_loss,
 )
 DPO_TRAINER = TrainerKind(
-    "DPOTrainer",
-    ("pair",),
-    ("ref_logprob",),
-    (),
-    (
+    name="DPOTrainer",
+    levels=("pair",),
+    inputs=("ref_logprob",),
+    required=(),
+    options=(
         *("loss_type", "loss_weights", "beta", "label_smoothing", "use_weighting", "ld_alpha", "f_divergence_type"),
         *("f_alpha_divergence_coef", "discopop_tau"),
     ),
-    _prepare_dpo,
-    _dpo_loss,
+    prepare=_prepare_dpo,
+    evaluate=_dpo_loss,
 )
 KTO_TRAINER = TrainerKind(
-    "KTOTrainer",
-    ("unpaired",),
-    ("ref_logprob", "desirable", "reference_point"),
-    (),
-    ("loss_type", "beta", "desirable_weight", "undesirable_weight"),
-    _prepare_kto,
-    _kto_loss,
+    name="KTOTrainer",
+    levels=("unpaired",),
+    inputs=("ref_logprob", "desirable", "reference_point"),
+    required=(),
+    options=("loss_type", "beta", "desirable_weight", "undesirable_weight"),
+    prepare=_prepare_kto,
+    evaluate=_kto_loss,
 )
 GRPO_TRAINER = TrainerKind(
-    "GRPOTrainer",
-    ("token", "sequence"),
-    ("advantages", "ref_logprob"),
-    ("advantages",),
-    (
-        *(
-            "loss_type",
-            "beta",
-            "epsilon",
-            "epsilon_high",
-            "delta",
-            "importance_sampling_level",
-            "use_bias_correction_kl",
-        ),
-        *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"),
-        *("vespo_lambda_neg", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
-        *("off_policy_mask_threshold", "use_bias_correction_kl"),
+    name="GRPOTrainer",
+    levels=("token", "sequence"),
+    inputs=("advantages", "ref_logprob"),
+    required=("advantages",),
+    options=(
+        *("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+        *("use_bias_correction_kl", "off_policy_mask_threshold", "sapo_temperature_neg", "sapo_temperature_pos"),
+        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     ),
-    _prepare_grpo,
-    _grpo_loss,
+    prepare=_prepare_grpo,
+    evaluate=_grpo_loss,
 )
 TRAINERS = (SFT_TRAINER, DPO_TRAINER, KTO_TRAINER, GRPO_TRAINER)

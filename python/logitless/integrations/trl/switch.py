@@ -20,7 +20,7 @@ _REPLACED = {
     ("trl.trainer.distillation_trainer", "_chunked_divergence_loss"): chunked_divergence_loss,
 }
 #: TRL's trainers on its fused head. Each refuses an adapter on the output head by asking for PEFT's class of layers.
-_TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto", "grpo", "rloo"))
+_FUSED_TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto", "grpo", "rloo"))
 #: Those that log the entropy and never train on it.
 _LOGGING = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto"))
 
@@ -74,13 +74,13 @@ def enable() -> Enabled:
     with _lock:
         if _swaps:
             return Enabled(changed=False)
-        versions.check_version()
+        versions.check_release()
         own = [_Swap(name, _own(module, name), ours) for (module, name), ours in _REPLACED.items()]
         _check_trainers(own[0])
         placed = [(swap, _modules_with(swap.name, swap.theirs)) for swap in own]
         logging = [importlib.import_module(name) for name in _LOGGING]
         placed.append((own[0]._replace(ours=add_head_of_metrics), logging))
-        trainers = [x for x in map(importlib.import_module, _TRAINERS) if "BaseTunerLayer" in vars(x)]
+        trainers = [x for x in map(importlib.import_module, _FUSED_TRAINERS) if "BaseTunerLayer" in vars(x)]
         if trainers:  # PEFT is installed
             layers = trainers[0].BaseTunerLayer
             placed.append((_Swap("BaseTunerLayer", layers, _refused_of(layers)), trainers))
@@ -116,7 +116,7 @@ def _own(module: str, name: str) -> Any:
 
 def _check_trainers(swap: _Swap) -> None:
     """Raises if a trainer's module holds another function under this name than the one that TRL defines."""
-    for module in _TRAINERS:
+    for module in _FUSED_TRAINERS:
         found = getattr(importlib.import_module(module), swap.name, None)
         if found is not swap.theirs:
             raise versions.UnsupportedTRLError(

@@ -29,7 +29,7 @@ class UnsupportedTRLError(RuntimeError):
     """The installed TRL is not one that logitless knows. The message has the version, the range and what to do."""
 
 
-def check_version() -> None:
+def check_release() -> None:
     """Raises unless TRL is installed, of a release in `RANGE`, and has the internals that logitless relies on.
 
     Nothing is changed in any case.
