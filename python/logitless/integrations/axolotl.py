@@ -27,7 +27,7 @@ from .transformers import patch
 
 #: Releases of Axolotl that the tests ran.
 TESTED = ">=0.19.0,<0.20"
-_host = host_module("axolotl", TESTED, "axolotl.integrations.base")
+BasePlugin: Any = host_module("axolotl", TESTED, "axolotl.integrations.base").BasePlugin
 #: Options of Axolotl that compute the loss in another way, or that would be ignored.
 CONFLICTS = (
     "rl",
@@ -73,14 +73,14 @@ class LogitlessArgs(BaseModel):
         return data
 
 
-class LogitlessPlugin(_host.BasePlugin):
+class LogitlessPlugin(BasePlugin):
     """Patches the model that Axolotl has loaded, as `LogitlessArgs` say."""
 
     def register(self, cfg: Any) -> None:
         """Checks Axolotl's release and the hooks that are used; raises UnsupportedHostError for others."""
         check_version("axolotl", TESTED)
-        check_parameters(_host.BasePlugin.post_model_load, "self", "cfg", "model")
-        check_parameters(_host.BasePlugin.post_trainer_create, "self", "cfg", "trainer")
+        check_parameters(BasePlugin.post_model_load, "self", "cfg", "model")
+        check_parameters(BasePlugin.post_trainer_create, "self", "cfg", "trainer")
 
     def get_input_args(self) -> str:
         """The path of the class of the plugin's keys."""
