@@ -113,7 +113,7 @@ def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _collective(name: str, former: str) -> Any:
-    """A function of torch.distributed, under the name that releases before 2.13 have for it."""
+    """The function of torch.distributed of this name; releases before 2.13 have the former one."""
     return getattr(torch.distributed, name, None) or getattr(torch.distributed, former)
 
 
