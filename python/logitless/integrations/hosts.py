@@ -87,7 +87,7 @@ class Switch:
             UnsupportedHostError: another release or other parameters, or the changes have been made already.
         """
         if self._before:
-            raise UnsupportedHostError(f"{self.package}: enabled already; disable() first")
+            raise UnsupportedHostError(f"{self.package}: enabled already; take that back first")
         check_version(self.package, self.tested)
         found = changes()
         for change in found:
