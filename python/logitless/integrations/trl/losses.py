@@ -121,6 +121,11 @@ class LinearLossMixin:
         request = _sft_request(self, inputs, num_items_in_batch)
         with _without_reference(self, inputs) as inputs, self._recorder.recording(**request) as calls:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            if not calls:
+                raise RuntimeError(
+                    f"loss: the model of this {type(self).__name__} has been given to another trainer since, or was "
+                    "unpatched, so that its head is no longer this trainer's; build the trainer again"
+                )
             loss = self._linear_kind.evaluate(self, inputs, calls, num_items_in_batch)
         return (loss, result[1]) if return_outputs else loss
 
@@ -135,12 +140,15 @@ def with_loss(trainer: type) -> type:
     """The trainer class with `LinearLossMixin`, under the same name: `SFTTrainer = with_loss(trl.SFTTrainer)`.
 
     Args:
-        trainer: `SFTTrainer`, `DPOTrainer`, `KTOTrainer` or `GRPOTrainer` of TRL, or a subclass.
+        trainer: `SFTTrainer`, `DPOTrainer`, `KTOTrainer` or `GRPOTrainer` of TRL, or a subclass. One that has the mixin
+            already is returned as it is.
 
     Raises:
-        TypeError: another class.
+        TypeError: another class, or no class.
     """
     _kind_of(trainer)
+    if issubclass(trainer, LinearLossMixin):
+        return trainer
     return type(trainer.__name__, (LinearLossMixin, trainer), {"__module__": trainer.__module__})
 
 
@@ -160,13 +168,14 @@ def check_fit(loss: Loss, kind: TrainerKind) -> None:
 
 def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     """The kind of a trainer class, and the class of TRL that it is or derives from."""
-    for base in (base for base in cls.__mro__ if not issubclass(base, LinearLossMixin)):
+    for base in (base for base in getattr(cls, "__mro__", ()) if not issubclass(base, LinearLossMixin)):
         for kind in TRAINERS:
             if base.__name__ == kind.name and base.__module__.startswith("trl."):
                 versions.check()
                 return kind, base
     served = ", ".join(kind.name for kind in TRAINERS)
-    raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {cls.__name__}")
+    got = getattr(cls, "__name__", None) or f"{cls!r:.80}, which is no class"
+    raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {got}")
 
 
 def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
