@@ -18,6 +18,7 @@ from training_fixtures import make_model, make_tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import logitless  # noqa: E402
+from logitless import losses  # noqa: E402
 from logitless.integrations.trl import LinearLossMixin, disable, enable, with_loss  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
@@ -47,7 +48,7 @@ def sft(model: Any, path: Path, cls: Any = trl.SFTTrainer, **more: Any) -> tuple
 
 
 def test_a_model_patched_for_nll_trains_under_enable(load: Any, tmp_path: Path) -> None:
-    """And it is a patched model in every other call, also after TRL's head has gone."""
+    """In every other call it is a patched model, also after the head of TRL has gone."""
     model = logitless.patch(load())
     expected = sft(load(), tmp_path)
     with enable():
@@ -130,3 +131,45 @@ def test_a_class_that_has_the_mixin_is_returned_as_it_is() -> None:
 def test_what_is_no_class_is_named(given: Any) -> None:
     with pytest.raises(TypeError, match=f"expected SFTTrainer, .* got {given!r}, which is no class"):
         with_loss(given)
+
+
+@pytest.mark.parametrize("name", ["gkd.GKDTrainer", "gold.GOLDTrainer"])
+def test_a_subclass_of_trl_with_another_loss_is_refused(name: str) -> None:
+    """Trainers that derive from SFTTrainer, and never ask for the per-token values that a loss of the registry reads."""
+    module, _, kind = name.partition(".")
+    cls = getattr(pytest.importorskip(f"trl.experimental.{module}"), kind)
+    with pytest.raises(TypeError, match=f"got {kind}, whose loss trl.experimental.{module}.* in another way"):
+        with_loss(cls)
+
+
+def test_a_subclass_that_asks_for_the_same_values_is_served() -> None:
+    gmpo = pytest.importorskip("trl.experimental.gmpo")
+    assert issubclass(with_loss(gmpo.GMPOTrainer), gmpo.GMPOTrainer)
+    with pytest.raises(TypeError, match=r"got RLOOTrainer, whose .* Under logitless.integrations.trl.enable\(\)"):
+        with_loss(trl.RLOOTrainer)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "loss"),
+    [
+        ("SFT", {"loss_type": "dft"}, "dft"),
+        ("DPO", {"loss_type": ["ipo"], "beta": 0.3}, losses.DPO(loss_type="ipo", beta=0.3)),
+        ("GRPO", {"loss_type": "grpo", "epsilon": 0.3, "num_generations": 2}, losses.GRPO(epsilon_low=0.3)),
+    ],
+)
+def test_options_that_say_what_the_loss_says_are_accepted(
+    load: Any, tmp_path: Path, kind: str, options: dict[str, Any], loss: Any
+) -> None:
+    args = getattr(trl, f"{kind}Config")(**settings(tmp_path, **options))
+    rows = pair_rows() if kind == "DPO" else sft_rows()
+    more = {"reward_funcs": len} if kind == "GRPO" else {}
+    cls = with_loss(getattr(trl, f"{kind}Trainer"))
+    cls(load(), args=args, train_dataset=rows, processing_class=make_tokenizer(), loss=loss, **more)
+    setattr(args, "epsilon" if kind == "GRPO" else "loss_type", 0.4 if kind == "GRPO" else "hinge")
+    with pytest.raises(ValueError, match="belongs to TRL's own loss"):
+        cls(load(), args=args, train_dataset=rows, processing_class=make_tokenizer(), loss=loss, **more)
+
+
+def test_a_reference_by_name_is_refused(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="ref_model: expected a model, got 'model'"):
+        trainer_of(with_loss(trl.SFTTrainer), load(), tmp_path, loss="asft", ref_model="model")

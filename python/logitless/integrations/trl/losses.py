@@ -168,14 +168,20 @@ def check_fit(loss: Loss, kind: TrainerKind) -> None:
 
 def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     """The kind of a trainer class, and the class of TRL that it is or derives from."""
-    for base in (base for base in getattr(cls, "__mro__", ()) if not issubclass(base, LinearLossMixin)):
-        for kind in TRAINERS:
-            if base.__name__ == kind.name and base.__module__.startswith("trl."):
-                versions.check()
-                return kind, base
-    served = ", ".join(kind.name for kind in TRAINERS)
     got = getattr(cls, "__name__", None) or f"{cls!r:.80}, which is no class"
-    raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {got}")
+    for base in (base for base in getattr(cls, "__mro__", ()) if base.__module__.startswith("trl.")):
+        kind = next((kind for kind in TRAINERS if kind.name == base.__name__), None)
+        if kind is not None and "compute_loss" in vars(base):
+            versions.check()
+            return kind, base
+        if "compute_loss" in vars(base):  # from a forward of its own, as in GKDTrainer, which derives from SFTTrainer
+            got = f"{got}, whose loss {base.__module__} computes in another way"
+            break
+    served = ", ".join(kind.name for kind in TRAINERS)
+    raise TypeError(
+        f"trainer: expected {served} of TRL, or a subclass, got {got}. Under logitless.integrations.trl.enable() "
+        "TRL's other trainers compute their own losses, RLOOTrainer and DistillationTrainer without logits"
+    )
 
 
 def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
@@ -191,6 +197,10 @@ def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
     return found
 
 
+#: Options of TRL's losses that have another name in ours.
+_OUR_NAMES = {"epsilon": "epsilon_low"}
+
+
 def _check_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None:
     """Refuses options of TRL's own loss that would have no effect."""
     args = given["args"]
@@ -201,8 +211,11 @@ def _check_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None
         value, known = getattr(args, name), defaults[name]
         factory: Any = known.default_factory
         default = known.default if factory is dataclasses.MISSING else factory()
-        if value not in (default, getattr(loss, name, None)):
-            where = f"losses.{type(loss).__name__}({name}=...)" if name in vars(loss) else "a loss that has it"
+        same = (loss.name if name == "loss_type" else None, getattr(loss, _OUR_NAMES.get(name, name), None))
+        only = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if value != default and only not in same:
+            ours = _OUR_NAMES.get(name, name)
+            where = f"losses.{type(loss).__name__}({ours}=...)" if ours in vars(loss) else "a loss that has it"
             raise ValueError(
                 f"{name}: belongs to TRL's own loss, which loss={loss.name!r} replaces, got {value!r} in args; leave "
                 f"it at {default!r} and use {where}, or train TRL's loss without loss="
@@ -291,6 +304,8 @@ def _sft_reference(trainer: Any, reference: Any, options: dict[str, Any]) -> Any
         if not hasattr(trainer.model, "disable_adapter"):
             raise ValueError(f"ref_model: {loss.name!r} needs a reference: pass ref_model=, or train an adapter")
         return None
+    if isinstance(reference, str):
+        raise TypeError(f"ref_model: expected a model, got {reference!r}; load it by AutoModelForCausalLM")
     if causal_lm(reference) is causal_lm(trainer.model):
         raise ValueError("ref_model: expected a model of its own, got the one that is trained")
     add_linear_head(reference, Recorder(), registry.get("nll"), **options)
