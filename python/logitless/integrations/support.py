@@ -31,7 +31,7 @@ def check_model(model: nn.Module) -> None:
     if "_logitless_patch" in model.__dict__:
         raise ValueError(f"patch: {kind} is patched already; unpatch(model) first to change the loss or the backend")
     _check_interface(model)
-    if "fused_lm_head" in inspect.signature(model.forward).parameters or _fused_by_trl(model.forward):
+    if "fused_lm_head" in inspect.signature(model.forward).parameters or fused_by_trl(model.forward):
         raise UnsupportedModelError(
             f"{kind}: a trainer of TRL has put its own fused head on it; logitless.integrations.trl.with_loss("
             "trl.SFTTrainer) makes a trainer whose head is ours, with any loss, and enable() puts TRL's own on ours"
@@ -57,7 +57,7 @@ def _check_interface(model: nn.Module) -> None:
         raise TypeError(f"model: expected a Transformers causal LM, got {type(model).__name__}")
 
 
-def _fused_by_trl(forward: Any) -> bool:
-    """TRL's forward shows the class's signature (functools.wraps); its own parameters are one level below."""
+def fused_by_trl(forward: Any) -> bool:
+    """Whether a forward is a fused head: it shows the class's signature, and its own parameters are one level below."""
     code = getattr(getattr(forward, "__func__", forward), "__code__", None)
     return code is not None and "fused_lm_head" in code.co_varnames

@@ -21,7 +21,7 @@ def add_tags(model: Any, tags: Iterable[str] | str) -> None:
         ValueError: the tags are those of a trainer of TRL that would ignore the patch's loss or temperature.
     """
     names = [tags] if isinstance(tags, str) else list(tags)
-    if "trl" in names and "_logitless_head" not in vars(model):
+    if "trl" in names and not _module_of_forward(model).startswith("logitless.integrations.trl."):
         _meet_trl(model, [name for name in names if name != "trl"])
     type(model).add_model_tags(model, tags)
 
@@ -32,16 +32,25 @@ def _meet_trl(model: Any, kinds: list[str]) -> None:
     if "sft" in kinds and not fused:
         return  # an SFTTrainer of an older release calls the patched forward with labels
     trainer = f"TRL's {' '.join(kinds) or 'own'} trainer"
-    refuse_other_loss(model, trainer)
-    forward = getattr(vars(model).get("forward"), "__func__", None)
-    if getattr(forward, "__globals__", {}).get("__name__", "").startswith("logitless."):
-        return  # `enable` has put this library's head there
+    try:
+        refuse_other_loss(model, trainer)
+    except ValueError:
+        model.forward = model._logitless_patch.forward  # in place of the head that the trainer has put there
+        raise
+    if _module_of_forward(model).startswith("logitless."):
+        return
     logger.warning(
         "%s runs a head of its own in place of this %s's patch; "
         "logitless.integrations.trl.with_loss has the trainers that run it",
         trainer,
         type(model).__name__,
     )
+
+
+def _module_of_forward(model: Any) -> str:
+    """The module of the function that stands in place of the class's forward."""
+    function = getattr(vars(model).get("forward"), "__func__", None)
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
 def refuse_other_loss(model: Any, trainer: str) -> None:

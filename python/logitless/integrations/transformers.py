@@ -22,7 +22,7 @@ from .families import head_rule, router_loss
 from .forward import PatchedForward, logger
 from .heads import find_head
 from .scoring import Patch, check_temperature
-from .support import causal_lm, check_model
+from .support import causal_lm, check_model, fused_by_trl
 from .tags import add_tags
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -147,6 +147,8 @@ def patch(
 def unpatch(model: Model) -> Model:
     """Undoes `patch`: the model has its own `forward` again.
 
+    A head that a trainer of TRL has put on the patched model goes too, so that this trainer cannot run it any more.
+
     Raises:
         ValueError: the model is not patched, or its `forward` has been wrapped since (unwrap it first).
     """
@@ -154,7 +156,8 @@ def unpatch(model: Model) -> Model:
     state = inner.__dict__.get("_logitless_patch")
     if state is None:
         raise ValueError(f"unpatch: {type(inner).__name__} is not patched")
-    if getattr(inner.__dict__.get("forward"), "__func__", None) is not state.forward.__func__:
+    forward = inner.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is not state.forward.__func__ and not fused_by_trl(forward):
         raise ValueError(
             f"unpatch: the forward of {type(inner).__name__} was wrapped after the patch (by accelerate?); "
             "unwrap it first"
@@ -164,6 +167,7 @@ def unpatch(model: Model) -> Model:
     else:
         inner.forward = state.shadowed
     del inner._logitless_patch, inner._replicate_for_data_parallel, inner.add_model_tags
+    inner.__dict__.pop("_logitless_head", None)
     return model
 
 

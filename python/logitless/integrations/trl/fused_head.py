@@ -47,8 +47,9 @@ def add_fused_lm_head(
 
     A call with `fused_lm_head=True` and labels returns TRL's `FusedCausalLMOutput`. Its per-token fields are
     `[B, T - 1]`, or `[B, T]` for `shift_labels`; they are 0 where the label is -100, and such positions cost nothing.
-    Every other call runs the forward that the model had. Before the first loss, and where another kind of head has
-    been put on since, five tokens are compared with the model's own logits (`selfcheck.self_check`).
+    Every other call runs the forward that the model had, the patched one included. Before the first loss, and where
+    another kind of head has been put on since, five tokens are compared with the model's own logits
+    (`selfcheck.self_check`).
 
     What differs from TRL's: logits are never rounded to a half type; a target that shares the largest logit counts as
     `is_top1`; a loss term that the model itself adds to its loss, such as a z-loss, is in `loss`.
@@ -73,12 +74,14 @@ def add_fused_lm_head(
     _check_arguments(inner, cast_lm_head_to_fp32, outputs)
     state = _state(inner, check_temperature(temperature), torch.float32 if cast_lm_head_to_fp32 else None)
     wanted = tuple(dict.fromkeys(("log_probs", *outputs)))
+    patched = "_logitless_patch" in inner.__dict__
 
     @functools.wraps(type(inner).forward)  # generate reads the signature
     def fused_forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        if not fused_lm_head:
-            return state.original(self, *args, **kwargs)
-        return _FusedCall(self, state, wanted, metrics).run(args, kwargs)
+        if fused_lm_head:
+            return _FusedCall(self, state, wanted, metrics).run(args, kwargs)
+        patch = self.__dict__.get("_logitless_patch") if patched else None
+        return state.original(self, *args, **kwargs) if patch is None else patch.forward(*args, **kwargs)
 
     inner.forward = MethodType(fused_forward, inner)
 
@@ -105,6 +108,7 @@ def _state(model: nn.Module, temperature: float, head_dtype: torch.dtype | None)
     """What `score` needs to know of the model. It is TRL's head alone that this is for: the model is not patched."""
     from ..outputs import LinearCausalLMOutput
 
+    patch = model.__dict__.get("_logitless_patch")  # its own self-check would run inside this one
     return Patch(
         loss=NLL(),
         backend="auto",
@@ -113,7 +117,7 @@ def _state(model: nn.Module, temperature: float, head_dtype: torch.dtype | None)
         eval_logits=False,
         check=True,
         forward=PatchedForward(model),
-        shadowed=model.__dict__.get("forward"),
+        shadowed=model.__dict__.get("forward") if patch is None else patch.shadowed,
         names=tuple(inspect.signature(model.forward).parameters),
         router=router_loss(model),
         output=LinearCausalLMOutput,

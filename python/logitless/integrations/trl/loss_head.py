@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...losses import Loss
 from ...types import TokenStats
-from ..support import causal_lm
+from ..support import causal_lm, fused_by_trl
 from ..transformers import patch
 from .fused_head import FUSED_FIELDS, trl_layout, trl_output
 
@@ -88,7 +88,8 @@ def add_linear_head(
 ) -> None:
     """Makes `model(..., labels=labels, fused_lm_head=True)` return what TRL's trainers read, without logits.
 
-    Every other call runs as that of a patched model. The model is patched, if it was not yet.
+    Every other call runs as that of a patched model. The model is patched, if it was not yet. The head that an earlier
+    trainer has put on it is replaced.
 
     Args:
         model: a causal LM that `logitless.patch` takes.
@@ -109,7 +110,9 @@ def add_linear_head(
         )
     inner: Any = causal_lm(model)
     if "_logitless_patch" not in vars(inner):
+        earlier = vars(inner).pop("forward") if fused_by_trl(inner.forward) else None
         patch(inner, **options)
+        inner._logitless_patch.shadowed = earlier or inner._logitless_patch.shadowed
     if inner._logitless_patch.temperature not in (1.0, temperature):
         got = inner._logitless_patch.temperature
         raise ValueError(f"temperature: the trainer's is {temperature}, and the model was patched with {got}")
@@ -126,8 +129,8 @@ def _forward_of(cls: Any) -> Any:
     """The forward of a class, which `generate` and Trainer inspect, with TRL's argument served."""
 
     @functools.wraps(cls.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.pop("fused_lm_head", False):
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
+        if fused_lm_head:
             return self._logitless_head.score(self, args, kwargs)
         return self._logitless_patch.forward(*args, **kwargs)
 

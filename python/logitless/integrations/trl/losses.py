@@ -121,6 +121,11 @@ class LinearLossMixin:
         request = _sft_request(self, inputs, num_items_in_batch)
         with _without_reference(self, inputs) as inputs, self._recorder.recording(**request) as calls:
             result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # type: ignore[misc]
+            if not calls:
+                raise RuntimeError(
+                    f"loss: the model of this {type(self).__name__} has been given to another trainer since, or was "
+                    "unpatched, so that its head is no longer this trainer's; build the trainer again"
+                )
             loss = self._linear_kind.evaluate(self, inputs, calls, num_items_in_batch)
         return (loss, result[1]) if return_outputs else loss
 
@@ -135,12 +140,15 @@ def with_loss(trainer: type) -> type:
     """The trainer class with `LinearLossMixin`, under the same name: `SFTTrainer = with_loss(trl.SFTTrainer)`.
 
     Args:
-        trainer: `SFTTrainer`, `DPOTrainer`, `KTOTrainer` or `GRPOTrainer` of TRL, or a subclass.
+        trainer: `SFTTrainer`, `DPOTrainer`, `KTOTrainer` or `GRPOTrainer` of TRL, or a subclass. One that has the mixin
+            already is returned as it is.
 
     Raises:
-        TypeError: another class.
+        TypeError: another class, or no class.
     """
     _kind_of(trainer)
+    if issubclass(trainer, LinearLossMixin):
+        return trainer
     return type(trainer.__name__, (LinearLossMixin, trainer), {"__module__": trainer.__module__})
 
 
@@ -160,13 +168,20 @@ def check_fit(loss: Loss, kind: TrainerKind) -> None:
 
 def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     """The kind of a trainer class, and the class of TRL that it is or derives from."""
-    for base in (base for base in cls.__mro__ if not issubclass(base, LinearLossMixin)):
-        for kind in TRAINERS:
-            if base.__name__ == kind.name and base.__module__.startswith("trl."):
-                versions.check_release()
-                return kind, base
+    got = getattr(cls, "__name__", None) or f"{cls!r:.80}, which is no class"
+    for base in (base for base in getattr(cls, "__mro__", ()) if base.__module__.startswith("trl.")):
+        kind = next((kind for kind in TRAINERS if kind.name == base.__name__), None)
+        if kind is not None and "compute_loss" in vars(base):
+            versions.check_release()
+            return kind, base
+        if "compute_loss" in vars(base):  # from a forward of its own, as in GKDTrainer, which derives from SFTTrainer
+            got = f"{got}, whose loss {base.__module__} computes in another way"
+            break
     served = ", ".join(kind.name for kind in TRAINERS)
-    raise TypeError(f"trainer: expected {served} of TRL, or a subclass, got {cls.__name__}")
+    raise TypeError(
+        f"trainer: expected {served} of TRL, or a subclass, got {got}. Under logitless.integrations.trl.enable() "
+        "TRL's other trainers compute their own losses, RLOOTrainer and DistillationTrainer without logits"
+    )
 
 
 def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
@@ -182,6 +197,10 @@ def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
     return found
 
 
+#: Options of TRL's losses that have another name in ours.
+_OUR_NAMES = {"epsilon": "epsilon_low"}
+
+
 def _check_loss_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None:
     """Refuses options of TRL's own loss that would have no effect."""
     args = given["args"]
@@ -192,8 +211,11 @@ def _check_loss_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) ->
         value, known = getattr(args, name), defaults[name]
         factory: Any = known.default_factory
         default = known.default if factory is dataclasses.MISSING else factory()
-        if value not in (default, getattr(loss, name, None)):
-            where = f"losses.{type(loss).__name__}({name}=...)" if name in vars(loss) else "a loss that has it"
+        same = (loss.name if name == "loss_type" else None, getattr(loss, _OUR_NAMES.get(name, name), None))
+        only = value[0] if isinstance(value, list) and len(value) == 1 else value
+        if value != default and only not in same:
+            ours = _OUR_NAMES.get(name, name)
+            where = f"losses.{type(loss).__name__}({ours}=...)" if ours in vars(loss) else "a loss that has it"
             raise ValueError(
                 f"{name}: belongs to TRL's own loss, which loss={loss.name!r} replaces, got {value!r} in args; leave "
                 f"it at {default!r} and use {where}, or train TRL's loss without loss="
@@ -282,6 +304,8 @@ def _sft_reference(trainer: Any, reference: Any, options: dict[str, Any]) -> Any
         if not hasattr(trainer.model, "disable_adapter"):
             raise ValueError(f"ref_model: {loss.name!r} needs a reference: pass ref_model=, or train an adapter")
         return None
+    if isinstance(reference, str):
+        raise TypeError(f"ref_model: expected a model, got {reference!r}; load it by AutoModelForCausalLM")
     if causal_lm(reference) is causal_lm(trainer.model):
         raise ValueError("ref_model: expected a model of its own, got the one that is trained")
     add_linear_head(reference, Recorder(), registry.get("nll"), **options)
