@@ -6,6 +6,7 @@ over the ranks, so that every rank checks the whole gradient of the head.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -202,6 +203,7 @@ def losses_worker(rows: tuple[int, ...]) -> None:
     depths_worker(rows)
     buffer_worker(rows)
     module = logitless.nn.LinearLoss("dft", group=world(rows))
+    module = copy.deepcopy(module)  # as of a moving average's model
     value = module(problem.hidden, own_rows(problem.weight, world(rows)), targets)
     torch.testing.assert_close(value, linear_loss("dft", problem.hidden, problem.weight, targets))
 

@@ -71,6 +71,10 @@ class VocabularyGroup:
         own = torch.tensor([len(weight)], device=weight.device)
         return VocabularyGroup(group, tuple(gathered(own, group)[:, 0].tolist()), reduces_hidden)
 
+    def __deepcopy__(self, memo: Any) -> VocabularyGroup:
+        """The group itself: a copied module, such as a moving average's, has the same processes."""
+        return self
+
     @property
     def rank(self) -> int:
         """This process's place in the group."""
