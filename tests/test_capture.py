@@ -157,8 +157,10 @@ def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None
         "single pass": lambda: token_loss._init_fn(
             *tensors, vectors[:1], None, handle, [], *head, "logprob", needs, None, *single
         ),
-        "divergence": lambda: divergence._init_fn(*sides, [True, False], None, *both),
-        "divergence with gradients": lambda: divergence_sum._init_fn(vectors[0], *sides, [*needs, *needs], None, *both),
+        "divergence": lambda: divergence._init_fn(*sides, [True, False], None, *both, "", 0),
+        "divergence with gradients": lambda: divergence_sum._init_fn(
+            vectors[0], *sides, [*needs, *needs], None, *both, "", 0
+        ),
     }
 
 

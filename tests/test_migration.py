@@ -24,6 +24,7 @@ def test_a_row_is_right(row: Row) -> None:
     check_row(row, *SECTIONS[row.section])
 
 
+@pytest.mark.slow  # Triton's interpreter takes half of the file's time
 @pytest.mark.skipif(not find_spec("triton") or not find_spec("liger_kernel"), reason="Liger's kernels are Triton's")
 def test_the_rows_of_ligers_kernels_are_right() -> None:
     run_suite("migration_suite", "not slow")

@@ -96,6 +96,10 @@ SUMS: dict[str, Callable[[dict[str, Tensor], Tensor, Tensor], Tensor]] = {
     ),
     "top_k": _top_k,
     "dft": lambda x, w, b: logitless.nn.LinearLoss("dft", reduction="sum")(x["hidden"], w, x["targets"], bias=b),
+    "depths": lambda x, w, b: logitless.linear_depth_loss(
+        "nll", [x["hidden"], 2 * x["hidden"]], w, [x["targets"], x["targets"]], bias=b, depth_weight=(1.0, 0.5),
+        normalizer=1,
+    ).loss,
     "dpo": lambda x, w, b: logitless.linear_dpo(
         x["hidden"], w, x["targets"], bias=b, ref_hidden=x["ref_hidden"], reduction="sum"
     ).loss,

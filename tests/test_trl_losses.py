@@ -21,6 +21,7 @@ datasets = pytest.importorskip("datasets")
 import transformers  # noqa: E402
 from training_fixtures import make_model, make_tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from trl_runs import STEPS, assert_same_run, lengths, settings, slowly  # noqa: E402
 
 import logitless  # noqa: E402
 from logitless import losses  # noqa: E402
@@ -29,15 +30,6 @@ from logitless.integrations.trl.losses import LinearLossMixin, with_loss  # noqa
 from logitless.testing import watch_allocations  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
-
-#: Metrics that are no function of the model: times and rates.
-CLOCKS = ("runtime", "per_second", "step_time", "total_flos", "epoch")
-STEPS = 3
-
-
-def slowly(cases: Any, fast: str) -> list[Any]:
-    """All cases as parameters, all but one of the slow tier."""
-    return [case if case == fast else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +73,6 @@ def marked_rows() -> Any:
     return datasets.Dataset.from_list(rows)
 
 
-def settings(path: Path, **more: Any) -> dict[str, Any]:
-    fixed = {"output_dir": str(path), "max_steps": STEPS, "report_to": "none", "use_cpu": True, "bf16": False}
-    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
-    rest = {"learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False}
-    return {**fixed, **sizes, **rest, **more}
-
-
 def run(cls: Any, folder: str, args: Any, rows: Any, **more: Any) -> tuple[Any, list[dict[str, float]]]:
     """Trains from the model in the folder; the trainer, and what it logged at every step."""
     torch.manual_seed(0)
@@ -99,17 +84,9 @@ def run(cls: Any, folder: str, args: Any, rows: Any, **more: Any) -> tuple[Any, 
     return trainer, trainer.state.log_history
 
 
-def same_run(one: tuple[Any, Any], two: tuple[Any, Any], *, but: tuple[str, ...] = (), rel: float = 2e-4) -> None:
-    """Both ended at the same weights, and logged the same metrics, gradient norms and losses among them."""
-    for (name, x), (_, y) in zip(one[0].model.named_parameters(), two[0].model.named_parameters(), strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5, msg=lambda m, name=name: f"{name}: {m}")
-    assert len(one[1]) == len(two[1]) == STEPS + 1
-    assert any(entry["grad_norm"] > 1e-3 for entry in one[1][:STEPS])
-    for a, b in zip(one[1], two[1], strict=True):
-        assert a.keys() == b.keys()
-        for name, value in a.items():
-            if not any(word in name for word in (*CLOCKS, *but)):
-                assert b[name] == pytest.approx(value, rel=rel, abs=2e-5, nan_ok=True), name
+def same_run(one: tuple[Any, Any], two: tuple[Any, Any]) -> None:
+    """Two results of `run` are the same."""
+    assert_same_run(one[0], two[0])
 
 
 def both(folder: str, tmp_path: Path, host: Any, config: Any, rows: Any, theirs: dict, loss: Any, **ours: Any) -> None:
@@ -160,10 +137,6 @@ def test_kto_is_trls_own(folder: str, tmp_path: Path, loss: Any) -> None:
     args = {"loss_type": theirs["loss_type"]}
     shared = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 3}
     both(folder, tmp_path, trl.KTOTrainer, trl.KTOConfig, marked_rows(), theirs, loss, shared=shared, args=args)
-
-
-def lengths(completions: list[str], **_: Any) -> list[float]:
-    return [float(len(set(text))) for text in completions]
 
 
 GRPO_CASES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -624,7 +597,8 @@ def test_the_mixin_is_a_base_class_of_a_users_trainer(folder: str, tmp_path: Pat
 TWO_PROCESSES = """
 import json, os, sys
 import trl
-from test_trl_losses import run, settings, sft_rows, with_loss
+from test_trl_losses import run, sft_rows, with_loss
+from trl_runs import settings
 from pathlib import Path
 
 model, path = sys.argv[1], Path(sys.argv[2])

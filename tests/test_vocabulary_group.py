@@ -124,7 +124,7 @@ def ignored_id_worker(rows: tuple[int, ...]) -> None:
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("rows", TWO, ids=str)
+@pytest.mark.parametrize("rows", [pytest.param(TWO[0], marks=pytest.mark.slow), *TWO[1:]], ids=str)
 def test_statistics_are_those_of_the_whole_head(tmp_path: Path, rows: tuple[int, ...]) -> None:
     in_processes(2, tmp_path, statistics_worker, rows)
 
@@ -255,7 +255,7 @@ def _loss(loss: Any, hidden: Tensor, weight: Tensor, targets: Tensor, group: Any
     return value
 
 
-@pytest.mark.parametrize("rows", TWO[1:], ids=str)
+@pytest.mark.parametrize("rows", [TWO[1], pytest.param(TWO[2], marks=pytest.mark.slow)], ids=str)
 def test_losses_are_those_of_the_whole_head(tmp_path: Path, rows: tuple[int, ...]) -> None:
     in_processes(2, tmp_path, losses_worker, rows)
 
@@ -446,9 +446,9 @@ def groups_worker() -> None:
     linear_loss("dft", *eager, problem.targets, group=group).backward()
     for one, other in zip(leaves, eager, strict=True):
         torch.testing.assert_close(one.grad, other.grad)
-    for backward in ("recompute", "tail_corrected"):
-        own = dict(backward=backward, group=group, **(dict(tail_tolerance=0.0) if backward != "recompute" else {}))
-        linear_loss("dft", *eager, problem.targets, **own)  # type: ignore[arg-type]
+    for options in ({"backward": "recompute"}, {"backward": "tail_corrected", "tail_tolerance": 0.0}):
+        found = linear_loss("dft", *eager, problem.targets, group=group, **options)  # type: ignore[arg-type]
+        torch.testing.assert_close(found, expected)
     approximate_worker(group)
 
 

@@ -26,6 +26,7 @@ from .losses import Loss, get
 from .losses.layout import token_layout
 from .ops.call import prepare_call
 from .ops.checks import check_ignore_index, check_tensor, check_tokens
+from .ops.sharded import on_whole_tensors
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .types import OPTION_NAMES, Options, statistics_dtype
 
@@ -39,6 +40,7 @@ class DepthLosses(NamedTuple):
     """`[D]`, each depth's own mean before its weight, for logs. Not differentiable."""
 
 
+@on_whole_tensors
 def linear_depth_loss(
     loss: Loss | str,
     hidden: Sequence[Tensor],
@@ -58,7 +60,7 @@ def linear_depth_loss(
         loss: a loss of each token's own statistics whose paper's reduction is the mean over tokens, or its name:
             `"nll"`, `"dft"`, `losses.NLL(z_loss=1e-4)`.
         hidden: D tensors `[..., H]`, one a depth; leading shapes may differ, as a deeper head has fewer positions.
-        weight: `[V, H]`, the head that they share.
+        weight: `[V, H]`, the head that they share; also sharded, as in `linear_logprobs`.
         targets: D tensors `[...]`, aligned with `hidden`, as `depth_targets` makes them.
         depth_weight: D positive numbers. No default, as models differ: DeepSeek-V3 has 1 for its own next token and
             0.3 / (D - 1), later 0.1 / (D - 1), for each further depth.

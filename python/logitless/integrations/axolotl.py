@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
 
@@ -23,11 +22,12 @@ from .hidden_loss import (
     read_hidden_states,
     top_entropy,
 )
-from .hosts import UnsupportedHostError, check_parameters, check_version
+from .hosts import UnsupportedHostError, check_parameters, check_version, host_module
 from .transformers import patch
 
 #: Releases of Axolotl that the tests ran.
 TESTED = ">=0.19.0,<0.20"
+_host = host_module("axolotl", TESTED, "axolotl.integrations.base")
 #: Options of Axolotl that compute the loss in another way, or that would be ignored.
 CONFLICTS = (
     "rl",
@@ -73,14 +73,14 @@ class LogitlessArgs(BaseModel):
         return data
 
 
-class LogitlessPlugin(BasePlugin):
+class LogitlessPlugin(_host.BasePlugin):
     """Patches the model that Axolotl has loaded, as `LogitlessArgs` say."""
 
     def register(self, cfg: Any) -> None:
         """Checks Axolotl's release and the hooks that are used; raises UnsupportedHostError for others."""
         check_version("axolotl", TESTED)
-        check_parameters(BasePlugin.post_model_load, "self", "cfg", "model")
-        check_parameters(BasePlugin.post_trainer_create, "self", "cfg", "trainer")
+        check_parameters(_host.BasePlugin.post_model_load, "self", "cfg", "model")
+        check_parameters(_host.BasePlugin.post_trainer_create, "self", "cfg", "trainer")
 
     def get_input_args(self) -> str:
         """The path of the class of the plugin's keys."""

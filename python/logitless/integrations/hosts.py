@@ -6,6 +6,7 @@ changes nothing in another release, and nothing whose parameters are not those t
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 from collections.abc import Callable
@@ -20,16 +21,34 @@ class UnsupportedHostError(RuntimeError):
 
 def check_version(package: str, tested: str) -> None:
     """Raises UnsupportedHostError unless the installed release of a package is in the tested range."""
-    from packaging.specifiers import SpecifierSet  # every host brings it, torch does not
-
     try:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UnsupportedHostError(f"{package}: not installed; expected {tested}") from None
-    if not SpecifierSet(tested).contains(found, prereleases=True):
+    if not _in_range(found, tested):
         raise UnsupportedHostError(
             f"{package} {found}: logitless was tested with {tested}, and changes nothing in another release"
         )
+
+
+def _in_range(version: str, tested: str) -> bool:
+    from packaging.specifiers import SpecifierSet  # every host brings it, torch does not
+    from packaging.version import InvalidVersion
+
+    try:
+        return SpecifierSet(tested).contains(version, prereleases=True)
+    except InvalidVersion:  # a build of one's own
+        return False
+
+
+def host_module(package: str, tested: str, name: str) -> Any:
+    """A module of a host whose classes an integration derives from, once its release is known to be right.
+
+    Raises:
+        UnsupportedHostError: the host is not installed, or another release.
+    """
+    check_version(package, tested)
+    return importlib.import_module(name)
 
 
 def check_parameters(function: Callable[..., Any], *names: str) -> None:

@@ -11,20 +11,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchtitan.components.loss import BaseLoss, ChunkedLossWrapper
 
 from .. import losses
 from ..linear import linear_loss
 from .heads import HeadModules, own_product
-from .hosts import UnsupportedHostError, check_parameters, check_version
+from .hosts import UnsupportedHostError, check_parameters, check_version, host_module
 
 #: Releases of torchtitan that the tests ran.
 TESTED = ">=0.3.0,<0.4"
+_host = host_module("torchtitan", TESTED, "torchtitan.components.loss")
 #: What torchtitan's trainers pass to a loss, and the name of that input here; None is what no loss reads.
 INPUT_NAMES = {"generator_logprobs": "old_logprob", "advantages": "advantages", "positions": None}
 
 
-class LogitlessLoss(ChunkedLossWrapper):
+class LogitlessLoss(_host.ChunkedLossWrapper):
     """A token loss of the registry on hidden states and torchtitan's `lm_head`.
 
     It returns the sum of the token losses over `global_valid_tokens`, as torchtitan's own losses do, whatever reduction
@@ -40,7 +40,7 @@ class LogitlessLoss(ChunkedLossWrapper):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseLoss.Config):
+    class Config(_host.BaseLoss.Config):
         """The loss by its name, its hyper-parameters, and options of `linear_loss`."""
 
         loss: str = "nll"
@@ -51,8 +51,10 @@ class LogitlessLoss(ChunkedLossWrapper):
 
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         check_version("torchtitan", TESTED)
-        check_parameters(ChunkedLossWrapper.__call__, "self", "pred", "labels", "global_valid_tokens", "loss_inputs")
-        check_parameters(ChunkedLossWrapper.set_lm_head, "self", "lm_head")
+        check_parameters(
+            _host.ChunkedLossWrapper.__call__, "self", "pred", "labels", "global_valid_tokens", "loss_inputs"
+        )
+        check_parameters(_host.ChunkedLossWrapper.set_lm_head, "self", "lm_head")
         self.loss = losses.get(config.loss, **config.loss_args)
         if not self.loss.token_wise or self.loss.lists:
             raise UnsupportedHostError(f"loss={config.loss!r}: torchtitan's slot is for losses of single tokens")

@@ -42,9 +42,12 @@ def patch(
 
     Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature that
     `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
-    `get_peft_model` may come before or after. TRL's trainers replace the forward by one of their own, and refuse a
-    model with another loss than `"nll"`: `logitless.integrations.trl` trains any loss in them. Pickle,
-    `torch.save(model)` and `copy.deepcopy` give a patched model.
+    `get_peft_model` may come before or after. Pickle, `torch.save(model)` and `copy.deepcopy` give a patched model.
+
+    **TRL.** Its trainers put a forward of their own in this one's place, and compute their losses themselves. So a
+    model patched with another loss than `"nll"` raises a ValueError while such a trainer is built, and one patched with
+    `"nll"` trains TRL's loss, and says so. `logitless.integrations.trl` has both ways without logits: `enable()` for
+    TRL's own losses, `with_loss` for any of the registry.
 
     **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more
     memory than training. Whoever reads `output.logits` beside the loss says so: `skip_logits=False` in a call, or

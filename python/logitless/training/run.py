@@ -554,7 +554,7 @@ def _describe(run: Run, notes: Sequence[str]) -> None:
     total = sum(shape_of(parameter).numel() for parameter in model.parameters())
     precision = "bfloat16 autocast" if computes_in_bf16(options, device) else str(model.dtype).split(".")[-1]
     name, size = run.world.strategy.name, run.world.size
-    shared = f", {name or 'copies'} in {size} processes" if size > 1 or name else ""
+    shared = f", {name or 'copies'} in {size} process{'es' if size > 1 else ''}" if size > 1 or name else ""
     run.reporter.say(
         f"training {options.model_name_or_path}: {trainable} of {total} parameters, loss {loss}, backend "
         f"{options.backend}, {precision} on {device}{shared}, {model.config._attn_implementation} attention"

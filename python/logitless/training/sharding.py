@@ -241,9 +241,12 @@ class FSDP2(_Accelerated):
     def options_of_launch(self) -> None:
         from torch.distributed.fsdp import CPUOffloadPolicy
 
+        if (
+            os.environ.get("FSDP_VERSION", "1") != "2"
+        ):  # 1 is Accelerate's default; its plugin may fail with another word
+            raise InputError("accelerate's configuration: fsdp_version: 1 is not served; set fsdp_version: 2")
         plugin = self._plugin()
         refused = {
-            "fsdp_version: 1": (plugin.fsdp_version != 2, "set fsdp_version: 2"),
             "fsdp_offload_params": (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "set it to false"),
             "fsdp_activation_checkpointing": (plugin.activation_checkpointing, "use --gradient_checkpointing"),
             "fsdp_ignored_modules": (plugin.ignored_modules is not None, "leave it out"),

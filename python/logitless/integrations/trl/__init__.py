@@ -16,7 +16,7 @@ from .divergence import chunked_divergence_loss
 from .fused_head import add_fused_lm_head
 from .losses import LinearLossMixin, with_loss
 from .switch import Enabled, disable, enable
-from .versions import RANGE, UnsupportedTRLError, check
+from .versions import RANGE, UnsupportedTRLError, check_release
 
 __all__ = [
     "RANGE",
@@ -24,7 +24,7 @@ __all__ = [
     "LinearLossMixin",
     "UnsupportedTRLError",
     "add_fused_lm_head",
-    "check",
+    "check_release",
     "chunked_divergence_loss",
     "disable",
     "enable",

@@ -64,7 +64,7 @@ def chunked_divergence_loss(
         normalizer=count.clamp(min=1) if num_items_in_batch is None else _on(num_items_in_batch, mask),
         **kind,
     )
-    return loss, _entropy(student_hidden_states, student, mask).sum(), count
+    return loss, _student_entropy(student_hidden_states, student, mask).sum(), count
 
 
 _KINDS: dict[float, dict[str, Any]] = {0.0: {"kind": "forward_kl"}, 1.0: {"kind": "reverse_kl"}}
@@ -82,7 +82,7 @@ def _in_dtype_of(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[T
 
 
 @torch.no_grad()
-def _entropy(hidden: Tensor, head: Head, mask: Tensor) -> Tensor:
+def _student_entropy(hidden: Tensor, head: Head, mask: Tensor) -> Tensor:
     """The entropies `[B, K]` of the student, 0 where a position does not count."""
     targets = mask.long() - 1  # id 0 where it counts: an entropy does not depend on the target
     entropy = linear_logprobs(

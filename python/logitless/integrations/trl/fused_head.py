@@ -26,7 +26,7 @@ from ..support import causal_lm, check_architecture
 from ..tags import refuse_other_loss
 
 #: TRL's per-token fields, and the statistics that they hold.
-STATISTICS = {
+FUSED_FIELDS = {
     "log_probs": "logprob",
     "entropy": "entropy",
     "log_sum_sq_probs": "log_sum_sq",
@@ -40,6 +40,8 @@ def add_fused_lm_head(
     temperature: float = 1.0,
     cast_lm_head_to_fp32: bool = False,
     outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    metrics: tuple[str, ...] = ("mean_logits",),
 ) -> None:
     """Gives the model a fused head as TRL's function of this name does, computed by logitless.
 
@@ -56,8 +58,10 @@ def add_fused_lm_head(
         model: a causal LM of Transformers, or a `PeftModel` around one.
         temperature: the sampler's, by which logits are divided. 1 by default.
         cast_lm_head_to_fp32: whether the head multiplies in float32, outside autocast. False leaves it to the model.
-        outputs: which of `STATISTICS` to compute; `log_probs` always is. mean_logits, log_sum_sq_probs and is_top1
+        outputs: which of `FUSED_FIELDS` to compute; `log_probs` always is. mean_logits, log_sum_sq_probs and is_top1
             have no gradient.
+        metrics: which of the differentiable fields come without a gradient, as TRL's mean_logits does. With "entropy"
+            among them a frozen head costs two products.
 
     Raises:
         UnsupportedModelError: (a ValueError) the model, or the adapter on its head, is known not to fit. Also in the
@@ -75,20 +79,24 @@ def add_fused_lm_head(
     @functools.wraps(type(inner).forward)  # generate reads the signature
     def fused_forward(self: nn.Module, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
         if fused_lm_head:
-            return _Call(self, state, wanted).run(args, kwargs)
+            return _FusedCall(self, state, wanted, metrics).run(args, kwargs)
         patch = self.__dict__.get("_logitless_patch") if patched else None
         return state.original(self, *args, **kwargs) if patch is None else patch.forward(*args, **kwargs)
 
     inner.forward = MethodType(fused_forward, inner)
 
 
+#: The head of the trainers that log the entropy, and never train on it.
+add_head_of_metrics = functools.partial(add_fused_lm_head, metrics=("mean_logits", "entropy"))
+
+
 def _check_arguments(model: nn.Module, cast: bool, outputs: tuple[str, ...]) -> None:
     kind = type(model).__name__
     if "_logitless_patch" in model.__dict__:
         refuse_other_loss(model, "TRL's trainer")
-    unknown = [name for name in outputs if name not in STATISTICS]
+    unknown = [name for name in outputs if name not in FUSED_FIELDS]
     if unknown:
-        raise ValueError(f"outputs: expected names of {list(STATISTICS)}, got {unknown}")
+        raise ValueError(f"outputs: expected names of {list(FUSED_FIELDS)}, got {unknown}")
     if cast and hasattr(find_head(model).inner, "base_layer"):
         raise UnsupportedModelError(
             f"{kind}: cast_lm_head_to_fp32=True and an adapter on the output head exclude one another in TRL, which "
@@ -97,7 +105,7 @@ def _check_arguments(model: nn.Module, cast: bool, outputs: tuple[str, ...]) -> 
 
 
 def _state(model: nn.Module, temperature: float, head_dtype: torch.dtype | None) -> Patch:
-    """What `score` needs to know of the model. It is TRL's head alone that this is for: the model is not patched."""
+    """What `score` needs to know of the model. It is of TRL's head alone, beside the patch of a patched model."""
     from ..outputs import LinearCausalLMOutput
 
     patch = model.__dict__.get("_logitless_patch")  # its own self-check would run inside this one
@@ -118,32 +126,29 @@ def _state(model: nn.Module, temperature: float, head_dtype: torch.dtype | None)
 
 
 @dataclass
-class _Call:
+class _FusedCall:
     """One call with `fused_lm_head=True`: its arguments by name, the scores, and these as TRL names them."""
 
     model: nn.Module
     state: Patch
     wanted: tuple[str, ...]
+    metrics: tuple[str, ...]
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         request = self._request({**dict(zip(self.state.names, args, strict=False)), **kwargs})
         self._check_once()
         scored = score(self.model, self.state, request, self.state.loss, skip=True)
-        assert scored.token_stats is not None
-        shifted = request.shift_labels is not None
-        labels = request.shift_labels if shifted else request.labels
-        assert labels is not None
-        stats = TokenStats(*(x if x is None or shifted else x[:, :-1] for x in scored.token_stats))
-        mask = (labels if shifted else labels[:, 1:]) != -100
-        return trl_output(stats, mask.to(scored.loss.device), self.wanted, scored)
+        stats, mask = trl_layout(scored, request.labels, request.shift_labels)
+        return trl_output(stats, mask, self.wanted, scored)
 
     def _request(self, inputs: dict[str, Any]) -> Request:
         taken = {name: inputs.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch")}
         inputs.pop("return_dict", None)
         if "use_cache" in self.state.names:
             inputs["use_cache"] = False
-        names = tuple(STATISTICS[name] for name in self.wanted)
-        request = Request(inputs, token_outputs=names, **taken)
+        names = tuple(FUSED_FIELDS[name] for name in self.wanted)
+        constants = tuple(FUSED_FIELDS[name] for name in self.wanted if name in self.metrics)
+        request = Request(inputs, token_outputs=names, token_constants=constants, **taken)
         if not request.scored:
             raise ValueError("fused_lm_head=True: needs labels or shift_labels, got neither")
         return request
@@ -156,11 +161,21 @@ class _Call:
             self.state.checked = kind
 
 
+def trl_layout(result: Any, labels: Tensor | None, shift_labels: Tensor | None) -> tuple[TokenStats, Tensor]:
+    """A patched forward's statistics `[B, T - 1]`, or `[B, T]` for `shift_labels`, and the mask of what counts."""
+    assert result.token_stats is not None
+    if shift_labels is not None:
+        return result.token_stats, shift_labels.to(result.loss.device) != -100
+    assert labels is not None
+    stats = TokenStats(*(None if x is None else x[:, :-1] for x in result.token_stats))
+    return stats, labels[:, 1:].to(result.loss.device) != -100
+
+
 def trl_output(stats: TokenStats, mask: Tensor, fields: tuple[str, ...], result: Any) -> Any:
     """TRL's output of a call: statistics `[B, T]` under its names, and loss and router's loss of our own output."""
     from trl.trainer.utils import FusedCausalLMOutput
 
-    values: dict[str, Any] = {name: getattr(stats, STATISTICS[name]) for name in fields}
+    values: dict[str, Any] = {name: getattr(stats, FUSED_FIELDS[name]) for name in fields}
     for name in ("log_sum_sq_probs", "mean_logits"):
         if name in values:
             values[name] = values[name].detach()

@@ -20,7 +20,7 @@ from ...losses import Loss
 from ...types import TokenStats
 from ..support import causal_lm, fused_by_trl
 from ..transformers import patch
-from .fused_head import STATISTICS, trl_output
+from .fused_head import FUSED_FIELDS, trl_layout, trl_output
 
 
 @dataclass
@@ -61,19 +61,15 @@ class LinearHead:
 
     def score(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """TRL's output of one call, from the patched forward."""
-        shift = 1 if kwargs.get("shift_labels") is None else 0
-        if shift == 0:
-            kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
-        labels = kwargs["labels" if shift else "shift_labels"]
+        shift_labels = kwargs.get("shift_labels")
+        labels = kwargs.pop("labels", None) if shift_labels is not None else kwargs["labels"]
         request, self.recorder.request = self.recorder.request, {}
         settings = {"loss": "nll", "temperature": self.temperature, "skip_logits": True, **request}
-        wanted = tuple(STATISTICS[name] for name in self.fields)
+        wanted = tuple(FUSED_FIELDS[name] for name in self.fields)
         settings["token_constants"] = tuple(name for name in wanted if name not in self.read)
         kwargs = {**kwargs, **settings, "use_cache": False, "return_dict": True, "token_outputs": wanted}
         result = model._logitless_patch.forward(*args, **kwargs)
-        kept = result.token_stats.logprob.shape[1] - shift
-        stats = TokenStats(*(None if x is None else x[:, :kept] for x in result.token_stats))
-        mask = labels[:, shift:].to(result.loss.device) != -100
+        stats, mask = trl_layout(result, labels, shift_labels)
         output = trl_output(stats, mask, self.fields, result)
         if self.recorder.calls is not None:
             self.recorder.calls.append(FusedCall(stats, mask, output))
@@ -121,7 +117,7 @@ def add_linear_head(
         got = inner._logitless_patch.temperature
         raise ValueError(f"temperature: the trainer's is {temperature}, and the model was patched with {got}")
     statistics = (*loss.outputs, *(("logprob",) if loss.outputs else ()))
-    names = {statistic: name for name, statistic in STATISTICS.items()}
+    names = {statistic: name for name, statistic in FUSED_FIELDS.items()}
     fields = dict.fromkeys((*outputs, *(names[statistic] for statistic in statistics)))
     inner._logitless_head = LinearHead(recorder, temperature, tuple(fields), ("logprob", *loss.outputs))
     cls: Any = type(inner)

@@ -98,7 +98,7 @@ class LinearLossMixin:
             raise TypeError(
                 f"args: expected the trainer's configuration with loss={self._linear_loss.name!r}, got None"
             )
-        _check_options(self._linear_loss, kind, given)
+        _check_loss_options(self._linear_loss, kind, given)
         self._linear_kind, self._recorder = kind, Recorder()
         given = kind.prepare(self._linear_loss, given)
         reference = given.pop("ref_model", None) if kind is SFT_TRAINER else None
@@ -172,7 +172,7 @@ def _kind_of(cls: type) -> tuple[TrainerKind, Any]:
     for base in (base for base in getattr(cls, "__mro__", ()) if base.__module__.startswith("trl.")):
         kind = next((kind for kind in TRAINERS if kind.name == base.__name__), None)
         if kind is not None and "compute_loss" in vars(base):
-            versions.check()
+            versions.check_release()
             return kind, base
         if "compute_loss" in vars(base):  # from a forward of its own, as in GKDTrainer, which derives from SFTTrainer
             got = f"{got}, whose loss {base.__module__} computes in another way"
@@ -201,7 +201,7 @@ def _loss_of(loss: Loss | str | None, model: Any) -> Loss:
 _OUR_NAMES = {"epsilon": "epsilon_low"}
 
 
-def _check_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None:
+def _check_loss_options(loss: Loss, kind: TrainerKind, given: dict[str, Any]) -> None:
     """Refuses options of TRL's own loss that would have no effect."""
     args = given["args"]
     defaults = {field.name: field for field in dataclasses.fields(args)}
@@ -570,55 +570,47 @@ def _set_metrics(trainer: Any, values: dict[str, Tensor]) -> None:
 
 
 SFT_TRAINER = TrainerKind(
-    "SFTTrainer",
-    ("token", "sequence", "distribution"),
-    ("ref_logprob",),
-    (),
-    ("loss_type",),
-    _unchanged,
-    _sft_loss,
+    name="SFTTrainer",
+    levels=("token", "sequence", "distribution"),
+    inputs=("ref_logprob",),
+    required=(),
+    options=("loss_type",),
+    prepare=_unchanged,
+    evaluate=_sft_loss,
 )
 DPO_TRAINER = TrainerKind(
-    "DPOTrainer",
-    ("pair",),
-    ("ref_logprob",),
-    (),
-    (
+    name="DPOTrainer",
+    levels=("pair",),
+    inputs=("ref_logprob",),
+    required=(),
+    options=(
         *("loss_type", "loss_weights", "beta", "label_smoothing", "use_weighting", "ld_alpha", "f_divergence_type"),
         *("f_alpha_divergence_coef", "discopop_tau"),
     ),
-    _prepare_dpo,
-    _dpo_loss,
+    prepare=_prepare_dpo,
+    evaluate=_dpo_loss,
 )
 KTO_TRAINER = TrainerKind(
-    "KTOTrainer",
-    ("unpaired",),
-    ("ref_logprob", "desirable", "reference_point"),
-    (),
-    ("loss_type", "beta", "desirable_weight", "undesirable_weight"),
-    _prepare_kto,
-    _kto_loss,
+    name="KTOTrainer",
+    levels=("unpaired",),
+    inputs=("ref_logprob", "desirable", "reference_point"),
+    required=(),
+    options=("loss_type", "beta", "desirable_weight", "undesirable_weight"),
+    prepare=_prepare_kto,
+    evaluate=_kto_loss,
 )
 GRPO_TRAINER = TrainerKind(
-    "GRPOTrainer",
-    ("token", "sequence"),
-    ("advantages", "ref_logprob"),
-    ("advantages",),
-    (
-        *(
-            "loss_type",
-            "beta",
-            "epsilon",
-            "epsilon_high",
-            "delta",
-            "importance_sampling_level",
-            "use_bias_correction_kl",
-        ),
-        *("sapo_temperature_neg", "sapo_temperature_pos", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg"),
-        *("vespo_lambda_neg", "top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
-        *("off_policy_mask_threshold", "use_bias_correction_kl"),
+    name="GRPOTrainer",
+    levels=("token", "sequence"),
+    inputs=("advantages", "ref_logprob"),
+    required=("advantages",),
+    options=(
+        *("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level"),
+        *("use_bias_correction_kl", "off_policy_mask_threshold", "sapo_temperature_neg", "sapo_temperature_pos"),
+        *("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+        *("top_entropy_quantile", "entropy_coef", "use_adaptive_entropy"),
     ),
-    _prepare_grpo,
-    _grpo_loss,
+    prepare=_prepare_grpo,
+    evaluate=_grpo_loss,
 )
 TRAINERS = (SFT_TRAINER, DPO_TRAINER, KTO_TRAINER, GRPO_TRAINER)

@@ -11,7 +11,7 @@ from ..families import UnsupportedModelError
 from ..heads import check_adapter
 from . import versions
 from .divergence import chunked_divergence_loss
-from .fused_head import add_fused_lm_head
+from .fused_head import add_fused_lm_head, add_head_of_metrics
 
 #: TRL's functions and what stands in for them, by the module that defines them.
 _REPLACED = {
@@ -19,7 +19,9 @@ _REPLACED = {
     ("trl.trainer.distillation_trainer", "_chunked_divergence_loss"): chunked_divergence_loss,
 }
 #: TRL's trainers on its fused head. Each refuses an adapter on the output head by asking for PEFT's class of layers.
-_TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto", "grpo", "rloo"))
+_FUSED_TRAINERS = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto", "grpo", "rloo"))
+#: Those that log the entropy and never train on it.
+_LOGGING = tuple(f"trl.trainer.{name}_trainer" for name in ("sft", "dpo", "kto"))
 
 
 class _Swap(NamedTuple):
@@ -69,16 +71,18 @@ def enable() -> Enabled:
     """
     if _swaps:
         return Enabled(changed=False)
-    versions.check()
-    trainers = [importlib.import_module(name) for name in _TRAINERS]
-    found = [_Swap(name, _own(module, name), ours) for (module, name), ours in _REPLACED.items()]
-    adapters = next((vars(x)["BaseTunerLayer"] for x in trainers if "BaseTunerLayer" in vars(x)), None)
-    for swap in found:
-        _put(swap.ours, _places(swap.name, swap.theirs), swap.name)
-    if adapters is not None:  # PEFT is installed
-        found.append(_Swap("BaseTunerLayer", adapters, _refused_of(adapters)))
-        _put(found[-1].ours, [x for x in _places("BaseTunerLayer", adapters) if x in trainers], "BaseTunerLayer")
-    _swaps.extend(found)
+    versions.check_release()
+    own = [_Swap(name, _own(module, name), ours) for (module, name), ours in _REPLACED.items()]
+    placed = [(swap, _modules_with(swap.name, swap.theirs)) for swap in own]
+    logging = [importlib.import_module(name) for name in _LOGGING]
+    placed.append((own[0]._replace(ours=add_head_of_metrics), logging))
+    trainers = [x for x in map(importlib.import_module, _FUSED_TRAINERS) if "BaseTunerLayer" in vars(x)]
+    if trainers:  # PEFT is installed
+        layers = trainers[0].BaseTunerLayer
+        placed.append((_Swap("BaseTunerLayer", layers, _refused_of(layers)), trainers))
+    for swap, modules in placed:
+        _put(swap.ours, modules, swap.name)
+        _swaps.append(swap)
     return Enabled(changed=True)
 
 
@@ -89,29 +93,30 @@ def disable() -> None:
     has been put since is left as it is.
     """
     for swap in _swaps:
-        _put(swap.theirs, _places(swap.name, swap.ours), swap.name)
+        _put(swap.theirs, _modules_with(swap.name, swap.ours), swap.name)
     _swaps.clear()
 
 
 def _own(module: str, name: str) -> Any:
     """TRL's function. Raises if something has replaced it, because that would be undone in silence."""
     function = getattr(importlib.import_module(module), name)
-    if function.__module__ != module:
+    source = getattr(function, "__module__", None)
+    if source != module:
         raise versions.UnsupportedTRLError(
-            f"{module}.{name} is not TRL's own but comes from {function.__module__}; enable logitless before that, or "
-            "without it. Nothing has been changed"
+            f"{module}.{name} is not TRL's own but comes from {source}; enable logitless before that, or without it. "
+            "Nothing has been changed"
         )
     return function
 
 
-def _places(name: str, value: Any) -> list[ModuleType]:
+def _modules_with(name: str, value: Any) -> list[ModuleType]:
     """TRL's loaded modules in which `name` is that very object."""
     modules = [m for key, m in list(sys.modules.items()) if key.partition(".")[0] == "trl" and m is not None]
     return [module for module in modules if vars(module).get(name) is value]
 
 
-def _put(value: Any, places: list[ModuleType], name: str) -> None:
-    for module in places:
+def _put(value: Any, modules: list[ModuleType], name: str) -> None:
+    for module in modules:
         setattr(module, name, value)
 
 

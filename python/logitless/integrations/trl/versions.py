@@ -29,7 +29,7 @@ class UnsupportedTRLError(RuntimeError):
     """The installed TRL is not one that logitless knows. The message has the version, the range and what to do."""
 
 
-def check() -> None:
+def check_release() -> None:
     """Raises unless TRL is installed, of a release in `RANGE`, and has the internals that logitless relies on.
 
     Nothing is changed in any case.
@@ -45,7 +45,7 @@ def check() -> None:
     if not _in_range(trl.__version__):
         raise UnsupportedTRLError(f"TRL {trl.__version__} is installed, and logitless knows {RANGE}; {_CURE}")
     for (module, name), expected in _KNOWN.items():
-        found = _parameters(getattr(importlib.import_module(module), name, None))
+        found = _names_of(getattr(importlib.import_module(module), name, None))
         if found != expected.split():
             raise UnsupportedTRLError(
                 f"TRL {trl.__version__}: {module}.{name} has {found}, and logitless knows it with "
@@ -63,7 +63,7 @@ def _in_range(version: str) -> bool:
         return False
 
 
-def _parameters(known: Any) -> list[str] | None:
+def _names_of(known: Any) -> list[str] | None:
     """The names of a function's parameters, or of a dataclass's fields; None where there is no such thing."""
     if dataclasses.is_dataclass(known):
         return [field.name for field in dataclasses.fields(known)]
