@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+import pytest
+
 
 def installed(package: str, *modules: str) -> bool:
     """Whether the real host is here."""
@@ -48,3 +50,19 @@ def stubbed(package: str, version: str, modules: dict[str, dict[str, Any]]) -> I
         for name in made:
             sys.modules.pop(name, None)
         sys.modules.update(before)
+
+
+@contextmanager
+def real_or_stub(kind: str, package: str, version: str, stub: dict[str, dict[str, Any]], *needs: str) -> Iterator[None]:
+    """The "real" host, or the "stub" of a release of it; skips the test where the packages of the real one are absent.
+
+    Args:
+        needs: the packages to look for.
+    """
+    if kind == "stub":
+        with stubbed(package, version, stub):
+            yield
+        return
+    if not installed(*needs):
+        pytest.skip(f"{package} is not installed")
+    yield

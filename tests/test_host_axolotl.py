@@ -31,7 +31,7 @@ from host_cases import (  # noqa: E402
     rows,
     train,
 )
-from host_stubs import installed, stubbed  # noqa: E402
+from host_stubs import installed, real_or_stub, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless import losses  # noqa: E402
@@ -81,13 +81,8 @@ STUB = {
 def plugin(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The module of the plugin, imported under the real Axolotl or under the stub."""
     sys.modules.pop(MODULE, None)
-    if request.param == "real":
-        if not installed("axolotl"):
-            pytest.skip("axolotl is not installed")
+    with real_or_stub(request.param, "axolotl", "0.19.0", STUB, "axolotl"):
         yield importlib.import_module(MODULE)
-    else:
-        with stubbed("axolotl", "0.19.0", STUB):
-            yield importlib.import_module(MODULE)
     sys.modules.pop(MODULE, None)
 
 

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from host_cases import CHUNK, LARGE, TRAINING, Run, assert_no_logits, assert_same_run, collate, rows, train  # noqa: E402
-from host_stubs import installed, stubbed  # noqa: E402
+from host_stubs import installed, real_or_stub, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless import losses  # noqa: E402
@@ -161,15 +161,10 @@ def import_trainers() -> None:
 
 @pytest.fixture(params=["stub", "real"])
 def host(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "real":
-        if not installed("llamafactory"):
-            pytest.skip("llamafactory is not installed")
-        import_trainers()
-        yield "real"
-        llamafactory.disable()
-        return
-    with stubbed("llamafactory", "0.9.5", STUB):
-        yield "stub"
+    with real_or_stub(request.param, "llamafactory", "0.9.5", STUB, "llamafactory"):
+        if request.param == "real":
+            import_trainers()
+        yield request.param
         llamafactory.disable()
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from host_cases import LARGE, assert_same_steps, policy_steps  # noqa: E402
-from host_stubs import installed, stubbed  # noqa: E402
+from host_stubs import installed, real_or_stub, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless.integrations import hosts, openrlhf  # noqa: E402
@@ -113,13 +112,9 @@ def import_actor() -> None:
 
 @pytest.fixture(params=["stub", "real"])
 def host(request: pytest.FixtureRequest) -> Iterator[str]:
-    with ExitStack() as stack:
+    with real_or_stub(request.param, "openrlhf", "0.11.2", STUB, "openrlhf", "deepspeed"):
         if request.param == "real":
-            if not installed("openrlhf", "deepspeed"):
-                pytest.skip("openrlhf is not installed")
             import_actor()
-        else:
-            stack.enter_context(stubbed("openrlhf", "0.11.2", STUB))
         yield request.param
         openrlhf.disable()
 

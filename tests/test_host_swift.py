@@ -31,7 +31,7 @@ from host_cases import (  # noqa: E402
     rows,
     train,
 )
-from host_stubs import installed, stubbed  # noqa: E402
+from host_stubs import real_or_stub, stubbed  # noqa: E402
 from patch_models import llama  # noqa: E402
 
 from logitless import losses  # noqa: E402
@@ -123,14 +123,8 @@ STUB: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["stub", "real"])
 def host(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "real":
-        if not installed("swift"):
-            pytest.skip("ms-swift is not installed")
-        yield "real"
-        swift.disable()
-        return
-    with stubbed("ms-swift", "4.6.0", STUB):
-        yield "stub"
+    with real_or_stub(request.param, "ms-swift", "4.6.0", STUB, "swift"):
+        yield request.param
         swift.disable()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from host_stubs import installed, stubbed
+from host_stubs import real_or_stub, stubbed
 from torch import Tensor, nn
 
 from logitless.integrations.hosts import UnsupportedHostError
@@ -73,15 +73,11 @@ STUB = {"torchtitan.components.loss": {"BaseLoss": StubBase, "ChunkedLossWrapper
 def host(request: pytest.FixtureRequest) -> Iterator[Any]:
     """The module, imported under the real torchtitan or under the stub."""
     sys.modules.pop(MODULE, None)
-    if request.param == "real":
-        if not installed("torchtitan"):
-            pytest.skip("torchtitan is not installed")
-        yield importlib.import_module(MODULE)
-    else:
-        with stubbed("torchtitan", "0.3.0", STUB):
-            module = importlib.import_module(MODULE)
+    with real_or_stub(request.param, "torchtitan", "0.3.0", STUB, "torchtitan"):
+        module = importlib.import_module(MODULE)
+        if request.param == "stub":
             OWNERS[module.LogitlessLoss.Config] = module.LogitlessLoss
-            yield module
+        yield module
     sys.modules.pop(MODULE, None)
 
 

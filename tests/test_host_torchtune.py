@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from host_stubs import installed, stubbed
+from host_stubs import real_or_stub, stubbed
 from torch import Tensor, nn
 
 from logitless import losses
@@ -43,14 +43,8 @@ STUB = {"torchtune.modules.transformer": {"TransformerDecoder": StubDecoder}}
 
 @pytest.fixture(params=["stub", "real"])
 def host(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "real":
-        if not installed("torchtune", "torchao"):
-            pytest.skip("torchtune is not installed")
-        yield "real"
-        torchtune._UNEMBEDDING.off()
-        return
-    with stubbed("torchtune", "0.6.1", STUB):
-        yield "stub"
+    with real_or_stub(request.param, "torchtune", "0.6.1", STUB, "torchtune", "torchao"):
+        yield request.param
         torchtune._UNEMBEDDING.off()
 
 

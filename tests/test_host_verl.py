@@ -16,7 +16,7 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from host_cases import LARGE, assert_same_steps, policy_steps  # noqa: E402
-from host_stubs import installed, stubbed  # noqa: E402
+from host_stubs import real_or_stub, stubbed  # noqa: E402
 from patch_models import V, llama  # noqa: E402
 
 from logitless.integrations import hosts, verl  # noqa: E402
@@ -54,14 +54,8 @@ STUB = {
 
 @pytest.fixture(params=["stub", "real"])
 def host(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "real":
-        if not installed("verl"):
-            pytest.skip("verl is not installed")
-        yield "real"
-        verl.disable()
-        return
-    with stubbed("verl", "0.9.1", STUB):
-        yield "stub"
+    with real_or_stub(request.param, "verl", "0.9.1", STUB, "verl"):
+        yield request.param
         verl.disable()
 
 

@@ -66,7 +66,7 @@ def worker(folder: str) -> None:
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_head_shared_by_tensor_parallelism_is_not_gathered(tmp_path: Path, tied: bool) -> None:
     save_model(tmp_path / "model", 101, tied)
     in_processes(2, tmp_path, worker, str(tmp_path / "model"))

@@ -144,6 +144,7 @@ def test_the_order_of_liger_is_refused(tensors: tuple[torch.Tensor, ...], call: 
 def known_names() -> set[str]:
     """Every argument of ours: of functions, heads, losses, and of a patched model's call."""
     names = {*LossArguments.__annotations__, *Head._fields, "z_loss", "class_weight", "clip", "loss", "shift"}
+    names |= {"hidden", "weight", "targets"}
     for loss in map(losses.get, losses.names()):
         names |= {field.name for field in dataclasses.fields(loss)}  # type: ignore[arg-type]
     return names | {"loss_inputs", "skip_logits", "hidden_only", "temperature"}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
+import subprocess
+import sys
+import threading
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -458,6 +461,48 @@ def test_every_trainer_is_switched_and_switched_back() -> None:
     assert trl.trainer.add_fused_lm_head is before["trl.trainer.utils", "add_fused_lm_head"]
 
 
+def test_every_trainer_is_switched_where_none_was_loaded_before() -> None:
+    code = f"""
+import sys
+from importlib import import_module
+from logitless.integrations import trl as ours
+modules = ["trl.trainer.%s_trainer" % name for name in {TRAINERS}]
+assert not set(modules) & set(sys.modules)
+ours.enable()
+theirs = [m for m in modules if import_module(m).add_fused_lm_head.__module__.startswith("trl.")]
+assert not theirs, theirs
+ours.disable()
+own = {{import_module(m).add_fused_lm_head for m in modules}}
+assert own == {{import_module("trl.trainer.utils").add_fused_lm_head}}, own
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+def test_threads_may_enable_at_once() -> None:
+    before, errors, interval = in_trl(), [], sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change places often, so that calls without a lock meet
+    for _ in range(20):
+        start = threading.Barrier(8)
+
+        def enable(start: threading.Barrier = start) -> None:
+            start.wait()
+            try:
+                ours.enable()
+            except ours.UnsupportedTRLError as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=enable) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        ours.disable()
+    sys.setswitchinterval(interval)
+    assert not errors
+    assert in_trl() == before
+
+
 def test_a_module_that_is_loaded_later_is_switched_too() -> None:
     loaded = pytest.importorskip("trl.experimental.async_grpo.async_grpo_trainer")
     theirs = utils.add_fused_lm_head
@@ -531,11 +576,12 @@ def test_an_internal_that_has_changed_is_named(
     assert in_trl() == before
 
 
-def test_a_function_that_something_else_replaced_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("module", ("trl.trainer.utils", "trl.trainer.sft_trainer", "trl.trainer.grpo_trainer"))
+def test_a_function_that_something_else_replaced_is_named(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def foreign(model: Any, temperature: Any, cast_lm_head_to_fp32: Any, outputs: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(utils, "add_fused_lm_head", foreign)
+    monkeypatch.setattr(importlib.import_module(module), "add_fused_lm_head", foreign)
     before = in_trl()
     with pytest.raises(ours.UnsupportedTRLError, match="add_fused_lm_head is not TRL's own but comes from test_trl"):
         ours.enable()

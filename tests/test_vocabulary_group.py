@@ -159,13 +159,11 @@ def _total(stats: TokenStats) -> Tensor:
     return stats.lse.square() / 10 - stats.logprob * stats.logprob.exp() + stats.entropy - stats.mean_logit / 3
 
 
-def same_as_one_process(
-    rows: tuple[int, ...], problem: TokenProblem, function: Callable[..., Tensor], scale: float = 0.0
-) -> None:
-    """`function(hidden, weight, bias, group, cut)` with the group equals itself on the whole head."""
+def same_as_one_process(rows: tuple[int, ...], problem: TokenProblem, function: Callable[..., Tensor]) -> None:
+    """`function(hidden, weight, bias, group)` with the group equals itself on the whole head."""
     group = world(rows)
     ours = lambda p: function(p.hidden, own_rows(p.weight, group), own_rows(p.bias, group), group)  # noqa: E731
-    assert_matches_float64(ours, lambda p: function(p.hidden, p.weight, p.bias, None), problem, scale=scale)
+    assert_matches_float64(ours, lambda p: function(p.hidden, p.weight, p.bias, None), problem)
 
 
 def losses_worker(rows: tuple[int, ...]) -> None:

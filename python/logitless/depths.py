@@ -125,6 +125,10 @@ def depth_targets(
 
     Returns:
         One tensor of the shape of `labels` for each depth.
+
+    Raises:
+        TypeError, ValueError: `labels` is no tensor or has no positions, `depths` is no positive int, or `cu_seqlens`
+            are no boundaries of so many tokens.
     """
     check_tensor("labels", labels, "[..., T]")
     if labels.dim() < 1:

@@ -59,6 +59,13 @@ class VocabularyGroup:
         """The group of a head's local rows `weight [V / ranks, H]`; the ranks tell each other how many they hold.
 
         Make one before training, and no call waits for the others' numbers.
+
+        Args:
+            group, reduces_hidden: as in the class.
+            weight: this rank's rows; every rank must call this at once.
+
+        Raises:
+            TypeError, ValueError: not a group, or no rank has a row.
         """
         group = process_group(group)
         own = torch.tensor([len(weight)], device=weight.device)
@@ -113,7 +120,7 @@ def gathered(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _collective(name: str, former: str) -> Any:
-    """A function of torch.distributed, under the name that releases before 2.13 have for it."""
+    """The function of torch.distributed of this name; releases before 2.13 have the former one."""
     return getattr(torch.distributed, name, None) or getattr(torch.distributed, former)
 
 
@@ -170,12 +177,15 @@ def gather_sequence(hidden: Tensor, group: Any, dim: int = 0) -> Tensor:
     over the ranks and scattered to them here, in one message.
 
     Args:
-        hidden: this rank's part; the parts of all ranks have one shape.
+        hidden: this rank's part, `[T / ranks, B, H]` for `dim` 0; the parts of all ranks have one shape.
         group: as in `VocabularyGroup`.
         dim: the dimension of the tokens, 0 as in Megatron's `[T, B, H]`.
 
+    Returns:
+        `[T, B, H]`, the same on every rank.
+
     Raises:
-        TypeError: not a group.
+        TypeError, ValueError: not a group, or a mesh of several dimensions.
     """
     out: Tensor = _GatherSequence.apply(hidden, process_group(group), dim)
     return out

@@ -25,7 +25,12 @@ RENAMED = {
     **dict.fromkeys(("softmax_scale", "logit_scaling", "lm_head_multiplier", "logits_scale"), "logit_scale"),
     **dict.fromkeys(("temp", "tau"), "temperature"),
     **dict.fromkeys(("tp_group", "vocab_parallel_options", "vocab_group", "process_group"), "group"),
+    # the three tensors
+    **dict.fromkeys(("_input", "student_input", "hidden_states", "embeddings"), "hidden"),
+    **dict.fromkeys(("linear_weight", "lin_weight", "student_weight", "lm_head_weight", "classifier"), "weight"),
+    **dict.fromkeys(("target", "true_labels", "selected_token_ids"), "targets"),
     # how it is computed
+    "main_grad": "grad_out",
     **dict.fromkeys(("impl", "implementation"), "backend"),
     # the reference and the samples
     **dict.fromkeys(("ref_input", "teacher_input", "teacher_hidden", "teacher_hidden_states"), "ref_hidden"),
@@ -70,12 +75,17 @@ RENAMED = {
 
 _A_SUM = "sums of gradients are float32 whatever the inputs; leave it out"
 _CHUNKS = "chunk_bytes is a budget of bytes for a chunk's logits, and has a default"
+_REFERENCE = "the reference is ref_logprob or ref_hidden; losses.CPO and SimPO have none"
+_EXACT = 'gradients are exact; backward="tail_corrected" with tail_tolerance= approximates what is small'
 _COUNTED = "give the tokens that do not count the target ignore_index, -100"
 #: What to do in place of an argument whose name or value is not one of ours.
 ADVICE = {
-    **dict.fromkeys(("accum_dtype", "accum_e_fp32", "accum_c_fp32", "acc_policy"), _A_SUM),
-    **dict.fromkeys(("chunk_size", "num_output_chunks", "batch_chunk_size", "chunk_mem_const", "target_gb"), _CHUNKS),
+    **dict.fromkeys(("accum_dtype", "accum_e_fp32", "accum_c_fp32", "use_kahan", "acc_policy"), _A_SUM),
+    **dict.fromkeys(("chunk_size", "num_output_chunks", "num_chunks", "batch_chunk_size"), _CHUNKS),
+    **dict.fromkeys(("chunk_mem_const", "target_gb", "options"), _CHUNKS),
     **dict.fromkeys(("completion_mask", "loss_mask", "response_mask", "attention_mask", "row_mask"), _COUNTED),
+    "action_mask": _COUNTED,
+    "mask_ignored_tokens": "ignored tokens are always left out",
     **dict.fromkeys(("size_average", "reduce"), 'reduction="mean", "sum" or "none" says it'),
     **dict.fromkeys(("compiled", "compute_ce_loss"), "it has no counterpart; leave it out"),
     "labels": "targets; linear_cross_entropy(..., shift=True) shifts a causal model's labels",
@@ -85,11 +95,11 @@ ADVICE = {
     "return_entropy": 'linear_logprobs(..., outputs=("logprob", "entropy")) gives it',
     "return_token_accuracy": 'linear_logprobs(..., outputs=("correct",)) gives it, one number a token',
     "return_predicted_tokens": "linear_top_k(hidden, weight, 1) gives them",
-    "filter_eps": 'gradients are exact; backward="tail_corrected" with tail_tolerance= approximates what is small',
+    **dict.fromkeys(("filter_eps", "filter_e_grad", "filter_c_grad"), _EXACT),
     "use_token_scaling": 'it is a loss of its own, linear_loss("dft", ...)',
     "average_log_prob": 'losses say it: DPO(loss_type="sigmoid_norm") and "ipo", SimPO and ORPO average over tokens',
     "compute_nll_loss": "nll_weight of CPO and RPO says it, or a term of WeightedSum",
-    "use_ref_model": "the reference is ref_logprob or ref_hidden; losses.CPO and SimPO have none",
+    **dict.fromkeys(("use_ref_model", "reference_free"), _REFERENCE),
     "loss_type": 'the loss\'s name, linear_loss("dpo", ...), or a field of some: losses.DPO(loss_type=...)',
     "importance_sampling_level": "losses.GSPO and LUSPO take a sequence's ratio, the other policy losses a token's",
     "f_alpha_divergence_coef": "alpha is 1 less it",

@@ -27,7 +27,7 @@ from .transformers import patch
 
 #: Releases of Axolotl that the tests ran.
 TESTED = ">=0.19.0,<0.20"
-_host = host_module("axolotl", TESTED, "axolotl.integrations.base")
+_host: Any = host_module("axolotl", TESTED, "axolotl.integrations.base")
 #: Options of Axolotl that compute the loss in another way, or that would be ignored.
 CONFLICTS = (
     "rl",

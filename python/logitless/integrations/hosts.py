@@ -25,13 +25,14 @@ def check_version(package: str, tested: str) -> None:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UnsupportedHostError(f"{package}: not installed; expected {tested}") from None
-    if not _in_range(found, tested):
+    if not in_range(found, tested):
         raise UnsupportedHostError(
             f"{package} {found}: logitless was tested with {tested}, and changes nothing in another release"
         )
 
 
-def _in_range(version: str, tested: str) -> bool:
+def in_range(version: str, tested: str) -> bool:
+    """Whether a release is in a range of releases; a version of no known form is not."""
     from packaging.specifiers import SpecifierSet  # every host brings it, torch does not
     from packaging.version import InvalidVersion
 
@@ -86,7 +87,7 @@ class Switch:
             UnsupportedHostError: another release or other parameters, or the changes have been made already.
         """
         if self._before:
-            raise UnsupportedHostError(f"{self.package}: enabled already; disable() first")
+            raise UnsupportedHostError(f"{self.package}: enabled already; take that back first")
         check_version(self.package, self.tested)
         found = changes()
         for change in found:

@@ -19,12 +19,12 @@ from .hosts import UnsupportedHostError, check_parameters, check_version, host_m
 
 #: Releases of torchtitan that the tests ran.
 TESTED = ">=0.3.0,<0.4"
-_host = host_module("torchtitan", TESTED, "torchtitan.components.loss")
+_loss_slot: Any = host_module("torchtitan", TESTED, "torchtitan.components.loss")
 #: What torchtitan's trainers pass to a loss, and the name of that input here; None is what no loss reads.
 INPUT_NAMES = {"generator_logprobs": "old_logprob", "advantages": "advantages", "positions": None}
 
 
-class LogitlessLoss(_host.ChunkedLossWrapper):
+class LogitlessLoss(_loss_slot.ChunkedLossWrapper):
     """A token loss of the registry on hidden states and torchtitan's `lm_head`.
 
     It returns the sum of the token losses over `global_valid_tokens`, as torchtitan's own losses do, whatever reduction
@@ -40,7 +40,7 @@ class LogitlessLoss(_host.ChunkedLossWrapper):
     """
 
     @dataclass(kw_only=True, slots=True)
-    class Config(_host.BaseLoss.Config):
+    class Config(_loss_slot.BaseLoss.Config):
         """The loss by its name, its hyper-parameters, and options of `linear_loss`."""
 
         loss: str = "nll"
@@ -52,9 +52,9 @@ class LogitlessLoss(_host.ChunkedLossWrapper):
     def __init__(self, config: Config, *, compile_config: Any = None) -> None:
         check_version("torchtitan", TESTED)
         check_parameters(
-            _host.ChunkedLossWrapper.__call__, "self", "pred", "labels", "global_valid_tokens", "loss_inputs"
+            _loss_slot.ChunkedLossWrapper.__call__, "self", "pred", "labels", "global_valid_tokens", "loss_inputs"
         )
-        check_parameters(_host.ChunkedLossWrapper.set_lm_head, "self", "lm_head")
+        check_parameters(_loss_slot.ChunkedLossWrapper.set_lm_head, "self", "lm_head")
         self.loss = losses.get(config.loss, **config.loss_args)
         if not self.loss.token_wise or self.loss.lists:
             raise UnsupportedHostError(f"loss={config.loss!r}: torchtitan's slot is for losses of single tokens")

@@ -57,7 +57,7 @@ def whole(name: str, value: Any) -> Any:
     """
     if isinstance(value, Head):
         return Head(*(whole(f"{name}.{field}", x) for field, x in zip(Head._fields, value, strict=True)))
-    if isinstance(value, (list, tuple)) and any([isinstance(x, Tensor) for x in value]):
+    if isinstance(value, (list, tuple)) and value and isinstance(value[0], Tensor):
         return [whole(f"{name}[{i}]", x) for i, x in enumerate(value)]
     if not isinstance(value, Tensor):
         return value

@@ -77,7 +77,7 @@ def gathered_weights(weights: list[Any]) -> Iterator[None]:
 
 
 def like(value: Tensor, weight: Tensor) -> Tensor:
-    """This process's part of a whole tensor that belongs to a weight, in its device; all of it for a plain weight."""
+    """This process's part of a whole tensor that belongs to a weight, on its device; all of it for a plain weight."""
     if not hasattr(weight, "device_mesh"):
         return value.to(weight.device)
     from torch.distributed.tensor import distribute_tensor

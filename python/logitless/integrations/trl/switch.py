@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import threading
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ class _Swap(NamedTuple):
 
 
 _swaps: list[_Swap] = []  # those in force; none while logitless is disabled
+_lock = threading.RLock()  # two threads that enable at once would take each other's functions for a stranger's
 
 
 class Enabled:
@@ -69,21 +71,23 @@ def enable() -> Enabled:
         UnsupportedTRLError: a release, or an internal of it, that logitless does not know; or one that something else
             has replaced. Nothing has been changed then.
     """
-    if _swaps:
-        return Enabled(changed=False)
-    versions.check_release()
-    own = [_Swap(name, _own(module, name), ours) for (module, name), ours in _REPLACED.items()]
-    placed = [(swap, _modules_with(swap.name, swap.theirs)) for swap in own]
-    logging = [importlib.import_module(name) for name in _LOGGING]
-    placed.append((own[0]._replace(ours=add_head_of_metrics), logging))
-    trainers = [x for x in map(importlib.import_module, _FUSED_TRAINERS) if "BaseTunerLayer" in vars(x)]
-    if trainers:  # PEFT is installed
-        layers = trainers[0].BaseTunerLayer
-        placed.append((_Swap("BaseTunerLayer", layers, _refused_of(layers)), trainers))
-    for swap, modules in placed:
-        _put(swap.ours, modules, swap.name)
-        _swaps.append(swap)
-    return Enabled(changed=True)
+    with _lock:
+        if _swaps:
+            return Enabled(changed=False)
+        versions.check_release()
+        own = [_Swap(name, _own(module, name), ours) for (module, name), ours in _REPLACED.items()]
+        _check_trainers(own[0])
+        placed = [(swap, _modules_with(swap.name, swap.theirs)) for swap in own]
+        logging = [importlib.import_module(name) for name in _LOGGING]
+        placed.append((own[0]._replace(ours=add_head_of_metrics), logging))
+        trainers = [x for x in map(importlib.import_module, _FUSED_TRAINERS) if "BaseTunerLayer" in vars(x)]
+        if trainers:  # PEFT is installed
+            layers = trainers[0].BaseTunerLayer
+            placed.append((_Swap("BaseTunerLayer", layers, _refused_of(layers)), trainers))
+        for swap, modules in placed:
+            _put(swap.ours, modules, swap.name)
+            _swaps.append(swap)
+        return Enabled(changed=True)
 
 
 def disable() -> None:
@@ -92,9 +96,10 @@ def disable() -> None:
     A module that was loaded in between and imported a replaced function gets TRL's too. A place where something else
     has been put since is left as it is.
     """
-    for swap in _swaps:
-        _put(swap.theirs, _modules_with(swap.name, swap.ours), swap.name)
-    _swaps.clear()
+    with _lock:
+        for swap in _swaps:
+            _put(swap.theirs, _modules_with(swap.name, swap.ours), swap.name)
+        _swaps.clear()
 
 
 def _own(module: str, name: str) -> Any:
@@ -107,6 +112,17 @@ def _own(module: str, name: str) -> Any:
             "Nothing has been changed"
         )
     return function
+
+
+def _check_trainers(swap: _Swap) -> None:
+    """Raises if a trainer's module holds another function under this name than the one that TRL defines."""
+    for module in _FUSED_TRAINERS:
+        found = getattr(importlib.import_module(module), swap.name, None)
+        if found is not swap.theirs:
+            raise versions.UnsupportedTRLError(
+                f"{module}.{swap.name} is not TRL's own but comes from {getattr(found, '__module__', None)}; enable "
+                "logitless before that, or without it. Nothing has been changed"
+            )
 
 
 def _modules_with(name: str, value: Any) -> list[ModuleType]:

@@ -7,6 +7,8 @@ import importlib
 import inspect
 from typing import Any
 
+from ..hosts import in_range
+
 RANGE = ">=1.15,<1.17"
 
 _CURE = f"nothing has been changed: install trl{RANGE}, or train without logitless.integrations.trl"
@@ -42,7 +44,7 @@ def check_release() -> None:
         import trl
     except ImportError as error:
         raise ImportError("logitless.integrations.trl needs TRL: pip install 'logitless[trl]'") from error
-    if not _in_range(trl.__version__):
+    if not in_range(trl.__version__, RANGE):
         raise UnsupportedTRLError(f"TRL {trl.__version__} is installed, and logitless knows {RANGE}; {_CURE}")
     for (module, name), expected in _KNOWN.items():
         found = _names_of(getattr(importlib.import_module(module), name, None))
@@ -51,16 +53,6 @@ def check_release() -> None:
                 f"TRL {trl.__version__}: {module}.{name} has {found}, and logitless knows it with "
                 f"{expected.split()}; {_CURE}"
             )
-
-
-def _in_range(version: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-    from packaging.version import InvalidVersion
-
-    try:
-        return SpecifierSet(RANGE).contains(version, prereleases=True)
-    except InvalidVersion:
-        return False
 
 
 def _names_of(known: Any) -> list[str] | None:
