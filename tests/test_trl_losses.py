@@ -534,7 +534,6 @@ def test_grpo_takes_policy_losses_alone(folder: str, tmp_path: Path, loss: str) 
 @pytest.mark.parametrize(
     ("host", "options", "message"),
     [
-        ("sft", {"loss_type": "dft"}, "loss_type: belongs to TRL's own loss"),
         ("sft", {"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
         ("dpo", {"loss_type": ["ipo"]}, "loss_type"),
         ("dpo", {"beta": 0.3}, r"beta: .*got 0\.3 in args.*losses\.SimPO\(beta=\.\.\.\)"),

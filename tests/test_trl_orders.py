@@ -13,9 +13,10 @@ pytest.importorskip("peft")
 pytest.importorskip("datasets")
 
 import torch  # noqa: E402
-from test_trl_losses import pair_rows, run, same_run, settings, sft_rows  # noqa: E402
+from test_trl_losses import pair_rows, run, same_run, sft_rows  # noqa: E402
 from training_fixtures import make_model, make_tokenizer  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
+from trl_runs import settings  # noqa: E402
 
 import logitless  # noqa: E402
 from logitless import losses  # noqa: E402
@@ -135,7 +136,7 @@ def test_what_is_no_class_is_named(given: Any) -> None:
 
 @pytest.mark.parametrize("name", ["gkd.GKDTrainer", "gold.GOLDTrainer"])
 def test_a_subclass_of_trl_with_another_loss_is_refused(name: str) -> None:
-    """Trainers that derive from SFTTrainer, and never ask for the per-token values that our losses read."""
+    """Both derive from SFTTrainer, and never ask for the per-token values that a loss of the registry reads."""
     module, _, kind = name.partition(".")
     cls = getattr(pytest.importorskip(f"trl.experimental.{module}"), kind)
     with pytest.raises(TypeError, match=f"got {kind}, whose loss trl.experimental.{module}.* in another way"):

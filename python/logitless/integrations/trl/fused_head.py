@@ -105,7 +105,7 @@ def _check_arguments(model: nn.Module, cast: bool, outputs: tuple[str, ...]) -> 
 
 
 def _state(model: nn.Module, temperature: float, head_dtype: torch.dtype | None) -> Patch:
-    """What `score` needs to know of the model. It is TRL's head alone that this is for: the model is not patched."""
+    """What `score` needs to know of the model. It is of TRL's head alone, beside the patch of a patched model."""
     from ..outputs import LinearCausalLMOutput
 
     patch = model.__dict__.get("_logitless_patch")  # its own self-check would run inside this one
