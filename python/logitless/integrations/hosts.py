@@ -25,13 +25,13 @@ def check_version(package: str, tested: str) -> None:
         found = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UnsupportedHostError(f"{package}: not installed; expected {tested}") from None
-    if not _in_range(found, tested):
+    if not _is_tested(found, tested):
         raise UnsupportedHostError(
             f"{package} {found}: logitless was tested with {tested}, and changes nothing in another release"
         )
 
 
-def _in_range(version: str, tested: str) -> bool:
+def _is_tested(version: str, tested: str) -> bool:
     from packaging.specifiers import SpecifierSet  # every host brings it, torch does not
     from packaging.version import InvalidVersion
 
