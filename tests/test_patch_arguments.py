@@ -23,6 +23,7 @@ from logitless.integrations.transformers import patch, unpatch  # noqa: E402
 from logitless.testing import watch_allocations  # noqa: E402
 
 HOST_ARGUMENTS = {
+    "action_mask": torch.ones(B, T),
     "adapter_names": None,
     "alora_offsets": None,
     "cache_position": None,
@@ -40,6 +41,8 @@ HOST_ARGUMENTS = {
     "output_attentions": None,
     "output_hidden_states": True,
     "output_router_logits": False,
+    "options": [["a"]] * B,
+    "embeddings": torch.zeros(B),
     "past_key_values": None,
     "position_ids": None,
     "seq_idx": None,

@@ -47,9 +47,14 @@ _OF_HOSTS = (
     *("label", "label_ids", "length", "lengths", "num_logits_to_keep"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k", "max_length_q", "max_length_k"),
     *("attention_mask", "completion_mask", "loss_mask", "response_mask", "row_mask", "softmax_scale", "chunk_size"),
+    *("action_mask", "options"),
 )
 #: Arguments of the model's loss function that a patched model serves, or that the model itself gives.
 _SERVED = ("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
+
+
+#: The tensors of the ops, which a model's call has not; their other names may be columns of the data (`embeddings`).
+_TENSORS = ("hidden", "weight", "targets")
 
 
 def check_names(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
@@ -192,8 +197,9 @@ def _near(name: str, advice: Iterable[str]) -> list[str]:
     A short hyper-parameter has to be nearer than the others, because many a word is like it ("height" and "weight").
     The words of one of our names in another order, or with others between them, are a slip too ("only_hidden").
     """
-    if name.lower() in RENAMED:
-        return [RENAMED[name.lower()]]
+    renamed = RENAMED.get(name.lower(), _TENSORS[0])
+    if renamed not in _TENSORS:
+        return [renamed]
     words = set(name.lower().split("_"))
     same = [own for own in REQUEST_ARGUMENTS if "_" in own and words.issuperset(own.split("_"))]
     if same:
