@@ -41,7 +41,7 @@ class LossArguments(OptionKeywords, total=False):
     desirable: Tensor | None
     draw: Tensor | None
     from_reference: Tensor | None
-    group: Tensor | None
+    group: Any  # a tensor, of a loss that reads it; else the option of that name
     log_normalizer: Tensor | None
     negative: Tensor | None
     nll_weight: Tensor | None

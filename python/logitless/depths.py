@@ -28,7 +28,7 @@ from .ops.call import prepare_call
 from .ops.checks import check_ignore_index, check_tensor, check_tokens
 from .ops.sharded import on_whole_tensors
 from .ops.token_loss import check_token_input, sum_in_one_sweep
-from .types import OPTION_NAMES, Options, statistics_dtype
+from .types import Options, split_options, statistics_dtype
 
 
 class DepthLosses(NamedTuple):
@@ -84,8 +84,7 @@ def linear_depth_loss(
     _check_loss(loss)
     depths = _check_depths(hidden, targets)
     _check_weights(depth_weight, depths)
-    options = {name: x for name, x in inputs_and_options.items() if name in OPTION_NAMES}
-    given = {name: x for name, x in inputs_and_options.items() if name not in OPTION_NAMES and x is not None}
+    options, given = split_options(inputs_and_options)
     ignore_index = Options(**options).ignore_index
     check_ignore_index(ignore_index)
     tokens = torch.cat([h.reshape(-1, h.shape[-1]) for h in hidden])

@@ -48,7 +48,7 @@ from .ops.checks import check_ignore_index, check_order, check_tokens
 from .ops.sharded import on_whole_tensors
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
-from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats, statistics_dtype
+from .types import Head, LossReduction, Options, TokenStats, split_options, statistics_dtype
 
 
 @overload
@@ -126,10 +126,9 @@ def linear_loss(
     loss = get(loss)
     check_tokens(hidden, targets)
     check_order(hidden, weight, targets)
-    options = {k: v for k, v in inputs_and_options.items() if k in OPTION_NAMES}
+    options, given = split_options(inputs_and_options)
     if loss.stats_temperature != 1.0:
         options["temperature"] = options.get("temperature", 1.0) * loss.stats_temperature
-    given = {k: v for k, v in inputs_and_options.items() if k not in OPTION_NAMES and v is not None}
     reduction = loss.reduction if reduction is None else reduction
     check_level(loss, token_weight, reduction)
     reduce.check(reduction, normalizer, max_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict, get_args
@@ -251,6 +251,15 @@ class OptionKeywords(TypedDict, total=False):
 
 
 OPTION_NAMES = tuple(OptionKeywords.__annotations__)
+
+
+def split_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options among keyword arguments, and the rest that is not None.
+
+    A tensor called `group` is no option but an input of a loss: which prompt a sequence belongs to.
+    """
+    options = {k: v for k, v in arguments.items() if k in OPTION_NAMES and not (k == "group" and isinstance(v, Tensor))}
+    return options, {k: v for k, v in arguments.items() if k not in options and v is not None}
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

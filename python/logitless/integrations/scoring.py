@@ -271,8 +271,9 @@ class _HeadCall:
             "ignore_index": self.request.ignore_index,
             "backend": self.state.backend,
             "backward": self.state.backward,
-            "group": group,
         }
+        if group is not None:
+            options["group"] = group
         results = self._token_stats(hidden, weight, options)
         if results and self._reads_them:
             results["loss"] = self._loss_of_stats(results)

@@ -38,7 +38,8 @@ def on_whole_tensors(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
 
     @functools.wraps(op)
     def call(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        plain = whole if kwargs.get("group") is None else _own_rows
+        shared = kwargs.get("group") is not None and not isinstance(kwargs["group"], Tensor)  # a loss's input is one
+        plain = _own_rows if shared else whole
         given = [plain(names[min(i, len(names) - 1)], x) for i, x in enumerate(args)]
         return op(*given, **{name: plain(name, x) for name, x in kwargs.items()})
 
