@@ -522,7 +522,6 @@ def test_a_tensor_called_group_is_an_input_of_the_losses_that_read_it() -> None:
     """GVPO and the discriminative loss compare answers of one prompt; a module holds no option of the name for them."""
     problem = make_problem((4, 3), 8, 20, dtype=torch.float64)
     inputs: Any = {"group": torch.tensor([0, 0, 1, 1]), "advantages": torch.arange(4.0).double()}
-    inputs["ref_logprob"] = torch.full((4, 3), -3.0).double()
     tensors = problem.hidden, problem.weight, problem.targets
     value = linear_loss("gvpo", *tensors, **inputs)
     torch.testing.assert_close(logitless.nn.LinearLoss("gvpo")(*tensors, **inputs), value)
