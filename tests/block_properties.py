@@ -385,6 +385,7 @@ def the_op_is_well_formed(backend: Backend) -> None:
         LogitTransform().packed(),
         -100,
         "logprob",
+        None,
         *execution,
     )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

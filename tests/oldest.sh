@@ -15,6 +15,7 @@ SUITES=(
     every_loss lists losses_cross_tokenizer losses_demonstrations losses_distillation losses_dpo losses_f_divergence
     losses_implicit_reward losses_nll_dft losses_on_policy_distillation losses_policy losses_preference losses_registry
     losses_rewards losses_sampled losses_sft losses_top_k sequence_logprob
+    constants depths grad_out peer_names
 )
 
 venv=${LOGITLESS_OLDEST_VENV:-.venv-oldest}

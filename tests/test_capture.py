@@ -149,16 +149,18 @@ def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None
     sides = (*tensors[:3], *tensors[:3], mask, "js", [0.5, 0.1, 0.5], False, no_cap * 2)
     both = ("chunked" if backend == "cuda" else backend, chunk_bytes)
     return {
-        "logprobs": lambda: logprobs._init_fn(*tensors, *head, "logprob entropy", *recompute),
-        "frozen head": lambda: logprobs._init_fn(*tensors, *head, "logprob", *single),
+        "logprobs": lambda: logprobs._init_fn(*tensors, *head, "logprob entropy", None, *recompute),
+        "frozen head": lambda: logprobs._init_fn(*tensors, *head, "logprob", None, *single),
         "recompute": lambda: logprobs_backward._init_fn(
-            [vectors[0], None, None, None], [*vectors[:2], None], [], needs, *tensors, *head, *recompute
+            [vectors[0], None, None, None], [*vectors[:2], None], [], needs, *tensors, *head, None, *recompute
         ),
         "single pass": lambda: token_loss._init_fn(
-            *tensors, vectors[:1], None, handle, [], *head, "logprob", needs, *single
+            *tensors, vectors[:1], None, handle, [], *head, "logprob", needs, None, *single
         ),
-        "divergence": lambda: divergence._init_fn(*sides, [True, False], *both),
-        "divergence with gradients": lambda: divergence_sum._init_fn(vectors[0], *sides, [*needs, *needs], *both),
+        "divergence": lambda: divergence._init_fn(*sides, [True, False], None, *both, "", 0),
+        "divergence with gradients": lambda: divergence_sum._init_fn(
+            vectors[0], *sides, [*needs, *needs], None, *both, "", 0
+        ),
     }
 
 
@@ -243,7 +245,7 @@ def test_a_refusal_comes_before_any_work(captured):
                 [],
                 [1.0, 30.0, 1.0],
             ),
-            *(-100, "logprob", [True, True, False], "chunked", "single_pass", 0.0, None, None),
+            *(-100, "logprob", [True, True, False], None, "chunked", "single_pass", 0.0, None, None),
         )
     assert set(calls.found) <= {"zeros", "view"}
 
@@ -275,9 +277,9 @@ def test_an_eager_op_waits_once(device_assertion, recomputes, ignored):
     with Calls() as calls:
         if recomputes:
             upstream = [torch.ones(8), None, None, None]
-            logprobs_backward._init_fn(upstream, known, [], [True, True, False], *problem, *execution)
+            logprobs_backward._init_fn(upstream, known, [], [True, True, False], *problem, None, *execution)
         else:
-            logprobs._init_fn(*problem, "logprob entropy", *execution)
+            logprobs._init_fn(*problem, "logprob entropy", None, *execution)
     assert calls.waits() == 1
 
 

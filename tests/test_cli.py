@@ -249,7 +249,7 @@ def test_loss_of_the_options(values: dict[str, Any], loss: losses.Loss) -> None:
         ({"max_length": None}, "max_length cannot be empty"),
         ({"neftune_noise_alpha": 5}, "neftune_noise_alpha can only be left out, got 5"),
         ({"label_smoothing_factor": 0.1}, "can only be 0, got 0.1; label_smoothing is the loss's"),
-        ({"deepspeed": "zero3.json"}, "deepspeed can only be left out, got 'zero3.json'; torchrun"),
+        ({"deepspeed": "zero3.json"}, "deepspeed can only be left out, got 'zero3.json'; accelerate"),
         ({"eos_token": "<|im_end|>"}, "eos_token can only be left out, got"),
         ({"accelerator_config": {"split_batches": True}}, "accelerator_config can only be left out"),
         ({"activation_checkpointing": True, "gradient_checkpointing": False}, "is given twice"),

@@ -4,10 +4,16 @@ The Python blocks of a file run one after another in one namespace, as a reader 
 run in a folder that holds a tiny random model, `model`, and small data files, `rows.jsonl`, `pairs.jsonl` and
 `run.yaml`, where a reader has a real model and real data. Lines of shell blocks that call the command line run through
 it in this process. A YAML block is the configuration of one training step.
+
+The page about hosts is about packages that may not be installed. A block that imports one runs where it is. Its YAML
+blocks are those of the hosts, of which every key and path of ours is looked up.
 """
 
 from __future__ import annotations
 
+import ast
+import importlib.util
+import json
 import re
 import shlex
 from pathlib import Path
@@ -27,6 +33,18 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Sections whose blocks are files to write, not sessions; tests of their own hold them.
 WALKS = re.compile(r"^(?:#+ |\*\*)A new (?:loss|backend)\b.*?(?=^## |^\*\*A new |\Z)", re.MULTILINE | re.DOTALL)
 RUN_YAML = {"method": "sft", "model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "run-yaml"}
+HOSTS_PAGE = ROOT / "docs" / "hosts.md"
+#: What a block's imports need beside the packages that they name: what a host imports in turn.
+HOSTS = {
+    "axolotl": ("axolotl", "triton"),
+    "lightning": ("lightning",),
+    "llamafactory": ("llamafactory", "torchaudio"),
+    "openrlhf": ("openrlhf", "flash_attn", "deepspeed"),
+    "swift": ("swift",),
+    "torchtitan": ("torchtitan",),
+    "torchtune": ("torchtune", "torchao"),
+    "verl": ("verl",),
+}
 
 
 class Block(NamedTuple):
@@ -47,6 +65,22 @@ def blocks(page: Path, *languages: str) -> list[Block]:
     return found
 
 
+def hosts_of(block: Block) -> set[str]:
+    """The hosts whose packages, or whose module in `logitless.integrations`, a block of Python imports."""
+    named: set[str] = set()
+    for node in ast.walk(ast.parse(block.code)):
+        if isinstance(node, ast.Import):
+            named.update(part for alias in node.names for part in alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            named.update((node.module or "").split("."), (alias.name for alias in node.names))
+    return named & set(HOSTS)
+
+
+def runs_here(block: Block) -> bool:
+    """Whether all hosts that a block needs are installed."""
+    return all(importlib.util.find_spec(package) for host in hosts_of(block) for package in HOSTS[host])
+
+
 def pages_with(*languages: str) -> list[Any]:
     chosen = [page for page in PAGES if blocks(page, *languages)]
     return [pytest.param(page, id=str(page.relative_to(ROOT))) for page in chosen]
@@ -60,6 +94,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_jsonl(folder / "rows.jsonl", completion_rows())
     write_jsonl(folder / "pairs.jsonl", preference_rows())
     (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML))
+    columns = {"prompt": "prompt", "response": "completion"}
+    (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl", "columns": columns}}))
     return folder
 
 
@@ -83,7 +119,7 @@ def test_every_fence_has_a_language_that_is_run_or_says_that_it_is_not() -> None
 @pytest.mark.parametrize("page", pages_with("python"))
 def test_python_blocks_run(page: Path) -> None:
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    for block in blocks(page, "python"):
+    for block in filter(runs_here, blocks(page, "python")):
         source = "\n" * (block.line - 1) + block.code  # so that a traceback names the page's own line
         exec(compile(source, str(page), "exec"), namespace)
 
@@ -100,7 +136,7 @@ def test_calls_of_the_command_line_run(page: Path) -> None:
 
 
 @pytest.mark.usefixtures("reader")
-@pytest.mark.parametrize("page", pages_with("yaml"))
+@pytest.mark.parametrize("page", [page for page in pages_with("yaml") if page.values[0] != HOSTS_PAGE])
 def test_yaml_blocks_train(page: Path) -> None:
     for block in blocks(page, "yaml"):
         content = yaml.safe_load(block.code)
@@ -109,3 +145,25 @@ def test_yaml_blocks_train(page: Path) -> None:
         Path("block.yaml").write_text(yaml.safe_dump({**same, "max_steps": 1, **content}))
         result = CliRunner().invoke(app, ["train", "--config", "block.yaml"])
         assert result.exit_code == 0, (block.code, result.output)
+
+
+def test_yaml_blocks_of_hosts_name_what_there_is() -> None:
+    """The classes that they name are in their modules, and the keys of ours are fields of the plugin's arguments."""
+    found = [yaml.safe_load(block.code) for block in blocks(HOSTS_PAGE, "yaml")]
+    assert len(found) == 2
+    paths = re.findall(r"logitless\.integrations\.(\w+)\.(\w+)", HOSTS_PAGE.read_text(encoding="utf-8"))
+    folder = ROOT / "python" / "logitless" / "integrations"
+    for module, name in paths:
+        assert re.search(rf"^(?:class|def) {name}\b", (folder / f"{module}.py").read_text(), re.MULTILINE), (
+            module,
+            name,
+        )
+    keys = {key for content in found for key in content if key.startswith("logitless")}
+    fields = set(re.findall(r"^    (logitless\w*): ", (folder / "axolotl.py").read_text(), re.MULTILINE))
+    assert keys and keys <= fields
+
+
+def test_most_hosts_have_a_block_of_python() -> None:
+    assert {host for block in blocks(HOSTS_PAGE, "python") for host in hosts_of(block)} >= {
+        *("lightning", "llamafactory", "swift", "torchtitan", "verl")
+    }

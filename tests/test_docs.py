@@ -37,6 +37,11 @@ def test_the_table_of_chunks_is_fresh() -> None:
     assert chunks.PAGE.read_text(encoding="utf-8") == chunks.page(), "run python docs/generate_chunks.py"
 
 
+def test_the_tables_of_names_are_fresh() -> None:
+    names = load("generate_names")
+    assert names.PAGE.read_text(encoding="utf-8") == names.page(), "run python docs/generate_names.py"
+
+
 @pytest.mark.parametrize("name", losses.names())
 def test_every_docstring_says_what_the_page_needs(name: str) -> None:
     cls = type(losses.get(name))

@@ -22,13 +22,14 @@ PACKAGE = Path(logitless.__file__).parent
 
 #: From the bottom up. A module may import from its own layer and from those below; see `APART` for what is stricter.
 LAYERS = (
+    ("parallel", "peers"),
     ("types",),
     ("reference", "reduce"),
     ("losses", "backends"),
     ("ops", "info"),
     ("arguments",),
     ("linear",),
-    ("class_weight", "module"),
+    ("class_weight", "depths", "module"),
     ("aliases",),
     ("functional",),
     ("nn",),

@@ -36,7 +36,7 @@ def problem(trainable=("hidden", "weight", "bias"), **options) -> TokenProblem:
 def test_opcheck_logprobs(trainable, logit_weight, softcap, outputs, dtype):
     hidden, weight, bias, targets = problem(trainable, dtype=dtype)
     transform = LogitTransform(1.5, softcap, 0.7).packed()
-    arguments = (hidden, weight, bias, targets, None, logit_weight, transform, -100, outputs, *execution())
+    arguments = (hidden, weight, bias, targets, None, logit_weight, transform, -100, outputs, None, *execution())
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
@@ -50,7 +50,19 @@ def test_opcheck_logprobs_of_a_frozen_head(logit_weight, transposed, bias, outpu
     if transposed:
         hidden = hidden.detach().T.contiguous().T.requires_grad_()
     transform = LogitTransform(1.5, None, 0.7).packed()
-    arguments = (hidden, weight, bias, targets, None, logit_weight, transform, -100, outputs, *execution("single_pass"))
+    arguments = (
+        hidden,
+        weight,
+        bias,
+        targets,
+        None,
+        logit_weight,
+        transform,
+        -100,
+        outputs,
+        None,
+        *execution("single_pass"),
+    )
     torch.library.opcheck(torch.ops.logitless.logprobs.default, arguments, test_utils=TESTS)
 
 
@@ -61,10 +73,10 @@ def test_opcheck_logprobs_backward(softcap, needs, entropy):
     hidden, weight, bias, targets = (x.detach() for x in problem())
     outputs = "logprob lse entropy" if entropy else "logprob"
     head = (hidden, weight, bias, targets, None, WEIGHTS, LogitTransform(1.0, softcap).packed(), -100)
-    stats = logprobs_op.logprobs(*head, outputs, *execution(chunk_bytes=None))
+    stats = logprobs_op.logprobs(*head, outputs, None, *execution(chunk_bytes=None))
     known = [*stats[:2], stats[2] if entropy else None]
     upstream = [torch.randn(6), None, torch.randn(6) if entropy else None, torch.randn(6)]
-    arguments = (upstream, known, [], list(needs), *head, *execution())
+    arguments = (upstream, known, [], list(needs), *head, None, *execution())
     torch.library.opcheck(torch.ops.logitless.logprobs_backward.default, arguments, test_utils=TESTS)
 
 
@@ -82,7 +94,7 @@ def test_opcheck_token_loss(monkeypatch, softcap, trainable, dtype):
     with functions.handle_of(lambda stats, x: x * stats.logprob * stats.entropy - stats.mean_logit) as handle:
         arguments = (
             hidden, weight, bias, targets, None, WEIGHTS, [torch.rand(6)], None, handle, [], transform, -100,
-            "logprob entropy mean_logit", needs, *execution(strategy, 200),
+            "logprob entropy mean_logit", needs, None, *execution(strategy, 200),
         )  # fmt: skip
         torch.library.opcheck(torch.ops.logitless.token_loss.default, arguments, test_utils=TESTS)
 

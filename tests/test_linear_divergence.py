@@ -474,7 +474,9 @@ def test_opcheck_divergence(units, dtype):
     trainable = [name for name, unit in zip(("hidden", "ref_hidden"), units, strict=True) if unit] or SIDES
     x = make(trainable=trainable, dtype=dtype)
     torch.library.opcheck(
-        torch.ops.logitless.divergence.default, (*arguments(x, "js"), list(units), "chunked", 300), test_utils=TESTS
+        torch.ops.logitless.divergence.default,
+        (*arguments(x, "js"), list(units), None, "chunked", 300, "", 0),
+        test_utils=TESTS,
     )
 
 
@@ -483,7 +485,7 @@ def test_opcheck_divergence_sum(monkeypatch, trainable):
     # as for token_loss: the last backward scales private gradients in place
     monkeypatch.setattr(ops, "scaled", lambda gradient, factor, dtype: (gradient * factor).to(dtype))
     needs = [name in trainable for name in SIDES]
-    every = (torch.rand(6), *arguments(make(trainable=trainable), "js"), needs, "chunked", 300)
+    every = (torch.rand(6), *arguments(make(trainable=trainable), "js"), needs, None, "chunked", 300, "", 0)
     torch.library.opcheck(torch.ops.logitless.divergence_sum.default, every, test_utils=TESTS)
 
 

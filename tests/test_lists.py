@@ -290,9 +290,10 @@ def test_opcheck(trainable, outputs):
     ids = torch.randint(0, 9, (6, 3))
     ids[2] = -1
     transform = LogitTransform(1.5, 3.0, 0.7).packed()
-    arguments = (hidden, weight, bias, ids, transform, -100, outputs, "chunked", 100, None)
+    arguments = (hidden, weight, bias, ids, transform, -100, outputs, None, "chunked", 100, None)
     torch.library.opcheck(torch.ops.logitless.list_logprobs.default, arguments, test_utils=TESTS)
-    torch.library.opcheck(torch.ops.logitless.listed_products.default, (hidden, weight, ids, "among"), test_utils=TESTS)
+    arguments = (hidden, weight, ids, "among", None)
+    torch.library.opcheck(torch.ops.logitless.listed_products.default, arguments, test_utils=TESTS)
     arguments = (hidden.detach(), weight.detach(), bias.detach(), 3, transform, "chunked", 100, None)
     torch.library.opcheck(torch.ops.logitless.top_k.default, arguments, test_utils=TESTS)
 
@@ -301,11 +302,24 @@ def test_opcheck_of_the_backwards():
     hidden, weight, bias, _ = (x.detach() for x in make_problem((6,), 4, 9, bias=True))
     ids = torch.randint(0, 9, (6, 3))
     rest = (LogitTransform().packed(), -100)
-    stats = ops.list_logprobs(hidden, weight, bias, ids, *rest, "entropy", "chunked", None, None)
+    stats = ops.list_logprobs(hidden, weight, bias, ids, *rest, "entropy", None, "chunked", None, None)
     upstream = [torch.randn(x.shape) for x in stats]
-    arguments = (upstream, list(stats), [True, True, True], hidden, weight, bias, ids, *rest, "chunked", None, None)
+    arguments = (
+        upstream,
+        list(stats),
+        [True, True, True],
+        hidden,
+        weight,
+        bias,
+        ids,
+        *rest,
+        None,
+        "chunked",
+        None,
+        None,
+    )
     torch.library.opcheck(torch.ops.logitless.list_logprobs_backward.default, arguments, test_utils=TESTS)
-    arguments = (torch.randn(6, 3), hidden, weight, ids, [True, False])
+    arguments = (torch.randn(6, 3), hidden, weight, ids, [True, False], None)
     torch.library.opcheck(torch.ops.logitless.listed_products_backward.default, arguments, test_utils=TESTS)
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_cases import length
 from torch import Tensor
+from trl_standins import MAX_LENGTH, trl_loss
 
 from logitless import linear_loss, losses
 from logitless.losses import (
@@ -63,7 +62,6 @@ APART = [VAPO(), ClipCov(share=0.3, covariance_low=-1.0), GVPO()]
 #: Losses whose gradient is that of their value: nothing of the model is detached in them.
 WHOLE = [*TOKEN_LOSSES[:7], SAPO(), DRO(), RLOO(), GSPO(), GSPO(epsilon_low=0.1, epsilon_high=0.2), LUSPO(), GMPO()]
 WHOLE += [KLCov(share=0.3), *APART]
-MAX_LENGTH = 9
 
 
 def ident(loss: PolicyLoss) -> str:
@@ -128,83 +126,6 @@ def reduced(reduction: str, per_token: Tensor, mask: Tensor) -> Tensor:
 
 
 # Against TRL
-
-
-class OneProcess:
-    """A substitute for TRL's accelerator, for a single process."""
-
-    num_processes = 1
-
-    def reduce(self, x: Tensor, reduction: str) -> Tensor:
-        return x
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
-
-    def pad_across_processes(self, x: Tensor, dim: int, pad_index: float) -> Tensor:
-        return x
-
-
-def trl_loss(batch: PolicyBatch, loss_type: str, inputs: dict[str, Tensor] | None = None, **settings: Any) -> Tensor:
-    """The loss of TRL's trainer on this batch, in evaluation mode, where nothing is divided for accumulation."""
-    grpo_trainer = pytest.importorskip("trl.trainer.grpo_trainer")
-    cls = grpo_trainer.GRPOTrainer
-    if loss_type == "gmpo":
-        cls = pytest.importorskip("trl.experimental.gmpo.gmpo_trainer").GMPOTrainer
-    if loss_type == "rloo":
-        cls = pytest.importorskip("trl.trainer.rloo_trainer").RLOOTrainer
-    options = {
-        "use_bias_correction_kl": False,
-        "delta": None,
-        "sapo_temperature_pos": 1.0,
-        "sapo_temperature_neg": 1.05,
-        "vespo_k_pos": 2.0,
-        "vespo_lambda_pos": 3.0,
-        "vespo_k_neg": 3.0,
-        "vespo_lambda_neg": 2.0,
-        "steps_per_generation": 1,
-    }
-    trainer = SimpleNamespace(
-        accelerator=OneProcess(),
-        args=SimpleNamespace(**{k: settings.get(k, v) for k, v in options.items()}),
-        model=SimpleNamespace(training=False),
-        loss_type=loss_type,
-        epsilon_low=settings.get("epsilon_low", 0.2),
-        epsilon_high=settings.get("epsilon_high", 0.2),
-        beta=settings.get("beta", 0.0),
-        importance_sampling_level=settings.get("importance_sampling_level", "token"),
-        top_entropy_quantile=settings.get("top_entropy_quantile", 1.0),
-        off_policy_mask_threshold=settings.get("off_policy_mask_threshold"),
-        use_vllm=settings.get("use_vllm", False),
-        vllm_importance_sampling_correction=True,
-        max_completion_length=MAX_LENGTH,
-        current_gradient_accumulation_steps=1,
-        aux_loss_enabled=False,
-        _entropy_bonus_enabled=settings.get("entropy_coef", 0.0) > 0,
-        entropy_coef=settings.get("entropy_coef", 0.0),
-        use_adaptive_entropy=False,
-        _metrics={"eval": defaultdict(list)},
-        _get_per_token_logps_and_entropies=lambda *args, **kwargs: (batch.logprob, batch.entropy, None),
-        get_off_policy_mask=grpo_trainer.GRPOTrainer.get_off_policy_mask,
-        get_gamma_weights=grpo_trainer.GRPOTrainer.get_gamma_weights,
-    )
-    trainer.get_high_entropy_mask = functools.partial(grpo_trainer.GRPOTrainer.get_high_entropy_mask, trainer)
-    mask = batch.mask.to(batch.logprob.dtype)
-    given = {
-        "prompt_ids": torch.zeros(4, 1, dtype=torch.int64),
-        "prompt_mask": torch.ones(4, 1),
-        "completion_ids": torch.zeros(4, 6, dtype=torch.int64),
-        "completion_mask": mask,
-        "advantages": batch.per_sequence,
-        "old_per_token_logps": batch.old_logprob,
-        "ref_per_token_logps": batch.ref_logprob,
-        "sampling_per_token_logps": batch.sampling_logprob,
-        "old_logps": (batch.old_logprob * mask).sum(1),
-        "num_items_in_batch": mask.sum(),
-    }
-    loss: Tensor = cls._compute_loss(trainer, None, given | (inputs or {}))
-    batch.trl_metrics = {name: values[-1] for name, values in trainer._metrics["eval"].items()}
-    return loss
 
 
 def assert_same(ours: Tensor, theirs: Tensor, batch: PolicyBatch) -> None:
@@ -397,6 +318,10 @@ def test_weights_of_single_tokens(logprob: float, old: float, advantage: float) 
         ),
         CISPO(): (-min(r, 5) * advantage * logprob, min(r, 5) * advantage),
         CISPO(ratio_cap=None): (-r * advantage * logprob, r * advantage),
+        CISPO(ratio_floor=0.9): (
+            -max(min(r, 5), 0.9) * advantage * logprob,
+            max(min(r, 5), 0.9) * advantage,
+        ),
         SAPO(): (-4 / tau * gate * advantage, 4 * r * gate * (1 - gate) * advantage),
         DPPO(): (-min(r, 20) * advantage * logprob * kept, min(r, 20) * advantage * kept),
         DPPOKL(): (-min(r, 20) * advantage * logprob * within, min(r, 20) * advantage * within),
@@ -985,6 +910,7 @@ def rejected(**changed: Any) -> Tensor:
         (lambda: PPO(epsilon_high=-0.1), ValueError, "PPO: epsilon_high"),
         (lambda: PPO(delta=1.1), ValueError, "PPO: delta"),
         (lambda: CISPO(ratio_cap=-1.0), ValueError, "CISPO: ratio_cap"),
+        (lambda: CISPO(ratio_cap=1.0, ratio_floor=1.1), ValueError, "CISPO: ratio_floor"),
         (lambda: SAPO(tau_positive=0.0), ValueError, "SAPO: tau_positive"),
         (lambda: DPPO(threshold_high=2.0), ValueError, "DPPO: threshold_high"),
         (lambda: DRO(strength=-1.0), ValueError, "DRO: strength"),

@@ -187,6 +187,8 @@ BY_HAND = {
     CPO(loss_type="hinge", nll_weight=2.0): lambda c, r: max(0, 1 - 0.1 * (c - r)) - 2 * c / 3,
     CPO(loss_type="ipo"): lambda c, r: (c - r - 5) ** 2 - c,
     ORPO(): lambda c, r: -c - 0.1 * math.log(sg(log_odds(c) - log_odds(r))),
+    ORPO(nll_weight=0.5): lambda c, r: -0.5 * c - 0.1 * math.log(sg(log_odds(c) - log_odds(r))),
+    ORPO(nll_weight=0.0): lambda c, r: -0.1 * math.log(sg(log_odds(c) - log_odds(r))),
 }
 
 
@@ -815,6 +817,7 @@ EXO = dict(loss_type="exo_pair", label_smoothing=0.1)
         (lambda: CPO(loss_type="hinge", label_smoothing=0.1), ValueError, "label_smoothing belongs to"),
         (lambda: CPO(nll_weight=-1), ValueError, "CPO: nll_weight"),
         (lambda: ORPO(beta=0), ValueError, "ORPO: beta"),
+        (lambda: ORPO(nll_weight=-1), ValueError, "ORPO: nll_weight"),
         (lambda: losses.get("chosen_nll", average=None), TypeError, "ChosenNLL: average"),
         (lambda: KTO(beta=0), ValueError, "KTO: beta"),
         (lambda: KTO(loss_type="bco"), ValueError, "KTO: loss_type"),

@@ -1,18 +1,18 @@
 """The preference losses against TRL's and Liger's, per token and per sequence; where they differ, the reason.
 
-TRL's trainers are not built: their loss methods run on a stand-in that holds what they read.
+TRL's trainers are not built: their loss methods run on stand-ins (`trl_standins`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from preference_cases import pair_loss, tail_weights
+from preference_cases import pair_loss
 from torch import Tensor
+from trl_standins import cpo_settings, trl_dpo, trl_kto
 
 from logitless.losses import (
     CPO,
@@ -28,7 +28,7 @@ from logitless.losses import (
     kto_reference_point,
 )
 
-trl = pytest.importorskip("trl")
+pytest.importorskip("trl")
 
 LENGTHS = torch.tensor([5, 3, 6, 2, 2, 6, 4, 1])  # four chosen completions, four rejected
 WIDTH = 8
@@ -48,79 +48,6 @@ def tokens(scale: float = 1.5, lengths: Tensor = LENGTHS, seed: int = 0) -> tupl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # TRL: DPO
-
-
-class FakeAccelerator:
-    device = torch.device("cpu")
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
-
-    gather_for_metrics = gather
-
-
-def fused_outputs(logprob: Tensor, log_sum_sq: Tensor) -> SimpleNamespace:
-    nothing = torch.zeros_like(logprob.detach())
-    return SimpleNamespace(
-        log_probs=logprob,
-        log_sum_sq_probs=log_sum_sq,
-        entropy=nothing,
-        mean_logits=nothing,
-        is_top1=nothing.bool(),
-    )
-
-
-class FakeModel:
-    """A model whose forward gives the next of the prepared outputs."""
-
-    def __init__(self, *outputs: SimpleNamespace) -> None:
-        self.outputs = list(outputs)
-
-    def __call__(self, **_: Any) -> SimpleNamespace:
-        return self.outputs.pop(0)
-
-
-def trainer(**settings: Any) -> SimpleNamespace:
-    """The attributes that the loss methods of TRL's trainers read, with TRL's defaults."""
-    defaults: dict[str, Any] = dict(
-        accelerator=FakeAccelerator(),
-        model=SimpleNamespace(training=True),
-        aux_loss_enabled=False,
-        precompute_ref_logps=True,
-        beta=0.1,
-        label_smoothing=0.0,
-        f_divergence_type="reverse_kl",
-        f_alpha_divergence_coef=0.5,
-        ld_alpha=None,
-        use_weighting=False,
-        loss_types=["sigmoid"],
-        loss_weights=[1.0],
-        args=SimpleNamespace(discopop_tau=0.05),
-        _metrics={"train": defaultdict(list)},
-        _total_train_tokens=0,
-        _tp_size=1,
-    )
-    return SimpleNamespace(**defaults | settings)
-
-
-def trl_dpo(problem: tuple[Tensor, Tensor, Tensor, Tensor], **settings: Any) -> tuple[Tensor, dict[str, float]]:
-    """TRL's loss and metrics; the reference's sums weight the tail as the policy's do."""
-    logprob, ref, mask, log_sum_sq = problem
-    fake = trainer(**settings)
-    weight = tail_weights(mask, 1.0 if fake.ld_alpha is None else fake.ld_alpha)
-    reference = (ref * weight.to(ref.dtype)).sum(-1)
-    with_prompt = torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), mask], dim=1)
-    half = len(mask) // 2
-    inputs = dict(
-        input_ids=torch.zeros(with_prompt.shape, dtype=torch.int64),
-        attention_mask=with_prompt.long(),
-        completion_mask=with_prompt.long(),
-        ref_chosen_logps=reference[:half],
-        ref_rejected_logps=reference[half:],
-    )
-    model = FakeModel(fused_outputs(logprob, log_sum_sq))
-    loss = trl.DPOTrainer._compute_loss(fake, model, inputs, False)
-    return loss, {name: values[-1] for name, values in fake._metrics["train"].items() if values}
 
 
 def ours(loss: Loss, problem: tuple[Tensor, Tensor, Tensor, Tensor]) -> Any:
@@ -308,11 +235,6 @@ def averages(scale: float) -> tuple[Tensor, Tensor]:
     return tuple((-scale * torch.rand(16, generator=draw).double()).requires_grad_() for _ in range(2))  # type: ignore[return-value]
 
 
-def cpo_settings(**settings: Any) -> SimpleNamespace:
-    defaults: dict[str, Any] = dict(alpha=0.0, loss_type="sigmoid", simpo_gamma=0.5, beta=0.1, label_smoothing=0.0)
-    return SimpleNamespace(accelerator=FakeAccelerator(), **defaults | settings)
-
-
 @pytest.mark.parametrize("scale", [0.5, 3.0, 30.0])
 @pytest.mark.parametrize(
     ("loss", "settings"),
@@ -381,27 +303,19 @@ def test_where_trls_orpo_is_nan() -> None:
 @pytest.mark.parametrize("shift", [0.5, -0.5])
 def test_kto_is_trls(kind: str, shift: float) -> None:
     """With its reference point, of mismatched completions, above 0 and clamped to 0."""
-    module = pytest.importorskip("trl.trainer.kto_trainer")
     logprob, ref, mask, _ = tokens()
     mismatched, ref_mismatched = tokens(seed=5)[0].detach() + shift * mask, tokens(seed=6)[0].detach()
     label = torch.tensor([True, False, True, True, False, False, True, False])
-    with_prompt = torch.cat([torch.zeros(len(mask), 1, dtype=torch.bool), mask], dim=1).long()
-    fake = trainer(
-        loss_type=kind, calculate_KL=kind == "kto", desirable_weight=1.3, undesirable_weight=0.6,
-        _compute_kl_logps=lambda *_: mismatched.sum(-1) if kind == "kto" else None,
-    )  # fmt: skip
-    batch = dict(
-        input_ids=torch.zeros_like(with_prompt), attention_mask=with_prompt, completion_mask=with_prompt, label=label,
-        ref_logps=ref.sum(-1), ref_KL_logps=ref_mismatched.sum(-1),
-    )  # fmt: skip
-    expected = module.KTOTrainer._compute_loss(fake, FakeModel(fused_outputs(logprob, ref)), batch, False)
+    sums = (mismatched.sum(-1), ref_mismatched.sum(-1)) if kind == "kto" else None
+    expected, metrics = trl_kto(
+        (logprob, ref, mask), sums, label, loss_type=kind, desirable_weight=1.3, undesirable_weight=0.6
+    )
     point = kto_reference_point(mismatched.sum(-1), ref_mismatched.sum(-1))
     assert (point.item() == 0) == (shift < 0)
     more = dict(reference_point=point) if kind == "kto" else {}
     loss = KTO(loss_type=kind, desirable_weight=1.3, undesirable_weight=0.6)
     found = loss(logprob.sum(-1), ref.sum(-1), desirable=label, **more)
     assert_same(found, expected, (logprob,), mask)
-    metrics = fake._metrics["train"]
     assert metrics["rewards/chosen"][-1] == pytest.approx(found.reward[label].mean().item())
     assert metrics["rewards/rejected"][-1] == pytest.approx(found.reward[~label].mean().item())
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import os
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from torch import Tensor, nn
 transformers = pytest.importorskip("transformers")
 
 from patch_models import B, H, T, V, llama  # noqa: E402
+from processes import in_processes  # noqa: E402
 
 from logitless import linear_logprobs, losses  # noqa: E402
-from logitless.integrations import heads  # noqa: E402
 from logitless.integrations.families import UnsupportedModelError  # noqa: E402
 from logitless.integrations.transformers import patch, unpatch  # noqa: E402
 from logitless.testing import watch_allocations  # noqa: E402
@@ -829,34 +828,13 @@ def test_a_model_that_disagrees_is_refused_while_it_is_compiled() -> None:
         torch.compile(patch(model), backend="aot_eager", fullgraph=True)(**batch())
 
 
-def test_a_sharded_heads_gradient_is_reduced_by_its_mesh_dimension(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Data-parallel dimensions average, tensor-parallel ones replicate; tests with two processes are below."""
-    from torch.distributed.tensor import Partial, Replicate
-
-    class Sharded:
-        placements: Any = None
-
-        class device_mesh:
-            ndim = 2
-            mesh_dim_names = ("dp_shard", "tp")
-
-        def full_tensor(self, grad_placements: Any) -> Tensor:
-            self.placements = grad_placements
-            return torch.zeros(1)
-
-    weight = Sharded()
-    heads._whole(weight)  # type: ignore[arg-type]
-    assert weight.placements == [Partial("avg"), Replicate()]
-
-
-def sharded_worker(rank: int, folder: str, layout: str) -> None:
-    """One of two data-parallel processes: a step on its own half of the batch, its full gradients to a file."""
+def sharded_worker(layout: str) -> dict[str, Tensor]:
+    """The full gradients of a step of one of two data-parallel processes, on its own half of the batch."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
 
-    dist.init_process_group("gloo", init_method=f"file://{folder}/{layout}", rank=rank, world_size=2)
     mesh = init_device_mesh("cpu", (2,))
     model: Any = patch(llama(tie_word_embeddings=layout == "tied"))
     for layer in model.model.layers:
@@ -869,7 +847,7 @@ def sharded_worker(rank: int, folder: str, layout: str) -> None:
         model = nn.parallel.DistributedDataParallel(patch(llama()))
     else:
         fully_shard(model, mesh=mesh)
-    inputs = {name: value[rank::2] for name, value in sharded_batch().items()}
+    inputs = {name: value[dist.get_rank() :: 2] for name, value in sharded_batch().items()}
     for _ in range(2):  # the self-check runs within the first
         model.zero_grad()
         loss = model(**inputs, num_items_in_batch=torch.tensor(10.0)).loss
@@ -878,11 +856,7 @@ def sharded_worker(rank: int, folder: str, layout: str) -> None:
     for name, p in model.named_parameters():
         gradient = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         found[name.removeprefix("module.")] = gradient
-    if rank == 0:
-        torch.save(found, f"{folder}/{layout}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-    os._exit(0)  # once in many runs a thread of gloo outlives Python's shutdown, and C++ then aborts the process
+    return found
 
 
 def sharded_batch() -> dict[str, Tensor]:
@@ -896,7 +870,7 @@ def sharded_batch() -> dict[str, Tensor]:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["root", "tail", "head", "tied", "ddp"])
 def test_sharded_gradients_equal_those_of_one_process(tmp_path: Any, layout: str) -> None:
-    torch.multiprocessing.spawn(sharded_worker, args=(str(tmp_path), layout), nprocs=2)
+    found = in_processes(2, tmp_path, sharded_worker, layout)[0]
     model = llama(tie_word_embeddings=layout == "tied")
     expected = grads(model, model(**sharded_batch(), num_items_in_batch=torch.tensor(20.0)).loss)
-    assert_grads(torch.load(tmp_path / f"{layout}.pt"), expected)
+    assert_grads(found, expected)

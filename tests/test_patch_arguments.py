@@ -23,6 +23,7 @@ from logitless.integrations.transformers import patch, unpatch  # noqa: E402
 from logitless.testing import watch_allocations  # noqa: E402
 
 HOST_ARGUMENTS = {
+    "action_mask": torch.ones(B, T),
     "adapter_names": None,
     "alora_offsets": None,
     "cache_position": None,
@@ -40,6 +41,8 @@ HOST_ARGUMENTS = {
     "output_attentions": None,
     "output_hidden_states": True,
     "output_router_logits": False,
+    "options": [["a"]] * B,
+    "embeddings": torch.zeros(B),
     "past_key_values": None,
     "position_ids": None,
     "seq_idx": None,
@@ -116,10 +119,10 @@ def gradients(model: Any, loss: Tensor) -> dict[str, Tensor]:
         ("skip_all_logits", r"did you mean 'skip_logits'"),
         ("return_logits", r"did you mean 'skip_logits'"),
         ("loss_kwargs", r"did you mean 'loss_inputs'"),
-        ("loss_weights", r"did you mean 'token_weight'"),
+        ("loss_weights", r"; token_weight is of tokens"),
         ("temp", r"did you mean 'temperature'"),
         ("lse_square_scale", r"did you mean 'z_loss'.*loss=NLL\(z_loss"),
-        ("accum_dtype", r"did you mean 'chunk_dtype'.*linear_loss"),
+        ("accum_dtype", r"; sums of gradients are float32"),
         ("class_weight", "linear_cross_entropy.*hidden_only"),
         ("label_smoothing_factor", r"did you mean 'label_smoothing'.*loss=NLL\(label_smoothing"),
     ],

@@ -180,6 +180,34 @@ CAUSAL = {
     ),
 }
 
+# A superset of what the configurations of mixtures of experts call their sizes: each reads its own.
+MIXTURE = {
+    **EXPERTS, "num_local_experts": 4, "n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1,
+    "decoder_sparse_step": 1,
+}
+MIXTURES = {
+    "AfmoeForCausalLM": ("AfmoeConfig", {**MIXTURE, "num_dense_layers": 1}),
+    "DeepseekV4ForCausalLM": ("DeepseekV4Config", {**MIXTURE, **LATENT, "mlp_layer_types": ["hash_moe", "moe"]}),
+    "DogeForCausalLM": ("DogeConfig", {**LLAMA, **ROUTED, "is_moe": True, "num_experts": 4}),
+    "Ernie4_5_MoeForCausalLM": (
+        "Ernie4_5_MoeConfig",
+        {**MIXTURE, "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 0},
+    ),
+    "ExaoneMoeForCausalLM": ("ExaoneMoeConfig", MIXTURE),
+    "FlexOlmoForCausalLM": ("FlexOlmoConfig", MIXTURE),
+    "FlintForCausalLM": ("FlintConfig", {**MIXTURE, "layer_types": ["full_attention"] * 2, "mlp_only_layers": []}),
+    "Glm4MoeForCausalLM": ("Glm4MoeConfig", MIXTURE),
+    "GraniteMoeSWAForCausalLM": ("GraniteMoeSWAConfig", {**MIXTURE, "logits_scaling": 3.0}),
+    "HYV3ForCausalLM": ("HYV3Config", MIXTURE),
+    "LagunaForCausalLM": ("LagunaConfig", MIXTURE),
+    "LaraMiniForCausalLM": ("LaraMiniConfig", MIXTURE),
+    "MellumForCausalLM": ("MellumConfig", MIXTURE),
+    "MiniMaxForCausalLM": ("MiniMaxConfig", MIXTURE),
+    "MiniMaxM2ForCausalLM": ("MiniMaxM2Config", MIXTURE),
+    "MiniMaxM3VLForCausalLM": ("MiniMaxM3VLTextConfig", MIXTURE),
+    "Qwen3_5MoeForCausalLM": ("Qwen3_5MoeTextConfig", {**MIXTURE, **LINEAR_ATTENTION}),
+}
+
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 VISION = {**VISION, "image_size": 16, "patch_size": 8}
 ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -220,9 +248,29 @@ VISION_LANGUAGE = {
         },
     ),
 }
+ENCODER = {**VISION, "depth": 1, "num_heads": 4, "out_hidden_size": 32, "num_position_embeddings": 16}
+ENCODER = {**ENCODER, "deepstack_visual_indexes": [0], "in_channels": 3}
+THREE = {"rope_parameters": {**ROPE, "mrope_section": [1, 1, 2]}}
+HALF = {"rope_parameters": {**THREE["rope_parameters"], "partial_rotary_factor": 0.5}, "head_dim": 16}
+PLACES = {"image_token_id": 60, "video_token_id": 61, "vision_start_token_id": 62, "vision_end_token_id": 63}
+MIXTURES |= {
+    "Glm4vMoeForConditionalGeneration": (
+        "Glm4vMoeConfig", {"text_config": {**MIXTURE, **HALF}, "vision_config": ENCODER, **PLACES},
+    ),
+    "MiniMaxM3SparseForConditionalGeneration": (
+        "MiniMaxM3VLConfig", {"text_config": MIXTURE, "vision_config": ENCODER, "image_token_id": 60},
+    ),
+    "Qwen3VLMoeForConditionalGeneration": (
+        "Qwen3VLMoeConfig", {"text_config": {**MIXTURE, **THREE}, "vision_config": ENCODER, **PLACES},
+    ),
+    "Qwen3_5MoeForConditionalGeneration": (
+        "Qwen3_5MoeConfig", {"text_config": {**MIXTURE, **LINEAR_ATTENTION}, "vision_config": ENCODER, **PLACES},
+    ),
+}
 # fmt: on
 DROPOUTS = ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob")
-SERVED = {**CAUSAL, **VISION_LANGUAGE}
+SERVED = {**CAUSAL, **VISION_LANGUAGE, **MIXTURES}
+ROUTERS = [*MIXTURES, *(name for name, (_, arguments) in CAUSAL.items() if "output_router_logits" in arguments)]
 
 
 def make(name: str) -> nn.Module:
@@ -339,13 +387,54 @@ def test_what_cannot_be_served_is_refused_by_name(name: str) -> None:
     assert "forward" not in model.__dict__
 
 
-def test_a_router_loss_of_an_unknown_form_is_refused_when_it_is_asked_for() -> None:
-    routed = {"is_moe": True, "num_experts": 4, "num_experts_per_tok": 2}
-    model = transformers.DogeForCausalLM(transformers.DogeConfig(**{**LLAMA, **routed})).train()
-    own = model(**batch())
+@pytest.mark.parametrize("name", sorted({*ROUTERS} - {"PhimoeForCausalLM"}))  # whose router draws random numbers
+def test_what_a_router_reports_is_the_models_own_beside_any_loss(name: str) -> None:
+    """The logits of every layer and the auxiliary loss, added with its coefficient to the loss that the patch has."""
+    model, inputs = make(name), {**batch(), "output_router_logits": True}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][0, :2] = 0
+    own = model(**inputs)
+    expected = gradients(model, own.loss)
     patch(model)
-    torch.testing.assert_close(model(**batch()).loss, own.loss, rtol=2e-6, atol=2e-6)
-    with pytest.raises(UnsupportedModelError, match=r"DogeForCausalLM.*output_router_logits"):
+    ours = model(**inputs)
+    torch.testing.assert_close(ours.loss, own.loss, rtol=2e-6, atol=2e-6)
+    assert_same_gradients(gradients(model, ours.loss), expected)
+    assert len(own.router_logits) > 0
+    torch.testing.assert_close(ours.router_logits, own.router_logits, rtol=0, atol=0)
+    silent = model(**{**inputs, "output_router_logits": False}, loss="dft")
+    added = model(**inputs, loss="dft").loss - silent.loss
+    if getattr(own, "aux_loss", None) is None:  # a family that balances its experts by a bias
+        assert ours.aux_loss is None and not added
+        return
+    torch.testing.assert_close(ours.aux_loss, own.aux_loss)
+    coefficient = {"DbrxForCausalLM": 0.1, "JetMoeForCausalLM": 0.01}.get(name, 0.5)
+    torch.testing.assert_close(added, coefficient * own.aux_loss, rtol=1e-5, atol=1e-5)
+    assert silent.aux_loss is None and silent.router_logits is None
+
+
+def test_a_routers_loss_is_added_to_every_micro_batch_as_the_model_adds_it() -> None:
+    """The number of items divides the tokens' losses alone, under accumulation too."""
+    model, inputs = make("MixtralForCausalLM"), batch()
+    rows = [{name: x[i : i + 1] if x.dim() else x for name, x in inputs.items()} for i in range(2)]
+    own = [model(**row).loss for row in rows]
+    expected = gradients(model, own[0] + own[1])
+    patch(model)
+    ours = [model(**row).loss for row in rows]
+    torch.testing.assert_close(torch.stack(ours), torch.stack(own), rtol=2e-6, atol=2e-6)
+    assert_same_gradients(gradients(model, ours[0] + ours[1]), expected)
+
+
+def test_a_router_loss_of_an_unknown_form_is_refused_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_balancing_loss_func(gate_logits, num_experts, top_k, attention_mask, capacity=None):
+        return gate_logits[0].sum()
+
+    model = make("MixtralForCausalLM")
+    model.config.output_router_logits = False
+    module = transformers.models.mixtral.modeling_mixtral
+    monkeypatch.setattr(module, "load_balancing_loss_func", load_balancing_loss_func)
+    patch(model)
+    assert model(**batch()).loss.isfinite()
+    with pytest.raises(UnsupportedModelError, match=r"MixtralForCausalLM.*output_router_logits.*\['capacity'\]"):
         model(**batch(), output_router_logits=True)
 
 

@@ -32,6 +32,10 @@ INTERFACES = {
     "info": "the command line, which names a command as the function that it calls",
     "main": "the command line: what the entry point calls, and what that imports",
     "train": "the command line",
+    "enable": "the hosts",
+    "disable": "the hosts",
+    "TESTED": "the hosts",
+    "LogitlessLoss": "the hosts: the class that a configuration names",
 }
 
 Definition = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -334,6 +334,7 @@ def test_the_ops_are_well_formed() -> None:
         LogitTransform().packed(),
         -100,
         "logprob",
+        None,
         *execution,
     )
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")

@@ -31,6 +31,11 @@ else:
         run_suite("test_lists", "not slow")
 
     @needs_triton
+    @pytest.mark.slow
+    def test_gradients_added_to_a_buffer_in_the_interpreter():
+        run_suite("test_grad_out", "not slow")
+
+    @needs_triton
     def test_a_cpu_is_refused_without_the_interpreter():
         hidden = torch.zeros(2, 3)
         assert "interpreter is off" in TRITON.supports(hidden.device, hidden.dtype)

@@ -37,11 +37,18 @@ def make_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
     )
 
 
-def make_model(folder: Path, *, tied: bool = True, dropout: float = 0.0, chat_template: str | None = CHATML) -> str:
+def make_model(
+    folder: Path,
+    *,
+    tied: bool = True,
+    dropout: float = 0.0,
+    chat_template: str | None = CHATML,
+    vocabulary: int = 258,
+) -> str:
     """Saves the model and tokenizer; returns the folder as the option takes it."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=258,
+        vocab_size=vocabulary,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=2,
@@ -141,13 +148,28 @@ def make_options(folder: Path, model: str, data: str, **changes: Any) -> TrainOp
     return TrainOptions(**defaults | changes)
 
 
-def train_in_two_processes(folder: Path, options: TrainOptions) -> None:
-    """Runs the options under torchrun, two processes on this machine; scripts go into `folder`."""
+def train_in_processes(
+    folder: Path, options: TrainOptions, processes: int = 2, config: Path | None = None, before: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Runs the options in processes on this machine, after the lines `before`; scripts go into `folder`.
+
+    They are started by torchrun, or by `accelerate launch` where there is a configuration for it.
+    """
     settings, script = folder / "options.json", folder / "run.py"
     settings.write_text(json.dumps(options.to_dict()))
     script.write_text(
-        "import json, sys\nfrom logitless.training import TrainOptions, train\n"
+        f"import json, sys\nfrom logitless.training import TrainOptions, train\n{before}"
         "train(TrainOptions(**json.load(open(sys.argv[1]))))\n"
     )
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    subprocess.run([sys.executable, *launcher, str(script), str(settings)], check=True)
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    if config is not None:
+        launcher = ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(processes)]
+        launcher += ["--main_process_port", "0"]
+    command = [sys.executable, *launcher, str(script), str(settings)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def train_in_two_processes(folder: Path, options: TrainOptions) -> None:
+    """Runs the options under torchrun, two processes on this machine; scripts go into `folder`."""
+    done = train_in_processes(folder, options)
+    assert done.returncode == 0, done.stderr

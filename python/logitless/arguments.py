@@ -16,6 +16,7 @@ from .losses.layout import TokenLayout, need_sequences, spread
 from .losses.whole_sequence import WholeSequenceLoss
 from .ops import linear_logprobs
 from .ops.checks import check_constant, check_tensor
+from .peers import peer_hint
 from .types import Head, LossReduction, OptionKeywords
 
 #: The inputs that `ref_hidden` stands for, and the statistic of the reference that each is.
@@ -40,7 +41,7 @@ class LossArguments(OptionKeywords, total=False):
     desirable: Tensor | None
     draw: Tensor | None
     from_reference: Tensor | None
-    group: Tensor | None
+    group: Any  # a tensor, of a loss that reads it; else the option of that name
     log_normalizer: Tensor | None
     negative: Tensor | None
     nll_weight: Tensor | None
@@ -102,7 +103,8 @@ def loss_inputs(
     for name in given:
         if name not in known:
             takes = ", ".join(known) or "none"
-            hint = f"; a hyper-parameter: losses.{type(loss).__name__}({name}=...)" if name in vars(loss) else ""
+            own = f"; a hyper-parameter: losses.{type(loss).__name__}({name}=...)"
+            hint = own if name in vars(loss) else peer_hint(name)
             raise TypeError(f"linear_loss: {loss.name!r} has no input or option {name!r}; its inputs are {takes}{hint}")
     per_sequence = f"[{tokens.sequences}], one number a sequence"
     shapes = dict.fromkeys(known, f"{list(tokens.mask.shape)}, or {per_sequence}")
@@ -169,7 +171,7 @@ class ReferenceStates:
 
 
 #: The options of a forward pass that are not those of a head.
-_FORWARD_OPTIONS = ("ignore_index", "backend", "chunk_bytes", "chunk_dtype")
+_FORWARD_OPTIONS = ("ignore_index", "backend", "chunk_bytes", "chunk_dtype", "group")
 
 
 def reference_of(

@@ -10,14 +10,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import reduce
 from .losses.sft.likelihood import NLL
 from .ops import linear_token_loss
-from .ops.call import prepare_call
+from .ops.call import Call, prepare_call
 from .ops.checks import check_entry_weight
 from .ops.token_loss import check_token_input
+from .ops.vocabulary_parallel import shard_of
+from .parallel import summed
 from .types import Options, Reduction, TokenStats, statistics_dtype
 
 
@@ -34,16 +37,15 @@ def class_weighted_nll(
     options: dict[str, Any],
 ) -> Tensor:
     """NLL with class weights `[V]`; "mean" divides by the sum of the targets' weights."""
-    eps, vocabulary = nll.label_smoothing, weight.shape[0]
+    eps = nll.label_smoothing
     call = prepare_call(hidden, weight, targets, Options(**options))
     check_entry_weight("class_weight", class_weight, weight)
     class_weight = class_weight.to(statistics_dtype(call.hidden.dtype))
-    counts = targets != call.options.ignore_index
-    own = torch.where(counts, class_weight[torch.where(counts, targets, 0).clamp(0, vocabulary - 1).long()], 0)
+    own, mean = _of_targets(call, class_weight).view_as(targets), _mean(call, class_weight)
     scale = torch.ones_like(own) if token_weight is None else token_weight
     check_token_input("token_weight", scale, hidden)
     scale = scale.to(class_weight.dtype)
-    coefficients = ((1 - eps) * scale * own, eps * scale * class_weight.mean(), eps * scale, nll.z_loss * scale)
+    coefficients = ((1 - eps) * scale * own, eps * scale * mean, eps * scale, nll.z_loss * scale)
     total = linear_token_loss(
         hidden,
         weight,
@@ -56,6 +58,28 @@ def class_weighted_nll(
         **options,
     )
     return reduce.mean(total, own.sum() if normalizer is None else normalizer) if reduction == "mean" else total
+
+
+def _of_targets(call: Call, class_weight: Tensor) -> Tensor:
+    """The class weight of each token's target, `[N]`, 0 where it does not count."""
+    assert call.targets is not None
+    if call.options.group is None:
+        counts, ids = call.targets != call.options.ignore_index, call.targets
+    else:
+        shard = shard_of(call)
+        assert shard.call.targets is not None
+        counts, ids = shard.owner == call.group().rank, shard.call.targets
+    of_rows = torch.where(
+        counts, F.pad(class_weight, (0, 1))[torch.where(counts, ids, 0).clamp(0, len(class_weight))], 0
+    )
+    return of_rows if call.options.group is None else summed(of_rows, call.group().group)
+
+
+def _mean(call: Call, class_weight: Tensor) -> Tensor:
+    """The mean of the class weights of the whole vocabulary, `[]`."""
+    if call.options.group is None:
+        return class_weight.mean()
+    return summed(class_weight.sum(), call.group().group) / call.group().vocabulary
 
 
 def _nll_terms(stats: TokenStats, target: Tensor, uniform: Tensor, mean: Tensor, square: Tensor) -> Tensor:

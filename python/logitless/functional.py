@@ -12,9 +12,12 @@ from .class_weight import class_weighted_nll
 from .linear import linear_loss
 from .losses.sft.likelihood import NLL
 from .ops.checks import check_tensor, require
-from .types import OptionKeywords, Reduction
+from .ops.sharded import on_whole_tensors
+from .peers import refuse_unknown
+from .types import OPTION_NAMES, OptionKeywords, Reduction
 
 
+@on_whole_tensors
 def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named here, are among the options too
     hidden: Tensor,
     weight: Tensor,
@@ -47,7 +50,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named 
         label_smoothing: in [0, 1]; refused where the bias masks part of the vocabulary, which makes it infinite.
         z_loss: weight of the squared logsumexp, >= 0.
         token_weight: `[...]` like `targets`, constants.
-        class_weight: `[V]`, constants, of the NLL (and its smoothing), not of the z-loss.
+        class_weight: `[V]` like the rows of `weight`, constants, of the NLL (and its smoothing), not of the z-loss.
         normalizer: number, or tensor of one, that "mean" divides by.
         shift: position t predicts target t + 1, as a causal language model's labels stand.
         **options: `logit_scale`, `softcap`, `temperature`, `backend`, `backward`, `chunk_bytes`; see `linear_logprobs`.
@@ -56,6 +59,7 @@ def linear_cross_entropy(  # type: ignore[misc]  # bias and ignore_index, named 
         A scalar, or per token for "none"; float32 (float64 for float64 inputs), whatever the reduction differentiable
         with any upstream gradient.
     """
+    refuse_unknown("linear_cross_entropy", options, OPTION_NAMES)
     if shift:
         targets, token_weight = _shifted(targets, hidden, ignore_index), _shifted_weight(token_weight, targets)
     options = {**options, "bias": bias, "ignore_index": ignore_index}

@@ -44,10 +44,11 @@ from .losses.layout import TokenLayout, reduction_rule, token_layout
 from .losses.whole_sequence import WholeSequenceLoss, reduce_groups
 from .ops import linear_divergence, linear_logprobs, linear_token_loss
 from .ops.call import Call, prepare_call
-from .ops.checks import check_ignore_index, check_tokens
+from .ops.checks import check_ignore_index, check_order, check_tokens
+from .ops.sharded import on_whole_tensors
 from .ops.token_loss import check_token_input, sum_in_one_sweep
 from .ops.tokens import is_captured
-from .types import OPTION_NAMES, Head, LossReduction, Options, TokenStats, statistics_dtype
+from .types import Head, LossReduction, Options, TokenStats, split_options, statistics_dtype
 
 
 @overload
@@ -70,6 +71,7 @@ def linear_loss(
 def linear_loss(loss: Loss | str, hidden: Tensor, weight: Tensor, targets: Tensor, **arguments: Any) -> Any: ...
 
 
+@on_whole_tensors
 def linear_loss(
     loss: Loss | str,
     hidden: Tensor,
@@ -123,10 +125,10 @@ def linear_loss(
     """
     loss = get(loss)
     check_tokens(hidden, targets)
-    options = {k: v for k, v in inputs_and_options.items() if k in OPTION_NAMES}
+    check_order(hidden, weight, targets)
+    options, given = split_options(inputs_and_options)
     if loss.stats_temperature != 1.0:
         options["temperature"] = options.get("temperature", 1.0) * loss.stats_temperature
-    given = {k: v for k, v in inputs_and_options.items() if k not in OPTION_NAMES and v is not None}
     reduction = loss.reduction if reduction is None else reduction
     check_level(loss, token_weight, reduction)
     reduce.check(reduction, normalizer, max_length)
@@ -198,7 +200,7 @@ def _in_one_sweep(loss: Loss, batch: _Batch, inputs: Mapping[str, Tensor] | None
         batch.hidden,
         batch.weight,
         batch.targets,
-        _WithInputs(loss, tuple(inputs), len(weights)) if weights or inputs else loss,
+        WithInputs(loss, tuple(inputs), len(weights)) if weights or inputs else loss,
         token_inputs=[*weights, *inputs.values()],
         outputs=loss.outputs,
         reduction="none" if batch.reduction == "none" else "sum",
@@ -208,7 +210,7 @@ def _in_one_sweep(loss: Loss, batch: _Batch, inputs: Mapping[str, Tensor] | None
 
 
 @dataclass(frozen=True)
-class _WithInputs:
+class WithInputs:
     """A token-wise loss with its inputs by name, times weights.
 
     It is an object because `torch.compile` cannot hand a closure to the op.
@@ -262,7 +264,8 @@ def _of_distributions(loss: DistributionLoss, batch: _Batch, reference: Referenc
     for name in ("chunk_dtype", "tail_tolerance", "vocabulary_order"):
         if batch.options.get(name) is not None:
             raise ValueError(f"{name}: {loss.name!r} compares distributions, which does not take it")
-    options = {name: x for name, x in batch.options.items() if name in ("backend", "backward", "chunk_bytes")}
+    taken = ("backend", "backward", "chunk_bytes", "group", "grad_out")
+    options = {name: x for name, x in batch.options.items() if name in taken}
     options |= loss.linear_divergence
     head = Head(batch.weight, **{name: x for name, x in batch.options.items() if name in Head._fields})
     tensors, mask = (batch.hidden, head, reference.hidden, reference.head), batch.tokens.mask
@@ -287,8 +290,11 @@ def _of_whole_sequences(loss: WholeSequenceLoss, batch: _Batch) -> Any:
     call = prepare_call(batch.hidden, batch.weight, batch.targets, Options(**batch.options))
     if batch.reduction != "none" and _gains_by_a_sweep(loss, call) and _fits(call, batch.tokens, groups):
         return _sweep_of_groups(loss, batch, call, groups)
-    options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once
-    stats = linear_logprobs(call.hidden, call.weight, call.targets, outputs=loss.outputs, **options)
+    if call.options.grad_out is None:
+        options = call.options.keywords()  # with the tensors as they are now, so that autocast copies the head once
+        stats = linear_logprobs(call.hidden, call.weight, call.targets, outputs=loss.outputs, **options)
+    else:  # which is of the head as it came
+        stats = linear_logprobs(batch.hidden, batch.weight, batch.targets, outputs=loss.outputs, **batch.options)
     return reduce_groups(loss.of_batch(stats, batch.tokens, batch.inputs), batch.reduction, batch.normalizer)
 
 
@@ -297,6 +303,8 @@ def _gains_by_a_sweep(loss: WholeSequenceLoss, call: Call) -> bool:
     options = call.options
     if options.backend == "reference" or options.backward == "recompute" or not call.trains_head():
         return False
+    if options.group is not None:
+        return False  # the sweep's log-probs, which values and metrics come from, would be those of the own rows
     alone = not loss.batch_wide and loss.outputs == ("logprob",)
     if not alone and options.backward == "single_pass":
         raise ValueError(
@@ -324,7 +332,7 @@ def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups:
     per_token = {name: x.reshape(-1) for name, x in batch.inputs.items() if name not in loss.sequence_inputs}
     constants = tuple((name, batch.inputs[name]) for name in loss.sequence_inputs)
     function = _WholeGroups(loss, tuple(per_token), constants, batch.tokens.sequences, groups)
-    total, logprob = sum_in_one_sweep(
+    total, logprob, _ = sum_in_one_sweep(
         call, function, [sequence, *per_token.values()], ("logprob",), groups=sequence % max(groups, 1)
     )
     stats = TokenStats(logprob=logprob.view(batch.tokens.mask.shape))
@@ -336,7 +344,7 @@ def _sweep_of_groups(loss: WholeSequenceLoss, batch: _Batch, call: Call, groups:
 
 @dataclass(frozen=True)
 class _WholeGroups:
-    """A loss of a chunk's groups, all of whose tokens are in the chunk; an object for the reason of `_WithInputs`."""
+    """A loss of a chunk's groups, all of whose tokens are in the chunk; an object for the reason of `WithInputs`."""
 
     loss: WholeSequenceLoss
     names: tuple[str, ...]

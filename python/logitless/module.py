@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .linear import linear_loss
 from .losses import Loss, get
+from .peers import refuse_unknown
 from .types import OPTION_NAMES, LossReduction, OptionKeywords, Options
 
 
@@ -16,6 +17,7 @@ class BoundLoss(nn.Module):
 
     def __init__(self, options: OptionKeywords, **bound: Any) -> None:
         super().__init__()
+        refuse_unknown(type(self).__name__, options, OPTION_NAMES)
         Options(**options).transform  # noqa: B018  their names and values, checked now
         self.bound = {**bound, **options}
 

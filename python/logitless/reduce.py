@@ -23,6 +23,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from .peers import value_hint
 from .types import LossReduction
 
 OF_SEQUENCES = ("sequence_mean", "mean_of_means", "constant_length")
@@ -42,7 +43,8 @@ class Rule(NamedTuple):
 def check(reduction: str, normalizer: object, max_length: object = None) -> None:
     """Raises unless reduction, normalizer and max_length fit together."""
     if reduction not in get_args(LossReduction):
-        raise ValueError(f"reduction: expected one of {list(get_args(LossReduction))}, got {reduction!r}")
+        expected = f"one of {list(get_args(LossReduction))}"
+        raise ValueError(f"reduction: expected {expected}, got {reduction!r}{value_hint('reduction', reduction)}")
     if (max_length is not None) != (reduction == "constant_length"):
         raise ValueError(f"max_length: goes with reduction='constant_length', got {max_length} with {reduction!r}")
     if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
@@ -98,7 +100,8 @@ def rule(
 
 def sequence_lengths(mask: Tensor, sequence: Tensor, num_sequences: int) -> Tensor:
     """The number of the mask's tokens in each sequence, `[num_sequences]` float32, which counts to 2^24."""
-    return torch.zeros(num_sequences, device=mask.device).index_add_(0, sequence.flatten(), mask.flatten().float())
+    zeros = torch.zeros(num_sequences, dtype=torch.float32, device=mask.device)  # whatever PyTorch's default dtype
+    return zeros.index_add_(0, sequence.flatten(), mask.flatten().float())
 
 
 def mean(total: Tensor, normalizer: Tensor | float) -> Tensor:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import torch
 from torch import Tensor
+
+from .parallel import VocabularyGroup
+from .peers import value_hint
 
 BackendName = Literal["auto", "reference", "chunked", "triton", "cuda"]
 BackwardName = Literal["auto", "recompute", "single_pass", "tail_corrected", "screened"]
@@ -170,7 +173,8 @@ class DivergenceOptions:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(DivergenceKind):
-            raise ValueError(f"kind: expected one of {list(get_args(DivergenceKind))}, got {self.kind!r}")
+            expected, hint = list(get_args(DivergenceKind)), value_hint("kind", self.kind)
+            raise ValueError(f"kind: expected one of {expected}, got {self.kind!r}{hint}")
         if not isinstance(self.normalized, bool):
             raise TypeError(f"normalized: expected a bool, got {type(self.normalized).__name__}")
         _check_number("mixture", self.mixture, "a number in [0, 1]", lambda x: 0 <= x <= 1)
@@ -211,7 +215,9 @@ class Options:
     chunk_dtype: torch.dtype | None = None
     tail_tolerance: float = TAIL_TOLERANCE
     vocabulary_order: Tensor | None = None
+    group: VocabularyGroup | None = None
     logit_weight: Tensor | None = None
+    grad_out: Tensor | None = None
 
     @property
     def transform(self) -> LogitTransform:
@@ -240,9 +246,20 @@ class OptionKeywords(TypedDict, total=False):
     chunk_dtype: torch.dtype | None
     tail_tolerance: float
     vocabulary_order: Tensor | None
+    group: Any
+    grad_out: Tensor | None
 
 
 OPTION_NAMES = tuple(OptionKeywords.__annotations__)
+
+
+def split_options(arguments: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options among keyword arguments, and the rest that is not None.
+
+    A tensor called `group` is no option but an input of a loss: which prompt a sequence belongs to.
+    """
+    options = {k: v for k, v in arguments.items() if k in OPTION_NAMES and not (k == "group" and isinstance(v, Tensor))}
+    return options, {k: v for k, v in arguments.items() if k not in options and v is not None}
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..peers import value_hint
 from .approximate.screened import supports as supports_screened
 from .backend import Backend
 from .chunked import CHUNKED
@@ -40,7 +41,8 @@ def _pick(name: str, device: torch.device, dtype: torch.dtype, without: tuple[st
         known = (candidate for candidate in BACKENDS if candidate not in without)
         return next(candidate for candidate in known if BACKENDS[candidate].supports(device, dtype) is None)
     if name not in BACKENDS:
-        raise ValueError(f"backend: expected one of {['auto', 'reference', *BACKENDS]}, got {name!r}")
+        expected = ["auto", "reference", *BACKENDS]
+        raise ValueError(f"backend: expected one of {expected}, got {name!r}{value_hint('backend', name)}")
     reason = BACKENDS[name].supports(device, dtype)
     if reason is not None:
         raise ValueError(f"backend: {name!r} cannot take these tensors: {reason}")

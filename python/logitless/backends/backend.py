@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ..types import Head, Options, TokenStats
 from .approximate.blocks import BlockEngine, Blocks
 from .approximate.entries import Entries
 from .exact import sweep
-from .exact.chunks import chunk_tokens
+from .exact.chunks import chunk_tokens, token_bytes
 from .exact.divergence import divergence_sweep, torch_divergence_rows
 from .exact.listed import ListedRows
 from .exact.torch_rows import TorchRows
@@ -75,6 +77,11 @@ class Backend:
         buffers = self._rows(head, options.logit_weight).buffers(head, options.chunk_dtype)
         return chunk_tokens(hidden, head.weight, options, buffers, trainable=head.weight.requires_grad)
 
+    def bytes_of_token(self, hidden: Tensor, head: Head, options: Options) -> int:
+        """The bytes of a chunk's budget that `single_pass` takes for each token."""
+        buffers = self._rows(head, options.logit_weight).buffers(head, options.chunk_dtype)
+        return token_bytes(hidden, head.weight, options, buffers)
+
     def forward(self, problem: Problem, outputs: tuple[str, ...], unit_gradient: bool) -> Forward:
         """`TokenStats` of every token and, for a frozen head, `d logprob / d hidden`."""
         return sweep.forward(self.row_engine(problem), problem, outputs, unit_gradient)
@@ -91,7 +98,11 @@ class Backend:
         self, problem: DivergenceProblem, upstream: Tensor | None, needs: tuple[Needs, Needs]
     ) -> DivergenceResult:
         """Divergences and, with an `upstream` gradient, the gradients of both sides, in one sweep."""
-        return divergence_sweep(self.divergence_rows, problem, upstream, needs)
+        if problem.ranks is None:
+            return divergence_sweep(self.divergence_rows, problem, upstream, needs)
+        # Rows that other processes have too are normalised with theirs, between PyTorch's operations.
+        rows = partial(torch_divergence_rows, group=problem.ranks.group)
+        return divergence_sweep(rows, problem, upstream, needs)
 
     def approximate(self, backward: str) -> Approximate:
         """The strategy that approximates gradients, by the name that `backward=` has for it."""

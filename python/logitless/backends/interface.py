@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..types import DivergenceOptions, Head, Options, TokenStats
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A call
@@ -27,6 +30,7 @@ class Problem:
     vocabulary_order: Tensor | None = None  # [V] int64, of the tail's blocks (`order`); None: the head's own
     rounds_head: bool = False  # the head's gradient may come in the head's dtype, where one product makes it
     logit_weight: Tensor | None = None  # [V] in the statistics' dtype: mean_logit is `mean_j w_j z_j`; None: w = 1
+    head_sum: Tensor | None = None  # [V, H] in the sums' dtype, to which an exact backward adds the head's gradient
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Side:
 
     hidden: Tensor  # [N, H]
     head: Head
+    head_sum: Tensor | None = None  # [V, H] in the sums' dtype, to which the head's gradient is added
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,14 @@ class DivergenceProblem:
     ref: Side
     options: DivergenceOptions
     chunk_bytes: int | None = None  # budget for both sides' logits of a chunk; None: the backend's default
+    ranks: Ranks | None = None  # the processes that share both heads' rows; None: these are all
+
+
+class Ranks(NamedTuple):
+    """The processes that share the rows of the heads of a divergence."""
+
+    group: ProcessGroup
+    widest: int  # the most rows that one of them has, by which all cut the tokens into chunks
 
 
 class Needs(NamedTuple):

@@ -95,7 +95,8 @@ class Triton(Backend):
                 if sums.hidden is not None:
                     multiply(matrix, operands.weight[columns], out=sums.hidden[tokens], add=columns.start > 0)
                 if sums.weight is not None:
-                    multiply(matrix.T, operands.hidden[tokens], out=sums.weight[columns], add=tokens.start > 0)
+                    begun = tokens.start > 0 or gradients.weight_begun
+                    multiply(matrix.T, operands.hidden[tokens], out=sums.weight[columns], add=begun)
                 if sums.bias is not None:
                     sums.bias[columns] += column_sum
         gradients.add_apart(rows.target, upstream)

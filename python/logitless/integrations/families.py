@@ -13,6 +13,7 @@ A class without a line here is taken to do nothing. The patch's self-check then 
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,12 +119,6 @@ class HeadRule:
     vocabulary: int | None = None
     z_loss: float = 0.0
 
-    def cut(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Views of the head's rows that the model keeps."""
-        if self.vocabulary is None or self.vocabulary >= weight.shape[0]:
-            return weight, bias
-        return weight[: self.vocabulary], None if bias is None else bias[: self.vocabulary]
-
     def finish(self, product: Tensor) -> Tensor:
         """True logits from the head's product, by the operations of the model's own forward."""
         logits = product if self.vocabulary is None else product[..., : self.vocabulary]
@@ -178,6 +173,10 @@ def _number_at(model: nn.Module, path: str | None, default: float) -> float:
     return default if value is None else float(value)
 
 
+#: The arguments that a load-balancing loss may take.
+ROUTER_ARGUMENTS = frozenset(("gate_logits", "num_experts", "num_keys", "top_k", "attention_mask"))
+
+
 @dataclass(frozen=True)
 class RouterLoss:
     """The load-balancing loss of a mixture of experts, by the function in the model's own module.
@@ -187,17 +186,24 @@ class RouterLoss:
     """
 
     function: Callable[..., Any]
-    standard: bool  # it takes the arguments of Mixtral's, as nearly all do
+    arguments: tuple[str, ...]  # of the function; nearly all take those of Mixtral's
 
     def __call__(self, model: nn.Module, router_logits: Any, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """The auxiliary loss as the model reports it, and as it adds it to the loss."""
-        if not self.standard:
+        if not ROUTER_ARGUMENTS.issuperset(self.arguments):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: output_router_logits=True is not supported for it (its load-balancing loss "
-                "takes arguments of its own); call it with output_router_logits=False"
+                f"takes {sorted({*self.arguments} - ROUTER_ARGUMENTS)}); call it with output_router_logits=False"
             )
         experts = _first(model, "num_experts", "num_local_experts")
-        aux: Tensor = self.function(router_logits, experts, _first(model, "num_experts_per_tok"), attention_mask)
+        values = {
+            "gate_logits": router_logits,
+            "num_experts": experts,
+            "num_keys": math.isqrt(experts),  # Doge routes by two halves of a key
+            "top_k": _first(model, "num_experts_per_tok"),
+            "attention_mask": attention_mask,
+        }
+        aux: Tensor = self.function(**{name: values[name] for name in self.arguments})
         return aux, float(_first(model, "router_aux_loss_coef", "aux_loss_coef")) * aux
 
 
@@ -207,8 +213,7 @@ def router_loss(model: nn.Module) -> RouterLoss | None:
     function = next((f for m in modules if (f := getattr(m, "load_balancing_loss_func", None)) is not None), None)
     if function is None:
         return None
-    names = list(inspect.signature(function).parameters)
-    return RouterLoss(function, names == ["gate_logits", "num_experts", "top_k", "attention_mask"])
+    return RouterLoss(function, tuple(inspect.signature(function).parameters))
 
 
 def _first(model: nn.Module, *names: str) -> Any:

@@ -23,7 +23,10 @@ from .scoring import REQUEST_ARGUMENTS, Patch, Request, check_request, score
 logger = logging.getLogger(__name__)
 
 #: Keyword arguments of the patched forward that the original forward does not know.
-OWN_ARGUMENTS = ("skip_logits", "loss", "loss_inputs", "token_outputs", "hidden_only", "cu_seqlens", "temperature")
+OWN_ARGUMENTS = (
+    *("skip_logits", "loss", "loss_inputs", "token_outputs", "token_constants", "hidden_only", "cu_seqlens"),
+    "temperature",
+)
 
 
 class PatchedForward:

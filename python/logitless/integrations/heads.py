@@ -8,11 +8,15 @@ hooks of sharded training sit on the call, so the weight is there, and whole, wh
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..ops.sharded import whole
+from ..parallel import VocabularyGroup
 from .families import UnsupportedModelError
 
 HEAD_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -51,6 +55,23 @@ class Product(NamedTuple):
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
+    group: VocabularyGroup | None = None  # the processes that share the rows, of which these are some
+
+    def cut(self, vocabulary: int | None) -> Product:
+        """The product with the rows alone that the model keeps, the first `vocabulary` ones; None: all."""
+        group, own = self.group, vocabulary
+        if group is not None and vocabulary is not None:
+            ends = [min(vocabulary, end) for end in accumulate(group.rows)]
+            group = replace(group, rows=tuple(end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)))
+            own = group.rows[group.rank]
+        return Product(self.hidden, *kept_rows(self.weight, self.bias, own), group)
+
+
+def kept_rows(weight: Tensor, bias: Tensor | None, count: int | None) -> tuple[Tensor, Tensor | None]:
+    """Views of a head's first rows; None: all."""
+    if count is None or count >= len(weight):
+        return weight, bias
+    return weight[:count], None if bias is None else bias[:count]
 
 
 def find_head(model: nn.Module) -> HeadModules:
@@ -73,7 +94,7 @@ def dense_product(head: HeadModules) -> tuple[Tensor, Tensor | None]:
     weight, bias = own_product(head)
     if not _is_adapter(layer) or layer.disable_adapters or layer.merged:
         return weight, bias
-    _check_adapter(layer)
+    check_adapter(layer)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             weight = weight + layer.get_delta_weight(name).to(weight)
@@ -92,7 +113,7 @@ def check_output_head(model: nn.Module, head: HeadModules) -> None:
         )
     linear: Any = head.inner.base_layer if _is_adapter(head.inner) else head.inner
     if _is_adapter(head.inner):
-        _check_adapter(head.inner)
+        check_adapter(head.inner)
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         cure = "use LoRA or modules_to_save there" if _is_peft(linear) else "dequantise it if it is quantised"
         raise UnsupportedModelError(
@@ -107,16 +128,53 @@ def check_output_head(model: nn.Module, head: HeadModules) -> None:
 
 
 def product(inner: nn.Module, hidden: Tensor) -> Product:
-    """The head's operands as they are now. A plain head costs nothing, an adapted one a copy of the weight."""
+    """The head's operands as they are now. A plain head costs nothing, an adapted one a copy of the weight.
+
+    Of a plain head whose rows are sharded over a mesh named "tp" they are this process's rows.
+    """
     if _is_adapter(inner):
         return _adapted(inner, hidden)
-    weight = _whole(inner.weight)  # type: ignore[arg-type]
+    return _operands_of_shard(inner, hidden) if _has_shard(inner.weight) else _operands_of_whole(inner, hidden)
+
+
+def _has_shard(weight: Any) -> bool:
+    """Whether the rows are shared out along the one dimension of a tensor-parallel mesh."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None or mesh.mesh_dim_names != ("tp",):
+        return False
+    return bool(weight.placements[0].is_shard(0))
+
+
+def _operands_of_shard(inner: Any, hidden: Any) -> Product:
+    """This process's rows, and the hidden states as all processes of the mesh have them."""
+    mesh, rows = inner.weight.device_mesh, _rows_of_ranks(inner.weight)
+    sharded = hasattr(hidden, "device_mesh")
+    if sharded:  # over the tokens, say: gathered here, and the ranks' gradients scattered
+        from torch.distributed.tensor import Partial, Replicate
+
+        hidden = hidden.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
+    weight = inner.weight.to_local()
+    bias = None if inner.bias is None else inner.bias.to_local()
+    group = VocabularyGroup(mesh, rows, reduces_hidden=not sharded)
+    return Product(_fit(hidden, weight), weight, bias, group)
+
+
+def _rows_of_ranks(weight: Any) -> tuple[int, ...]:
+    """How many rows each rank has: as many as the first but for the last ones, as `torch.chunk` has it."""
+    total, ranks = weight.shape[0], weight.device_mesh.size()
+    step = -(-total // ranks)
+    return tuple(max(0, min(step, total - rank * step)) for rank in range(ranks))
+
+
+def _operands_of_whole(inner: Any, hidden: Tensor) -> Product:
+    """The whole head, gathered where it is sharded."""
+    weight = whole("weight", inner.weight)
     if weight.is_meta and not hidden.is_meta:
         raise UnsupportedModelError(
             "the output head's weight is offloaded (meta device): keep the head on its device, or evaluate with "
             "skip_logits=False"
         )
-    bias = None if inner.bias is None else _whole(inner.bias)  # type: ignore[arg-type]
+    bias = None if inner.bias is None else whole("bias", inner.bias)
     return Product(_fit(hidden, weight), weight, bias)
 
 
@@ -132,10 +190,10 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
 
     It has any number of adapters, their dropout and their biases, as in PEFT.
     """
-    _check_adapter(layer)
+    check_adapter(layer)
     if _has_trained_rows(layer):
         return _with_trained_rows(layer, hidden)
-    base = product(layer.base_layer, hidden)
+    base = _operands_of_whole(layer.base_layer, hidden)
     if layer.disable_adapters and layer.merged:
         layer.unmerge()
     if layer.disable_adapters or layer.merged:
@@ -147,16 +205,16 @@ def _adapted(layer: Any, hidden: Tensor) -> Product:
         down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
         low = down(layer.lora_dropout[name](hidden.to(down.weight.dtype))) * scale
         hiddens.append(low.to(base.hidden))
-        weights.append(_whole(up.weight).to(base.weight))
+        weights.append(whole("weight", up.weight).to(base.weight))
         if up.bias is not None:
-            extra = scale * _whole(up.bias).to(base.weight)
+            extra = scale * whole("bias", up.bias).to(base.weight)
             bias = extra if bias is None else bias + extra
     return Product(torch.cat(hiddens, -1), torch.cat(weights, -1), bias)
 
 
 def _with_trained_rows(layer: Any, hidden: Tensor) -> Product:
     """PEFT's `trainable_token_indices` of a tied head: the rows of some tokens are the adapter's. It adds no bias."""
-    base = product(layer.base_layer, hidden)
+    base = _operands_of_whole(layer.base_layer, hidden)
     active = [] if layer.disable_adapters else list(layer.active_adapters)
     if layer.merged and not active:
         layer.unmerge()
@@ -167,7 +225,7 @@ def _with_trained_rows(layer: Any, hidden: Tensor) -> Product:
         raise UnsupportedModelError("the output head's active adapters train the same token: PEFT does not define it")
     for name in active:
         index = torch.tensor(layer.token_indices[name], device=weight.device)
-        weight = weight.index_copy(0, index, _whole(layer.trainable_tokens_delta[name]).to(weight))
+        weight = weight.index_copy(0, index, whole("weight", layer.trainable_tokens_delta[name]).to(weight))
     return Product(base.hidden, weight, None)
 
 
@@ -195,7 +253,7 @@ def _has_trained_rows(layer: nn.Module) -> bool:
     return type(layer).__name__ == "TrainableTokensLayer"
 
 
-def _check_adapter(layer: Any) -> None:
+def check_adapter(layer: Any) -> None:
     """Raises unless the adapter has a form that `_adapted` computes: plain LoRA on a linear layer, or trained rows."""
     if _has_trained_rows(layer):
         return
@@ -212,19 +270,3 @@ def _check_adapter(layer: Any) -> None:
 
 def _is_plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, nn.Parameter) or hasattr(weight, "device_mesh")
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """The tensor itself; a sharded one (DTensor) is gathered, and its gradient reduced as its mesh dimension needs.
-
-    Data-parallel ranks see different tokens, so they average their gradients. Tensor-parallel ranks see the same
-    tokens, so each has the whole gradient already.
-    """
-    if not hasattr(weight, "device_mesh"):
-        return weight
-    from torch.distributed.tensor import Partial, Replicate
-
-    names = weight.device_mesh.mesh_dim_names or [""] * weight.device_mesh.ndim
-    placements = [Replicate() if "tp" in name else Partial("avg") for name in names]
-    gathered: Tensor = weight.full_tensor(grad_placements=placements)  # type: ignore[attr-defined]
-    return gathered

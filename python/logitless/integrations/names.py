@@ -20,6 +20,7 @@ from .. import losses
 from ..arguments import LossArguments
 from ..losses import Loss
 from ..losses.checks import near_words
+from ..peers import ADVICE, RENAMED
 from ..types import OPTION_NAMES
 from .families import base_of
 from .scoring import CALL_SETTINGS, REQUEST_ARGUMENTS, Patch
@@ -41,25 +42,19 @@ _OF_EVERY_LOSS = ("token_weight", "among", "ref_hidden")
 #: Losses that a hint names before others that have the same hyper-parameter.
 _WELL_KNOWN = ("nll", "dpo", "ppo")
 #: What hosts pass whatever the model takes, and what is like a name of ours: columns that `Trainer` keeps or makes, the
-#: boundaries of packed rows, and a setting that Transformers has renamed.
+#: boundaries of packed rows, masks, settings of attention, and one that Transformers has renamed.
 _OF_HOSTS = (
     *("label", "label_ids", "length", "lengths", "num_logits_to_keep"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k", "max_length_q", "max_length_k"),
+    *("attention_mask", "completion_mask", "loss_mask", "response_mask", "row_mask", "softmax_scale", "chunk_size"),
+    *("action_mask", "options"),
 )
-#: What others call a thing of ours: Liger's loss, Keras, and slips that share no spelling. No host passes these.
-_OTHER_WORDS = {
-    **dict.fromkeys(("sample_weight", "sample_weights", "loss_weight", "loss_weights"), "token_weight"),
-    **dict.fromkeys(("loss_kwargs", "loss_args", "loss_params"), "loss_inputs"),
-    **dict.fromkeys(("return_logits", "with_logits", "no_logits", "compute_logits", "output_logits"), "skip_logits"),
-    **dict.fromkeys(("return_hidden", "return_hidden_states"), "hidden_only"),
-    **dict.fromkeys(("lse_square_scale", "return_z_loss"), "z_loss"),
-    **dict.fromkeys(("loss_name", "loss_func"), "loss"),
-    **dict.fromkeys(("temp", "tau"), "temperature"),
-    **dict.fromkeys(("class_weight", "class_weights", "ce_weight"), "class_weight"),
-    "accum_dtype": "chunk_dtype",
-}
 #: Arguments of the model's loss function that a patched model serves, or that the model itself gives.
 _SERVED = ("logits", "labels", "vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")
+
+
+#: The tensors of the ops, which a model's call has not; their other names may be columns of the data (`embeddings`).
+_TENSORS = ("hidden", "weight", "targets")
 
 
 def check_names(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
@@ -72,10 +67,11 @@ def check_names(model: nn.Module, state: Patch, names: Iterable[str]) -> None:
     unknown = unknown and unknown - names_of_model(model) - _of_loss_function(model)
     advice = _advice_by_name(state.loss) if unknown else {}
     for name in sorted(unknown):
-        near = [name] if name in advice else _near(name, advice)
-        if near:
-            kind = type(model).__name__
-            raise TypeError(f"{name}: no argument of a patched {kind}'s call{_hint(name, near, advice)}")
+        own = name in advice or name not in ADVICE
+        near = [name] if name in advice else _near(name, advice) if own else []
+        if near or not own:
+            hint = _hint(name, near, advice) if own else f"; {ADVICE[name]}"
+            raise TypeError(f"{name}: no argument of a patched {type(model).__name__}'s call{hint}")
 
 
 def _hint(name: str, near: list[str], advice: dict[str, str]) -> str:
@@ -201,8 +197,9 @@ def _near(name: str, advice: Iterable[str]) -> list[str]:
     A short hyper-parameter has to be nearer than the others, because many a word is like it ("height" and "weight").
     The words of one of our names in another order, or with others between them, are a slip too ("only_hidden").
     """
-    if name.lower() in _OTHER_WORDS:
-        return [_OTHER_WORDS[name.lower()]]
+    renamed = RENAMED.get(name.lower(), _TENSORS[0])
+    if renamed not in _TENSORS:
+        return [renamed]
     words = set(name.lower().split("_"))
     same = [own for own in REQUEST_ARGUMENTS if "_" in own and words.issuperset(own.split("_"))]
     if same:

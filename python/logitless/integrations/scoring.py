@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from ..losses.layout import check_boundaries, token_layout
 from ..ops import linear_logprobs
 from ..types import OUTPUTS, BackendName, BackwardName, Head, LogitTransform, OptionKeywords, TokenStats
 from .families import HeadRule, RouterLoss, base_of, head_rule, text_config
-from .heads import HeadModules, dense_product, find_head, own_product, product
+from .heads import HeadModules, dense_product, find_head, kept_rows, own_product, product
 from .support import causal_lm
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Patch:
     names: tuple[str, ...]  # of the forward's parameters, in order
     router: RouterLoss | None
     output: type[LinearCausalLMOutput]
+    head_dtype: torch.dtype | None = None  # in which the head multiplies, outside autocast; None: as the model does
     checked: type[nn.Module] | None = None  # class of the head that the self-check has seen
     admitted: set[str] = field(default_factory=set)  # names of arguments that have been looked at in a call,
     admitted_to_loss: set[str] = field(default_factory=set)  # and in one with a loss that is not the model's own
@@ -69,6 +71,7 @@ class Request:
     loss: Loss | str | None = None
     loss_inputs: dict[str, Tensor] | None = None
     token_outputs: tuple[str, ...] = ()
+    token_constants: tuple[str, ...] = ()
     hidden_only: bool = False
     cu_seqlens: Tensor | None = None
     temperature: float | None = None
@@ -90,6 +93,9 @@ def check_request(request: Request) -> None:
     names = request.token_outputs
     if isinstance(names, str) or any(name not in OUTPUTS for name in names):
         raise ValueError(f"token_outputs: expected a tuple of names of {list(OUTPUTS)}, got {names!r}")
+    if isinstance(request.token_constants, str) or not set(request.token_constants) <= set(names):
+        got = request.token_constants
+        raise ValueError(f"token_constants: expected a tuple of names of token_outputs, got {got!r}")
     if request.loss_inputs is not None and not isinstance(request.loss_inputs, dict):
         raise TypeError(f"loss_inputs: expected a dict of tensors by name, got {type(request.loss_inputs).__name__}")
     request.num_items_in_batch = _number_of_items(request.num_items_in_batch)
@@ -148,19 +154,28 @@ def score(model: nn.Module, state: Patch, request: Request, loss: Loss, *, skip:
     names = ("past_key_values", "hidden_states", "attentions")
     fields: dict[str, Any] = {name: getattr(base, name, None) for name in names}
     fields["logits"] = hidden if request.hidden_only else None
-    fields["router_logits"] = getattr(base, "router_logits", None) if routed else None
-    if not request.scored:
-        return state.output(**fields)
-    head = find_head(model)
-    targets = _targets(request, hidden, loss)
-    with_logits = not skip and not request.hidden_only
-    work = _HeadCall(state, request, loss, head, head_rule(model), targets, with_logits)
-    results = head.call(hidden if request.gain is None else hidden * request.gain[:, None], work)
-    fields |= work.unpack(results)
+    # A class without the argument `output_router_logits` reports what its base model was asked to record.
+    records = routed or "output_router_logits" not in state.names
+    fields["router_logits"] = getattr(base, "router_logits", None) if records else None
+    added = None
     if routed and state.router is not None and isinstance(fields["router_logits"], tuple):
-        aux, added = state.router(model, fields["router_logits"], request.inputs.get("attention_mask"))
-        fields |= {"aux_loss": aux, "loss": fields["loss"] + added.to(results["loss"].device)}
+        fields["aux_loss"], added = state.router(model, fields["router_logits"], request.inputs.get("attention_mask"))
+    if request.scored:
+        if request.gain is not None:
+            hidden = hidden * request.gain[:, None]
+        fields |= score_hidden(model, state, request, loss, hidden, with_logits=not skip and not request.hidden_only)
+        if added is not None:
+            fields["loss"] = fields["loss"] + added.to(fields["loss"].device)
     return state.output(**fields)  # made at once: a field that is set later would come behind those that were there
+
+
+def score_hidden(
+    model: nn.Module, state: Patch, request: Request, loss: Loss, hidden: Tensor, *, with_logits: bool = False
+) -> dict[str, Any]:
+    """The output's fields that come from the head: the loss of hidden states, inside the head's own call."""
+    head = find_head(model)
+    work = _HeadCall(state, request, loss, head, head_rule(model), _targets(request, hidden, loss), with_logits)
+    return work.unpack(head.call(hidden, work))
 
 
 def _run_base(model: nn.Module, state: Patch, request: Request) -> tuple[Any, bool]:
@@ -237,14 +252,17 @@ class _HeadCall:
                 f"the output head was called with {sorted(extra)}, which the patch does not serve; skip_logits=False "
                 "runs the model's own forward where the loss is plain NLL"
             )
-        results = self._score(hidden)
+        with torch.autocast(hidden.device.type, enabled=False) if self.state.head_dtype else nullcontext():
+            results = self._score(hidden)
         if self.with_logits:
             results["logits"] = self.rule.finish(self.own_forward(hidden))
         return results
 
     def _score(self, hidden: Tensor) -> dict[str, Tensor]:
-        hidden, weight, bias = product(self.head.inner, hidden)
-        weight, bias = self.rule.cut(weight, bias)
+        hidden, weight, bias, group = product(self.head.inner, hidden).cut(self.rule.vocabulary)
+        if self.state.head_dtype is not None:
+            hidden, weight = hidden.to(self.state.head_dtype), weight.to(self.state.head_dtype)
+            bias = None if bias is None else bias.to(self.state.head_dtype)
         options: OptionKeywords = {
             "bias": bias,
             "logit_scale": self.rule.transform.logit_scale,
@@ -254,6 +272,8 @@ class _HeadCall:
             "backend": self.state.backend,
             "backward": self.state.backward,
         }
+        if group is not None:
+            options["group"] = group
         results = self._token_stats(hidden, weight, options)
         if results and self._reads_them:
             results["loss"] = self._loss_of_stats(results)
@@ -278,7 +298,9 @@ class _HeadCall:
             return {}
         read = self.loss.outputs if self._reads_them else ()
         outputs = tuple(dict.fromkeys((*self.request.token_outputs, *read)))
-        stats = linear_logprobs(hidden, weight, self.targets, outputs=outputs, **_recomputable(options))
+        constants = tuple([name for name in self.request.token_constants if name not in read])
+        own = _recomputable(options)
+        stats = linear_logprobs(hidden, weight, self.targets, outputs=outputs, constants=constants, **own)
         return {f"stats.{name}": value for name, value in stats._asdict().items() if value is not None}
 
     def _loss_of_stats(self, results: dict[str, Tensor]) -> Tensor:
@@ -349,7 +371,7 @@ def dense_head(model: nn.Module) -> Head:
 def _head_of(model: nn.Module, product_of: Callable[[HeadModules], tuple[Tensor, Tensor | None]]) -> Head:
     inner = causal_lm(model)
     rule = head_rule(inner)
-    weight, bias = rule.cut(*product_of(find_head(inner)))
+    weight, bias = kept_rows(*product_of(find_head(inner)), rule.vocabulary)
     return Head(weight.detach(), None if bias is None else bias.detach(), *rule.transform.numbers)
 
 

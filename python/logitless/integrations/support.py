@@ -30,10 +30,18 @@ def check_model(model: nn.Module) -> None:
     kind = type(model).__name__
     if "_logitless_patch" in model.__dict__:
         raise ValueError(f"patch: {kind} is patched already; unpatch(model) first to change the loss or the backend")
-    if not all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings")):
-        raise TypeError(f"model: expected a Transformers causal LM, got {kind}")
-    if "fused_lm_head" in inspect.signature(model.forward).parameters or _fused_by_trl(model.forward):
-        raise UnsupportedModelError(f"{kind}: TRL has put its own fused head on it; patch it without TRL's")
+    _check_interface(model)
+    if "fused_lm_head" in inspect.signature(model.forward).parameters or fused_by_trl(model.forward):
+        raise UnsupportedModelError(
+            f"{kind}: a trainer of TRL has put its own fused head on it; logitless.integrations.trl.with_loss("
+            "trl.SFTTrainer) makes a trainer whose head is ours, with any loss, and enable() puts TRL's own on ours"
+        )
+    check_architecture(model)
+
+
+def check_architecture(model: nn.Module) -> None:
+    """Raises unless the model is a causal LM with a base model and a linear head, of a class that is not refused."""
+    kind = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{kind}: an encoder-decoder; only causal language models are served")
     reason = refusal(model)
@@ -44,7 +52,12 @@ def check_model(model: nn.Module) -> None:
     check_output_head(model, find_head(model))
 
 
-def _fused_by_trl(forward: Any) -> bool:
-    """TRL's forward shows the class's signature (functools.wraps); its own parameters are one level below."""
+def _check_interface(model: nn.Module) -> None:
+    if not all(hasattr(model, name) for name in ("config", "base_model", "get_output_embeddings")):
+        raise TypeError(f"model: expected a Transformers causal LM, got {type(model).__name__}")
+
+
+def fused_by_trl(forward: Any) -> bool:
+    """Whether a forward is a fused head: it shows the class's signature, and its own parameters are one level below."""
     code = getattr(getattr(forward, "__func__", forward), "__code__", None)
     return code is not None and "fused_lm_head" in code.co_varnames

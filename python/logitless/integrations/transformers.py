@@ -10,6 +10,7 @@ runs the original forward (`forward.py`), and an argument of ours that stands in
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from typing import Any, TypeVar, get_args
 
 from torch import nn
@@ -21,7 +22,8 @@ from .families import head_rule, router_loss
 from .forward import PatchedForward, logger
 from .heads import find_head
 from .scoring import Patch, check_temperature
-from .support import causal_lm, check_model
+from .support import causal_lm, check_model, fused_by_trl
+from .tags import add_tags
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -40,9 +42,12 @@ def patch(
 
     Only this instance's `forward` is patched. Other models of the class, `generate`, checkpoints and the signature that
     `Trainer` reads stay as they are. Patch the model before DDP, FSDP, `torch.compile` or `Trainer` wrap it.
-    `get_peft_model` may come before or after. TRL's trainers of releases with a fused head replace the forward by their
-    own: under them no patch runs, and the loss is theirs. Pickle, `torch.save(model)` and `copy.deepcopy` give a
-    patched model.
+    `get_peft_model` may come before or after. Pickle, `torch.save(model)` and `copy.deepcopy` give a patched model.
+
+    **TRL.** Its trainers put a forward of their own in this one's place, and compute their losses themselves. So a
+    model patched with another loss than `"nll"` raises a ValueError while such a trainer is built, and one patched with
+    `"nll"` trains TRL's loss, and says so. `logitless.integrations.trl` has both ways without logits: `enable()` for
+    TRL's own losses, `with_loss` for any of the registry.
 
     **Evaluation.** A call with labels computes no logits in evaluation either, so that `Trainer.evaluate` needs no more
     memory than training. Whoever reads `output.logits` beside the loss says so: `skip_logits=False` in a call, or
@@ -67,7 +72,8 @@ def patch(
       Position t holds the value for predicting token t + 1, as in `token_stats`. One number a sequence works too.
       `reduction`, `max_length` and `ref_head` are those of `logitless.linear_loss`.
     - `temperature`: in place of the patch's for this call.
-    - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable.
+    - `token_outputs`: names of `TokenStats` to return as `output.token_stats`, `[B, T]`, differentiable; but for
+      `token_constants`, those of them that the loss does not read and that are metrics (see `linear_logprobs`).
     - `hidden_only`: True returns hidden states `[B, T, H]` in place of logits, with or without labels, for a host that
       computes a loss itself.
     - `cu_seqlens`: `[S + 1]` boundaries of the S sequences of a packed batch `[1, total]` (or of several packed rows,
@@ -133,12 +139,15 @@ def patch(
     inner._logitless_patch = state  # type: ignore[assignment]
     inner.forward = state.forward
     inner._replicate_for_data_parallel = _refuse_replica  # type: ignore[method-assign]
+    inner.add_model_tags = partial(add_tags, inner)  # type: ignore[assignment]
     _announce(inner, state)
     return model
 
 
 def unpatch(model: Model) -> Model:
     """Undoes `patch`: the model has its own `forward` again.
+
+    A head that a trainer of TRL has put on the patched model goes too, so that this trainer cannot run it any more.
 
     Raises:
         ValueError: the model is not patched, or its `forward` has been wrapped since (unwrap it first).
@@ -147,7 +156,8 @@ def unpatch(model: Model) -> Model:
     state = inner.__dict__.get("_logitless_patch")
     if state is None:
         raise ValueError(f"unpatch: {type(inner).__name__} is not patched")
-    if getattr(inner.__dict__.get("forward"), "__func__", None) is not state.forward.__func__:
+    forward = inner.__dict__.get("forward")
+    if getattr(forward, "__func__", None) is not state.forward.__func__ and not fused_by_trl(forward):
         raise ValueError(
             f"unpatch: the forward of {type(inner).__name__} was wrapped after the patch (by accelerate?); "
             "unwrap it first"
@@ -156,7 +166,8 @@ def unpatch(model: Model) -> Model:
         del inner.forward
     else:
         inner.forward = state.shadowed
-    del inner._logitless_patch, inner._replicate_for_data_parallel
+    del inner._logitless_patch, inner._replicate_for_data_parallel, inner.add_model_tags
+    inner.__dict__.pop("_logitless_head", None)
     return model
 
 

@@ -10,12 +10,14 @@ The modules are loaded when a loss of theirs, or a name that is not loaded yet, 
 from __future__ import annotations
 
 import dataclasses
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
 from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
 
+from ..peers import peer_hint, refuse_unknown, value_hint
 from .checks import near_words
 from .loss import DistributionLoss, Loss, SequenceLoss, TokenLoss
 from .whole_sequence import PairLoss, UnpairedLoss
@@ -40,7 +42,21 @@ def register(cls: _LossType) -> _LossType:
     if cls.name in _REGISTRY:
         raise ValueError(f"register: the name {cls.name!r} is taken by {_REGISTRY[cls.name].__name__}")
     _REGISTRY[cls.name] = cls
+    _name_unknown_fields(cls)
     return cls
+
+
+def _name_unknown_fields(cls: type[Loss]) -> None:
+    """Has the constructor say what a keyword argument of another library is called here."""
+    made: Callable[..., None] = cls.__init__
+    known = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    @wraps(made)
+    def init(self: Loss, *args: Any, **given: Any) -> None:
+        refuse_unknown(cls.__name__, given, known)
+        made(self, *args, **given)
+
+    cls.__init__ = init  # type: ignore[assignment, method-assign]
 
 
 def names() -> list[str]:
@@ -69,7 +85,8 @@ def get(loss: str | Loss, **overrides: Any) -> Loss:
     if torch.compiler.is_compiling() or loss not in _REGISTRY:
         load_modules()
     if loss not in _REGISTRY:
-        raise ValueError(f"no loss is named {loss!r}{near_words(loss, names())}; there are {', '.join(names())}")
+        hint = value_hint("loss", loss) or near_words(loss, names())
+        raise ValueError(f"no loss is named {loss!r}{hint}; there are {', '.join(names())}")
     cls = _REGISTRY[loss]
     if overrides:  # torch.compile cannot trace `dataclasses.fields`
         _check_overrides(cls, overrides)
@@ -95,5 +112,5 @@ def _check_overrides(cls: type[Loss], overrides: dict[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in overrides:
         if key not in known:
-            near, fields = near_words(key, known), ", ".join(known) or "none"
+            near, fields = peer_hint(key) or near_words(key, known), ", ".join(known) or "none"
             raise TypeError(f"{cls.name} has no hyper-parameter {key!r}{near}; it has {fields}")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from ..peers import value_hint
 from ..types import TokenStats
 
 if TYPE_CHECKING:
@@ -46,7 +47,8 @@ def check_one_of(loss: Loss, field: str, choices: Iterable[str]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{where} must be a string, got {type(value).__name__} {value!r}")
     if value not in choices:
-        raise ValueError(f"{where} must be one of {', '.join(choices)}; got {value!r}{near_words(value, choices)}")
+        hint = value_hint(field, value) or near_words(value, choices)
+        raise ValueError(f"{where} must be one of {', '.join(choices)}; got {value!r}{hint}")
 
 
 def check_optional(loss: Loss, field: str, *, low: float) -> None:

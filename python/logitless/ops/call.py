@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..backends.interface import Needs
+from ..parallel import VocabularyGroup
 from ..types import Head, Options
 from . import checks
 from .registered.shared import Execution
@@ -26,6 +27,11 @@ class Call(NamedTuple):
     def listed(self) -> bool:
         """Whether every token lists several ids. (Dynamo of torch 2.9 has no rule for a named tuple's property.)"""
         return self.targets is not None and self.targets.dim() > 1
+
+    def group(self) -> VocabularyGroup:
+        """The processes that share the head, where there are some."""
+        assert self.options.group is not None
+        return self.options.group
 
     def needs(self) -> Needs:
         """Which of hidden, weight and bias want a gradient here and now."""
@@ -57,16 +63,24 @@ class Call(NamedTuple):
 
     def tokens_at_once(self) -> int:
         """The longest group of tokens that a single pass keeps whole."""
-        backend, options = backends.BACKENDS[self.backend()], self.options
-        head = Head(self.weight, options.bias, options.logit_scale, options.softcap, options.temperature)
+        backend, options, head = backends.BACKENDS[self.backend()], self.options, self.head()
         if self.approximates():
             return backend.approximate(options.backward).tokens_at_once(self.hidden, head, options)
         return backend.tokens_at_once(self.hidden, head, options)
 
+    def bytes_of_chunk(self, tokens: int) -> int:
+        """The `chunk_bytes` that makes chunks of so many tokens at most."""
+        return tokens * backends.BACKENDS[self.backend()].bytes_of_token(self.hidden, self.head(), self.options)
+
+    def head(self) -> Head:
+        """The head with its options."""
+        options = self.options
+        return Head(self.weight, options.bias, options.logit_scale, options.softcap, options.temperature)
+
     def fits_one_chunk(self, outputs: tuple[str, ...]) -> bool:
         """Whether one product makes a bfloat16 head's gradient in a single pass, so that it may be rounded at once."""
         halves = self.weight.dtype == torch.bfloat16 and self.needs().weight
-        if not halves or self.approximates() or "mean_logit" in outputs:
+        if not halves or self.approximates() or "mean_logit" in outputs or self.options.grad_out is not None:
             return False
         return backends.BACKENDS[self.backend()].finishes_gradients and len(self.hidden) <= self.tokens_at_once()
 
@@ -86,15 +100,32 @@ def prepare_call(
         lists: the targets may be `[..., K]`.
         names: the caller's names of the tensors, for messages.
     """
+    if options.grad_out is not None:  # of the weight before a cast
+        checks.check_tensor(names[1], weight, "[V, H]", 2)
+        checks.check_grad_out(options, weight)
     if isinstance(hidden, Tensor) and _autocasts(hidden.device.type):
         device = hidden.device.type
         hidden, weight = _autocast(hidden, device), _autocast(weight, device)
         options = replace(options, bias=None if options.bias is None else _autocast(options.bias, device))
+    if options.group is not None:
+        checks.check_tensor(names[1], weight, "[V, H]", 2)
+        options = replace(options, group=_group_of(options.group, weight, names[1]))
+    checks.check_order(hidden, weight, targets)
     checks.check_head(hidden, weight, options, names)
     if targets is not None:
         checks.check_targets("targets", targets, hidden, lists=lists)
         targets = flat_ids(targets, hidden, options.ignore_index)
     return Call(hidden.reshape(-1, hidden.shape[-1]), weight, targets, options)
+
+
+def _group_of(group: Any, weight: Tensor, name: str) -> VocabularyGroup | None:
+    """The processes that share the head's rows; None where this one has them all."""
+    if not isinstance(group, VocabularyGroup):
+        group = VocabularyGroup.of(group, weight)
+    if group.rows[group.rank] != len(weight):
+        expected = f"[{group.rows[group.rank]}, H] as group has it for rank {group.rank}"
+        raise ValueError(f"{name}: expected shape {expected}, got {list(weight.shape)}")
+    return group if len(group.rows) > 1 else None
 
 
 def flat_ids(ids: Tensor, hidden: Tensor, ignore_index: int) -> Tensor:

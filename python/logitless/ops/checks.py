@@ -8,7 +8,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..types import APPROXIMATE, OUTPUTS, TAIL_TOLERANCE, BackwardName, Options
+from ..peers import value_hint
+from ..types import APPROXIMATE, OUTPUTS, TAIL_TOLERANCE, BackwardName, Options, statistics_dtype
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -29,6 +30,15 @@ def check_tokens(hidden: object, targets: object) -> None:
         raise ValueError("hidden: expected shape [..., H], got []")
 
 
+def check_order(hidden: object, weight: object, targets: object) -> None:
+    """Raises where the head came first, as some libraries have it."""
+    if not (isinstance(hidden, Tensor) and isinstance(weight, Tensor) and isinstance(targets, Tensor)):
+        return
+    # First what is so in every right call, because a compiler keeps each comparison of sizes as a guard.
+    if hidden.shape[:-1] != targets.shape and hidden.dim() == 2 and weight.shape[:-1] == targets.shape:
+        raise ValueError("hidden: the head seems to stand first; expected the order hidden, weight, targets")
+
+
 def check_head(
     hidden: Tensor, weight: Tensor, options: Options, names: tuple[str, str, str] = ("hidden", "weight", "bias")
 ) -> None:
@@ -42,7 +52,7 @@ def check_head(
     if hidden.dim() < 1 or hidden.shape[-1] != weight.shape[1]:
         expected = f"[..., {weight.shape[1]}] to fit {weight_name} {list(weight.shape)}"
         raise ValueError(f"{hidden_name}: expected shape {expected}, got {list(hidden.shape)}")
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and options.group is None:
         raise ValueError(f"{weight_name}: expected at least one vocabulary entry, got shape {list(weight.shape)}")
     if hidden.dtype not in FLOATING:
         raise TypeError(f"{hidden_name}: expected a floating dtype of {[str(d) for d in FLOATING]}, got {hidden.dtype}")
@@ -66,6 +76,45 @@ def check_head(
     _check_vocabulary_order(options, weight)
     check_ignore_index(options.ignore_index)
     options.transform  # noqa: B018  its own checks run when it is made
+
+
+def check_grad_out(options: Options, weight: Tensor) -> None:
+    """Raises unless `grad_out` is a buffer that the gradient of the head `weight` can be added to.
+
+    The gradient of a weight that autograd made would not reach what it was made from, so that weight must be a leaf.
+    """
+    buffer, expected = options.grad_out, f"[{', '.join(map(str, weight.shape))}]"
+    if buffer is None:
+        return
+    check_tensor("grad_out", buffer, expected)
+    if buffer.shape != weight.shape:
+        raise ValueError(f"grad_out: expected shape {expected} like weight, got {list(buffer.shape)}")
+    if buffer.dtype not in (statistics_dtype(weight.dtype), weight.dtype):
+        known = dict.fromkeys((str(statistics_dtype(weight.dtype)), str(weight.dtype)))
+        raise TypeError(f"grad_out: expected dtype {' or '.join(known)}, got {buffer.dtype}")
+    _same_device("grad_out", buffer, weight, like="weight")
+    if not buffer.is_contiguous():
+        raise ValueError(f"grad_out: expected a contiguous buffer, got strides {list(buffer.stride())}")
+    if buffer.requires_grad:
+        raise ValueError("grad_out: is a buffer that gradients are added to, but requires one itself; detach it")
+    if not weight.requires_grad:
+        raise ValueError("grad_out: the head is frozen (weight.requires_grad is False), and nothing would be added")
+    if not weight.is_leaf:
+        raise ValueError(
+            "grad_out: expected a weight that is a leaf, got the result of an operation, whose inputs would get no "
+            "gradient; give weight.detach().requires_grad_() if that is meant"
+        )
+    if options.backend == "reference":
+        raise ValueError("grad_out: backend='reference' is plain autograd, which adds to .grad; use another backend")
+    if not torch.compiler.is_compiling() and _overlap(buffer, weight):
+        raise ValueError("grad_out: expected memory of its own, got some of weight's")
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether the bytes from the first to the last element of two tensors overlap."""
+    starts = [t.data_ptr() for t in (x, y)]
+    sizes = [t.itemsize * (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) for t in (x, y)]
+    return starts[0] < starts[1] + sizes[1] and starts[1] < starts[0] + sizes[0] and min(x.numel(), y.numel()) > 0
 
 
 def check_tail_tolerance(options: Options) -> None:
@@ -152,9 +201,9 @@ def same_kind(name: str, value: Tensor, hidden: Tensor) -> None:
     _same_device(name, value, hidden)
 
 
-def _same_device(name: str, value: Any, hidden: Any) -> None:
-    if value.device != hidden.device:
-        raise ValueError(f"{name}: expected device {hidden.device} like hidden, got {value.device}")
+def _same_device(name: str, value: Any, other: Any, like: str = "hidden") -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name}: expected device {other.device} like {like}, got {value.device}")
 
 
 def check_targets(name: str, targets: Tensor, hidden: Tensor, *, lists: bool = False) -> None:
@@ -198,7 +247,15 @@ def check_outputs(outputs: Iterable[str], *, with_targets: bool, known: tuple[st
     return names
 
 
+def check_constants(constants: tuple[str, ...], outputs: Iterable[str]) -> None:
+    """Raises unless `constants` are names of the statistics asked for."""
+    if isinstance(constants, str):
+        raise TypeError(f"constants: expected a tuple of names of {list(outputs)}, got {constants!r}")
+    for name in constants:
+        check_choice("constants", name, outputs)
+
+
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises unless the value is one of the choices."""
     if value not in tuple(choices):
-        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}")
+        raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}{value_hint(name, value)}")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Never, get_args
 
 import torch
 from torch import Tensor
 
 from .. import backends, reduce, reference
+from ..peers import refuse_unknown
 from ..types import BackendName, BackwardName, DivergenceKind, DivergenceOptions, Head, Options, Reduction
 from . import checks
 from .call import Call, prepare_call
 from .registered.divergence import divergence, divergence_sum
+from .sharded import on_whole_tensors
 from .token_loss import check_token_input
+from .vocabulary_parallel import side_of_shard
 
 
+@on_whole_tensors
 def linear_divergence(
     hidden: Tensor,
     head: Tensor | Head,
@@ -34,6 +38,9 @@ def linear_divergence(
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
     chunk_bytes: int | None = None,
+    group: Any = None,
+    grad_out: Tensor | None = None,
+    **unknown: Never,
 ) -> Tensor:
     """Per-token divergence between two next-token distributions over the whole vocabulary, without either's logits.
 
@@ -73,6 +80,9 @@ def linear_divergence(
             where the heads are frozen, by keeping `d divergence / d hidden` of each token. "auto" takes the cheapest.
         chunk_bytes: budget for a chunk's float32 logits of both sides and the temporaries of their row operations.
             None: 96 MiB on a CPU, 768 MiB elsewhere, so that the GEMMs are as large as those of `linear_logprobs`.
+        group: the processes that share the rows of both heads, as in `linear_logprobs`: each has the same rows of
+            either. Then the rows of a chunk are PyTorch's operations, whatever the backend.
+        grad_out: `[V, H]`, a buffer that the gradient of the model's head is added to, as in `linear_logprobs`.
 
     Returns:
         `[...]`, or a scalar for "sum" and "mean"; float32 (float64 where an input is). Differentiable for `hidden` and
@@ -98,10 +108,11 @@ def linear_divergence(
     (skews, symmetric_kl); the others are textbook f-divergences. Gradients derived; see
     `logitless.backends.exact.divergence`.
     """
+    refuse_unknown("linear_divergence", unknown)
     options = DivergenceOptions(kind, mixture, skew, alpha, normalized)
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)
-    shared = Options(backend=backend, backward=backward, chunk_bytes=chunk_bytes)
+    shared = Options(backend=backend, backward=backward, chunk_bytes=chunk_bytes, group=group, grad_out=grad_out)
     pair = _prepare(hidden, head, ref_hidden, ref_head, mask, shared)
     if token_weight is not None:
         check_token_input("token_weight", token_weight, hidden)
@@ -148,9 +159,11 @@ class _Pair(NamedTuple):
         transforms = [x for side in sides for x in side.options.transform.packed()]
         return (*tensors, self.mask, options.kind, parameters, options.normalized, transforms)
 
-    def execution(self) -> tuple[str, int | None]:
-        """The arguments that both ops end with: the backend and the budget of a chunk."""
-        return self.backend(), self.model.options.chunk_bytes
+    def execution(self) -> tuple[str, int | None, str, int]:
+        """The arguments that both ops end with: the backend, the budget of a chunk, the group and its widest part."""
+        group = self.model.options.group
+        shared = ("", 0) if group is None else (group.group.group_name, max(group.rows))
+        return self.backend(), self.model.options.chunk_bytes, *shared
 
     def backend(self) -> str:
         """The first of the table that takes both sides; "cuda" by name alone, as its rows here are PyTorch's."""
@@ -168,12 +181,15 @@ def _prepare(
     options: Options,
 ) -> _Pair:
     model = _side("", hidden, head, options)
-    ref = _side("ref_", ref_hidden, ref_head, options)
+    ref = _side("ref_", ref_hidden, ref_head, replace(options, grad_out=None))
     if ref_hidden.shape[:-1] != hidden.shape[:-1]:
         shape = f"{[*hidden.shape[:-1], ref_hidden.shape[-1]]} like hidden"
         raise ValueError(f"ref_hidden: expected shape {shape}, got {list(ref_hidden.shape)}")
     if ref_hidden.device != hidden.device:
         raise ValueError(f"ref_hidden: expected device {hidden.device} like hidden, got {ref_hidden.device}")
+    if ref.options.group != model.options.group:
+        rows = [side.options.group and side.options.group.rows for side in (model, ref)]
+        raise ValueError(f"ref_head: expected the rows of head on every rank, {rows[0]}, got {rows[1]}")
     if len(ref.weight) != len(model.weight):
         raise ValueError(
             f"ref_head: expected a vocabulary of {len(model.weight)} like head's, got {len(ref.weight)}; cut the "
@@ -187,6 +203,10 @@ def _prepare(
                 f"{list(mask.shape)} on {mask.device}"
             )
         mask = mask.reshape(-1)
+    if model.options.group is not None:
+        if options.backend == "reference":
+            raise ValueError("backend: 'reference' makes a divergence of whole logits, which no process of a group has")
+        model, ref = side_of_shard(model), side_of_shard(ref)
     return _Pair(model, ref, mask)
 
 
@@ -233,7 +253,8 @@ def _values(pair: _Pair, options: DivergenceOptions, unit: bool) -> Tensor:
             pair.model.hidden, heads[0], pair.ref.hidden, heads[1], mask=pair.mask, options=options
         )
     units = [unit and side.needs().hidden for side in (pair.model, pair.ref)]
-    values, *_ = divergence(*pair.arguments(options), units, *pair.execution())
+    out = pair.model.options.grad_out
+    values, *_ = divergence(*pair.arguments(options), units, out, *pair.execution())
     return values
 
 
@@ -241,5 +262,6 @@ def _weighted_sum(pair: _Pair, options: DivergenceOptions, token_weight: Tensor 
     """The weighted sum `[]`, with its gradients in one sweep."""
     if token_weight is None:
         token_weight = torch.ones(len(pair.model.hidden), device=pair.model.hidden.device)
-    total, *_ = divergence_sum(token_weight, *pair.arguments(options), pair.needs(), *pair.execution())
+    out = pair.model.options.grad_out
+    total, *_ = divergence_sum(token_weight, *pair.arguments(options), pair.needs(), out, *pair.execution())
     return total

@@ -7,17 +7,21 @@ linear_top_k                             one sweep without a gradient
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Never
 
 import torch
 from torch import Tensor
 
-from .. import backends, reduce, reference
+from .. import reduce, reference
 from ..backends.exact.listed import first_places
+from ..parallel import Sum
+from ..peers import refuse_unknown
 from ..types import LIST_OUTPUTS, BackendName, Options, TokenStats
 from . import checks
 from .call import Call, prepare_call
 from .registered.listed import list_logprobs, listed_products, top_k
+from .sharded import on_whole_tensors
+from .vocabulary_parallel import likeliest, shard_of
 
 #: The statistics of a kept set of ids.
 KEPT_OUTPUTS = ("logprob", "lse", "entropy", "correct", "log_sum_sq")
@@ -41,6 +45,7 @@ def exact_statistics(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.transform.packed(),
         options.ignore_index,
         " ".join(outputs),
+        options.grad_out,
         call.backend(),
         options.chunk_bytes,
         options.chunk_dtype,
@@ -87,14 +92,35 @@ def kept_statistics(call: Call, among: Tensor, outputs: tuple[str, ...]) -> Toke
 def _logits(call: Call, ids: Tensor, name: str) -> Tensor:
     """`z [N, K]` of the listed ids alone; arbitrary where an id is absent, -1. `name` is for the message."""
     options = call.options
+    if options.group is not None:
+        return _logits_of_shards(call, ids, name)
     if options.backend == "reference":
         _check_ids_of_reference(call, ids, name)
         z = reference.logits(call.hidden, call.weight, options.bias, options.transform)
         return z.gather(1, ids.clamp(min=0))
-    z = listed_products(call.hidden, call.weight, ids, name)
+    z = listed_products(call.hidden, call.weight, ids, name, options.grad_out)
     if options.bias is not None:
         z = z + options.bias[ids.clamp(min=0)].to(z.dtype)
     return reference.transformed(z, options.transform)
+
+
+def _logits_of_shards(call: Call, ids: Tensor, name: str) -> Tensor:
+    """`z [N, K]` where every process has the rows of some of the ids: each computes its own, and they are added up."""
+    shard = shard_of(call._replace(targets=ids))
+    assert shard.call.targets is not None
+    own = shard.owner == call.group().rank
+    z = _logits(shard.call, torch.where(own, shard.call.targets, -1), name)
+    if shard.empty is not None:
+        z = z.masked_fill(shard.empty, -torch.inf)
+    total: Tensor = Sum.apply(torch.where(own, z, 0.0), call.group().group)
+    return total
+
+
+def largest_logit(call: Call) -> Tensor:
+    """`max_j z_j` of every token, `[N]`, a constant; one product with the vocabulary."""
+    with torch.no_grad():
+        best = _top_k(call, 1)
+    return best.logprob[:, 0] + best.lse
 
 
 def _check_ids_of_reference(call: Call, ids: Tensor, name: str) -> None:
@@ -117,6 +143,7 @@ class TopK(NamedTuple):
 
 
 @torch.no_grad()
+@on_whole_tensors
 def linear_top_k(
     hidden: Tensor,
     weight: Tensor,
@@ -129,6 +156,8 @@ def linear_top_k(
     backend: BackendName = "auto",
     chunk_bytes: int | None = None,
     chunk_dtype: torch.dtype | None = None,
+    group: Any = None,
+    **unknown: Never,
 ) -> TopK:
     """The k likeliest ids of each token and their log-probabilities, with no `[tokens, vocabulary]` tensor.
 
@@ -138,6 +167,7 @@ def linear_top_k(
     Args:
         hidden, weight: `[..., H]` and `[V, H]`, as in `linear_logprobs`, and so are the options.
         k: from 1 to V. Equal logits come in any order.
+        group: as in `linear_logprobs`; the ids are those of the whole vocabulary.
 
     Returns:
         `TopK`; its log-probabilities are float32 (float64 for float64).
@@ -145,21 +175,33 @@ def linear_top_k(
     Raises:
         TypeError, ValueError: as `linear_logprobs`, and for a k outside [1, V].
     """
+    refuse_unknown("linear_top_k", unknown)
     head = dict(bias=bias, logit_scale=logit_scale, softcap=softcap, temperature=temperature)
-    options = Options(**head, backend=backend, chunk_bytes=chunk_bytes, chunk_dtype=chunk_dtype)  # type: ignore[arg-type]
+    options = Options(**head, backend=backend, chunk_bytes=chunk_bytes, chunk_dtype=chunk_dtype, group=group)  # type: ignore[arg-type]
     call = prepare_call(hidden, weight, None, options)
+    vocabulary = len(weight) if call.options.group is None else call.group().vocabulary
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"k: expected an int, got {type(k).__name__}")
-    if not 1 <= k <= len(weight):
-        raise ValueError(f"k: expected a number in [1, {len(weight)}], got {k}")
-    transform, shape = call.options.transform, hidden.shape[:-1]
-    if backend == "reference":
-        z = reference.logits(call.hidden, call.weight, call.options.bias, transform)
+    if not 1 <= k <= vocabulary:
+        raise ValueError(f"k: expected a number in [1, {vocabulary}], got {k}")
+    results = _top_k(call, k) if call.options.group is None else _top_k_of_shards(call, k)
+    return TopK(*(x.reshape((*hidden.shape[:-1], *x.shape[1:])) for x in results))
+
+
+def _top_k(call: Call, k: int) -> TopK:
+    """The k likeliest of one process's rows, for `[N]` tokens."""
+    options, transform = call.options, call.options.transform
+    if options.backend == "reference":
+        z = reference.logits(call.hidden, call.weight, options.bias, transform)
         ids = z.topk(k, dim=-1).indices
         stats = reference.list_statistics(z, ids, LIST_OUTPUTS)
-        results = TopK(ids, *(x for x in (stats.logprob, stats.lse, stats.tail) if x is not None))
-    else:
-        name = backends.pick(backend, call.hidden)
-        arguments = call.hidden, call.weight, call.options.bias, k, transform.packed(), name
-        results = TopK(*top_k(*arguments, chunk_bytes, chunk_dtype))
-    return TopK(*(x.reshape((*shape, *x.shape[1:])) for x in results))
+        return TopK(ids, *(x for x in (stats.logprob, stats.lse, stats.tail) if x is not None))
+    arguments = call.hidden, call.weight, options.bias, k, transform.packed(), call.backend()
+    return TopK(*top_k(*arguments, options.chunk_bytes, options.chunk_dtype))
+
+
+def _top_k_of_shards(call: Call, k: int) -> TopK:
+    """The k likeliest of all processes' rows, from the k likeliest of each."""
+    shard = shard_of(call)
+    own = _top_k(shard.call, min(k, len(shard.call.weight)))
+    return TopK(*likeliest(own, k, shard, call.group()))

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any, Never
+
 import torch
 from torch import Tensor
 
 from .. import reference
+from ..peers import refuse_unknown
 from ..types import LIST_OUTPUTS, OUTPUTS, TAIL_TOLERANCE, BackendName, BackwardName, Options, TokenStats
 from . import checks
 from .call import Call, flat_ids, prepare_call
-from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, statistics_from_lse
+from .listed import KEPT_OUTPUTS, exact_statistics, kept_statistics, largest_logit, statistics_from_lse
 from .registered.logprobs import logprobs
+from .sharded import on_whole_tensors
+from .vocabulary_parallel import combined, present, shard_of
 
 
+@on_whole_tensors
 def linear_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -25,6 +31,7 @@ def linear_logprobs(
     temperature: float = 1.0,
     ignore_index: int = -100,
     outputs: tuple[str, ...] = ("logprob",),
+    constants: tuple[str, ...] = (),
     logit_weight: Tensor | None = None,
     backend: BackendName = "auto",
     backward: BackwardName = "auto",
@@ -32,13 +39,16 @@ def linear_logprobs(
     chunk_dtype: torch.dtype | None = None,
     tail_tolerance: float = TAIL_TOLERANCE,
     vocabulary_order: Tensor | None = None,
+    group: Any = None,
+    grad_out: Tensor | None = None,
+    **unknown: Never,
 ) -> TokenStats:
     """Per-token statistics of `softmax(z)`, `z = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) /
     temperature`, with no `[tokens, vocabulary]` tensor.
 
     Args:
         hidden: `[..., H]`, any strides; float64, float32, bfloat16 or float16. Under autocast, cast as `F.linear` does.
-        weight: `[V, H]`, the dtype and device of `hidden`.
+        weight: `[V, H]`, the dtype and device of `hidden`; also sharded (DTensor, ZeRO-3): docs/sharded.md.
         targets: `[...]` int64 or int32 ids in [0, V), aligned with `hidden` (no shift), or `ignore_index`. None where
             `outputs` asks only for `lse`, `entropy`, `mean_logit` or `log_sum_sq`. Or `[..., K]`, several ids a token,
             -1 or `ignore_index` for an absent place, at the price of one: `logprob` is `[..., K]` then, and `outputs`
@@ -52,6 +62,8 @@ def linear_logprobs(
         logit_scale, softcap, temperature: see `LogitTransform`. The defaults leave the logits as they are.
         ignore_index: tokens with this target give 0 and no gradient, and cost nothing. -100 as in PyTorch.
         outputs: which fields of `TokenStats` to compute. The differentiable ones may all be used together.
+        constants: which of `outputs` come without a gradient, as a metric does: `("entropy",)` beside a loss of logprob
+            leaves a frozen head its two GEMMs.
         logit_weight: `[V]` constants w, with which `mean_logit` is `mean_j w_j z_j` (NaN where w is 0 and the logit
             -inf). Under a softcap a chunk's rows are then PyTorch's operations, whatever the backend.
         backend: "reference" (full logits, plain autograd), "cuda", "triton", "chunked", or "auto": the first of the
@@ -74,6 +86,16 @@ def linear_logprobs(
             arithmetic on a trained model, 2^-13 its own; 0 is exact.
         vocabulary_order: of these two alone, `[V]` int64, from `logitless.vocabulary_order`: like entries side by
             side, which a corrected tail is much nearer to. None: the head's own order.
+        group: the processes that share the head's rows (tensor parallelism over the vocabulary), a
+            `logitless.VocabularyGroup`, a process group or a `DeviceMesh` of one dimension. `weight`, `bias`,
+            `logit_weight` and `vocabulary_order` are then this process's own rows', everything else is the same in all
+            of them; docs/sharded.md. One more small message, and for `correct` one more product. None: one process
+            has the whole head.
+        grad_out: `[V, H]`, float32 (float64 for float64) or of the weight's dtype, contiguous, such as Megatron's
+            `main_grad`: every backward pass adds the head's gradient to it, and autograd gets none, so that
+            `weight.grad` stays as it is. In float32 nothing is rounded to the weight's dtype on the way; the exact
+            "recompute" makes its products in the buffer, without another of its size. `weight` must be a trainable
+            leaf. The bias's gradient goes to autograd as ever. Not with backend="reference".
 
     Returns:
         `TokenStats`, each field of `hidden`'s leading shape (logprob: of the targets') in float32 (float64 for
@@ -84,6 +106,7 @@ def linear_logprobs(
             outside [0, V). On a GPU the last is a device-side assertion, so that nothing waits for it.
         RuntimeError: the gradient is differentiated again (`create_graph=True`) with a backend other than "reference".
     """
+    refuse_unknown("linear_logprobs", unknown)
     options = Options(
         bias,
         logit_scale,
@@ -96,16 +119,22 @@ def linear_logprobs(
         chunk_dtype,
         tail_tolerance,
         vocabulary_order,
+        group,
         logit_weight,
+        grad_out,
     )
     call = prepare_call(hidden, weight, targets, options, lists=True)
+    checks.check_constants(constants, outputs)
     if among is not None:
         stats = _among(call, hidden, among, targets, outputs)
     else:
         known = LIST_OUTPUTS if call.listed() else OUTPUTS
         outputs = checks.check_outputs(outputs, with_targets=targets is not None, known=known)
         checks.check_logit_weight(logit_weight, weight, outputs)
-        stats = _of_lists(call, outputs) if call.listed() else _statistics_of_call(call, outputs)
+        stats = _of_lists(call, outputs) if call.listed() else _statistics_of_call(call, outputs, constants)
+    if constants:
+        fields = zip(TokenStats._fields, stats, strict=True)
+        stats = TokenStats(*(x if x is None or name not in constants else x.detach() for name, x in fields))
     shape = hidden.shape[:-1]
     return TokenStats(*(None if x is None else x.reshape((*shape, *x.shape[1:])) for x in stats))
 
@@ -127,7 +156,7 @@ def _among(call: Call, hidden: Tensor, among: Tensor, targets: Tensor | None, ou
 def _of_lists(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     """The statistics of targets `[N, K]`; an approximate strategy has those of the whole distribution."""
     if not call.approximates():
-        return exact_statistics(call, outputs)
+        return exact_statistics(call, outputs) if call.options.group is None else _of_shard(call, outputs)
     assert call.targets is not None
     some_id = call.targets.amax(-1)
     one = call._replace(targets=some_id.masked_fill(some_id < 0, call.options.ignore_index))
@@ -135,13 +164,16 @@ def _of_lists(call: Call, outputs: tuple[str, ...]) -> TokenStats:
     return statistics_from_lse(call, outputs, _statistics_of_call(one, names))
 
 
-def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
-    """The statistics that `outputs` names, `[N]` each, None for the others."""
+def _statistics_of_call(call: Call, outputs: tuple[str, ...], constants: tuple[str, ...] = ()) -> TokenStats:
+    """The statistics that `outputs` names, `[N]` each, None for the others; `constants` need no gradient."""
+    if call.options.group is not None:
+        return _of_shard(call, outputs, constants)
     if call.options.backend == "reference":
         return _reference(call, outputs)
     options = call.options
     # Without targets any token id serves: the statistics asked for do not depend on it.
     targets = call.hidden.new_zeros(len(call.hidden), dtype=torch.long) if call.targets is None else call.targets
+    varying = tuple([name for name in outputs if name not in constants])
     results = logprobs(
         call.hidden,
         call.weight,
@@ -152,10 +184,24 @@ def _statistics_of_call(call: Call, outputs: tuple[str, ...]) -> TokenStats:
         options.transform.packed(),
         -1 if call.targets is None else options.ignore_index,
         " ".join(outputs),
-        *call.execution("single_pass" if _takes_unit_gradient(call, outputs) else "recompute"),
+        options.grad_out,
+        *call.execution("single_pass" if _takes_unit_gradient(call, varying) else "recompute"),
     )
     stats = zip(OUTPUTS, results[: len(OUTPUTS)], strict=True)
     return TokenStats(*(x if name in outputs else None for name, x in stats))
+
+
+def _of_shard(call: Call, outputs: tuple[str, ...], constants: tuple[str, ...] = ()) -> TokenStats:
+    """The statistics of the whole vocabulary, of which this process has a part of the rows."""
+    shard, names = shard_of(call), tuple(dict.fromkeys(("logprob", "lse", *outputs)))
+    if call.listed():
+        needed = tuple(dict.fromkeys((*names, "tail")))
+        stats = present(exact_statistics(shard.call, needed))
+    else:
+        stats = present(_statistics_of_call(shard.call, names, constants))
+    if "correct" in outputs:
+        stats["top"] = largest_logit(shard.call)
+    return combined(stats, shard.owner, shard.empty, call.group(), outputs)
 
 
 def _reference(call: Call, outputs: tuple[str, ...]) -> TokenStats:

@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from .. import reduce
-from ..types import LIST_OUTPUTS, OUTPUTS, OptionKeywords, Options, Reduction
+from ..peers import refuse_unknown
+from ..types import LIST_OUTPUTS, OPTION_NAMES, OUTPUTS, OptionKeywords, Options, Reduction
 from . import checks, functions
 from .call import Call, prepare_call
 from .functions import PerTokenLoss
 from .logprobs import linear_logprobs
 from .registered.derivative import check_losses
 from .registered.token_loss import token_loss
+from .sharded import on_whole_tensors
+from .vocabulary_parallel import OfWhole, shard_of, with_common_chunks
 
 
+@on_whole_tensors
 def linear_token_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -62,6 +66,7 @@ def linear_token_loss(
     Under `torch.compile` a single pass calls the function as it stands, inside the op, without a graph break; it must
     not change between calls of one compiled graph. Elsewhere it is compiled with what surrounds it.
     """
+    refuse_unknown("linear_token_loss", options, OPTION_NAMES)
     checks.check_choice("reduction", reduction, get_args(Reduction))
     reduce.check(reduction, normalizer)
     checks.check_tokens(hidden, targets)
@@ -78,6 +83,8 @@ def linear_token_loss(
     if normalizer is None:
         normalizer = counts.sum().float()
     by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
+    if call.options.group is not None:  # its chunks must be alike on all ranks, and have all that the loss reads
+        by_statistics = by_statistics or call.approximates() or "correct" in outputs
     if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
         if reduction == "none" and call.options.backward == "single_pass" and call.trains_head():
             raise ValueError(
@@ -108,6 +115,7 @@ class SweepResult(NamedTuple):
 
     loss: Tensor  # [] sum of the losses, differentiable
     logprob: Tensor  # of the flat targets' shape, a constant
+    losses: Tensor  # [N], constants; empty with groups
 
 
 def sum_in_one_sweep(
@@ -118,6 +126,11 @@ def sum_in_one_sweep(
     groups: Tensor | None = None,
 ) -> SweepResult:
     """The sum of a loss over a prepared call. Tokens of one of the `groups [N]` must be in one chunk."""
+    if call.options.group is not None:
+        shard = shard_of(call)
+        function, inputs = OfWhole.of(function, outputs, shard, call.group()), [*OfWhole.inputs(shard), *inputs]
+        names = ("logprob", "lse", *outputs, *(("tail",) if call.listed() else ()))
+        call, outputs = with_common_chunks(shard.call, call.group()), tuple(dict.fromkeys(names))
     if torch.compiler.is_compiling():
         numbers: list[float] = []
         return _total(call, functions.keep(functions.describe(function, numbers)), numbers, inputs, outputs, groups)
@@ -135,7 +148,7 @@ def _total(
 ) -> SweepResult:
     assert call.targets is not None
     options = call.options
-    loss, logprob, *_ = token_loss(
+    loss, logprob, losses, *_ = token_loss(
         call.hidden,
         call.weight,
         options.bias,
@@ -150,9 +163,10 @@ def _total(
         options.ignore_index,
         " ".join(outputs),
         list(call.needs()),
+        options.grad_out,
         *call.execution("single_chunk" if call.fits_one_chunk(outputs) else "single_pass"),
     )
-    return SweepResult(loss, logprob)
+    return SweepResult(loss, logprob, losses)
 
 
 def check_token_input(name: str, value: Tensor, hidden: Tensor, *, lists: bool = False) -> None:

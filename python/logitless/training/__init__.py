@@ -9,7 +9,8 @@
     batches     collate, loader, sampler
     model       places, settings, model, adapters, optimizer, checks
     loss        inputs, estimates, reference_model, objective, evaluation
-    run         run (everything put together), trainer (the loop), resume, checkpoint, files, metrics, parallel
+    run         run (everything put together), trainer (the loop), resume, checkpoint, files, metrics
+    processes   parallel, sharding                 this one among others, and its part of the model
     teach       teachers, teach
 
 `render` is the way from a row to its tokens, `run` the one from options to the first step.

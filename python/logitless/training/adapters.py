@@ -23,6 +23,7 @@ from torch import nn
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError, nearest
 from logitless.training.places import ADAPTER_CONFIG, MODEL_CONFIG, is_hub_id, unreadable
+from logitless.training.sharding import is_part, like, parameters_of
 
 ADAPTER_NAME = "default"  # peft's name of the adapter whose files lie in the folder itself
 LORA_R, LORA_ALPHA, LORA_DROPOUT = 16, 32, 0.05  # of a new adapter, where the options leave them open
@@ -358,15 +359,25 @@ def _trainable(model: nn.Module) -> dict[str, torch.Tensor]:
 @contextmanager
 def holding(model: nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Has the model's parameters of these names hold these values meanwhile."""
-    parameters = dict(model.named_parameters())
-    own = {name: parameters[name].data for name in weights}
+    parameters = parameters_of(model)
+    own = {name: x.detach().clone() if is_part(x := parameters[name]) else x.data for name in weights}
     try:
-        for name, value in weights.items():
-            parameters[name].data = value
+        _fill(model, weights)
         yield
     finally:
-        for name, value in own.items():
-            parameters[name].data = value
+        _fill(model, own)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Has the parameters of these names hold these values, which are copied into sharded ones."""
+    parameters = parameters_of(model)
+    for name, value in values.items():
+        parameter = parameters[name]
+        if is_part(parameter):
+            parameter.copy_(value if is_part(value) else like(value, parameter))
+        else:
+            parameter.data = value
 
 
 def settings_of(config: Any) -> dict[str, Any]:

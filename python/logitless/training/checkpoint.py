@@ -32,6 +32,7 @@ from logitless.training import files
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
 from logitless.training.settings import Settings
+from logitless.training.sharding import gathered_state, like, parameters_of, shape_of, whole_weight
 
 STATE = "trainer_state.json"
 ESTIMATED = "estimated.safetensors"
@@ -62,10 +63,13 @@ def save(
     """Writes `checkpoint-<step>` and then deletes the oldest beyond `keep`. Every process must call it."""
     folder = output_dir / f"checkpoint-{step}"
     generators = generator_states(world)
+    weights = gathered_state(model, keep=world.is_main)
+    moments = optimizer_state(model, optimizer, world)
+    reference = {name: whole_weight(tensor).cpu() for name, tensor in reference.items()}
     if world.is_main:
         with files.new_folder(folder) as unfinished:
-            settings.save(unfinished, model, tokenizer)
-            save_file(optimizer_state(model, optimizer), unfinished / "optimizer.safetensors")
+            settings.save(unfinished, model, tokenizer, weights)
+            save_file(moments, unfinished / "optimizer.safetensors")
             save_file(generators, unfinished / "rng_state.safetensors")
             if estimated:
                 save_file(estimated, unfinished / ESTIMATED)
@@ -112,7 +116,7 @@ def load_estimated(folder: Path) -> dict[str, torch.Tensor]:
 
 def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
     """Puts back the optimizer's and the generators' states."""
-    load_optimizer_state(model, optimizer, _load(folder / "optimizer.safetensors"), folder)
+    load_optimizer_state(model, optimizer, _load(folder / "optimizer.safetensors"), folder, world)
     set_generator_states(_load(folder / "rng_state.safetensors"), world)
     set_python_generators(_load(folder / "rng_state.json"))
 
@@ -130,33 +134,30 @@ def restore_reference(folder: Path, reference: dict[str, torch.Tensor]) -> None:
         was, now = ("followed the trained model", "stays") if more else ("stayed", "follows it")
         raise InputError(f"sync_ref_model: in {folder} the reference {was}, and now it {now}")
     for name, tensor in reference.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(like(saved[name], tensor))
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by moment and parameter name."""
-    return {
-        f"{moment}.{name}": tensor.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        for moment, tensor in optimizer.state.get(parameter, {}).items()
-    }
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors by moment and parameter name, of the main process; the others take part in it."""
+    found = {}
+    for name, parameter in parameters_of(model).items():
+        for moment, tensor in world.strategy.moments(optimizer, parameter).items():
+            if world.is_main:
+                found[f"{moment}.{name}"] = tensor.cpu().contiguous()
+    return found
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], source: Path
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], source: Path, world: World
 ) -> None:
     """The inverse of `optimizer_state`. Raises InputError where the two models' parameters differ."""
-    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    parameters = {name: parameter for name, parameter in parameters_of(model).items() if parameter.requires_grad}
     for key, tensor in tensors.items():
         moment, _, name = key.partition(".")
         parameter = parameters.get(name)
-        if parameter is None or (moment != "step" and tensor.shape != parameter.shape):
+        if parameter is None or (moment != "step" and tensor.shape != shape_of(parameter)):
             raise InputError(f"{source}: its optimizer state {key} fits no trainable parameter of this model")
-        # AdamW keeps its step counter on the CPU unless it is fused
-        fused = optimizer.defaults.get("fused")
-        device = parameter.device if moment != "step" or fused else torch.device("cpu")
-        dtype = tensor.dtype if moment == "step" else parameter.dtype  # of the weights, which a run may change
-        optimizer.state[parameter][moment] = tensor.to(device, dtype)
+        world.strategy.set_moment(optimizer, parameter, moment, tensor)
 
 
 def generator_states(world: World) -> dict[str, torch.Tensor]:

@@ -23,6 +23,7 @@ from logitless.training.config import TrainOptions
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 from logitless.training.examples import Example, TokenizedData
+from logitless.training.sharding import gathered_weights, shape_of
 
 #: Tables of positions by the last part of their names; rotary and ALiBi models have none.
 _TABLES = re.compile(r"wpe|(embed_)?positions?(_embed(dings?)?)?|pos_(emb|embed|embedding|encoding)")
@@ -69,12 +70,13 @@ def _extremes(example: Example) -> tuple[int, int, int, int]:
 
 def embedding_rows(model: Any) -> int:
     """Rows of a model's input embedding."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    return shape_of(model.get_input_embeddings().weight)[0]
 
 
 def head_rows(model: Any) -> int:
     """Rows of a model's output head, those that it makes logits of."""
-    return len(plain_head(model).weight)
+    with gathered_weights(list(model.get_output_embeddings().parameters())):
+        return len(plain_head(model).weight)
 
 
 def padding_token(tokenizer: Any, *models: Any) -> int:

@@ -11,7 +11,7 @@ Each is one object with one interface, `Estimate`. What it keeps is part of a ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -54,6 +54,8 @@ class Estimate:
 
     #: Whether it asks the reference model for more than a batch's own values.
     asks_reference: ClassVar[bool] = False
+    #: Whether it keeps values of rows that are still to be read, by the process that reads them.
+    of_rows: ClassVar[bool] = False
 
     def training(self, run: Running, step: int, batches: list[Batch]) -> list[Batch]:
         """The micro-batches of a step with the input, before the first of their gradients."""
@@ -88,6 +90,8 @@ class OldPolicy(Estimate):
     At the first of these updates the model scores the rows of all of them, as the authors' code of PSFT (and verl)
     scores a batch before it is cut into mini-batches. In evaluation the old policy is today's.
     """
+
+    of_rows: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.known: dict[str, torch.Tensor] = {}  # by step, micro-batch and process
@@ -143,14 +147,13 @@ class ReferencePoint(Estimate):
         examples = [example for batch in batches for example in batch.examples]
         pieces = [Piece(mismatched(*pair)) for pair in zip(examples, examples[-1:] + examples[:-1], strict=True)]
         found: dict[str, list[torch.Tensor]] = {"logprob": [], "ref_logprob": []}
-        if len(pieces) < 2:  # the only row is no mismatch
-            return {name: torch.zeros(0, dtype=torch.float64) for name in found}
         for batch in batches:
             own, pieces = pieces[: len(batch.examples)], pieces[len(batch.examples) :]
             wrong = run.loader.collate(own).to(run.world.device)
             found["logprob"].append(_of_sequences(current_stats(run, wrong).logprob, wrong))
             found["ref_logprob"].append(_of_sequences(run.reference(wrong)["ref_logprob"], wrong))
-        return {name: torch.cat(parts) for name, parts in found.items()}
+        rows = len(examples) if len(examples) > 1 else 0  # the only row is no mismatch
+        return {name: torch.cat(parts)[:rows] for name, parts in found.items()}
 
 
 def mismatched(example: Example, other: Example) -> Example:
@@ -271,7 +274,7 @@ def _shown(batch: Batch) -> torch.Tensor:
     return batch.loss_inputs["demonstration"] != 0
 
 
-ESTIMATED_INPUTS: dict[str, Callable[[], Estimate]] = {
+ESTIMATED_INPUTS: dict[str, type[Estimate]] = {
     "old_logprob": OldPolicy,
     "reference_point": ReferencePoint,
     "reward_shift": RewardShift,

@@ -40,9 +40,9 @@ def evaluate_loss(component: Component, loader: Loader) -> dict[str, float]:
     names = PREFERENCE_METRICS if isinstance(component.loss, PairLoss) else TOKEN_METRICS
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
     batches = consecutive(len(loader.units), component.options.per_device_eval_batch_size)
-    for units in batches[world.rank :: world.size]:
+    for units, counts in world.share(batches):
         for name, value in _sums(component, component.complete_held_out(loader.batch(units))).items():
-            totals[name] += value
+            totals[name] += counts * value
     component.model.train(was_training)
     totals = {name: world.sum(value) for name, value in totals.items()}
     weight, counted = totals.pop("weight"), totals.pop("count")

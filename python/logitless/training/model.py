@@ -20,7 +20,7 @@ from torch import nn
 
 from logitless.losses import Loss
 from logitless.training import adapters, files
-from logitless.training.checks import learned_positions
+from logitless.training.checks import embedding_rows, learned_positions
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
@@ -122,7 +122,7 @@ def load_tokenizer(source: str, options: TrainOptions) -> Any:
     return tokenizer
 
 
-def load_model(source: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
+def load_model(source: str, options: TrainOptions, world: World, *, frozen: bool = False) -> Any:
     """The model that a source holds, as it was given: with an adapter, its base under it.
 
     The adapter is merged into the base unless the run trains adapters: then both of a comparison are computed alike.
@@ -132,8 +132,8 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     """
     adapter = adapters.find_adapter(source, options)
     if adapter is None:
-        return load_base(source, options.model_revision, options, device, frozen=frozen)
-    base = load_base(adapter.base, adapter.base_revision, options, device, frozen=True)
+        return load_base(source, options.model_revision, options, world, frozen=frozen)
+    base = load_base(adapter.base, adapter.base_revision, options, world, frozen=True)
     model = adapters.put_on(base, source, adapter.revision, adapter.config, trainable=False)
     if not options.use_peft:
         model = adapters.merged(model, source)
@@ -141,15 +141,17 @@ def load_model(source: str, options: TrainOptions, device: torch.device, *, froz
     return model
 
 
-def load_base(source: str, revision: str, options: TrainOptions, device: torch.device, *, frozen: bool = False) -> Any:
-    """The causal LM on `device`, ready for `patch`: plain weights, head checked, kernels as asked.
+def load_base(source: str, revision: str, options: TrainOptions, world: World, *, frozen: bool = False) -> Any:
+    """The causal LM, ready for `patch`: plain weights, head checked, kernels as asked.
+
+    It is on the device of the process, or in the host's memory where it is about to be sharded.
 
     Raises:
         InputError: nothing there, not a causal LM, or one without some of its weights.
     """
     from transformers import AutoModelForCausalLM
 
-    attention = choose_attention(options, device)
+    attention = choose_attention(options, world.device)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             source,
@@ -164,10 +166,10 @@ def load_base(source: str, revision: str, options: TrainOptions, device: torch.d
     _require_weights(model, set(report["missing_keys"]), source)
     if getattr(model, "is_quantized", False):
         raise InputError(f"{source}: the model is quantised, and quantised weights cannot be trained")
-    model.to(device)
+    model.to(world.strategy.host(world.device))
     model.requires_grad_(not frozen)
     if options.use_liger_kernel:
-        apply_liger(model, device)
+        apply_liger(model, world.device)
     return model
 
 
@@ -188,22 +190,22 @@ def patched(model: Any, options: TrainOptions, loss: Loss) -> Any:
         raise InputError(f"{options.model_name_or_path}: {error}") from error
 
 
-def _load_under_lora(options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device) -> Any:
+def _load_under_lora(options: TrainOptions, source: str, resumed: Path | None, loss: Loss, world: World) -> Any:
     """The frozen base, patched, under the adapter to train."""
     adapter = adapters.find_adapter(source, options)
     base, revision = (source, options.model_revision) if adapter is None else (adapter.base, adapter.base_revision)
-    model = patched(load_base(base, revision, options, device, frozen=True), options, loss)
+    model = patched(load_base(base, revision, options, world, frozen=True), options, loss)
     return adapters.add_lora(model, options, adapter, resumed)
 
 
 def load_trained(
-    options: TrainOptions, source: str, resumed: Path | None, loss: Loss, device: torch.device, *, dropout: bool
+    options: TrainOptions, source: str, resumed: Path | None, loss: Loss, world: World, *, dropout: bool
 ) -> Any:
     """The model to train: patched, under its adapter if there is one, from the checkpoint if a run goes on."""
     if options.use_peft:
-        model = _load_under_lora(options, source, resumed, loss, device)
+        model = _load_under_lora(options, source, resumed, loss, world)
     else:
-        model = patched(load_model(source if resumed is None else str(resumed), options, device), options, loss)
+        model = patched(load_model(source if resumed is None else str(resumed), options, world), options, loss)
     if not dropout:
         disable_dropout(model)
     if options.gradient_checkpointing:
@@ -299,6 +301,13 @@ def apply_liger(model: Any, device: torch.device) -> None:
     apply(model=model, **{name: value for name, value in wanted.items() if name in known})
 
 
+def _outputs(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
+    """Hidden states of a patched model, logits of another, by its own call, which puts sharded weights together."""
+    hidden_only = {"hidden_only": True} if hasattr(model, "_logitless_patch") else {}
+    found: torch.Tensor = model(**inputs, use_cache=False, **hidden_only).logits
+    return found
+
+
 @torch.no_grad()
 def check_packing(model: Any) -> None:
     """Runs two short sequences apart and packed; raises InputError where the model lets them see each other.
@@ -306,15 +315,14 @@ def check_packing(model: Any) -> None:
     Families whose positions or states do not restart with `position_ids` (state-space models, ALiBi) are found here
     rather than in a worse model. Flash attention is checked on GPU tensors, SDPA and eager anywhere.
     """
-    embedding = model.get_input_embeddings().weight
-    vocabulary, device = embedding.shape[0], embedding.device
+    vocabulary, device = embedding_rows(model), model.get_input_embeddings().weight.device
     parts = [torch.arange(1, 1 + n, device=device)[None] * 7 % vocabulary for n in (5, 4)]
     positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
     was_training = model.training
     model.eval()
     try:
-        apart = torch.cat([model.base_model(input_ids=part, use_cache=False)[0] for part in parts], dim=1)
-        together = model.base_model(input_ids=torch.cat(parts, dim=1), position_ids=positions, use_cache=False)[0]
+        apart = torch.cat([_outputs(model, input_ids=part) for part in parts], dim=1)
+        together = _outputs(model, input_ids=torch.cat(parts, dim=1), position_ids=positions)
     except TypeError as error:
         raise InputError(f"packing: {type(model).__name__} takes no position_ids, so rows cannot be packed") from error
     finally:
@@ -339,7 +347,7 @@ def check_width(model: Any, width: int) -> None:
         return
     ids = torch.ones(1, width, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
-        model.base_model(input_ids=ids, position_ids=ids.cumsum(1) % most, use_cache=False)
+        _outputs(model, input_ids=ids, position_ids=ids.cumsum(1) % most)
     except (RuntimeError, IndexError) as error:
         raise InputError(
             f"packing: {type(model).__name__} has {most} positions and cannot read a packed row of {width} tokens; "

@@ -27,6 +27,7 @@ from logitless.training.collate import Batch
 from logitless.training.columns import TARGET_IDS
 from logitless.training.config import TrainOptions
 from logitless.training.examples import IGNORED
+from logitless.training.sharding import gathered_weights, is_sharded, whole_weight
 from logitless.types import TokenStats
 
 
@@ -110,7 +111,13 @@ class PatchedEngine:
         """The inputs of a distribution loss: the model's hidden states and its head, as the reference's."""
         with autocast(self.device, self.bf16):
             output = model(**forward_inputs(model, batch), hidden_only=True)
-        return {"ref_hidden": output.logits, "ref_head": dense_head(model)}
+        ends = list(model.get_output_embeddings().parameters())
+        with gathered_weights(ends):
+            head = dense_head(model)
+            if is_sharded(model):  # what was gathered is given back before the loss has used it
+                bias = None if head.bias is None else whole_weight(head.bias).clone()
+                head = head._replace(weight=whole_weight(head.weight).clone(), bias=bias)
+        return {"ref_hidden": output.logits, "ref_head": head}
 
 
 @dataclass(frozen=True)

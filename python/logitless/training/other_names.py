@@ -56,7 +56,7 @@ _INERT = {
     "the device's memory is left to PyTorch": ("torch_empty_cache_steps", "skip_memory_metrics"),
     "the model is not compiled": ("torch_compile", "torch_compile_backend", "torch_compile_mode"),
     "float32 products are PyTorch's": ("tf32",),
-    "torchrun and PyTorch's defaults set up several devices": (
+    "torchrun or accelerate launch sets up several devices": (
         *("ddp_backend", "ddp_bucket_cap_mb", "ddp_broadcast_buffers", "ddp_find_unused_parameters", "ddp_timeout"),
         *("ddp_static_graph", "local_rank", "ignore_bias_buffers", "fsdp_config", "fsdp_min_num_params"),
         *("fsdp_transformer_layer_cls_to_wrap", "ray_scope", "mp_parameters", "tp_size"),
@@ -133,8 +133,8 @@ _INSTEAD = {
     "label_smoothing_factor": "label_smoothing is the loss's",
     "data_seed": "seed is that of the data too",
     "eos_token": "chat_template_path names a tokenizer with another template",
-    "deepspeed": "torchrun starts a process a device",
-    "fsdp": "torchrun starts a process a device",
+    "deepspeed": "accelerate launch --config_file says how the model is sharded",
+    "fsdp": "accelerate launch --config_file says how the model is sharded",
     "bf16_full_eval": "bf16 is evaluation's too",
     "max_prompt_length": "max_length and truncation_mode cut a whole row",
     "max_completion_length": "max_length and truncation_mode cut a whole row",

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,8 @@ from torch import nn
 from logitless import __version__
 from logitless.losses import Loss
 from logitless.training import files
-from logitless.training.adapters import find_adapter, given_weights, holding, settings_of
-from logitless.training.checks import head_rows
+from logitless.training.adapters import holding, settings_of
+from logitless.training.checks import check_finite, head_rows
 from logitless.training.collate import Batch, Inputs, Stored, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -40,6 +40,7 @@ from logitless.training.model import cache_folder, load_model, locate_once, patc
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
 from logitless.training.resume import IDLE_SETTINGS
+from logitless.training.sharding import parameters_of, whole_state
 from logitless.types import Head
 
 
@@ -60,8 +61,9 @@ class Following:
     def move(self, reference: nn.Module, trained: nn.Module, done: int) -> None:
         """Moves the reference if it is due after update `done`; both models have the same parameters, in one order."""
         if done % self.steps == 0:
-            for ours, theirs in zip(reference.parameters(), trained.parameters(), strict=True):
-                ours.lerp_(theirs.to(ours), self.alpha)
+            both = (parameters_of(model).values() for model in (reference, trained))
+            for ours, theirs in zip(*both, strict=True):
+                ours.lerp_(theirs.to(ours.dtype), self.alpha)
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class ReferenceModel:
 
     def moved(self) -> dict[str, torch.Tensor]:
         """The parameters of a reference that follows, which a checkpoint holds; none of one that stays."""
-        return {} if self.following is None else {name: x.detach() for name, x in self.model.named_parameters()}
+        return {} if self.following is None else {name: x.detach() for name, x in parameters_of(self.model).items()}
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Any]:
@@ -114,7 +116,14 @@ class ReferenceModel:
 
 
 def load_reference(
-    options: TrainOptions, world: World, source: str, engine: Engine, loss: Loss, names: tuple[str, ...], trained: Any
+    options: TrainOptions,
+    world: World,
+    source: str,
+    engine: Engine,
+    loss: Loss,
+    names: tuple[str, ...],
+    trained: Any,
+    given: Mapping[str, torch.Tensor] | None = None,
 ) -> ReferenceModel:
     """The model that gives a loss the inputs of these names, or its whole distributions.
 
@@ -126,6 +135,7 @@ def load_reference(
         engine: how the reference is asked.
         names: inputs of the loss, of `REFERENCE_FIELDS`; none for a loss that compares distributions.
         trained: the model that is trained.
+        given: the weights of its adapter as it was given; None where it is new, or is not compared with.
 
     Raises:
         InputError: options that exclude one another, or a teacher that is not there or has fewer rows of the head.
@@ -136,12 +146,15 @@ def load_reference(
     if loss.compares_distributions and not isinstance(engine, PatchedEngine):
         raise InputError(f"backend: {loss.name} compares distributions, which 'materialised' does not")
     if options.use_peft and not options.precompute_ref_log_probs and teacher is None:
-        as_given = _adapter_as_given(trained, source, options)
+        as_given = trained.disable_adapter if given is None else partial(holding, trained, given)
         return ReferenceModel(engine, trained, loss, names, as_given=as_given)
     if teacher is not None:
         options = dataclasses.replace(options, model_name_or_path=teacher, use_peft=False)
         source = locate_once(options, world)
-    frozen = patched(load_model(source, options, world.device, frozen=True), options, loss)
+    frozen = patched(load_model(source, options, world, frozen=True), options, loss)
+    if teacher is not None:
+        check_finite(frozen, teacher)
+    world.strategy.place(frozen)
     return ReferenceModel(engine, frozen, loss, names, following, _shared_rows(frozen, trained, loss, teacher))
 
 
@@ -166,15 +179,6 @@ def _shared_rows(frozen: Any, trained: Any, loss: Loss, teacher: str | None) -> 
 def first_rows(head: Head, rows: int | None) -> Head:
     """A view of a head's first rows; all of them if None."""
     return head._replace(weight=head.weight[:rows], bias=None if head.bias is None else head.bias[:rows])
-
-
-def _adapter_as_given(trained: Any, source: str, options: TrainOptions) -> Callable[[], AbstractContextManager[Any]]:
-    """How the trained adapter becomes what it was at the start: off if it is new, else with its first weights."""
-    adapter = find_adapter(source, options)
-    if adapter is None:
-        off: Callable[[], AbstractContextManager[Any]] = trained.disable_adapter
-        return off
-    return partial(holding, trained, given_weights(trained, adapter))
 
 
 def _following(options: TrainOptions) -> Following | None:
@@ -206,10 +210,10 @@ def cache_file(cache: Path, depends_on: dict[str, Any]) -> Path:
     return cache / "reference" / f"{key[:32]}.safetensors"
 
 
-def hash_tensors(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A hash of every tensor, its name, dtype and shape."""
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """A hash of every tensor, its name, dtype and shape, in this order."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -220,16 +224,21 @@ def compute_values(
     items: Sequence[Item],
     batches: Sequence[list[int]],
     make: Callable[[list[int]], Batch],
-    device: torch.device,
+    world: World,
 ) -> Stored:
-    """The reference's values of every item, in float32 on the CPU.
+    """The reference's values of every item, in float32 on the CPU; processes share the batches out.
 
     `batches` holds item indices; `make(indices)` builds their batch: all first examples, then all second ones.
     """
+    own: dict[str, torch.Tensor] = {}
+    for (number, indices), counts in world.share(list(enumerate(batches))):
+        values = reference(make(indices).to(world.device))
+        own |= {f"{number}.{name}": tensor.float().cpu() for name, tensor in values.items()} if counts else {}
+    found = {name: tensor for each in world.gather(own) for name, tensor in each.items()}
     stored: dict[int, tuple[Inputs, ...]] = {}
-    for indices in batches:
+    for number, indices in enumerate(batches):
         batch = make(indices)
-        values = {name: tensor.float().cpu() for name, tensor in reference(batch.to(device)).items()}
+        values = {name: found[f"{number}.{name}"] for name in reference.names}
         flat = batch.cu_seqlens is not None
         examples = [(index, part) for part in range(len(items[0])) for index in indices]
         start = 0
@@ -248,7 +257,7 @@ def write_values(path: Path, stored: Stored) -> None:
     names = stored[0][0].keys()
     flat = {name: torch.cat([inputs[name] for item in stored for inputs in item]) for name in names}
     with files.new_file(path) as unfinished:
-        save_file(flat, unfinished, metadata={"sha256": hash_tensors(flat)})
+        save_file(flat, unfinished, metadata={"sha256": hash_tensors(sorted(flat.items()))})
 
 
 def read_values(path: Path, items: Sequence[Item]) -> Stored | None:
@@ -257,7 +266,7 @@ def read_values(path: Path, items: Sequence[Item]) -> Stored | None:
     try:
         with safe_open(path, "pt") as file:
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            whole = (file.metadata() or {}).get("sha256") == hash_tensors(flat)
+            whole = (file.metadata() or {}).get("sha256") == hash_tensors(sorted(flat.items()))
     except (OSError, SafetensorError):
         return None
     if not whole:
@@ -271,21 +280,23 @@ def read_values(path: Path, items: Sequence[Item]) -> Stored | None:
 
 
 def stored_values(asked: ReferenceModel, loader: Loader, options: TrainOptions, world: World) -> Stored:
-    """The reference's values of a loader's items, from the cache, where the main process puts them first.
+    """The reference's values of a loader's items, from the cache, where they are put first.
 
     Raises:
         InputError: the cache's folder cannot be written.
     """
     items, path = loader.data.items, cache_file(cache_folder(options), _depends_on(asked, loader, options, world))
     found = read_values(path, items) if world.is_main else None
-    if world.is_main and found is None:
-        try:
-            files.require_writable(path.parent)
-        except OSError as error:
-            raise InputError(f"cache_dir: nothing can be kept in {path.parent}: {error}") from error
+    if not world.sum(found is not None):
+        if world.is_main:
+            try:
+                files.require_writable(path.parent)
+            except OSError as error:
+                raise InputError(f"cache_dir: nothing can be kept in {path.parent}: {error}") from error
         batches = consecutive(len(items), options.per_device_eval_batch_size)
-        found = compute_values(asked, items, batches, loader.without_packs().batch, world.device)
-        write_values(path, found)
+        found = compute_values(asked, items, batches, loader.without_packs().batch, world)
+        if world.is_main:
+            write_values(path, found)
     world.wait()
     found = read_values(path, items) if found is None else found
     if found is None:
@@ -299,7 +310,7 @@ def _depends_on(asked: ReferenceModel, loader: Loader, options: TrainOptions, wo
     for name in IDLE_SETTINGS:
         configuration.pop(name, None)
     return {
-        "weights": hash_tensors(asked.model.state_dict()),
+        "weights": hash_tensors(whole_state(asked.model)),
         "adapters": {name: settings_of(config) for name, config in getattr(asked.model, "peft_config", {}).items()},
         "configuration": configuration,
         "code": _own_code(asked.model),

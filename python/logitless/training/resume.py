@@ -23,10 +23,11 @@ from logitless.training.parallel import World
 from logitless.training.places import MODEL_CONFIG, require_folder
 
 TEACHER = "teacher_model_name_or_path"
+#: Whose product is the rows of a step, which processes share out in one way or another.
+SPLIT = ("processes", "per_device_train_batch_size", "gradient_accumulation_steps")
 #: Options that a resumed run must share with the one that wrote the checkpoint, or its data position means nothing.
 FIXED = (
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
+    *SPLIT[1:],
     "seed",
     "packing",
     "max_length",
@@ -161,9 +162,17 @@ def require_same_models(state: dict[str, Any], models: Mapping[str, Origin], sou
 
 
 def require_same(
-    state: dict[str, Any], identity: dict[str, Any], options: TrainOptions, tokenizer: Any, source: Path
+    state: dict[str, Any],
+    identity: dict[str, Any],
+    options: TrainOptions,
+    tokenizer: Any,
+    source: Path,
+    *,
+    same_split: bool,
 ) -> None:
     """Raises InputError naming what a resumed run may not change and did.
+
+    The rows of a step may be shared out among more or fewer processes, as long as a step has as many of them.
 
     Args:
         state: the checkpoint's.
@@ -171,8 +180,11 @@ def require_same(
         options: the run's own, and
         tokenizer: its tokenizer, by which other tokens are explained.
         source: the checkpoint's folder.
+        same_split: whether each process must have the rows that it had, because the run keeps values of them.
     """
     saved = state["identity"]
+    if not same_split and _rows_of_step(saved) == _rows_of_step(identity):
+        identity = {name: value for name, value in identity.items() if name.rpartition("/")[2] not in SPLIT}
     changed = [name for name in identity if saved.get(name) != identity[name]]
     if not changed:
         return
@@ -180,6 +192,16 @@ def require_same(
     if any(name.rpartition("/")[2] == "data" for name in changed):
         named += _other_tokens(state, options, tokenizer, changed)
     raise InputError(f"{source} cannot be continued, its data position would mean nothing: {'; '.join(named)}")
+
+
+def _rows_of_step(identity: Mapping[str, Any]) -> dict[str, int]:
+    """The rows of a step, by the prefix of the component that reads them."""
+    found: dict[str, int] = {}
+    for name, value in identity.items():
+        prefix, _, option = name.rpartition("/")
+        if option in SPLIT[1:]:
+            found[prefix] = found.get(prefix, identity[SPLIT[0]]) * value
+    return found
 
 
 def _other_tokens(state: dict[str, Any], options: TrainOptions, tokenizer: Any, known: Sequence[str]) -> list[str]:

@@ -15,18 +15,19 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from logitless.losses import Loss
 from logitless.training import checkpoint, files
-from logitless.training.adapters import Adapter, find_adapter, idle_options, require_free
+from logitless.training.adapters import Adapter, find_adapter, given_weights, idle_options, require_free
 from logitless.training.checks import (
     check_finite,
     check_positions,
@@ -65,6 +66,7 @@ from logitless.training.resume import (
 )
 from logitless.training.sampler import Sampler
 from logitless.training.settings import Settings, read_settings
+from logitless.training.sharding import shape_of
 from logitless.training.template_date import with_date
 
 
@@ -139,7 +141,7 @@ class Run:
     tokenizer: Any
     settings: Settings  # of model and tokenizer, to be saved as they came
     model: Any
-    parallel: Any  # the model, in DistributedDataParallel where there are several processes
+    parallel: Any  # what is called for a gradient: the model, in what its strategy puts around it
     optimizer: torch.optim.Optimizer
     steps_per_epoch: int  # until the component of the most steps has read its data; the others begin again meanwhile
     total_steps: int
@@ -181,7 +183,7 @@ class Run:
         }
 
     def trainable(self) -> Iterable[torch.nn.Parameter]:
-        """The parameters that the optimizer updates."""
+        """The parameters that are trained."""
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
 
@@ -192,6 +194,7 @@ class Base(NamedTuple):
     source: str  # of the model
     tokenizer: Any
     model: Any
+    given: Mapping[str, torch.Tensor] | None  # its adapter's weights as they came, where it is compared with
     frozen: dict[str | None, Any]  # reference models by teacher
     notes: list[str]  # for the log, once there is one
 
@@ -229,12 +232,13 @@ def prepare(options: TrainOptions, world: World) -> Run:
     identity = _identify(plan, read)
     model, notes = _load_model(plan, read)
     settings = read_settings(model, read.tokenizer, options)
-    notes += _notes_on_text(plan, read)
-    parallel = DistributedDataParallel(model) if world.size > 1 else model
-    base = Base(world, read.source, read.tokenizer, model, {}, notes)
+    notes += [*world.strategy.notes, *_notes_on_text(plan, read)]
+    given = _given(plan, read, model)
+    parallel, optimizer = world.strategy.trained(model, options, partial(make_optimizer, model, options))
+    confirm_patch(engine_of(options, plan.losses[0], world.device), model, options, world.device)
+    base = Base(world, read.source, read.tokenizer, model, given, {}, notes)
     components = tuple(_prepared(base, *each) for each in zip(plan.components, plan.losses, read.data, strict=True))
 
-    optimizer = make_optimizer(model, options)
     steps_per_epoch, total_steps = _count_steps(plan, components)
     reporter = _reporter(options, world, plan.state["step"], total_steps)
     run = Run(
@@ -255,7 +259,20 @@ def _plan(options: TrainOptions, world: World) -> Plan:
     for component in components:
         with component.blamed():
             require_places(component.options)
+            _require_launch(component.options, world)
     return Plan(options, world, components, losses, resumed, first_state(resumed, world))
+
+
+def _require_launch(options: TrainOptions, world: World) -> None:
+    """Raises InputError where the launcher asks for what is not served, or for another precision than the options."""
+    world.strategy.require(options)
+    if options.sync_ref_model and not world.strategy.writes:
+        raise InputError(f"sync_ref_model: {world.strategy.name} cannot write the reference's weights; use FSDP2")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    ours = "bf16" if computes_in_bf16(options, world.device) else "no"
+    if precision not in ("no", "", ours):
+        raise InputError(f"accelerate's configuration: mixed_precision is {precision}, and the option bf16 makes it "
+                         f"{ours}; expected no, or the same")  # fmt: skip
 
 
 def _read_data(plan: Plan) -> Read:
@@ -277,7 +294,9 @@ def _identify(plan: Plan, read: Read) -> dict[str, Any]:
     identity = identity_of(plan.components, [loaded.training.fingerprint() for loaded in read.data], plan.world)
     models = _origins(plan, read)
     if resumed is not None:
-        require_same(state, identity, plan.components[0].options, read.tokenizer, resumed)
+        keeps = any(ESTIMATED_INPUTS[name].of_rows for data in read.data for name in data.sources.estimates)
+        options = plan.components[0].options
+        require_same(state, identity, options, read.tokenizer, resumed, same_split=keeps)
         require_same_models(state, models, resumed)
     state |= {"tokenizer": tokenizer_parts(read.tokenizer), "models": {name: own.parts for name, own in models.items()}}
     return identity
@@ -302,18 +321,27 @@ def _origins(plan: Plan, read: Read) -> dict[str, Origin]:
 
 def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
     """The model to train, which can read the rows, and notes on it."""
-    options, device, (loss, *_) = plan.options, plan.world.device, plan.losses
+    options, (loss, *_) = plan.options, plan.losses
     compares = _any_compares(plan.losses, read.data)
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
-    model = load_trained(options, read.source, plan.resumed, loss, device, dropout=dropout)
+    model = load_trained(options, read.source, plan.resumed, loss, plan.world, dropout=dropout)
     notes = [*idle_options(options), *check_weights(model, options, peak_learning_rate(options, plan.losses))]
     check_finite(model, options.model_name_or_path + (f" in {plan.resumed}" if plan.resumed is not None else ""))
     notes += _check_model(plan, read, model)
     if read.adapter is not None:
         use = "trained on" if options.use_peft else "merged into it"
         notes.append(f"{read.source} holds an adapter of {read.adapter.base}: it is {use}")
-    confirm_patch(engine_of(options, loss, device), model, options, device)
     return model, notes
+
+
+def _given(plan: Plan, read: Read, model: Any) -> Mapping[str, torch.Tensor] | None:
+    """The weights of an adapter as it was given, where it is trained and the run compares with it."""
+    if read.adapter is None or not plan.options.use_peft or not _any_compares(plan.losses, read.data):
+        return None
+    if not plan.world.strategy.writes:
+        raise InputError(f"use_peft: {plan.world.strategy.name} cannot write the weights of {read.source} back, with "
+                         "which the run compares; use FSDP2, or merge the adapter into its base")  # fmt: skip
+    return given_weights(model, read.adapter)
 
 
 def _count_steps(plan: Plan, components: Sequence[Component]) -> tuple[int, int]:
@@ -400,7 +428,9 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
         if loss.lists and options.backend == "materialised":
             raise InputError(f"backend: {loss.name} reads several ids a token, which 'materialised' does not")
         if sources.reference or loss.compares_distributions:
-            reference = load_reference(options, world, base.source, engine, loss, sources.reference, base.model)
+            reference = load_reference(
+                options, world, base.source, engine, loss, sources.reference, base.model, base.given
+            )
             base.notes.extend(_check_teacher(base, options, reference, data))
         _check_estimates(options, loss, reference, estimates)
         pad_token = padding_token(base.tokenizer, base.model, base.model if reference is None else reference.model)
@@ -426,7 +456,6 @@ def _check_teacher(base: Base, options: TrainOptions, reference: ReferenceModel,
     if teacher is None:
         return []
     options = dataclasses.replace(options, model_name_or_path=teacher)
-    check_finite(reference.model, teacher)
     notes = _check_rows(reference.model, base.tokenizer, teacher, data)
     confirm_patch(reference.engine, reference.model, options, base.world.device)
     try:
@@ -521,12 +550,14 @@ def _describe(run: Run, notes: Sequence[str]) -> None:
     """Tells the reader of the terminal what is trained, how, and with what."""
     options, model, device = run.options, run.model, run.world.device
     loss = " + ".join(_weighted(component) for component in run.components)
-    trainable = sum(parameter.numel() for parameter in run.trainable())
-    total = sum(parameter.numel() for parameter in model.parameters())
+    trainable = sum(shape_of(parameter).numel() for parameter in run.trainable())
+    total = sum(shape_of(parameter).numel() for parameter in model.parameters())
     precision = "bfloat16 autocast" if computes_in_bf16(options, device) else str(model.dtype).split(".")[-1]
+    name, size = run.world.strategy.name, run.world.size
+    shared = f", {name or 'copies'} in {size} process{'es' if size > 1 else ''}" if size > 1 or name else ""
     run.reporter.say(
         f"training {options.model_name_or_path}: {trainable} of {total} parameters, loss {loss}, backend "
-        f"{options.backend}, {precision} on {device}, {model.config._attn_implementation} attention"
+        f"{options.backend}, {precision} on {device}{shared}, {model.config._attn_implementation} attention"
     )
     for component in run.components:
         _describe_data(run.reporter, component)

@@ -46,13 +46,16 @@ class Settings:
     model: Mapping[str, bytes] = field(default_factory=dict)
     tokenizer: Mapping[str, bytes] = field(default_factory=dict)
 
-    def save(self, folder: Path, model: Any, tokenizer: Any) -> None:
+    def save(self, folder: Path, model: Any, tokenizer: Any, weights: Any = None) -> None:
         """Writes the trained weights (or adapter) and, beside them, everything else as it came.
 
         What was trained stays true: config.json names the precision of the weights and the class that has them.
+
+        Args:
+            weights: the model's tensors by name, where the model holds a part of each only; by default its own.
         """
         with _without_generation(model):
-            model.save_pretrained(folder)
+            model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(folder)
         for name, content in self.tokenizer.items():
             (folder / name).write_bytes(content)

@@ -74,8 +74,9 @@ def write_teacher_columns(
     options.require_inputs()
     world = parallel.start(options.use_cpu)
     try:
-        if world.size > 1:
-            raise InputError(f"a teacher runs in one process, got {world.size}; give each a part of the rows")
+        if world.size > 1 or world.strategy.shards:
+            raise InputError(f"a teacher runs in one process and is not sharded, got {world.size}; give each a part of "
+                             "the rows")  # fmt: skip
         _teach(options, world, path, k, server)
     finally:
         parallel.stop(world)
@@ -153,7 +154,7 @@ def _model_teacher(options: TrainOptions, world: World, read: _Tokenised, k: int
     check_tokenizers(tokenizer, load_tokenizer(source, options), [read.data], name, whole=True)
     loss = NLL()
     engine = PatchedEngine(loss, world.device, computes_in_bf16(options, world.device))
-    model = patched(load_model(source, options, world.device, frozen=True), options, loss).eval()
+    model = patched(load_model(source, options, world, frozen=True), options, loss).eval()
     check_vocabulary(model, tokenizer, read.reach, name)
     check_positions(model, read.reach, name)
     confirm_patch(engine, model, options, world.device)

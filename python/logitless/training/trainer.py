@@ -13,9 +13,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -30,6 +30,7 @@ from logitless.training.model import hide_progress_bars
 from logitless.training.objective import Objective
 from logitless.training.optimizer import learning_rate, peak_learning_rate, set_learning_rate
 from logitless.training.run import Component, Run, prepare
+from logitless.training.sharding import gathered_state
 
 
 class TrainResult(NamedTuple):
@@ -97,11 +98,9 @@ def take_step(run: Run, step: int) -> Record:
     run.model.train()
     added = [_add_gradients(run, component, step) for component in run.components]
     loss = weighted_loss(run, [metrics for metrics, _ in added])
-    _require_finite(run, "loss", loss, step)
-    norm = float(torch.nn.utils.clip_grad_norm_(run.trainable(), options.max_grad_norm or math.inf))
-    _require_finite(run, "gradient norm", norm, step)
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    _require_finite(run, step, "loss", loss)
+    check = partial(_require_finite, run, step, "gradient norm")
+    norm = run.world.strategy.step(run.parallel, run.optimizer, options.max_grad_norm, check)
     record: Record = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     for component, (metrics, _) in zip(run.components, added, strict=True):
         record |= component.made_from.named(metrics)
@@ -131,11 +130,11 @@ def _add_gradients(run: Run, component: Component, step: int) -> tuple[Record, i
 
 
 def _add_gradient(run: Run, component: Component, batch: Batch, normalizer: float, last: bool) -> Objective:
-    """Adds the gradient of a micro-batch; processes exchange gradients at the step's very last one only."""
-    wait: AbstractContextManager[Any] = nullcontext() if last or run.world.size == 1 else run.parallel.no_sync()
-    with wait:
+    """Adds the gradient of a micro-batch; `last` is the step's very last one."""
+    strategy = run.world.strategy
+    with strategy.exchange(run.parallel, last):
         objective = component.engine.objective(run.parallel, batch, normalizer)
-        (objective.loss * (component.made_from.weight * run.world.size)).backward()
+        strategy.backward(run.parallel, objective.loss * (component.made_from.weight * run.world.size), last)
     return objective._replace(loss=objective.loss.detach())
 
 
@@ -150,7 +149,7 @@ def _preference_metrics(component: Component, objectives: list[Objective], pairs
     }
 
 
-def _require_finite(run: Run, what: str, value: float, step: int) -> None:
+def _require_finite(run: Run, step: int, what: str, value: float) -> None:
     if not math.isfinite(value):
         saved = checkpoint.checkpoints(run.output)
         kept = f"the newest checkpoint is {saved[-1]}" if saved else "no checkpoint was written yet"
@@ -241,9 +240,10 @@ def _save_checkpoint(run: Run, step: int) -> None:
 
 def _save_final(run: Run) -> None:
     """Writes the trained model (or adapter) into the output folder itself."""
+    weights = gathered_state(run.model, keep=run.world.is_main)
     if run.world.is_main:
         with files.new_folder(run.output / "final") as unfinished:
-            run.settings.save(unfinished, run.model, run.tokenizer)
+            run.settings.save(unfinished, run.model, run.tokenizer, weights)
         files.move_into(run.output / "final", run.output)
         (run.output / "final").rmdir()
     run.world.wait()

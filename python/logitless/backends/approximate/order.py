@@ -68,6 +68,10 @@ def _check_floating(name: str, value: object, fits: bool, shape: str) -> None:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = value.dtype if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name}: expected a floating tensor of shape {shape}, got {kind}")
+    if hasattr(value, "full_tensor"):
+        raise TypeError(
+            f"{name}: expected a plain tensor, got a DTensor; give {name}.full_tensor(), once for many steps"
+        )
     if not fits:
         raise ValueError(f"{name}: expected shape {shape}, got {list(value.shape)}")
 

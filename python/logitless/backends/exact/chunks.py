@@ -52,8 +52,13 @@ def chunk_tokens(
     budget = chunk_budget(options.chunk_bytes, device)
     if trainable and options.chunk_bytes is None and device not in DEFAULT_CHUNK_BYTES:
         budget = max(budget, weight.numel() * statistics_dtype(weight.dtype).itemsize)
+    return max(1, _in_steps(budget // token_bytes(hidden, weight, options, buffers), device))
+
+
+def token_bytes(hidden: Tensor, weight: Tensor, options: Options | Problem, buffers: int = 1) -> int:
+    """Bytes of the budget for each token of a chunk."""
     itemsize = (options.chunk_dtype or statistics_dtype(hidden.dtype)).itemsize
-    return max(1, _in_steps(budget // (weight.shape[0] * itemsize * buffers), device))
+    return weight.shape[0] * itemsize * buffers
 
 
 def _in_steps(tokens: int, device: str) -> int:

@@ -23,11 +23,12 @@ a = 0 (e = q r), forward KL at 1, 4 squared Hellinger at 1/2, half of Pearson's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ...parallel import gathered, summed
 from ...types import DivergenceOptions, Options, statistics_dtype
 from ..interface import (
     DivergenceEngine,
@@ -49,6 +50,9 @@ from .products import (
     raw_products,
     spans,
 )
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The kinds
@@ -190,21 +194,35 @@ _ROW_GROUPS = 8
 
 
 def torch_divergence_rows(
-    model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None
+    model: RawSide,
+    ref: RawSide,
+    options: DivergenceOptions,
+    upstream: Tensor | None,
+    *,
+    group: ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The `DivergenceEngine` of PyTorch operations."""
+    """The `DivergenceEngine` of PyTorch operations.
+
+    With a `group`, whose processes share the vocabulary, the sums over the vocabulary are over all of them.
+    """
     count, sides = len(model.raw), (model, ref)
     values = []
-    for group in spans(count, -(-count // _ROW_GROUPS)):
-        parts = [side._replace(raw=side.raw[group]) for side in sides]
-        values.append(_of_group(parts[0], parts[1], options, None if upstream is None else upstream[group]))
+    for rows in spans(count, -(-count // _ROW_GROUPS)):
+        parts = [side._replace(raw=side.raw[rows]) for side in sides]
+        values.append(_of_rows(parts[0], parts[1], options, None if upstream is None else upstream[rows], group))
     gradients = [None if upstream is None or side.operand is None else side.raw.to(side.operand) for side in sides]
     return torch.cat(values), gradients[0], gradients[1]
 
 
-def _of_group(model: RawSide, ref: RawSide, options: DivergenceOptions, upstream: Tensor | None) -> Tensor:
+def _of_rows(
+    model: RawSide,
+    ref: RawSide,
+    options: DivergenceOptions,
+    upstream: Tensor | None,
+    group: ProcessGroup | None,
+) -> Tensor:
     """The values of some rows; their gradients take the raw products' place."""
-    (log_q, slope_q), (log_p, slope_p) = _log_softmax(model), _log_softmax(ref)
+    (log_q, slope_q), (log_p, slope_p) = _log_softmax(model, group), _log_softmax(ref, group)
     log_ratio = log_p - log_q
     if model.head.bias is not None or ref.head.bias is not None:
         log_ratio.masked_fill_(log_p.isneginf() & log_q.isneginf(), 0.0)
@@ -216,23 +234,34 @@ def _of_group(model: RawSide, ref: RawSide, options: DivergenceOptions, upstream
             (ref, result.ref, x.p, slope_p),
         ):
             if side.operand is not None:
-                side.raw.copy_(_logit_gradient(share(), probability, upstream, slope))
-    return result.value
+                side.raw.copy_(_logit_gradient(share(), probability, upstream, slope, group))
+    return _over_vocabulary(result.value, group)
 
 
-def _log_softmax(side: RawSide) -> tuple[Tensor, Tensor | float]:
+def _over_vocabulary(x: Tensor, group: ProcessGroup | None) -> Tensor:
+    """A sum over this process's vocabulary entries, summed over those of all."""
+    return x if group is None else summed(x, group)
+
+
+def _log_softmax(side: RawSide, group: ProcessGroup | None) -> tuple[Tensor, Tensor | float]:
     """Log-probabilities, and `d logit / d raw product`. A dense copy: rows of a vocabulary-major chunk are not."""
     bias, transform = side.head.bias, side.head.transform
     z = side.raw.clone() if bias is None else side.raw + bias
     derivative = transform.apply_(z, may_be_masked=bias is not None)
-    z.sub_(z.amax(-1, keepdim=True))
-    z.sub_(z.exp().sum(-1, keepdim=True).log_())
+    top = z.amax(-1, keepdim=True)
+    if group is not None:
+        top = gathered(top.clamp_(min=torch.finfo(z.dtype).min), group).amax(0)  # not -inf, where all is masked here
+    z.sub_(top)
+    z.sub_(_over_vocabulary(z.exp().sum(-1, keepdim=True), group).log_())
     return z, transform.slope if derivative is None else derivative
 
 
-def _logit_gradient(share: Tensor, probability: Tensor, upstream: Tensor, slope: Tensor | float) -> Tensor:
+def _logit_gradient(
+    share: Tensor, probability: Tensor, upstream: Tensor, slope: Tensor | float, group: ProcessGroup | None
+) -> Tensor:
     """`upstream (u - q sum u) slope`."""
-    gradient = torch.addcmul(share, probability, share.sum(-1, keepdim=True), value=-1)
+    total = _over_vocabulary(share.sum(-1, keepdim=True), group)
+    gradient = torch.addcmul(share, probability, total, value=-1)
     return gradient.mul_(upstream[:, None]).mul_(slope)
 
 
@@ -251,8 +280,10 @@ def divergence_sweep(
     # The default is one side's; a budget that was given holds both and PyTorch's temporaries.
     buffers = 1 if problem.chunk_bytes is None else 3
     trainable = upstream is not None and any(need.weight for need in needs)
-    options = Options(chunk_bytes=problem.chunk_bytes)
-    most = chunk_tokens(wide, problem.model.head.weight, options, buffers, trainable=trainable)
+    options, weight = Options(chunk_bytes=problem.chunk_bytes), problem.model.head.weight
+    if problem.ranks is not None:
+        weight = weight[:1].expand(problem.ranks.widest, -1)
+    most = chunk_tokens(wide, weight, options, buffers, trainable=trainable)
     tokens = equal_chunks(count, most, wide.device.type)
     chunks = [
         _SideChunks(side, need if upstream is not None else Needs(False, False, False), tokens, dtype)
@@ -278,7 +309,10 @@ class _SideChunks:
         self.head = in_dtype(side.head, dtype)
         self.buffer = torch.empty(tokens * row_stride(len(self.weight), dtype, device.type), dtype=dtype, device=device)
         self.operand = operand_dtype(own, device) if any(needs) else None
-        self.sums: Gradients = empty_gradients(side, needs, dtype)
+        self.begun = needs.weight and side.head_sum is not None  # the head's sum
+        self.sums: Gradients = empty_gradients(side, needs._replace(weight=needs.weight and not self.begun), dtype)
+        if self.begun:
+            self.sums = self.sums._replace(weight=side.head_sum)
 
     def raw(self, span: slice) -> RawSide:
         hidden = self.hidden[span].to(self.multiplied)
@@ -292,6 +326,7 @@ class _SideChunks:
                 products_with_head(gradient, self.weight, self.sums.hidden[span])
             if self.sums.weight is not None:
                 hidden = self.hidden[span].to(gradient.dtype)
-                multiply(gradient.T, hidden, out=self.sums.weight, add=span.start > 0)
+                multiply(gradient.T, hidden, out=self.sums.weight, add=self.begun)
+                self.begun = True
             if self.sums.bias is not None:
                 self.sums.bias.add_(gradient.sum(0, dtype=self.sums.bias.dtype))

@@ -28,6 +28,9 @@ class Accumulators:
         # The first product overwrites the sums of hidden states and head: no zeros are written and read back.
         self.sums = empty_gradients(problem, needs._replace(weight=False), operands.dtype)
         self.weight_begun = False
+        if needs.weight and problem.head_sum is not None:
+            self.set_weight(problem.head_sum)
+            self.weight_begun = True
         halves = problem.head.weight.dtype == operands.operand == torch.bfloat16
         self.one_product = problem.rounds_head and halves and len(problem.targets) <= chunk
         # The mean logit's gradient is one vector, times each entry's weight: summed apart, added once.

@@ -8,6 +8,7 @@ clip are one formula with their own defaults. What they all can add is `PolicyLo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -242,7 +243,7 @@ class BNPO(PPO):
 @register
 @dataclass(frozen=True)
 class CISPO(PolicyLoss):
-    """CISPO: `-sg(min(r, ratio_cap)) A logprob`: clipped weights, and a gradient from every token.
+    """CISPO: `-sg(clamp(r, ratio_floor, ratio_cap)) A logprob`: clipped weights, and a gradient from every token.
 
     Detached: the weight, A, old_logprob.
 
@@ -251,30 +252,32 @@ class CISPO(PolicyLoss):
     Args:
         ratio_cap: the greatest weight itself (not 1 + epsilon), 5 by default, a usual value. None: no cap, REINFORCE
             with an importance weight.
+        ratio_floor: the least weight, at most `ratio_cap`; 0, off, by default, as in TRL. verl has `1 - epsilon_low`,
+            so that a token that has become unlikely weighs no less.
 
     And those of `PolicyLoss`.
 
-    Left open: the cap, which the paper gives as `1 + epsilon_high` without a value. verl's form of the loss also holds
-    the weight above `1 - epsilon_low`, so that a token that has become unlikely weighs no less; here, as in TRL, there
-    is no lower bound.
+    Left open: the cap, which the paper gives as `1 + epsilon_high` without a value.
 
     Source: arXiv 2506.13585, as in TRL (whose `epsilon_high` is this cap, and silently 0.2 if it is not set).
     """
 
     ratio_cap: float | None = 5.0
+    ratio_floor: float = 0.0
     name: ClassVar[str] = "cispo"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_optional(self, "ratio_cap", low=0.0)
+        check_number(self, "ratio_floor", low=0.0, high=math.inf if self.ratio_cap is None else self.ratio_cap)
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
-        weight = ratio.detach() if self.ratio_cap is None else ratio.detach().clamp(max=self.ratio_cap)
+        weight = ratio.detach().clamp(min=self.ratio_floor, max=self.ratio_cap)
         return weighted_nll(weight * samples.advantages, samples.logprob)
 
     def _clipped(self, samples: Samples, ratio: Tensor) -> tuple[Tensor, Tensor]:
         none = torch.zeros_like(ratio, dtype=torch.bool)
-        return none, none if self.ratio_cap is None else ratio > self.ratio_cap
+        return ratio < self.ratio_floor, none if self.ratio_cap is None else ratio > self.ratio_cap
 
 
 @register

@@ -237,8 +237,8 @@ class CPO(_ReferenceFree):
 class ORPO(_OfAverages):
     """Odds-ratio preference optimisation: NLL of the chosen completion, and a pull on the odds of the two.
 
-    `-a_chosen - beta logsigmoid(log_odds(a_chosen) - log_odds(a_rejected))` with the log-probabilities a averaged over
-    tokens and `log_odds(a) = a - log(1 - exp(a))`.
+    `-nll_weight a_chosen - beta logsigmoid(log_odds(a_chosen) - log_odds(a_rejected))` with the log-probabilities a
+    averaged over tokens and `log_odds(a) = a - log(1 - exp(a))`.
 
     The slope of the log-odds, `1 / (1 - exp(a))`, is infinite at a = 0: they continue linearly from where it is e^10
     (a = -4.5e-5, a probability of 0.99995 per token), so that a certain completion gives a finite loss and gradient.
@@ -251,6 +251,8 @@ class ORPO(_OfAverages):
 
     Args:
         beta: lambda of the paper, weight of the odds ratio, positive; 0.1 as in TRL.
+        nll_weight: not negative; 1.0, the paper's. 0 leaves the odds ratio alone, beside an NLL that is averaged over
+            other tokens (`linear_cross_entropy`).
 
     Left open: the NLL's tokens and normaliser. Here they are each chosen completion's own; TRL counts the prompt too,
     and takes one mean over a micro-batch's tokens.
@@ -260,16 +262,21 @@ class ORPO(_OfAverages):
     """
 
     beta: float = 0.1
+    nll_weight: float = 1.0
     name: ClassVar[str] = "orpo"
 
     def __post_init__(self) -> None:
         check_number(self, "beta", low=0.0, low_open=True)
+        check_number(self, "nll_weight", low=0.0)
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> PreferenceResult:
         """Per-pair loss and metrics from averaged log-probabilities, `[B]`; ValueError where the shapes differ."""
         check_pair(self, chosen, rejected)
         ratio = smoothed_logistic(_log_odds(chosen) - _log_odds(rejected), 0.0)
-        return preference_result(self.beta * ratio - chosen, self.beta * chosen, self.beta * rejected, chosen, rejected)
+        loss = self.beta * ratio
+        if self.nll_weight > 0:  # 0 * -inf would be NaN
+            loss = loss - self.nll_weight * chosen
+        return preference_result(loss, self.beta * chosen, self.beta * rejected, chosen, rejected)
 
 
 #: The average at which the log-odds have the slope exp(MAX_EXPONENT).

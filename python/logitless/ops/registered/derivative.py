@@ -21,27 +21,37 @@ def coefficients(
     mask: Tensor | None,
     *,
     differentiate: bool,
-    per_token: bool,
+    kept: Tensor | None,
 ) -> Coefficients:
-    """`function` of the statistics named in `outputs`, with its derivative; both are 0 outside a mask."""
+    """`function` of the statistics named in `outputs`, with its derivative; both are 0 outside a mask.
+
+    `kept [n]` takes every token's own loss; None where the function gives other than one for each token.
+    """
 
     def of_chunk(stats: TokenStats, rows: slice) -> tuple[Tensor, Upstream]:
         here = Tokens(None, None if mask is None else mask[rows])
         stats = TokenStats(**{name: here.take(x) for name, x in stats._asdict().items() if name in outputs})
         constants = [x[rows] for x in inputs]
-        shape = (rows.stop - rows.start,) if per_token else None
+        shape = None if kept is None else (rows.stop - rows.start,)
         if not differentiate:
-            return here.take(check_losses(function(stats, *constants), shape)).sum(), Upstream()
+            return _summed(here.take(check_losses(function(stats, *constants), shape)), kept, rows), Upstream()
         with _autograd_inside_an_op():
             known = {name: x.detach() for name, x in stats._asdict().items() if x is not None}
             leaves = TokenStats(**{name: x.requires_grad_(name in Upstream._fields) for name, x in known.items()})
             losses = check_losses(function(leaves, *constants), shape)
             _check_leaves(losses, leaves)
-            total = here.take(losses).sum()
+            total = _summed(here.take(losses), kept, rows)
             upstream = _derivative(total, leaves)
         return total.detach(), Upstream(*(here.take(g) for g in upstream))
 
     return of_chunk
+
+
+def _summed(losses: Tensor, kept: Tensor | None, rows: slice) -> Tensor:
+    """The losses' sum; each of them is kept, where there is a place for it."""
+    if kept is not None:
+        kept[rows] = losses.detach()
+    return losses.sum()
 
 
 def _derivative(total: Tensor, leaves: TokenStats) -> Upstream:

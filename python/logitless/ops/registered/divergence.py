@@ -13,10 +13,23 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from ...backends.interface import DivergenceProblem, DivergenceResult, Needs, Side
+from ...backends.interface import DivergenceProblem, DivergenceResult, Needs, Ranks, Side
+from ...parallel import named_group
 from ...types import DivergenceOptions, Head, LogitTransform, statistics_dtype
 from ..tokens import Tokens, of_mask
-from .shared import cast, fake_gradients, gradients, named, no_autocast, or_empty, refuse_double_backward, scaled
+from .shared import (
+    add_scaled,
+    cast,
+    delivered,
+    differentiates_head,
+    fake_gradients,
+    gradients,
+    named,
+    no_autocast,
+    or_empty,
+    refuse_double_backward,
+    scaled,
+)
 
 #: The tensors that may get a gradient.
 SIDES = ("hidden", "weight", "bias", "ref_hidden", "ref_weight", "ref_bias")
@@ -36,16 +49,21 @@ def divergence(
     normalized: bool,
     transforms: Sequence[float],
     units: Sequence[bool],
+    weight_out: Tensor | None,
     backend: str,
     chunk_bytes: int | None,
+    group: str,
+    widest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Divergences `[N]`, then `d divergence / d hidden [N, H]` and `/ d ref_hidden` where `units` asks (else empty).
 
-    `parameters` are mixture, skew and alpha; `transforms` both heads' three numbers (`LogitTransform.packed`).
+    `parameters` are mixture, skew and alpha; `transforms` both heads' three numbers (`LogitTransform.packed`). `group`
+    is the name of the process group that shares the heads' rows, "" for none, and `widest` the most rows of one of its
+    processes. The backward adds the weight's gradient to `weight_out`, if there is one.
     """
     tokens, options = of_mask(mask), _options(kind, parameters, normalized)
     heads = _heads(weight, bias, ref_weight, ref_bias, transforms)
-    problem = _problem(tokens, hidden, ref_hidden, heads, options, chunk_bytes)
+    problem = _problem(tokens, hidden, ref_hidden, heads, options, chunk_bytes, group, widest)
     ones = tokens.take(torch.ones(len(hidden), device=hidden.device)) if any(units) else None
     model_unit, ref_unit = (Needs(hidden=unit, weight=False, bias=False) for unit in units)
     values, model, ref = _sweep(backend, problem, ones, (model_unit, ref_unit))
@@ -78,22 +96,71 @@ def divergence_sum(
     normalized: bool,
     transforms: Sequence[float],
     needs: Sequence[bool],
+    weight_out: Tensor | None,
     backend: str,
     chunk_bytes: int | None,
+    group: str,
+    widest: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`sum_i upstream_i D_i` over the tokens that count, and its gradients for the six tensors of both sides.
 
     The gradients have the statistics' dtype and are empty where not needed. Other arguments are those of `divergence`.
     """
-    tokens, options = of_mask(mask), _options(kind, parameters, normalized)
+    sides = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    description, execution = (kind, parameters, normalized, transforms), (backend, chunk_bytes, group, widest)
+    return _sum_with_gradients(upstream, sides, mask, description, needs, None, execution)
+
+
+@torch.library.custom_op("logitless::divergence_backward", mutates_args=("weight_out",))
+def divergence_backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    ref_hidden: Tensor,
+    ref_weight: Tensor,
+    ref_bias: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    parameters: Sequence[float],
+    normalized: bool,
+    transforms: Sequence[float],
+    needs: Sequence[bool],
+    weight_out: Tensor,
+    backend: str,
+    chunk_bytes: int | None,
+    group: str,
+    widest: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What `divergence_sum` gives, but that the weight's gradient is added to `weight_out`; its own is empty."""
+    sides = (hidden, weight, bias, ref_hidden, ref_weight, ref_bias)
+    description, execution = (kind, parameters, normalized, transforms), (backend, chunk_bytes, group, widest)
+    return _sum_with_gradients(upstream, sides, mask, description, needs, weight_out, execution)
+
+
+def _sum_with_gradients(
+    upstream: Tensor,
+    sides: tuple[Any, ...],
+    mask: Tensor | None,
+    description: tuple[Any, ...],
+    needs: Sequence[bool],
+    weight_out: Tensor | None,
+    execution: tuple[str, int | None, str, int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of both ops above."""
+    hidden, weight, bias, ref_hidden, ref_weight, ref_bias = sides
+    (*kind, transforms), tokens = description, of_mask(mask)
+    backend, *limits = execution
     heads = _heads(weight, bias, ref_weight, ref_bias, transforms)
-    problem = _problem(tokens, hidden, ref_hidden, heads, options, chunk_bytes)
-    upstream = tokens.take(upstream.to(_result_dtype(hidden, ref_hidden)))
+    dtype = _result_dtype(hidden, ref_hidden)
+    head_sum = weight_out if weight_out is not None and weight_out.dtype == dtype else None
+    problem = _problem(tokens, hidden, ref_hidden, heads, _options(*kind), *limits, head_sum=head_sum)  # type: ignore[arg-type]
+    upstream = tokens.take(upstream.to(dtype))
     values, model, ref = _sweep(backend, problem, upstream, (Needs(*needs[:3]), Needs(*needs[3:])))
     return (
         (tokens.masked(values) * upstream).sum(),
         tokens.spread(model.hidden, hidden),
-        or_empty(model.weight, hidden),
+        or_empty(delivered(model.weight, weight_out), hidden),
         or_empty(model.bias, hidden),
         tokens.spread(ref.hidden, hidden),
         or_empty(ref.weight, hidden),
@@ -104,9 +171,19 @@ def divergence_sum(
 @divergence_sum.register_fake
 def _fake_divergence_sum(*inputs):  # type: ignore[no-untyped-def]
     x = named(divergence_sum, inputs)
+    return _fake_sum(x, x.needs)
+
+
+@divergence_backward.register_fake
+def _fake_divergence_backward(*inputs):  # type: ignore[no-untyped-def]
+    x = named(divergence_backward, inputs)
+    return _fake_sum(x, [x.needs[0], False, *x.needs[2:]])
+
+
+def _fake_sum(x: Any, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     dtype = _result_dtype(x.hidden, x.ref_hidden)
     tensors = [getattr(x, name) for name in SIDES]
-    return x.hidden.new_empty((), dtype=dtype), *fake_gradients(tensors, x.needs, [dtype] * len(SIDES))
+    return x.hidden.new_empty((), dtype=dtype), *fake_gradients(tensors, needs, [dtype] * len(SIDES))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,9 +209,14 @@ def _problem(
     heads: tuple[Head, Head],
     options: DivergenceOptions,
     chunk_bytes: int | None,
+    group: str,
+    widest: int,
+    *,
+    head_sum: Tensor | None = None,
 ) -> DivergenceProblem:
     model, ref = heads
-    return DivergenceProblem(Side(tokens.take(hidden), model), Side(tokens.take(ref_hidden), ref), options, chunk_bytes)
+    sides = Side(tokens.take(hidden), model, head_sum), Side(tokens.take(ref_hidden), ref)
+    return DivergenceProblem(*sides, options, chunk_bytes, Ranks(named_group(group), widest) if group else None)
 
 
 def _sweep(
@@ -158,7 +240,8 @@ def _save_divergence(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ..
     ctx.mark_non_differentiable(*output[1:])
     ctx.units = x.units
     ctx.description = (x.kind, x.parameters, x.normalized, x.transforms)
-    ctx.execution = (x.backend, x.chunk_bytes)
+    ctx.execution = (x.backend, x.chunk_bytes, x.group, x.widest)
+    ctx.weight_out = x.weight_out  # not saved for backward: other backward passes may add to it before this one
     _, unit, ref_unit = output
     ctx.save_for_backward(unit, ref_unit, x.mask, *(getattr(x, name) for name in SIDES))
 
@@ -176,7 +259,10 @@ def _differentiate_divergence(ctx: Any, grad: Tensor | None, *_: Tensor | None) 
         )
         return gradients(divergence, hidden=hidden, ref_hidden=ref_hidden)
     needs = [need and x is not None for x, need in zip(tensors, ctx.needs_input_grad, strict=False)]
-    _, *results = divergence_sum(grad, *tensors, mask, *ctx.description, needs, *ctx.execution)
+    needs[1] = differentiates_head(ctx, 1)
+    arguments = grad, *tensors, mask, *ctx.description, needs, ctx.weight_out, *ctx.execution
+    _, *results = divergence_sum(*arguments) if ctx.weight_out is None else divergence_backward(*arguments)
+    needs[1] = needs[1] and ctx.weight_out is None
     by_name = zip(SIDES, results, tensors, needs, strict=True)
     return gradients(divergence, **{name: g.to(x.dtype) if need else None for name, g, x, need in by_name})
 
@@ -187,6 +273,7 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
     ctx.needs, ctx.dtypes = x.needs, [None if tensor is None else tensor.dtype for tensor in tensors]
+    ctx.weight_out = x.weight_out  # as above
     _, *results = output
     ctx.save_for_backward(*results)
 
@@ -195,7 +282,9 @@ def _differentiate_sum(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tupl
     refuse_double_backward()
     if grad is None:
         return gradients(divergence_sum)
-    by_name = zip(SIDES, ctx.saved_tensors, ctx.dtypes, ctx.needs, strict=True)
+    weight_out = ctx.weight_out if differentiates_head(ctx, 2) else None
+    needs = add_scaled(weight_out, ctx.saved_tensors[1], grad, ctx.needs)
+    by_name = zip(SIDES, ctx.saved_tensors, ctx.dtypes, needs, strict=True)
     return gradients(
         divergence_sum, **{name: scaled(g, grad, dtype) if need else None for name, g, dtype, need in by_name}
     )

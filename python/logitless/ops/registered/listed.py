@@ -18,6 +18,9 @@ from ..tokens import NO_LSE, Tokens, of_targets
 from .shared import (
     Execution,
     cast,
+    delivered,
+    differentiates_head,
+    fake_gradient_outputs,
     fake_gradients,
     gradient_outputs,
     gradients,
@@ -26,6 +29,7 @@ from .shared import (
     or_empty,
     problem_of,
     refuse_double_backward,
+    sum_in,
 )
 
 #: Bytes of the head's rows that are gathered at once.
@@ -46,6 +50,7 @@ def list_logprobs(
     transform: Sequence[float],
     ignore_index: int,
     outputs: str,
+    weight_out: Tensor | None,
     backend: str,
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
@@ -72,7 +77,7 @@ def _fake_list_logprobs(*inputs):  # type: ignore[no-untyped-def]
     return (of_tokens[0].new_empty(x.targets.shape), *of_tokens)
 
 
-@torch.library.custom_op("logitless::list_logprobs_backward", mutates_args=())
+@torch.library.custom_op("logitless::list_logprobs_backward", mutates_args=("weight_out",))
 def list_logprobs_backward(
     upstream: Sequence[Tensor | None],
     stats: Sequence[Tensor | None],
@@ -83,32 +88,39 @@ def list_logprobs_backward(
     targets: Tensor,
     transform: Sequence[float],
     ignore_index: int,
+    weight_out: Tensor | None,
     backend: str,
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias in their dtypes; `upstream` and `stats` in the order of `LIST_OUTPUTS`."""
+    """Gradients of hidden, weight and bias in their dtypes; the weight's is added to `weight_out`, if there is one.
+
+    `upstream` and `stats` are in the order of `LIST_OUTPUTS`.
+    """
     execution = Execution(backend, "recompute", 0.0, chunk_bytes, chunk_dtype)
     tokens = of_targets(targets, ignore_index, len(weight))
-    problem = problem_of(hidden, weight, bias, targets, None, None, transform, tokens, execution, rounds_head=True)
+    head = (hidden, weight, bias, targets, None, None, transform)
+    rounds_head, head_sum = weight_out is None, sum_in(weight_out, hidden)
+    problem = problem_of(*head, tokens, execution, rounds_head=rounds_head, head_sum=head_sum)
     known = TokenStats(**{name: tokens.take(x) for name, x in zip(LIST_OUTPUTS, stats, strict=True)})
     known = known._replace(lse=tokens.take(stats[1], NO_LSE))
     reaching = Upstream(**{name: tokens.take(g) for name, g in zip(LIST_OUTPUTS, upstream, strict=True)})
     with no_autocast(hidden.device):
         result = backends.BACKENDS[backend].backward(problem, known, reaching, Needs(*needs))
-    return gradient_outputs(result, tokens, hidden, weight)
+    return gradient_outputs(result, tokens, hidden, weight, weight_out)
 
 
 @list_logprobs_backward.register_fake
-def _fake_list_logprobs_backward(upstream, stats, needs, hidden, weight, bias, *_):  # type: ignore[no-untyped-def]
-    return tuple(fake_gradients((hidden, weight, bias), needs, (None, None, None)))
+def _fake_list_logprobs_backward(*inputs):  # type: ignore[no-untyped-def]
+    return fake_gradient_outputs(named(list_logprobs_backward, inputs))
 
 
 def _save_list_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x = named(list_logprobs, inputs)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x.hidden, x.weight, x.bias, x.targets, *output)
-    ctx.rest = (x.transform, x.ignore_index, x.backend, x.chunk_bytes, x.chunk_dtype)
+    ctx.rest = (x.transform, x.ignore_index, x.weight_out, x.backend, x.chunk_bytes, x.chunk_dtype)
+    ctx.weight_out = x.weight_out
     ctx.with_entropy = "entropy" in x.outputs.split()
 
 
@@ -121,9 +133,9 @@ def _differentiate_list_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tenso
     if not ctx.with_entropy:
         upstream[2] = stats[2] = None
     wants = named(list_logprobs, ctx.needs_input_grad)
-    needs = [wants.hidden, wants.weight, bias is not None and wants.bias]
+    needs = [wants.hidden, differentiates_head(ctx, 1), bias is not None and wants.bias]
     results = list_logprobs_backward(upstream, stats, needs, hidden, weight, bias, targets, *ctx.rest)
-    names = ("hidden", "weight", "bias")
+    names, needs[1] = ("hidden", "weight", "bias"), wants.weight and ctx.weight_out is None
     return gradients(list_logprobs, **{n: g for n, g, need in zip(names, results, needs, strict=True) if need})
 
 
@@ -135,7 +147,7 @@ list_logprobs.register_autograd(_differentiate_list_logprobs, setup_context=_sav
 
 
 @torch.library.custom_op("logitless::listed_products", mutates_args=())
-def listed_products(hidden: Tensor, weight: Tensor, ids: Tensor, name: str) -> Tensor:
+def listed_products(hidden: Tensor, weight: Tensor, ids: Tensor, name: str, weight_out: Tensor | None) -> Tensor:
     """`hidden[n] @ weight[ids[n, k]]`, `[N, K]` in the statistics' dtype: 2 N K H flops, and a gather of the rows.
 
     Those of id 0 where an id is absent, -1. `name` is what the ids are called in a message.
@@ -150,21 +162,28 @@ def listed_products(hidden: Tensor, weight: Tensor, ids: Tensor, name: str) -> T
 
 
 @listed_products.register_fake
-def _fake_listed_products(hidden, weight, ids, name):  # type: ignore[no-untyped-def]
+def _fake_listed_products(hidden, weight, ids, name, weight_out):  # type: ignore[no-untyped-def]
     return hidden.new_empty(ids.shape, dtype=statistics_dtype(hidden.dtype))
 
 
-@torch.library.custom_op("logitless::listed_products_backward", mutates_args=())
+@torch.library.custom_op("logitless::listed_products_backward", mutates_args=("weight_out",))
 def listed_products_backward(
-    upstream: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, needs: Sequence[bool]
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    needs: Sequence[bool],
+    weight_out: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and weight, in their dtypes; the head's is summed in the statistics'.
+    """Gradients of hidden and weight, in their dtypes; the head's is summed in the statistics', or in `weight_out`.
 
     The upstream gradient of an absent place is 0.
     """
     ids, dtype = ids.clamp(min=0), upstream.dtype
     d_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device) if needs[0] else None
-    d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if needs[1] else None
+    d_weight = sum_in(weight_out, hidden) if needs[1] else None
+    if needs[1] and d_weight is None:
+        d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
     with no_autocast(hidden.device):
         if d_hidden is not None:
             for rows, gathered in _gathered(weight, ids, dtype):
@@ -173,11 +192,13 @@ def listed_products_backward(
             for rows in _spans_of_ids(weight, ids, dtype):
                 parts = upstream[rows, :, None] * hidden[rows].to(dtype)[:, None]
                 d_weight.index_add_(0, ids[rows].flatten(), parts.flatten(0, 1))
-    return or_empty(cast(d_hidden, hidden.dtype), hidden), or_empty(cast(d_weight, weight.dtype), hidden)
+    d_weight = cast(delivered(d_weight, weight_out), weight.dtype)
+    return or_empty(cast(d_hidden, hidden.dtype), hidden), or_empty(d_weight, hidden)
 
 
 @listed_products_backward.register_fake
-def _fake_listed_products_backward(upstream, hidden, weight, ids, needs):  # type: ignore[no-untyped-def]
+def _fake_listed_products_backward(upstream, hidden, weight, ids, needs, weight_out):  # type: ignore[no-untyped-def]
+    needs = [needs[0], needs[1] and weight_out is None]
     return tuple(fake_gradients((hidden, weight), needs, (None, None)))
 
 
@@ -195,13 +216,15 @@ def _gathered(weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Iterator[tuple
 
 def _save_listed_products(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
+    ctx.weight_out = inputs[-1]
 
 
 def _differentiate_listed_products(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     hidden, weight, ids = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:2])
-    d_hidden, d_weight = listed_products_backward(grad.contiguous(), hidden, weight, ids, needs)
+    needs = [ctx.needs_input_grad[0], differentiates_head(ctx, 1)]
+    d_hidden, d_weight = listed_products_backward(grad.contiguous(), hidden, weight, ids, needs, ctx.weight_out)
+    needs[1] = needs[1] and ctx.weight_out is None
     return gradients(listed_products, hidden=d_hidden if needs[0] else None, weight=d_weight if needs[1] else None)
 
 

@@ -17,7 +17,8 @@ from ..tokens import NO_LSE, Tokens, of_targets, refuse_capture
 from .shared import (
     Execution,
     cast,
-    fake_gradients,
+    differentiates_head,
+    fake_gradient_outputs,
     gradient_outputs,
     gradients,
     named,
@@ -25,6 +26,7 @@ from .shared import (
     or_empty,
     problem_of,
     refuse_double_backward,
+    sum_in,
 )
 
 
@@ -39,6 +41,7 @@ def logprobs(
     transform: Sequence[float],
     ignore_index: int,
     outputs: str,
+    weight_out: Tensor | None,
     backend: str,
     strategy: str,
     tolerance: float,
@@ -49,7 +52,7 @@ def logprobs(
 
     `outputs` names the statistics wanted, with spaces between; logprob and lse come always. The seventh result is
     `d logprob / d hidden [N, H]`, where the strategy is "single_pass". The last four are a backend's `Saved`, where
-    the strategy is approximate.
+    the strategy is approximate. The backward adds the head's gradient to `weight_out`, if there is one.
     """
     execution = Execution(backend, strategy, tolerance, chunk_bytes, chunk_dtype)
     if execution.approximates():
@@ -71,7 +74,7 @@ def logprobs(
 
 @logprobs.register_fake
 def _fake_logprobs(  # type: ignore[no-untyped-def]
-    hidden, weight, bias, targets, order, logit_weight, transform, ignore_index, outputs, *execution
+    hidden, weight, bias, targets, order, logit_weight, transform, ignore_index, outputs, weight_out, *execution
 ):
     how, dtype = Execution(*execution), statistics_dtype(hidden.dtype)
     wanted = {"logprob", "lse", *outputs.split()}
@@ -93,7 +96,7 @@ def _fake_logprobs(  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("logitless::logprobs_backward", mutates_args=())
+@torch.library.custom_op("logitless::logprobs_backward", mutates_args=("weight_out",))
 def logprobs_backward(
     upstream: Sequence[Tensor | None],
     stats: Sequence[Tensor | None],
@@ -107,13 +110,14 @@ def logprobs_backward(
     logit_weight: Tensor | None,
     transform: Sequence[float],
     ignore_index: int,
+    weight_out: Tensor | None,
     backend: str,
     strategy: str,
     tolerance: float,
     chunk_bytes: int | None,
     chunk_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, in their dtypes.
+    """Gradients of hidden, weight and bias, in their dtypes; the weight's is added to `weight_out`, if there is one.
 
     `upstream` holds the gradients of logprob, lse, entropy and mean logit, `stats` the first three statistics,
     `saved` the last four results of `logprobs` where the strategy is approximate.
@@ -122,7 +126,8 @@ def logprobs_backward(
     tokens = of_targets(targets, ignore_index, weight.shape[0])
     exact = not execution.approximates()
     head = (hidden, weight, bias, targets, order, logit_weight, transform)
-    problem = problem_of(*head, tokens, execution, rounds_head=exact)
+    rounds_head, head_sum = exact and weight_out is None, sum_in(weight_out, hidden) if exact else None
+    problem = problem_of(*head, tokens, execution, rounds_head=rounds_head, head_sum=head_sum)
     known, wanted = _known(stats, tokens), Needs(*needs)
     reaching = Upstream(*(tokens.take(g) for g in upstream))
     with no_autocast(hidden.device):
@@ -133,12 +138,12 @@ def logprobs_backward(
             kept = Saved(tokens.take(counts), column, value, tokens.take(by_block))
             engine = backends.BACKENDS[backend].approximate(strategy)
             result = engine.backward(problem, known, kept, reaching, wanted, tolerance)
-    return gradient_outputs(result, tokens, hidden, weight)
+    return gradient_outputs(result, tokens, hidden, weight, weight_out)
 
 
 @logprobs_backward.register_fake
-def _fake_logprobs_backward(upstream, stats, saved, needs, hidden, weight, bias, *_):  # type: ignore[no-untyped-def]
-    return tuple(fake_gradients((hidden, weight, bias), needs, (None, None, None)))
+def _fake_logprobs_backward(*inputs):  # type: ignore[no-untyped-def]
+    return fake_gradient_outputs(named(logprobs_backward, inputs))
 
 
 def _known(stats: Sequence[Tensor | None], tokens: Tokens) -> TokenStats:
@@ -161,6 +166,7 @@ def _save_logprobs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     tensors = (x.hidden, x.weight, x.bias, x.targets, x.order, x.logit_weight)
     ctx.save_for_backward(*tensors, logprob, lse, entropy, unit, *kept)
     ctx.transform, ctx.ignore_index, ctx.outputs = x.transform, x.ignore_index, ("logprob", "lse", *x.outputs.split())
+    ctx.weight_out = x.weight_out  # not saved for backward: other backward passes may add to it before this one
 
 
 def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -175,14 +181,14 @@ def _differentiate_logprobs(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | N
         row = weight, torch.where(counts, targets, 0), transform.derivative_at(logprob + lse), transform.slope
         return gradients(logprobs, hidden=_scale_unit(unit, *row, logit_weight, counts, upstream))
     wants = named(logprobs, ctx.needs_input_grad)
-    needs = [wants.hidden, wants.weight, bias is not None and wants.bias]
+    needs = [wants.hidden, differentiates_head(ctx, 1), bias is not None and wants.bias]
     stats = [logprob, lse, entropy if "entropy" in ctx.outputs else None]
-    head = (weight, bias, targets, order, logit_weight, ctx.transform, ctx.ignore_index)
+    head = (weight, bias, targets, order, logit_weight, ctx.transform, ctx.ignore_index, ctx.weight_out)
     d_hidden, d_weight, d_bias = logprobs_backward(upstream, stats, saved, needs, hidden, *head, *ctx.execution)
     return gradients(
         logprobs,
         hidden=d_hidden if wants.hidden else None,
-        weight=d_weight if wants.weight else None,
+        weight=d_weight if wants.weight and ctx.weight_out is None else None,
         bias=d_bias if wants.bias else None,
     )
 

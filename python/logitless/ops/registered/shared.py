@@ -42,6 +42,7 @@ def problem_of(
     execution: Execution,
     *,
     rounds_head: bool = False,
+    head_sum: Tensor | None = None,
 ) -> Problem:
     """The tokens that a backend sees, and the head."""
     return Problem(
@@ -53,6 +54,7 @@ def problem_of(
         order,
         rounds_head,
         cast(logit_weight, statistics_dtype(hidden.dtype)),
+        head_sum,
     )
 
 
@@ -102,13 +104,48 @@ def cast(gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if gradient is None else gradient.to(dtype)
 
 
-def gradient_outputs(found: Gradients, tokens: Tokens, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A backend's gradients as the outputs of a backward op: for all tokens, in the dtypes of hidden and weight."""
+def gradient_outputs(
+    found: Gradients, tokens: Tokens, hidden: Tensor, weight: Tensor, weight_out: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A backend's gradients as the outputs of a backward op: for all tokens, in the dtypes of hidden and weight.
+
+    The head's is empty where it goes to a caller's buffer `weight_out`.
+    """
     return (
         tokens.spread(cast(found.hidden, hidden.dtype), hidden),
-        or_empty(cast(found.weight, weight.dtype), hidden),
+        or_empty(cast(delivered(found.weight, weight_out), weight.dtype), hidden),
         or_empty(cast(found.bias, weight.dtype), hidden),
     )
+
+
+def sum_in(weight_out: Tensor | None, hidden: Tensor) -> Tensor | None:
+    """A caller's buffer for the head's gradient, where a backend can add its products to it; else None."""
+    return weight_out if weight_out is not None and weight_out.dtype == statistics_dtype(hidden.dtype) else None
+
+
+def differentiates_head(ctx: Any, place: int) -> bool:
+    """Whether a backward pass asks for the gradient of the head, which is an op's tensor argument number `place`.
+
+    With a caller's buffer the answer counts, as every pass adds to it. A pass for other inputs alone, such as the first
+    of two that a pipeline makes, must not; what it goes on to is the engine's knowledge, and `ctx` has not got it.
+    """
+    if not ctx.needs_input_grad[place]:
+        return False
+    if ctx.weight_out is None:
+        return True
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[place][0]))
+    except RuntimeError:  # the head is itself what `torch.autograd.grad` was asked for, as a compiler does
+        return True
+
+
+def delivered(d_weight: Tensor | None, weight_out: Tensor | None) -> Tensor | None:
+    """The head's gradient for autograd: None after it was added to a caller's buffer, if there is one."""
+    if weight_out is None:
+        return d_weight
+    if d_weight is not None and d_weight is not weight_out:
+        weight_out.add_(d_weight)
+    return None
 
 
 def fake_gradients(
@@ -120,6 +157,23 @@ def fake_gradients(
         x.new_empty(x.shape, dtype=dtype or x.dtype) if need and x is not None else like.new_empty(0)
         for x, need, dtype in zip(tensors, needs, dtypes, strict=True)
     ]
+
+
+def fake_gradient_outputs(x: Any) -> tuple[Tensor, ...]:
+    """Fakes of `gradient_outputs`, from a backward op's arguments by name."""
+    needs = [x.needs[0], x.needs[1] and x.weight_out is None, x.needs[2]]
+    return tuple(fake_gradients((x.hidden, x.weight, x.bias), needs, (None, None, None)))
+
+
+def add_scaled(weight_out: Tensor | None, d_weight: Tensor, factor: Tensor, needs: Sequence[bool]) -> list[bool]:
+    """Adds `d_weight * factor` to a caller's buffer, if there is one; the gradients (the second is the weight's) left.
+
+    One pass over the buffer, with nothing of its size beside.
+    """
+    if weight_out is None or not needs[1]:
+        return list(needs)
+    weight_out.addcmul_(d_weight, factor)
+    return [needs[0], False, *needs[2:]]
 
 
 def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,72 @@
+"""A patched model under Transformers' tensor parallelism: its head stays shared out, and results are one process's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from processes import in_processes
+from torch import Tensor
+
+from logitless import patch, unpatch
+from logitless.integrations import heads
+
+pytest.importorskip("transformers")
+
+
+def save_model(folder: Path, vocabulary: int, tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def results(model: Any, loss: str) -> dict[str, Tensor]:
+    """A step's loss, entropies and whole gradients."""
+    torch.manual_seed(1)
+    ids = torch.randint(model.config.vocab_size, (4, 9))
+    inputs = {"loss_inputs": {"ref_logprob": torch.randn(4, 9) - 5}} if loss == "dpo" else {}
+    model.train()
+    model.zero_grad()
+    patch(model, loss=loss)
+    out = model(input_ids=ids, labels=ids, token_outputs=("entropy",), **inputs)
+    out.loss.backward()
+    unpatch(model)
+    found = {"loss": out.loss.detach(), "entropy": out.token_stats.entropy.detach()}
+    for name, p in model.named_parameters():
+        found[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    return found
+
+
+def worker(folder: str) -> None:
+    from transformers import LlamaForCausalLM
+
+    whole = LlamaForCausalLM.from_pretrained(folder)
+    shared: Any = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+    assert hasattr(shared.lm_head.weight, "device_mesh")
+    for loss in ("nll", "dft", "dpo"):
+        expected = results(whole, loss)
+        with mock.patch.object(heads, "whole", side_effect=AssertionError("the head was gathered")):
+            found = results(shared, loss)
+        for name, value in expected.items():
+            # A sum over the ranks has another order: a few roundings of the largest term.
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_head_shared_by_tensor_parallelism_is_not_gathered(tmp_path: Path, tied: bool) -> None:
+    save_model(tmp_path / "model", 101, tied)
+    in_processes(2, tmp_path, worker, str(tmp_path / "model"))
