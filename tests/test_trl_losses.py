@@ -252,6 +252,18 @@ def test_patching_behind_trls_head_names_the_adapter(folder: str, tmp_path: Path
         logitless.patch(trainer.model)
 
 
+def test_a_trainer_without_tags_is_refused_by_its_first_call(folder: str) -> None:
+    """TRL's asynchronous trainers put their head on a model, and never tag it."""
+    model = logitless.patch(AutoModelForCausalLM.from_pretrained(folder), loss="dft")
+    trl.trainer.utils.add_fused_lm_head(model)
+    ids = torch.arange(6)[None]
+    with pytest.raises(ValueError, match=r"patch: a trainer of TRL computes a loss of its own.*with_loss"):
+        model(input_ids=ids, labels=ids, fused_lm_head=True)
+    assert model(input_ids=ids, labels=ids).loss is not None
+    logitless.unpatch(model)
+    assert not model._forward_pre_hooks
+
+
 def test_tags_of_others_pass_and_unpatching_leaves_nothing(folder: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder)
     before = set(vars(model))

@@ -48,6 +48,7 @@ class Patch:
     admitted: set[str] = field(default_factory=set)  # names of arguments that have been looked at in a call,
     admitted_to_loss: set[str] = field(default_factory=set)  # and in one with a loss that is not the model's own
     warned: bool = False  # that a training call computed logits
+    hook: Any = None  # what takes `tags.before_call` off the model
 
     def original(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The forward that the model had before the patch."""

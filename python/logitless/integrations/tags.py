@@ -1,7 +1,7 @@
 """What a patched model says to a trainer of TRL that would put a loss of its own in place of the patch's.
 
 TRL's trainers compute their losses themselves, from what a forward of their own returns. A patched model learns of them
-by the tags of the model card that every such trainer gives to its model while it is built.
+by the tags of the model card that such a trainer gives to its model while it is built, or else by its first call.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ def add_tags(model: Any, tags: Iterable[str] | str) -> None:
     if "trl" in names and not _module_of_forward(model).startswith("logitless.integrations.trl."):
         _meet_trl(model, [name for name in names if name != "trl"])
     type(model).add_model_tags(model, tags)
+
+
+def before_call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """A hook before a patched model's call, for the trainers of TRL that give no tags: the asynchronous ones.
+
+    Raises:
+        ValueError: the call is for a head of TRL's own, and the patch is for another loss than NLL.
+    """
+    if kwargs.get("fused_lm_head") and "_logitless_head" not in vars(model):
+        refuse_other_loss(model, "a trainer of TRL")
 
 
 def _meet_trl(model: Any, kinds: list[str]) -> None:

@@ -23,7 +23,7 @@ from .forward import PatchedForward, logger
 from .heads import find_head
 from .scoring import Patch, check_temperature
 from .support import causal_lm, check_model, fused_by_trl
-from .tags import add_tags
+from .tags import add_tags, before_call
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -140,6 +140,7 @@ def patch(
     inner.forward = state.forward
     inner._replicate_for_data_parallel = _refuse_replica  # type: ignore[method-assign]
     inner.add_model_tags = partial(add_tags, inner)  # type: ignore[assignment]
+    state.hook = inner.register_forward_pre_hook(before_call, with_kwargs=True)
     _announce(inner, state)
     return model
 
@@ -168,6 +169,7 @@ def unpatch(model: Model) -> Model:
         inner.forward = state.shadowed
     del inner._logitless_patch, inner._replicate_for_data_parallel, inner.add_model_tags
     inner.__dict__.pop("_logitless_head", None)
+    state.hook.remove()
     return model
 
 
