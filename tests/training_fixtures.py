@@ -158,8 +158,10 @@ def train_in_processes(
     settings, script = folder / "options.json", folder / "run.py"
     settings.write_text(json.dumps(options.to_dict()))
     script.write_text(
-        f"import json, sys\nfrom logitless.training import TrainOptions, train\n{before}"
+        f"import json, os, sys\nfrom logitless.training import TrainOptions, train\n{before}"
         "train(TrainOptions(**json.load(open(sys.argv[1]))))\n"
+        # once in many runs a thread of gloo outlives Python's shutdown, and C++ then aborts the process
+        "sys.stdout.flush()\nsys.stderr.flush()\nos._exit(0)\n"
     )
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     if config is not None:
