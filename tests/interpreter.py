@@ -29,11 +29,12 @@ def fits_numpy() -> bool:
     return triton > (3, 6) or numpy < (2, 4)
 
 
-def run_suite(name: str, marker: str) -> None:
-    """The tests of `tests/<name>.py` with that marker, which must pass."""
+def run_suite(name: str, marker: str, keyword: str = "") -> None:
+    """The tests of `tests/<name>.py` with that marker, and those words in their names, which must pass."""
     if not fits_numpy():
         pytest.skip(f"the interpreter of Triton {version('triton')} needs NumPy < 2.4, got {version('numpy')}")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marker, f"tests/{name}.py"]
+    selection = ["-m", marker, "-k", keyword, f"tests/{name}.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *selection]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2000:]
