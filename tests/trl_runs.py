@@ -22,7 +22,14 @@ def settings(path: Path, **more: Any) -> dict[str, Any]:
     """Options of a run of `STEPS` steps, of two micro-batches of two rows each."""
     fixed = {"output_dir": str(path), "max_steps": STEPS, "report_to": "none", "use_cpu": True, "bf16": False}
     sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
-    rest = {"learning_rate": 1e-3, "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False}
+    # AdamW would make steps of one size of gradients that are nothing but rounding.
+    rest = {
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "gradient_checkpointing": False,
+    }
     return {**fixed, **sizes, **rest, **more}
 
 
