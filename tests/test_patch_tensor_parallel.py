@@ -14,24 +14,16 @@ from torch import Tensor
 from logitless import patch, unpatch
 from logitless.integrations import heads
 
-pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers")
 
 
 def save_model(folder: Path, vocabulary: int, tied: bool) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import patch_models
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=tied,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    sizes: dict[str, Any] = {"vocab_size": vocabulary, "num_hidden_layers": 1, "num_key_value_heads": 4}
+    config = patch_models.config(**sizes, tie_word_embeddings=tied, pad_token_id=None)
+    transformers.LlamaForCausalLM(config).save_pretrained(folder)
 
 
 def results(model: Any, loss: str) -> dict[str, Tensor]:
@@ -52,10 +44,8 @@ def results(model: Any, loss: str) -> dict[str, Tensor]:
 
 
 def worker(folder: str) -> None:
-    from transformers import LlamaForCausalLM
-
-    whole = LlamaForCausalLM.from_pretrained(folder)
-    shared: Any = LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
+    whole = transformers.LlamaForCausalLM.from_pretrained(folder)
+    shared: Any = transformers.LlamaForCausalLM.from_pretrained(folder, tp_plan="auto")
     assert hasattr(shared.lm_head.weight, "device_mesh")
     for loss in ("nll", "dft", "dpo"):
         expected = results(whole, loss)
