@@ -29,6 +29,7 @@ from trl_runs import assert_same_run, lengths, settings, slowly  # noqa: E402
 import logitless  # noqa: E402
 from logitless.integrations import trl as ours  # noqa: E402
 from logitless.integrations.families import UnsupportedModelError  # noqa: E402
+from logitless.integrations.hosts import UnsupportedHostError  # noqa: E402
 from logitless.testing import watch_allocations  # noqa: E402
 
 utils = importlib.import_module("trl.trainer.utils")
@@ -307,6 +308,10 @@ def test_a_frozen_head_costs_two_products_where_the_entropy_is_a_metric(trainer:
     with mock.patch.object(logprobs, "logprobs_backward", side_effect=AssertionError("the logits, again")):
         out.loss.backward()
     assert not out.entropy.requires_grad
+
+
+def test_a_release_that_is_not_known_is_an_error_of_a_host_like_any_other() -> None:
+    assert issubclass(ours.UnsupportedTRLError, UnsupportedHostError)
 
 
 def test_what_is_not_served_is_refused_by_name() -> None:

@@ -7,7 +7,7 @@ import importlib
 import inspect
 from typing import Any
 
-from ..hosts import in_range
+from ..hosts import UnsupportedHostError, in_range
 
 RANGE = ">=1.15,<1.17"
 
@@ -27,7 +27,7 @@ _KNOWN = {
 }
 
 
-class UnsupportedTRLError(RuntimeError):
+class UnsupportedTRLError(UnsupportedHostError):
     """The installed TRL is not one that logitless knows. The message has the version, the range and what to do."""
 
 
