@@ -223,6 +223,18 @@ def depths_worker(rows: tuple[int, ...]) -> None:
     torch.testing.assert_close(torch.autograd.grad(found.loss, tensors), expected)
 
 
+def approximate_depths_worker(group: VocabularyGroup, problem: TokenProblem, weight: Tensor) -> None:
+    """The statistics come first, as an approximate strategy's chunks may differ from rank to rank."""
+    hidden, targets = list(problem.hidden[:, None]), list(problem.targets[:, None])
+    options: Any = {"group": group, "depth_weight": [1.0] * len(hidden)}
+    leaf = weight.clone().requires_grad_()
+    exact = logitless.linear_depth_loss("nll", hidden, leaf, targets, **options)
+    found = logitless.linear_depth_loss("nll", hidden, leaf, targets, backward="tail_corrected", **options)
+    torch.testing.assert_close(found.losses, exact.losses)
+    one, other = (torch.autograd.grad(x.loss, leaf)[0] for x in (exact, found))
+    assert (one - other).norm() < 0.02 * one.norm()
+
+
 def buffer_worker(rows: tuple[int, ...]) -> None:
     """The gradient of this rank's rows, added to its buffer."""
     group, problem = world(rows), make_problem((9,), 8, sum(rows))
@@ -482,6 +494,7 @@ def approximate_worker(group: VocabularyGroup) -> None:
     exact = gradient(problem.weight.detach())
     error = gradient(weight, backward="tail_corrected", group=group) - exact
     assert error.norm() < 0.02 * exact.norm()
+    approximate_depths_worker(group, problem, weight)
 
 
 @pytest.mark.parametrize("worker", [sequence_worker, groups_worker])

@@ -27,7 +27,7 @@ from .losses.layout import token_layout
 from .ops.call import prepare_call
 from .ops.checks import check_ignore_index, check_tensor, check_tokens
 from .ops.sharded import on_whole_tensors
-from .ops.token_loss import check_token_input, sum_in_one_sweep
+from .ops.token_loss import check_token_input, sum_in_one_sweep, sums_in_one_sweep
 from .types import Options, split_options, statistics_dtype
 
 
@@ -161,7 +161,7 @@ def _sum_and_parts(
     """The sum of the weighted losses of flat tokens, differentiable, and each of them `[N]`, constants."""
     scaled = {**options, "temperature": options.get("temperature", 1.0) * loss.stats_temperature}
     call = prepare_call(hidden, weight, targets, Options(**scaled))
-    if not any(call.needs()) or call.options.backward == "recompute" or call.options.backend == "reference":
+    if not sums_in_one_sweep(call, loss.outputs):
         arguments = {**inputs, **options}
         losses = linear_loss(loss, hidden, weight, targets, token_weight=weights, reduction="none", **arguments)
         return losses.sum(), losses.detach()

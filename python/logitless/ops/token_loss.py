@@ -82,10 +82,7 @@ def linear_token_loss(
     counts = counted(targets, call)
     if normalizer is None:
         normalizer = counts.sum().float()
-    by_statistics = reduction == "none" or call.options.backward == "recompute" or call.options.backend == "reference"
-    if call.options.group is not None:  # its chunks must be alike on all ranks, and have all that the loss reads
-        by_statistics = by_statistics or call.approximates() or "correct" in outputs
-    if by_statistics or not any(call.needs()):  # without a gradient the forward alone will do
+    if reduction == "none" or not sums_in_one_sweep(call, outputs):
         if reduction == "none" and call.options.backward == "single_pass" and call.trains_head():
             raise ValueError(
                 "backward: 'single_pass' cannot serve reduction='none' with a trainable head, whose upstream gradients "
@@ -116,6 +113,17 @@ class SweepResult(NamedTuple):
     loss: Tensor  # [] sum of the losses, differentiable
     logprob: Tensor  # of the flat targets' shape, a constant
     losses: Tensor  # [N], constants; empty with groups
+
+
+def sums_in_one_sweep(call: Call, outputs: tuple[str, ...]) -> bool:
+    """Whether `sum_in_one_sweep` serves a prepared call; where not, the statistics come first, and then the loss.
+
+    Without a gradient the forward alone will do. Over a group the chunks must be alike on all ranks, which those of an
+    approximate strategy need not be, and a chunk's statistics have no `correct`.
+    """
+    if not any(call.needs()) or call.options.backward == "recompute" or call.options.backend == "reference":
+        return False
+    return call.options.group is None or not (call.approximates() or "correct" in outputs)
 
 
 def sum_in_one_sweep(
