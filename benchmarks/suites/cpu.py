@@ -1,6 +1,6 @@
 """Against materialised logits and other libraries on the processor: NLL and DPO, time, memory and gradient error.
 
-python -m benchmarks cpu                      what benchmarks/results/cpu.json lacks from this commit and processor
+python -m benchmarks cpu                      what this machine's cpu.json in benchmarks/results lacks from this commit
 python -m benchmarks cpu --only dpo nll       these parts again; the others in the file stay as they are
 python -m benchmarks cpu --tiny               the same structure in seconds, to see that it runs; not saved
 python -m benchmarks cpu --tables FILE.json   the tables of a file again, without measuring
