@@ -92,7 +92,7 @@ PARTS = (
     _part(
         "bf16",
         Problem(BF16_TOKENS, dtype=torch.bfloat16),
-        (materialised.NLL, _NLL, *peers.ON_PROCESSOR),
+        (materialised.NLL, floors.GEMMS, _NLL, *peers.ON_PROCESSOR),
         Target(_NLL.name, "seconds", materialised.NLL.name, 1.1),
         Target(_NLL.name, "seconds", peers.TORCH.name, 1 / 3),
         *against(_NLL, *peers.ON_PROCESSOR[1:]),
