@@ -15,8 +15,9 @@ import pytest
 import torch
 import training_fixtures
 from benchmarks import __main__ as command
+from benchmarks import machines
 from benchmarks.harness import measure, memory, report, tables, targets, work
-from benchmarks.harness.environment import RESULTS, ROOT
+from benchmarks.harness.environment import RESULTS, ROOT, machine_kind, provenance, units_of
 from benchmarks.harness.machine import Cpu
 from benchmarks.harness.measure import Method, Part, Row, silent
 from benchmarks.harness.problem import Inputs, Problem
@@ -212,7 +213,7 @@ def test_the_command_of_the_losses_measures_every_distribution() -> None:
 
 
 def test_the_command_names_what_it_expects() -> None:
-    with pytest.raises(SystemExit, match="expected one of cpu, gpu, losses, tail, bundle, got 'cpus'"):
+    with pytest.raises(SystemExit, match="expected one of cpu, gpu, losses, tail, machines, bundle, got 'cpus'"):
         command.main(["cpus"])
 
 
@@ -229,19 +230,124 @@ def test_a_suite_saves_resumes_and_keeps_the_parts_it_does_not_measure(tmp_path:
     assert "goes on with: nll frozen dpo lists bf16\n" in capsys.readouterr().err
 
 
-def test_tables_are_made_again_without_measuring(tmp_path: Path) -> None:
-    for suite in SUITES:
-        copy = tmp_path / f"{suite.name}.json"
-        copy.write_text((RESULTS / copy.name).read_text())
-        command.main([suite.name, "--tables", str(copy)])
-        assert copy.with_suffix(".md").read_text() == (RESULTS / copy.name).with_suffix(".md").read_text()
+def committed(name: str) -> list[Any]:
+    """The file of this name of every kind of machine that has one."""
+    return [pytest.param(path, id=path.parent.name) for path in sorted(RESULTS.glob(f"*/{name}.json"))]
 
 
-@pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
-def test_committed_tables_are_those_of_the_committed_measurements(suite: report.Suite) -> None:
-    results = json.loads((RESULTS / f"{suite.name}.json").read_text())
-    assert (RESULTS / f"{suite.name}.md").read_text() == suite.markdown(results)
-    assert set(results["parts"]) == {part.name for part in suite.parts}
+COMMITTED = [
+    pytest.param(suite, *case.values, id=f"{case.id}-{suite.name}")
+    for suite in SUITES
+    for case in committed(suite.name)
+]
+
+
+@pytest.mark.parametrize(("suite", "path"), COMMITTED)
+def test_tables_are_made_again_without_measuring(suite: report.Suite, path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / path.name
+    copy.write_text(path.read_text())
+    command.main([suite.name, "--tables", str(copy)])
+    assert copy.with_suffix(".md").read_text() == path.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(("suite", "path"), COMMITTED)
+def test_committed_tables_are_those_of_the_committed_measurements(suite: report.Suite, path: Path) -> None:
+    results = report.load(path)
+    assert path.with_suffix(".md").read_text() == suite.markdown(results)
+    assert set(results["parts"]) <= {part.name for part in suite.parts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Kinds of machines
+
+AVX512_FLAGS = "fpu avx avx2 avx512f avx512dq"
+
+
+@pytest.mark.parametrize(
+    ("cpu", "flags", "expected"),
+    [
+        ("AMD EPYC", "fpu avx avx2", "epyc-avx2"),
+        ("AMD EPYC 7763 64-Core Processor", "avx2", "epyc-avx2"),
+        ("AMD EPYC", f"{AVX512_FLAGS} avx_vnni avx512_bf16 avx512_vnni", "epyc-avx512-bf16"),
+        ("Intel(R) Xeon(R) CPU @ 2.00GHz", AVX512_FLAGS, "xeon-avx512"),
+        ("Intel(R) Xeon(R) Gold 6230 CPU @ 2.10GHz", f"{AVX512_FLAGS} avx512_vnni", "xeon-avx512-vnni"),
+        ("Intel Xeon Processor (SapphireRapids)", f"{AVX512_FLAGS} avx512_vnni avx512_bf16 amx_bf16", "xeon-amx"),
+        ("13th Gen Intel(R) Core(TM) i7-1360P", "avx2 avx_vnni", "core-avx2"),
+        ("Common KVM processor", "fpu sse2", "common-kvm-processor"),
+        ("arm", None, "arm"),
+    ],
+)
+def test_the_kind_of_a_machine_is_its_processor_and_its_newest_units(
+    cpu: str, flags: str | None, expected: str
+) -> None:
+    about = {"cpu": cpu, "units": units_of(flags), "capability": "DEFAULT", "bf16_units": False}
+    assert machine_kind(about) == expected
+
+
+def test_a_gpu_is_a_kind_of_its_own() -> None:
+    assert machine_kind({"device": "NVIDIA H100 80GB HBM3", "driver": None}) == "nvidia-h100-80gb-hbm3"
+
+
+def test_tables_name_the_units_or_what_a_file_knows_of_them() -> None:
+    part = report.load(RESULTS / "epyc-avx2" / "cpu.json")["parts"]["nll"]
+    assert "AMD EPYC (AVX2, without bf16 units), 2 threads" in provenance(part["environment"])
+    listed = part["environment"] | {"units": ["AVX2", "AVX-512", "VNNI"], "threads": 1}
+    assert "AMD EPYC (AVX2, AVX-512, VNNI), 1 thread," in provenance(listed)
+
+
+@pytest.mark.parametrize("path", [case for name in command.COMMANDS for case in committed(name)])
+def test_committed_results_lie_in_the_folder_of_their_machine(path: Path) -> None:
+    kinds = {machine_kind(part["environment"]) for part in report.load(path)["parts"].values()}
+    assert kinds == {path.parent.name}
+
+
+def test_results_go_to_this_machine_s_folder_unless_another_is_asked_for(tmp_path: Path) -> None:
+    about = {"cpu": "AMD EPYC", "units": ["AVX2"]}
+    for arguments, expected in (
+        ([], RESULTS / "epyc-avx2"),
+        (["--tiny"], None),
+        (["--output", str(tmp_path)], tmp_path),
+    ):
+        given = report.options("cpu", None, (), None).parse_args(arguments)
+        assert report.output(given, about) == expected
+
+
+def test_another_kind_of_machine_is_another_pair_of_columns(tmp_path: Path) -> None:
+    """A row is of one problem: where the same part has other tokens, that is a row of its own."""
+    _measure_made_up(tmp_path / "epyc-avx2", tokens=64, units=["AVX2"], date="2026-11-21T01:00:00+00:00")
+    _measure_made_up(tmp_path / "xeon-amx", tokens=4096, units=["AVX2", "AMX"], date="2026-11-30T02:00:00+00:00")
+    (tmp_path / "nvidia-h100").mkdir()
+    assert machines.side_by_side(tmp_path).splitlines() == [
+        "| | `epyc-avx2` | | `xeon-amx` | |",
+        "|---|---|---|---|---|",
+        "| time / | materialised | GEMMs | materialised | GEMMs |",
+        "| NLL, 4096 tokens, bfloat16 | | | 0.50 | 1.00 |",
+        "| NLL, 64 tokens, bfloat16 | 0.50 | 1.00 | | |",
+        "| NLL, tail-corrected, on SmolLM2's own states | | 0.25 | | 0.25 |",
+        "",
+        "- `epyc-avx2`: a CPU (AVX2), 2 threads, torch 2.13.0, 2026-11-21",
+        "- `xeon-amx`: a CPU (AVX2, AMX), 2 threads, torch 2.13.0, 2026-11-30",
+    ]
+
+
+def _measure_made_up(folder: Path, *, tokens: int, units: list[str], date: str) -> None:
+    folder.mkdir()
+    about = {"cpu": "a CPU", "units": units, "threads": 2, "date": date, "versions": {"torch": "2.13.0+cpu"}}
+    rows = [
+        vars(Row(name, "peer", seconds=seconds))
+        for name, seconds in ((MATERIALISED.name, [4.0, 2.0]), (GEMMS.name, [2.0, 1.0]), (NLL.name, [2.0, 1.0]))
+    ]
+    part = {"problem": f"N {tokens} H 576 V 49152 bfloat16", "rows": rows, "environment": about}
+    (folder / "cpu.json").write_text(json.dumps({"parts": {"bf16": part}}))
+    few, many = (
+        {"tail-corrected 2^-12": {"seconds": [x] * n}, times.FLOOR: {"seconds": [4.0] * n}}
+        for x, n in ((3.0, 2), (1.0, 6))
+    )
+    parts = {
+        f"times / as released{label} / docstrings": {"methods": methods, "environment": about}
+        for label, methods in (("", few), (", few methods", many))
+    }
+    (folder / "tail.json").write_text(json.dumps({"parts": parts}))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -312,8 +418,9 @@ def test_the_tail_command_runs_tiny_saves_and_draws(tmp_path: Path) -> None:
     assert (tmp_path / "tail.md").read_text() == plots.markdown(results) and (tmp_path / "tail.png").exists()
 
 
-def test_committed_tail_tables_are_those_of_the_committed_measurements() -> None:
-    assert (RESULTS / "tail.md").read_text() == plots.markdown(report.load(RESULTS / "tail.json"))
+@pytest.mark.parametrize("path", committed("tail"))
+def test_committed_tail_tables_are_those_of_the_committed_measurements(path: Path) -> None:
+    assert path.with_suffix(".md").read_text() == plots.markdown(report.load(path))
 
 
 @pytest.mark.slow

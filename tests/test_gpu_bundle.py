@@ -125,6 +125,16 @@ def test_a_library_of_other_sources_is_not_used_and_another_tree_is_marked(witho
     assert there.commit == f"abc+{bundle.fingerprint(bundle.TREE)[:8]}"
 
 
+def test_a_checkout_may_lie_in_a_folder_named_results(monkeypatch, tmp_path):
+    root = tmp_path / "results"
+    root.mkdir()
+    monkeypatch.setattr(bundle, "ROOT", root)
+    (root / "one.py").write_text("1")
+    before = bundle.fingerprint(["."])
+    (root / "one.py").write_text("2")
+    assert bundle.fingerprint(["."]) != before
+
+
 def test_without_a_bundle_or_a_piece_of_it_the_report_says_so(without_network, tmp_path):
     with pytest.raises(SystemExit, match=r"gpu: no bundle in .*: `python -m benchmarks bundle` makes one"):
         gpu.main(["--dry", "--bundle", str(tmp_path)])

@@ -471,10 +471,10 @@ def test_tests_have_seconds_of_their_own_and_go_on_where_an_earlier_call_ended(t
 
 @pytest.mark.slow
 def test_the_command_runs_every_part_and_provider_and_writes_nothing_by_itself(capsys, tmp_path):
-    committed = set(RESULTS.iterdir())
+    committed = set(RESULTS.rglob("*"))
     gpu.main(["--dry", "--minutes", "20"])
     printed = capsys.readouterr().out
-    assert set(RESULTS.iterdir()) == committed
+    assert set(RESULTS.rglob("*")) == committed
     assert "## Tests on the device" in printed and "0 failures, 0 errors" in printed
     for provider in PROVIDERS:
         assert f"| {provider.name} " in printed

@@ -26,7 +26,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..harness.environment import ROOT, checked_out
+from ..harness.environment import RESULTS, ROOT, checked_out
 from ..harness.targets import MIB, Json
 from . import build
 
@@ -187,7 +187,7 @@ def fingerprint(places: Sequence[str]) -> str:
 def _files(place: Path) -> list[Path]:
     endings = (".py", ".cu", ".cuh", ".cpp", ".h", ".txt", ".cmake")
     within = [place] if place.is_file() else place.rglob("*")
-    files = [path for path in within if path.suffix in endings and path.is_file() and "results" not in path.parts]
+    files = [path for path in within if path.suffix in endings and path.is_file() and RESULTS not in path.parents]
     if not files:
         raise FileNotFoundError(f"{place}: expected sources there, found none")
     return files

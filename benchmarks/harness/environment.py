@@ -1,4 +1,4 @@
-"""Provenance: what a measurement depends on beside the code under test."""
+"""Provenance: what a measurement depends on beside the code under test, and the kind of machine that it is of."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,8 +21,19 @@ PACKAGES = (
     *("quack-kernels", "flash-attn"),
 )
 ROOT = Path(__file__).resolve().parents[2]
-#: Where results are written and committed.
+#: Where results are written and committed, in a folder for each kind of machine.
 RESULTS = ROOT / "benchmarks" / "results"
+#: Units of a processor that decide how fast products are, by the flag of /proc/cpuinfo that names them.
+UNITS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx_vnni": "VNNI",
+    "avx512_vnni": "VNNI",
+    "avx512_bf16": "bf16",
+    "amx_bf16": "AMX",
+}
+#: What PyTorch calls a processor's capability, in the words of UNITS.
+CAPABILITIES = {"AVX2": ["AVX2"], "AVX512": ["AVX2", "AVX-512"]}
 BF16_UNITS: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -34,7 +47,8 @@ def describe(*, gpu: bool = False, tiny: bool = False, commit: str | None = None
     about: Json = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or checked_out(),
-        "cpu": _cpu(),
+        "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "units": units_of(_cpuinfo("flags")),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": BF16_UNITS,
         "threads": torch.get_num_threads(),
@@ -87,12 +101,54 @@ def _cut_cross_entropy() -> str | None:
     return f"{result.version}, from {place}"
 
 
-def _cpu() -> str:
+def _cpuinfo(field: str) -> str | None:
+    """The field of the first core; None where the system or the processor has no such field."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
+
+
+def units_of(flags: str | None) -> list[str] | None:
+    """The units that flags of /proc/cpuinfo name, the oldest first; None: unknown."""
+    if flags is None:
+        return None
+    there = set(flags.split())
+    return list(dict.fromkeys(unit for flag, unit in UNITS.items() if flag in there))
+
+
+def machine_kind(about: Json) -> str:
+    """Name of the kind of machine, for its folder of results: `epyc-avx2`, `xeon-amx`, `nvidia-h100-80gb-hbm3`.
+
+    A virtual machine may say no more of its processor than the family, so that the newest units tell kinds apart. Where
+    the units are unknown, as in files from before they were written down, PyTorch's word stands for them.
+    """
+    if "driver" in about:
+        return _slug(about["device"])
+    units = about.get("units")
+    if units is None:
+        units = CAPABILITIES.get(about["capability"], []) + ["bf16"] * about["bf16_units"]
+    return "-".join(filter(None, (_family(about["cpu"]), _generation(units))))
+
+
+def _family(cpu: str) -> str:
+    """The word after the vendor's name, such as `epyc`; of another vendor, the whole name."""
+    plain = re.sub(r"\((R|TM)\)", "", cpu, flags=re.IGNORECASE)
+    word = re.search(r"\b(?:AMD|Intel) +(\w+)", plain)
+    return _slug(word.group(1) if word else plain)
+
+
+def _generation(units: Sequence[str]) -> str:
+    if "AMX" in units:
+        return "amx"
+    if "AVX-512" in units:
+        return "avx512" + next((f"-{unit.lower()}" for unit in ("bf16", "VNNI") if unit in units), "")
+    return "avx2" if "AVX2" in units else ""
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def checked_out() -> str | None:
@@ -112,8 +168,22 @@ def provenance(about: Json) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version)
     when = f"{about['date']}, commit {about['commit'] or 'unknown'}"
     if "driver" not in about:
-        units = "with" if about["bf16_units"] else "without"
-        processor = f"{about['cpu']} ({about['capability']}, {units} bf16 units), {about['threads']} threads"
-        return f"{when}, {processor}, load {about['load']} at the start. {versions}."
+        return f"{when}, {processor(about)}, load {about['load']} at the start. {versions}."
     device = f"{about['device']}, driver {about['driver'] or 'unknown'}, CUDA {about['cuda'] or 'none'}"
-    return f"{when}, {device}. {versions}. Cut Cross-Entropy: {about['cut_cross_entropy'] or 'not installed'}."
+    origin = f"Cut Cross-Entropy: {about['cut_cross_entropy'] or 'not installed'}"
+    return f"{when}, {device}, on {processor(about)}. {versions}. {origin}."
+
+
+def processor(about: Json) -> str:
+    """Name, units and threads of the processor, as far as the file has them."""
+    threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
+    return f"{about['cpu']} ({_units_text(about)}), {threads}"
+
+
+def _units_text(about: Json) -> str:
+    """The list of units; without one, PyTorch's word, which is about the processor only where no GPU was measured."""
+    if about.get("units") is not None:
+        return ", ".join(about["units"]) or "no AVX2"
+    if "driver" in about:
+        return "units unknown"
+    return f"{about['capability']}, {'with' if about['bf16_units'] else 'without'} bf16 units"

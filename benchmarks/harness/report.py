@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..internals import write_text
 from . import memory
-from .environment import RESULTS, describe, provenance
+from .environment import RESULTS, describe, machine_kind, provenance
 from .machine import this_machine
 from .measure import Part, silent
 from .tables import part_table, table
@@ -121,18 +121,14 @@ class Report:
         return time.monotonic() + needs > self.deadline
 
     def has(self, name: str) -> bool:
-        """Whether the part is complete, from this device and this commit."""
+        """Whether the part is complete, from this kind of machine, this device and this commit."""
         result = self.earlier(name)
         return result is not None and result.get("complete", True)
 
     def earlier(self, name: str) -> Json | None:
-        """The part as far as it came, from this device and this commit."""
+        """The part as far as it came, from this kind of machine, this device and this commit."""
         result = self.results["parts"].get(name)
-        if result is None:
-            return None
-        before = result["environment"]
-        device = before.get("device", before["cpu"])
-        return result if (device, before["commit"]) == (self.about["device"], self.about["commit"]) else None
+        return result if result is not None and _origin(result["environment"]) == _origin(self.about) else None
 
     def measure(self, names: Sequence[str], needs: Callable[[str], float] = lambda name: 0.0) -> None:
         """The parts in order. What there is no time for is named on standard error, and a smaller part is begun."""
@@ -159,11 +155,17 @@ class Report:
             save(self.results, self.path, self.tables)
 
 
+def _origin(about: Json) -> tuple[object, ...]:
+    """What measurements must share to be parts of one report."""
+    return machine_kind(about), about.get("device", about["cpu"]), about["commit"]
+
+
 class ProcessorReport(Report):
     """A suite on the processor: parts in this process, and memory in one of its own for each provider."""
 
-    def __init__(self, suite: Suite, folder: Path | None, *, end: float, tiny: bool, rounds: int | None = None) -> None:
-        about = describe(tiny=tiny)
+    def __init__(
+        self, suite: Suite, folder: Path | None, about: Json, *, end: float, tiny: bool, rounds: int | None = None
+    ) -> None:
         super().__init__(suite.name, folder, about, end=end, tiny=tiny, tables=suite.markdown, text=self._text)
         self.parts = {part.name: self._sized(part, rounds) for part in suite.parts}
 
@@ -215,14 +217,15 @@ def options(name: str, doc: str | None, parts: Sequence[str], minutes: float | N
     if minutes is not None:
         add("--minutes", type=float, default=minutes, help=f"begin nothing new after this long (default {minutes:g})")
     add("--tiny", action="store_true", help="the same steps in seconds, to see that everything runs; not saved")
-    add("--output", type=Path, metavar="FOLDER", help=f"for {name}.json and {name}.md (default benchmarks/results)")
+    default = "default: this machine's, in benchmarks/results"
+    add("--output", type=Path, metavar="FOLDER", help=f"for {name}.json and {name}.md ({default})")
     add("--tables", type=Path, metavar="FILE", help="measure nothing; write the tables of this JSON beside it")
     return parser
 
 
-def output(given: argparse.Namespace) -> Path | None:
-    """The folder asked for; a tiny run writes nothing by itself."""
-    return given.output or (None if given.tiny else RESULTS)
+def output(given: argparse.Namespace, about: Json) -> Path | None:
+    """The folder asked for, else this machine's; a tiny run writes nothing by itself."""
+    return given.output or (None if given.tiny else RESULTS / machine_kind(about))
 
 
 def tables_again(path: Path, tables: Callable[[Json], str]) -> None:
@@ -239,7 +242,8 @@ def on_processor(suite: Suite, doc: str | None, arguments: Sequence[str] | None,
     if given.tables is not None:
         return tables_again(given.tables, suite.markdown)
     end += 60 * given.minutes
-    report = ProcessorReport(suite, output(given), end=end, tiny=given.tiny, rounds=given.rounds)
+    about = describe(tiny=given.tiny)
+    report = ProcessorReport(suite, output(given, about), about, end=end, tiny=given.tiny, rounds=given.rounds)
     report.measure(given.only or [name for name in report.parts if not report.has(name)])
     report.measure_peers_memory()
     report.save()

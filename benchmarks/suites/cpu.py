@@ -1,6 +1,6 @@
 """Against materialised logits and other libraries on the processor: NLL and DPO, time, memory and gradient error.
 
-python -m benchmarks cpu                      what benchmarks/results/cpu.json lacks from this commit and processor
+python -m benchmarks cpu                      what this machine's cpu.json in benchmarks/results lacks from this commit
 python -m benchmarks cpu --only dpo nll       these parts again; the others in the file stay as they are
 python -m benchmarks cpu --tiny               the same structure in seconds, to see that it runs; not saved
 python -m benchmarks cpu --tables FILE.json   the tables of a file again, without measuring
@@ -92,7 +92,7 @@ PARTS = (
     _part(
         "bf16",
         Problem(BF16_TOKENS, dtype=torch.bfloat16),
-        (materialised.NLL, _NLL, *peers.ON_PROCESSOR),
+        (materialised.NLL, floors.GEMMS, _NLL, *peers.ON_PROCESSOR),
         Target(_NLL.name, "seconds", materialised.NLL.name, 1.1),
         Target(_NLL.name, "seconds", peers.TORCH.name, 1 / 3),
         *against(_NLL, *peers.ON_PROCESSOR[1:]),

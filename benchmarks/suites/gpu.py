@@ -1,6 +1,6 @@
 """The Triton and CUDA kernels on this machine's GPU: tested, timed against cuBLAS, a copy and the peers, and profiled.
 
-python -m benchmarks gpu                      all parts that benchmarks/results/gpu.json does not have yet
+python -m benchmarks gpu                      all parts that this machine's gpu.json in benchmarks/results has not yet
 python -m benchmarks gpu --bundle .gpu --output FOLDER --minutes 9
                                               on a machine without a network: see `python -m benchmarks bundle --help`
 python -m benchmarks gpu --only tests rows    these parts, again
@@ -264,9 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         carried = given.bundle and bundle.unpack(given.bundle)
     except bundle.MissingPiece as reason:
         sys.exit(f"gpu: {reason}")
+    about = describe(gpu=not given.tiny, tiny=given.tiny, commit=given.commit or (carried and carried.commit))
     report = GpuReport(
-        output(given),
-        describe(gpu=not given.tiny, tiny=given.tiny, commit=given.commit or (carried and carried.commit)),
+        output(given, about),
+        about,
         end=start + 60 * given.minutes,
         tiny=given.tiny,
         tests_seconds=given.tests_seconds,

@@ -1,6 +1,6 @@
 """What every registered loss costs on top of NLL or log-probs alone, and TRL's and Liger's losses of the same name.
 
-python -m benchmarks losses                        what benchmarks/results/losses.json lacks from this commit
+python -m benchmarks losses                        what this machine's losses.json lacks from this commit
 python -m benchmarks losses --only losses-token    these parts again
 python -m benchmarks losses --tiny                 the same structure in seconds, to see that it runs; not saved
 python -m benchmarks losses --tables FILE.json     the tables of a file again, without measuring

@@ -44,7 +44,13 @@ class TailReport(Report):
     def __init__(self, given: argparse.Namespace, end: float) -> None:
         about, tables = describe(tiny=given.tiny), plots.markdown
         super().__init__(
-            "tail", output(given), about, end=end, tiny=given.tiny, tables=tables, text=lambda _, x: plots.section(x)
+            "tail",
+            output(given, about),
+            about,
+            end=end,
+            tiny=given.tiny,
+            tables=tables,
+            text=lambda _, x: plots.section(x),
         )
         self.given = given
         self.texts = given.texts[:1] if given.tiny else given.texts

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..harness.environment import processor
 from ..harness.report import load
 from ..harness.tables import table
 from ..harness.targets import Json
@@ -120,8 +121,10 @@ def _run(result: Json) -> str:
 
 def markdown(results: Json) -> str:
     """The tables: every number that docs/tail-corrected.md speaks of."""
+    processors = dict.fromkeys(processor(part["environment"]) for part in results["parts"].values())
     head = (
-        "# The tail-corrected backward, measured\n\nWritten by `python -m benchmarks tail`; its JSON has every sample."
+        "# The tail-corrected backward, measured\n\nWritten by `python -m benchmarks tail`; its JSON has every sample. "
+        f"Measured on {'; '.join(processors)}."
     )
     kinds = ("curves", "orders", "times", "flat")
     sections = [section(result) for kind in kinds for result in of_kind(results, kind)]
@@ -209,8 +212,7 @@ def _times(result: Json) -> str:
         for name, row in methods.items()
     ]
     about = result["environment"]
-    machine = f"{about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}"
-    note = f"{machine}; load {about['load']} at the start."
+    note = f"{processor(about)}, torch {about['versions']['torch']}; load {about['load']} at the start."
     head = ["method", "s, best", "/ three GEMMs", "CPU time / theirs", "loss off by", "d hidden, d weight", "kept"]
     return "\n\n".join([title, note, table(head, rows)])
 
