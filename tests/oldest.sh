@@ -11,7 +11,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 OLDEST_TORCH=2.9.1
 SUITES=(
-    capture library linear_divergence linear_logprobs linear_losses memory sweep tail token_loss
+    capture denormals library linear_divergence linear_logprobs linear_losses memory sweep tail token_loss
     every_loss lists losses_cross_tokenizer losses_demonstrations losses_distillation losses_dpo losses_f_divergence
     losses_implicit_reward losses_nll_dft losses_on_policy_distillation losses_policy losses_preference losses_registry
     losses_rewards losses_sampled losses_sft losses_top_k sequence_logprob

@@ -31,6 +31,7 @@ from torch import Tensor
 from ...types import Head, Options, TokenStats
 from ..exact import sweep
 from ..exact.chunks import Chunks
+from ..exact.denormals import drop_denormals_
 from ..exact.gradients import Accumulators, add_targets, target_entry
 from ..exact.products import spans
 from ..interface import (
@@ -334,13 +335,13 @@ class _EntrySums:
         """Writes `d hidden` of some tokens; `near [n, H]` is the kept entries' part."""
         if self.exact.sums.hidden is not None:
             assert self.block_weight is not None
-            torch.addmm(near, tail, self.block_weight, out=self.exact.sums.hidden[rows])
+            torch.addmm(near, drop_denormals_(tail), self.block_weight, out=self.exact.sums.hidden[rows])
 
     def add_head(self, rows: slice, split: Split) -> None:
         """Adds a matrix's part of the gradients of weight and bias."""
         bias = self.exact.sums.bias
         if self.needs.weight:
-            self.tail_weight.addmm_(split.tail.T, self.chunks.hidden[rows].to(self.chunks.dtype))
+            self.tail_weight.addmm_(drop_denormals_(split.tail).T, self.chunks.hidden[rows].to(self.chunks.dtype))
             self.waiting.append((split.token + rows.start, split.column, split.value))
             if sum(len(token) for token, *_ in self.waiting) > MOST_WAITING:
                 self._flush()

@@ -41,6 +41,7 @@ from ..interface import (
     empty_gradients,
 )
 from .chunks import chunk_tokens, equal_chunks, in_dtype, lay_out, row_stride
+from .denormals import drop_denormals_, exponential
 from .products import (
     float16_products,
     logit_dtype,
@@ -107,7 +108,7 @@ def _deformed(x: Rows, a: float) -> Tensor:
     exponent = x.log_ratio * a
     near = x.q * torch.expm1(exponent)
     # Where the power is large, q may have underflowed while q exp(a r) has not.
-    far = (a * x.log_p + (1 - a) * x.log_q).exp_().sub_(x.q)
+    far = exponential(a * x.log_p + (1 - a) * x.log_q, inplace=True).sub_(x.q)
     return torch.where(exponent > 30, far, near).div_(a)
 
 
@@ -226,7 +227,7 @@ def _of_rows(
     log_ratio = log_p - log_q
     if model.head.bias is not None or ref.head.bias is not None:
         log_ratio.masked_fill_(log_p.isneginf() & log_q.isneginf(), 0.0)
-    x = Rows(log_p.exp(), log_q.exp(), log_p, log_q, log_ratio)
+    x = Rows(exponential(log_p), exponential(log_q), log_p, log_q, log_ratio)
     result = terms(x, options)
     if upstream is not None:
         for side, share, probability, slope in (
@@ -252,17 +253,17 @@ def _log_softmax(side: RawSide, group: ProcessGroup | None) -> tuple[Tensor, Ten
     if group is not None:
         top = gathered(top.clamp_(min=torch.finfo(z.dtype).min), group).amax(0)  # not -inf, where all is masked here
     z.sub_(top)
-    z.sub_(_over_vocabulary(z.exp().sum(-1, keepdim=True), group).log_())
+    z.sub_(_over_vocabulary(exponential(z).sum(-1, keepdim=True), group).log_())
     return z, transform.slope if derivative is None else derivative
 
 
 def _logit_gradient(
     share: Tensor, probability: Tensor, upstream: Tensor, slope: Tensor | float, group: ProcessGroup | None
 ) -> Tensor:
-    """`upstream (u - q sum u) slope`."""
+    """`upstream (u - q sum u) slope`, without denormal entries."""
     total = _over_vocabulary(share.sum(-1, keepdim=True), group)
     gradient = torch.addcmul(share, probability, total, value=-1)
-    return gradient.mul_(upstream[:, None]).mul_(slope)
+    return drop_denormals_(gradient.mul_(upstream[:, None]).mul_(slope))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

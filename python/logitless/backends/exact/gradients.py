@@ -12,6 +12,7 @@ from torch import Tensor
 from ...types import TokenStats
 from ..interface import Gradients, Needs, Problem, RowGradient, Upstream, empty_gradients, empty_sum, rows_of
 from .chunks import Operands
+from .denormals import drop_denormals_
 from .products import float16_products, multiply, products_with_head, spans
 
 #: Tokens whose targets' rows of the head are gathered at once, in the sums' dtype, where there are no chunks.
@@ -79,7 +80,7 @@ class Accumulators:
         out = self.begin().weight
         assert out is not None
         hidden = self.operands.problem.hidden[rows].to(out.dtype)
-        scaled = hidden if gradient.row_scale is None else hidden * gradient.row_scale[:, None]
+        scaled = hidden if gradient.row_scale is None else drop_denormals_(hidden * gradient.row_scale[:, None])
         multiply(gradient.matrix.T, scaled.to(gradient.matrix.dtype), out=out, add=self.weight_begun)
         self.weight_begun = True
 
@@ -87,7 +88,7 @@ class Accumulators:
         """The head's gradient by one product, the targets' entries put into the matrix, which nobody reads after it."""
         matrix = gradient.matrix
         if gradient.target is not None:
-            matrix.scatter_(1, targets[:, None], gradient.target[:, None].to(matrix.dtype))
+            matrix.scatter_(1, targets[:, None], drop_denormals_(gradient.target[:, None].to(matrix.dtype)))
         return torch.mm(matrix.T, self.operands.problem.hidden[rows])
 
     def add_mean(self, rows: slice, upstream: Upstream) -> None:

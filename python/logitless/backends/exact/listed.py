@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ...types import Head, TokenStats, statistics_dtype
 from ..interface import RowEngine, RowGradient, Tile, Upstream
+from .denormals import drop_denormals_
 
 
 class _Lists(NamedTuple):
@@ -82,7 +83,7 @@ class ListedRows(RowEngine):
         if scale is not None:
             matrix = matrix.mul_(scale[:, None])
         matrix.scatter_add_(1, lists.columns, (listed * lists.derivative).to(matrix.dtype))
-        return RowGradient(matrix, None, None)
+        return RowGradient(drop_denormals_(matrix), None, None)
 
 
 def _with_mask(head: Head) -> Head:

@@ -14,7 +14,8 @@ so a confident token keeps all its digits, and the gradient of the logits needs 
 for upstream gradients a (logprob), b (lse), e (entropy) and m (mean_logit), one number a row. Where logits have weights
 w, mean_logit is `mean_j w_j z_j`, and m / V becomes m w_j / V. Without entropy and
 softcap the bracket is one number a row too, and is left to the products (`row_scale`): the exponentials are the
-gradient as they stand. kernels/MATH.md derives each line.
+gradient as they stand. kernels/MATH.md derives each line. On a CPU neither e nor the gradient has denormal entries
+(`denormals`): they are 0, and so is the logprob of a token whose others are all below the cut.
 
 Row operations take a part of the vocabulary at a time, which stays in a core's cache from one operation to the next; a
 temporary is as large as that part.
@@ -23,6 +24,7 @@ temporary is as large as that part.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -30,7 +32,9 @@ from torch import Tensor
 
 from ...types import Head, TokenStats
 from ..interface import RowEngine, RowGradient, Tile, Upstream
+from .denormals import drop_denormals_, exponential
 from .gradients import target_entry
+from .products import spans
 
 #: Bytes of the part of a chunk that row operations take at a time.
 PIECE_BYTES = {"cpu": 2**20}
@@ -87,11 +91,12 @@ def _statistics(
     target = z.gather(1, column)
     top = z.amax(-1, keepdim=True)
     z.scatter_(1, column, -math.inf)
-    sums = torch.stack([_exponentials_(piece, top, outputs) for piece in _pieces(z)]).sum(0)
+    sums = torch.stack([_exponentials_(z[:, columns], top, outputs) for columns in _pieces(z)]).sum(0)
     others, weighted, squares = sums[0].log(), sums[1], sums[2]
     d, top = (target - top)[:, 0], top[:, 0]
     log_total = torch.logaddexp(others, d)
-    stats = {"logprob": -torch.logaddexp(others - d, torch.zeros_like(d)), "lse": top + log_total}
+    zero = torch.zeros_like(d)
+    stats = {"logprob": zero - torch.logaddexp(others - d, zero), "lse": top + log_total}  # not -0.0
     if mean_logit is not None:
         stats["mean_logit"] = mean_logit
     if "entropy" in outputs:
@@ -105,17 +110,17 @@ def _statistics(
     return Tile(z, targets, TokenStats(**stats), _Exponentials(log_total, derivative))
 
 
-def _pieces(chunk: Tensor) -> tuple[Tensor, ...]:
-    """Views `[n, part of V]`."""
+def _pieces(chunk: Tensor) -> Iterator[slice]:
+    """The columns that are taken at a time."""
     budget = PIECE_BYTES.get(chunk.device.type, PIECE_BYTES_ACCELERATOR)
-    return chunk.split(max(1, budget // (len(chunk) * chunk.itemsize)), dim=1)
+    return spans(chunk.shape[1], max(1, budget // (len(chunk) * chunk.itemsize)))
 
 
 def _exponentials_(z: Tensor, top: Tensor, outputs: tuple[str, ...]) -> Tensor:
     """Replaces logits by `e`; returns the sums of `e`, `e log e` and `e^2`, `[3, n]`, 0 for those not needed."""
     z.sub_(top)
     logarithm = z.clamp(min=LOG_OF_ZERO) if "entropy" in outputs else None
-    total = z.exp_().sum(-1)
+    total = exponential(z, inplace=True).sum(-1)
     none = torch.zeros_like(total)
     weighted = none if logarithm is None else logarithm.mul_(z).sum(-1)
     squares = torch.linalg.vector_norm(z, dim=-1).square() if "log_sum_sq" in outputs else none
@@ -137,14 +142,18 @@ def _row_gradient(tile: Tile, head: Head, upstream: Upstream, logit_weight: Tens
     else:
         target = target * derivative.gather(1, tile.targets[:, None])[:, 0]
     if entropy_grad is None and derivative is None:
-        return RowGradient(tile.logits, factor / total * slope, target)
-    e = _bend_(tile.logits, factor / total, None if entropy_grad is None else entropy_grad / total)
-    if derivative is None:
-        return RowGradient(e, torch.full_like(total, slope), target)
-    if mean_grad is not None:
-        even = mean_grad / e.shape[1]
-        e = e.add_(even[:, None]) if logit_weight is None else e.addr_(even, logit_weight)
-    return RowGradient(e.mul_(derivative), None, target)
+        return RowGradient(tile.logits, drop_denormals_(factor / total * slope), target)
+    e, entropy_factor = tile.logits, None if entropy_grad is None else entropy_grad / total
+    even = None if mean_grad is None or derivative is None else mean_grad / e.shape[1]
+    for columns in _pieces(e):
+        piece = _bend_(e[:, columns], factor / total, entropy_factor)
+        if even is not None:
+            piece.add_(even[:, None]) if logit_weight is None else piece.addr_(even, logit_weight[columns])
+        if derivative is not None:
+            piece.mul_(derivative[:, columns])
+        # After the products, because what multiplies an exponential may be any small number.
+        drop_denormals_(piece)
+    return RowGradient(e, torch.full_like(total, slope) if derivative is None else None, target)
 
 
 def _bend_(e: Tensor, factor: Tensor, entropy_factor: Tensor | None) -> Tensor:
@@ -152,7 +161,5 @@ def _bend_(e: Tensor, factor: Tensor, entropy_factor: Tensor | None) -> Tensor:
     factor = factor[:, None]
     if entropy_factor is None:
         return e.mul_(factor)
-    for piece in _pieces(e):
-        logarithm = piece.log().clamp_(min=LOG_OF_ZERO)
-        piece.mul_(torch.addcmul(factor, logarithm, entropy_factor[:, None], value=-1, out=logarithm))
-    return e
+    logarithm = e.clamp(min=torch.finfo(e.dtype).tiny).log_()  # of 0 any number: the product is 0
+    return e.mul_(torch.addcmul(factor, logarithm, entropy_factor[:, None], value=-1, out=logarithm))
