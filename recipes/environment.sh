@@ -50,7 +50,7 @@ if [ -z "${LOGITLESS_CUDA:-}" ]; then
 fi
 export LOGITLESS_CUDA
 
-sources=("$root"/pyproject.toml "$root"/setup.py "$root"/kernels/cpu/{CMakeLists.txt,screen.cpp,screen.h})
+sources=("$root"/pyproject.toml "$root"/setup.py "$root"/kernels/rows.h "$root"/kernels/cpu/{CMakeLists.txt,*.cpp,*.h})
 key="$(cat "${sources[@]}" | cksum) ${LOGITLESS_TORCH:-} $LOGITLESS_CUDA ${LOGITLESS_CPU:-}"
 stamp="$venv/logitless-${extras//[^a-z]/-}.stamp"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$root $key" ]; then

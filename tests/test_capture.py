@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import logitless
 from logitless import linear_divergence, linear_logprobs, linear_token_loss
-from logitless.backends import BACKENDS, cuda
+from logitless.backends import BACKENDS, cuda, native
 from logitless.ops import functions, tokens
 from logitless.ops.registered.divergence import divergence, divergence_sum
 from logitless.ops.registered.logprobs import logprobs, logprobs_backward
@@ -182,6 +182,7 @@ def no_kernels(monkeypatch):
     def launch(name: str, *arguments: object, on: torch.device) -> None:
         launched.append(name)
 
+    monkeypatch.setattr(native, "why_not", lambda device: "fake tensors stand for a GPU's")
     stub = SimpleNamespace(has=lambda name: True, measure_workspace=lambda *sizes: 16, launch=launch)
     monkeypatch.setattr(cuda, "_library", lambda: stub)
     monkeypatch.setattr(cuda, "_has_vectors", lambda matrix: True)  # a fake tensor has no address

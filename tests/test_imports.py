@@ -117,7 +117,8 @@ def test_no_files_import_one_another() -> None:
 
 
 #: The rooms of `backends`, from the bottom up. The backends share one floor and do not know one another.
-ROOMS = (("interface",), ("exact",), ("approximate",), ("backend",), tuple(logitless.backends.BACKENDS), ("__init__",))
+BELOW = (("interface",), ("native",), ("exact",), ("approximate",), ("backend",))
+ROOMS = (*BELOW, tuple(logitless.backends.BACKENDS), ("__init__",))
 
 
 def rooms_imported(path: Path) -> set[str]:
@@ -128,7 +129,8 @@ def rooms_imported(path: Path) -> set[str]:
             node.body = []
     here = path.relative_to(PACKAGE).with_suffix("").parts
     imports = (node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level)
-    paths = ((*here[: len(here) - node.level], *(node.module or "").split(".")) for node in imports)
+    modules = ((node, node.module or alias.name) for node in imports for alias in node.names)
+    paths = ((*here[: len(here) - node.level], *module.split(".")) for node, module in modules)
     return {path[1] for path in paths if path[0] == "backends" and len(path) > 1}
 
 

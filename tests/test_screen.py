@@ -1,23 +1,19 @@
-"""The screened forward (kernels/cpu): its integers' error, its bound, and what it leaves to others.
+"""Streamed gradients (kernels/cpu), screened: the screen's error, the bound, and what is left to others.
 
 With the identity for a head, hidden states are logits and `d hidden` is the gradient of the logits itself.
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_build import ROOT, build, ctype, needs_compiler, run
+from cpu_sets import SETS, using
+from cuda_build import needs_compiler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from list_cases import check_approximate
@@ -27,33 +23,20 @@ from torch import Tensor
 
 from logitless import linear_cross_entropy, linear_logprobs, linear_loss, linear_token_loss, losses, tail_report
 from logitless.backends import BACKENDS
-from logitless.backends.approximate.screened import Screened
+from logitless.backends.approximate.streamed import Streamed
 from logitless.kernels.cpu import library as cpu_library
 from logitless.losses import DPO, Loss
 from logitless.testing import make_problem
 
 pytestmark = needs_compiler
-HEADER = ROOT / "kernels" / "cpu" / "screen.h"
 FLOATING = ("hidden", "weight", "bias", "coefficient")
 SCREENED: dict[str, Any] = {"backward": "screened", "tail_tolerance": 2.0**-8}
 
 
-def built(sanitize: str = "") -> Path:
-    options = ("-DLOGITLESS_CUDA=OFF", "-DLOGITLESS_HOST=OFF", f"-DLOGITLESS_SANITIZE={sanitize}")
-    return build(f"cpu{sanitize}", *options, target="logitless_cpu")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def library() -> Iterator[cpu_library.Library]:
-    """This checkout's, not an installed one."""
-    if cpu_library.VARIABLE in os.environ:
-        yield cpu_library.load(Path(os.environ[cpu_library.VARIABLE]))
-        return
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(cpu_library.VARIABLE, str(built()))
-        loaded = cpu_library.load(built())
-        if not loaded.supported:
-            pytest.skip("the processor lacks AVX2")
+@pytest.fixture(scope="module", params=SETS, autouse=True)
+def library(request: pytest.FixtureRequest) -> Iterator[cpu_library.Library]:
+    """This checkout's, not an installed one, with each set of instructions."""
+    with using(request.param) as loaded:
         yield loaded
 
 
@@ -64,101 +47,6 @@ def logit_error(hidden: Tensor, weight: Tensor, slope: float = 1.0) -> Tensor:
     of_row = math.sqrt(depth) / 2 / units
     norms = hidden.double().norm(dim=1) * weight.double().norm(dim=1).max()
     return slope * norms * (2 * of_row + of_row**2 + 1e-6)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The library
-
-
-def test_signatures_are_those_of_the_header() -> None:
-    text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.DOTALL)
-    found = {}
-    for result, name, arguments in re.findall(r"LOGITLESS_API\s+([\w\s*]+?)(\w+)\(([^)]*)\)\s*;", text):
-        parts = [] if arguments.strip() == "void" else arguments.replace("struct logitless_screen", "void").split(",")
-        found[name] = (ctype(result), *(ctype(re.sub(r"\w+$", "", part.strip())) for part in parts))
-    assert found == cpu_library.SIGNATURES
-    codes = dict(re.findall(r"LOGITLESS_SCREEN_(\w+) = (\d+)", text))
-    assert {name: int(code) for name, code in codes.items()} == {
-        str(dtype).removeprefix("torch.").upper(): code for dtype, code in cpu_library.DTYPE_CODES.items()
-    }
-
-
-def test_the_structure_is_that_of_the_header(tmp_path: Path) -> None:
-    """Names in order, offsets and size as a compiler has them."""
-    fields = [name for name, _ in cpu_library.Screen._fields_]
-    source = tmp_path / "offsets.c"
-    prints = "".join(f'printf("%zu\\n", offsetof(struct logitless_screen, {name}));' for name in fields)
-    source.write_text(
-        f'#include <stddef.h>\n#include <stdio.h>\n#include "{HEADER}"\n'
-        f'int main(void) {{ {prints} printf("%zu\\n", sizeof(struct logitless_screen)); return 0; }}\n'
-    )
-    run("cc", "-std=c99", "-Wall", "-Wextra", "-pedantic", "-Werror", source, "-o", tmp_path / "offsets")
-    found = [int(line) for line in run(tmp_path / "offsets").stdout.split()]
-    ours = [getattr(cpu_library.Screen, name).offset for name in fields]
-    assert found == [*ours, ctypes.sizeof(cpu_library.Screen)] and sorted(ours) == ours
-
-
-def test_nothing_but_the_interface_is_exported() -> None:
-    lines = run("nm", "-D", "--defined-only", built()).stdout.splitlines()
-    assert {line.split()[-1] for line in lines if " T " in line} == set(cpu_library.SIGNATURES)
-
-
-def test_warnings_are_errors() -> None:
-    source = ROOT / "kernels" / "cpu" / "screen.cpp"
-    flags = ("-std=c++17", "-O3", "-mavx2", "-mfma", "-mf16c", "-fsyntax-only")
-    run("c++", *flags, "-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", source)
-
-
-def test_the_product_keeps_its_sums_in_registers(tmp_path: Path) -> None:
-    """Twelve multiplications and additions a step, none with an operand on the stack."""
-    text = run("objdump", "-d", "--no-show-raw-insn", built()).stdout
-    loops = re.findall(r"(?:.*vpmaddwd.*\n(?:.*\n){0,3}?){12}", text)
-    assert loops and all("rsp" not in loop and "rbp" not in loop for loop in loops)
-
-
-def packed(library: cpu_library.Library, weight: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Integers `[V, H]` in float64, and their units."""
-    rows, pairs = -(-len(weight) // 16) * 16, -(-weight.shape[1] // 2)
-    panels, units = torch.full((rows * pairs,), 77, dtype=torch.int32), torch.full((rows,), math.nan)
-    library.pack(weight, order, slice(0, len(weight)), panels, units)
-    by_row = torch.empty(rows, pairs, dtype=torch.int32)
-    by_row.view(rows // 16, 16, pairs).copy_(panels.view(rows // 16, pairs, 16).transpose(1, 2))
-    return by_row.view(torch.int16).double(), units.double()
-
-
-@settings(max_examples=40)
-@given(
-    vocabulary=st.integers(1, 40),
-    depth=st.integers(1, 70),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
-    power=st.sampled_from([-30, -3, 0, 3, 30]),
-    outlier=st.booleans(),
-    reorder=st.booleans(),
-)
-def test_packed_rows(library, vocabulary, depth, dtype, power, outlier, reorder) -> None:
-    """Each integer is its element to half a unit, whatever the row's size; no row's norm is beyond the budget."""
-    weight = torch.randn(vocabulary, depth) * 10.0 ** (power if dtype != torch.float16 else power / 10)
-    if outlier:
-        weight[:, 0] *= 1e3 if dtype != torch.float16 else 10
-    weight = weight.to(dtype)
-    order = torch.randperm(vocabulary) if reorder else None
-    integers, units = packed(library, weight, order)
-    rows = (weight if order is None else weight[order]).double()
-    assert (integers[vocabulary:] == 0).all() and (units[vocabulary:] == 0).all()
-    assert (integers[:vocabulary, depth:] == 0).all()
-    off = (integers[:vocabulary, :depth] * units[:vocabulary, None] - rows).abs()
-    assert (off <= units[:vocabulary, None] * 0.5001 + rows.abs() * 1e-6).all()
-    assert (integers.norm(dim=1) <= 32767).all()
-
-
-def test_rows_without_a_size() -> None:
-    """Zeros stay zeros; what is not finite makes the unit NaN."""
-    loaded = cpu_library.load(Path(os.environ[cpu_library.VARIABLE]))
-    weight = torch.randn(4, 12)
-    weight[0], weight[1, 3], weight[2, 5] = 0, math.nan, math.inf
-    integers, units = packed(loaded, weight)
-    assert units[0] == 0 and (integers[0] == 0).all()
-    assert units[1:3].isnan().all() and units[3].isfinite()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -310,14 +198,15 @@ def test_flat_distributions_take_the_exact_products() -> None:
 
 
 def test_a_flat_chunk_among_others_is_computed_again() -> None:
-    problem = peaked_problem(count=60, dtype=torch.float32)
-    problem["hidden"][24:36] = 0
-    options = {**SCREENED, "chunk_bytes": 4 * 2000 * 12 * torch.get_num_threads()}
+    """Chunks of 32 tokens, the least, of which the second is flat."""
+    problem = peaked_problem(count=160, dtype=torch.float32)
+    problem["hidden"][32:64] = 0
+    options = {**SCREENED, "chunk_bytes": 1}
     with tail_report() as report:
         found = gradients(**problem, **options)
-    assert report.exact_tokens == 12 and len(report.left) == 60
+    assert report.exact_tokens == 32 and len(report.left) == 160
     exact = gradients(**problem)
-    torch.testing.assert_close(found[0][24:36], exact[0][24:36])
+    torch.testing.assert_close(found[0][32:64], exact[0][32:64])
     for x, y in zip(found[:2], exact[:2], strict=True):
         assert relative(x, y) < 0.03
 
@@ -451,45 +340,16 @@ def test_a_library_that_is_missing_or_of_no_use_is_an_error(monkeypatch: pytest.
     with pytest.raises(ValueError, match="its library cannot be loaded"):
         ask()
     monkeypatch.undo()
-    monkeypatch.setattr(cpu_library.load(cpu_library.location()), "supported", False)
+    monkeypatch.setattr(cpu_library.load(cpu_library.location()), "set", None)
     with pytest.raises(ValueError, match="the processor lacks AVX2"):
         ask()
 
 
 def test_the_strategy_is_not_a_backend() -> None:
-    assert isinstance(BACKENDS["chunked"].approximate("screened"), Screened)
+    strategy = BACKENDS["chunked"].approximate("screened")
+    assert isinstance(strategy, Streamed) and strategy.screens
     with pytest.raises(ValueError, match="backend: expected one of"):
         linear_logprobs(torch.randn(2, 3), torch.randn(5, 3), torch.zeros(2).long(), backend="screened")
-
-
-@pytest.mark.slow
-def test_under_the_address_and_undefined_behaviour_sanitizers() -> None:
-    """The property tests of this file again."""
-    runtime = run("c++", "-print-file-name=libasan.so").stdout.strip()
-    environment = {
-        **os.environ,
-        "LD_PRELOAD": runtime,
-        "ASAN_OPTIONS": "detect_leaks=0",
-        cpu_library.VARIABLE: str(built("address")),
-    }
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "test_screen.py"),
-    ]
-    done = subprocess.run(
-        [*command, "-k", "packed_rows or test_statistics or bounds or masked"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=environment,
-    )
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

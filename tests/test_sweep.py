@@ -231,7 +231,7 @@ def test_bfloat16_logits_are_to_be_had(monkeypatch):
     """`chunk_dtype` asks for the speed of a processor's units, and has their rounding."""
     seen: list[torch.dtype] = []
     monkeypatch.setattr(products, "has_bfloat16_units", lambda: True)
-    monkeypatch.setattr(products, "multiply", lambda a, b, out, add=False: (seen.append(a.dtype), out.copy_(a @ b)))
+    monkeypatch.setattr(products, "multiply", lambda a, b, out, add=False: (seen.append(out.dtype), out.copy_(a @ b)))
     p = make_problem((3,), 4, 8, dtype=torch.bfloat16, trainable=())
     for chunk_dtype in (None, torch.float32, torch.bfloat16):
         linear_logprobs(p.hidden, p.weight, p.targets, chunk_dtype=chunk_dtype)

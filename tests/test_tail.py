@@ -260,7 +260,7 @@ def test_tokens_without_an_upstream_gradient_keep_nothing() -> None:
 def test_a_frozen_head_costs_no_work_for_its_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = peaked_problem()
     trainable, _, _ = gradients(**problem, **TAIL)
-    monkeypatch.setattr(entries._EntrySums, "_flush", lambda self: pytest.fail("the head's gradient was computed"))
+    monkeypatch.setattr(entries.EntrySums, "_flush", lambda self: pytest.fail("the head's gradient was computed"))
     hidden = problem["hidden"].clone().requires_grad_()
     stats = linear_logprobs(hidden, problem["weight"], problem["targets"], **TAIL)
     (problem["coefficient"] * stats.logprob).sum().backward()

@@ -30,7 +30,7 @@ def info() -> dict[str, str]:
         report[f"backend on {device.type}"] = backends.pick("auto", torch.empty(1, 1, device=device))
         for name, backend in backends.BACKENDS.items():
             report[f"{name} on {device.type}"] = backend.supports(device, torch.float32) or "available"
-    report["screened on cpu"] = backends.supports_screened(torch.device("cpu"), torch.float32) or "available"
+    report["screened on cpu"] = backends.why_not_screened(torch.device("cpu")) or "available"
     return report
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ..peers import value_hint
-from .approximate.screened import supports as supports_screened
 from .backend import Backend
 from .chunked import CHUNKED
 from .cuda import CUDA
+from .native import why_not as why_not_screened
 from .triton import TRITON
 
 #: name -> backend, without work at import; "auto" takes the first that supports the tensors, and the last always does.
@@ -33,7 +33,7 @@ def pick_approximate(name: str, backward: str, hidden: Tensor) -> str:
     """The name of the backend to use for an approximate `backward`."""
     if backward != "screened":
         return pick(name, hidden)
-    return _pick_screened(name, hidden.device, hidden.dtype)
+    return _pick_screened(name, hidden.device)
 
 
 def _pick(name: str, device: torch.device, dtype: torch.dtype, without: tuple[str, ...]) -> str:
@@ -49,8 +49,8 @@ def _pick(name: str, device: torch.device, dtype: torch.dtype, without: tuple[st
     return name
 
 
-def _pick_screened(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    reason = supports_screened(device, dtype)
+def _pick_screened(name: str, device: torch.device) -> str:
+    reason = why_not_screened(device)
     if reason is None and name not in ("auto", "chunked"):
         reason = f"it is of backend='chunked', got backend={name!r}"
     if reason is not None:
@@ -61,4 +61,4 @@ def _pick_screened(name: str, device: torch.device, dtype: torch.dtype) -> str:
 # What torch.compiler.assume_constant_result does, without importing torch._dynamo: a trace looks for no files.
 _pick._dynamo_marked_constant = _pick_screened._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
-__all__ = ["BACKENDS", "Backend", "pick", "pick_approximate", "supports_screened"]
+__all__ = ["BACKENDS", "Backend", "pick", "pick_approximate", "why_not_screened"]

@@ -13,9 +13,9 @@ with float32 ones, where the last is the rounding of the bfloat16 gradient itsel
 
 from __future__ import annotations
 
-from .approximate.screened import Screened
+from .approximate.streamed import Streamed
 from .backend import Backend
-from .exact.torch_rows import TorchRows
+from .exact.native_rows import NativeRows
 from .interface import Approximate
 
 
@@ -23,8 +23,9 @@ class Chunked(Backend):
     """The backend of PyTorch's operations; on a CPU it has the screened strategy too."""
 
     def __init__(self) -> None:
-        super().__init__(TorchRows())
-        self._screened = Screened(self)
+        super().__init__(NativeRows())
+        self._tail_corrected = Streamed(self, screens=False)
+        self._screened = Streamed(self, screens=True)
 
     def approximate(self, backward: str) -> Approximate:
         return self._screened if backward == "screened" else super().approximate(backward)

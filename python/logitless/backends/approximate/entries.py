@@ -50,7 +50,7 @@ from ..interface import (
     rows_of,
     zero_gradients,
 )
-from .report import reports
+from .report import TailReport, reports
 from .select import (
     MOST_LEFT,
     SHARE,
@@ -109,7 +109,7 @@ class Entries(Approximate):
         """
 
         def sums_of(chunks: Chunks, needs: Needs) -> sweep.Sums:
-            return _EntrySums(chunks, needs, tolerance)
+            return EntrySums(chunks, needs, tolerance)
 
         return sweep.single_pass(self.backend.row_engine(problem), problem, losses, sums_of)
 
@@ -177,14 +177,14 @@ def gradients_from(
     Entries that the upstream gradients make needless, `|c_i| p_ij < tolerance / SHARE * mean c`, join the tail.
     """
     chunks = Chunks(backend.row_engine(problem), problem, ())
-    sums = _EntrySums(chunks, needs, tolerance)
+    sums = EntrySums(chunks, needs, tolerance)
     exact = kept.counts < 0 if upstream.entropy is None else torch.ones_like(kept.counts, dtype=torch.bool)
     runs = torch.unique_consecutive(exact, return_counts=True)
     start = first = 0
     for is_exact, length in zip(*(x.tolist() for x in runs), strict=True):
         run = slice(start, start + length)
         if is_exact:
-            _recompute_run(sums, run, stats, upstream)
+            recompute_run(sums, run, stats, upstream)
         else:
             end = first + int(kept.counts[run].sum())
             near = None if kept.near is None else kept.near[run]
@@ -195,7 +195,7 @@ def gradients_from(
     return sums.finish()
 
 
-def _recompute_run(sums: _EntrySums, run: slice, stats: TokenStats, upstream: Upstream) -> None:
+def recompute_run(sums: EntrySums, run: slice, stats: TokenStats, upstream: Upstream) -> None:
     chunks = sums.chunks
     for part in spans(run.stop - run.start, chunks.tokens):
         rows = slice(run.start + part.start, run.start + part.stop)
@@ -204,7 +204,7 @@ def _recompute_run(sums: _EntrySums, run: slice, stats: TokenStats, upstream: Up
         del tile
 
 
-def _add_kept(sums: _EntrySums, rows: slice, kept: Kept, stats: TokenStats, upstream: Upstream) -> None:
+def _add_kept(sums: EntrySums, rows: slice, kept: Kept, stats: TokenStats, upstream: Upstream) -> None:
     problem, slope = sums.chunks.problem, sums.chunks.transform.slope
     here = rows_of(upstream, rows)
     factor = here.by_probability(kept.tail[:, 0])
@@ -217,10 +217,8 @@ def _add_kept(sums: _EntrySums, rows: slice, kept: Kept, stats: TokenStats, upst
     few = ~stays
     block = sums.where.block.index_select(0, kept.column[few])
     tail = without(tail, token[few], block, -value[few])
-    left = tail.sum(-1).abs()
     for report in reports():
-        count, largest = int(stays.sum()) + len(counts), threshold.maximum(factor.abs() * rule)
-        report.add(left, largest, factor.abs() * slope, count, len(problem.head.weight))
+        add_kept(report, problem, tail, factor, threshold, rule, int(stays.sum()))
     split = Split(token[stays], kept.column[stays], value[stays], tail)
     if kept.near is None:
         sums.add_split(rows, split)
@@ -229,6 +227,14 @@ def _add_kept(sums: _EntrySums, rows: slice, kept: Kept, stats: TokenStats, upst
         sums.add_head(rows, split)
     sums.add_targets(rows, target_entry(rows_of(stats, rows), here) * slope)
     sums.exact.add_mean(rows, here)
+
+
+def add_kept(
+    report: TailReport, problem: Problem, tail: Tensor, factor: Tensor, threshold: Tensor, rule: float, stay: int
+) -> None:
+    """Adds to a report what is left of each token of a backward from entries, and how many of these stay."""
+    size, slope, vocabulary = factor.abs(), problem.head.transform.slope, len(problem.head.weight)
+    report.add(tail.sum(-1).abs(), threshold.maximum(size * rule), size * slope, stay + len(factor), vocabulary)
 
 
 def rows_of_head(weight: Tensor, kept: Kept) -> Tensor:
@@ -258,7 +264,7 @@ def around_a_loss(
 # Sums of gradients
 
 
-class _EntrySums:
+class EntrySums:
     """Sums of gradients whose chunks are matrices in two parts, or exact ones where a chunk is too flat."""
 
     def __init__(self, chunks: Chunks, needs: Needs, tolerance: float) -> None:

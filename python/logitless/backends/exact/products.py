@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .. import native
+
 #: Entries of the vocabulary in a part of the head that is converted: on a CPU it stays in a core's cache.
 CONVERTED_ENTRIES = {"cpu": 512}
 CONVERTED_ENTRIES_ACCELERATOR = 8192
@@ -37,7 +39,9 @@ def logit_dtype(dtype: torch.dtype, device: torch.device, chunk_dtype: torch.dty
     """
     if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return dtype
-    return dtype if dtype == chunk_dtype and has_bfloat16_units() else torch.float32
+    if dtype == chunk_dtype and has_bfloat16_units():
+        return dtype
+    return dtype if dtype == torch.bfloat16 and native.multiplies_bfloat16(device) else torch.float32
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -81,6 +85,8 @@ def float16_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]
 def multiply(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
     """`out = a @ b`, or `out += a @ b`, with `out` in its own dtype whatever the operands'."""
     widens = a.is_cuda and out.dtype == torch.float32
+    if a.device.type == "cpu" and native.multiply_float32(a, b, out, add=add):
+        return
     if a.dtype == out.dtype and add:
         out.addmm_(a, b)
     elif a.dtype == out.dtype:
@@ -125,12 +131,25 @@ def mean_row(weight: Tensor, logit_weight: Tensor | None, dtype: torch.dtype) ->
 def raw_products(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Raw products `[n, V]` into `out`, in either layout, multiplied in the dtype of `hidden`."""
     vocabulary_major = out.stride(0) == 1
-    for columns, part in parts_in(hidden.dtype, weight):
+    for columns, part in _rows_to_multiply(hidden.dtype, weight, out.dtype):
         if vocabulary_major:
-            multiply(part, hidden.T, out=out.T[columns])
+            multiply(part, _with_unit_stride(hidden).T, out=out.T[columns])
         else:
             multiply(hidden, part.T, out=out[:, columns])
     return out
+
+
+def _rows_to_multiply(dtype: torch.dtype, weight: Tensor, out: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """`parts_in`; parts, too, where a CPU's product of bfloat16 with a float32 result wants columns side by side."""
+    if dtype == torch.bfloat16 and out == torch.float32 and weight.device.type == "cpu" and weight.stride(1) != 1:
+        for columns in spans(len(weight), CONVERTED_ENTRIES["cpu"]):
+            yield columns, weight[columns].contiguous()
+    else:
+        yield from parts_in(dtype, weight)
+
+
+def _with_unit_stride(hidden: Tensor) -> Tensor:
+    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
 def products_with_head(matrix: Tensor, weight: Tensor, out: Tensor) -> None:

@@ -88,12 +88,32 @@ def _statistics(
 ) -> Tile:
     """Replaces the logits `z [n, V]` by their exponentials; logprob and lse always, the rest where asked for."""
     column = targets[:, None]
-    target = z.gather(1, column)
+    target = z.gather(1, column)[:, 0]
     top = z.amax(-1, keepdim=True)
     z.scatter_(1, column, -math.inf)
     sums = torch.stack([_exponentials_(z[:, columns], top, outputs) for columns in _pieces(z)]).sum(0)
-    others, weighted, squares = sums[0].log(), sums[1], sums[2]
-    d, top = (target - top)[:, 0], top[:, 0]
+    moments = (top[:, 0], sums[0].log(), sums[1], sums[2])
+    return statistics_of(z, targets, outputs, target, *moments, mean_logit, derivative)
+
+
+def statistics_of(
+    logits: Tensor,
+    targets: Tensor,
+    outputs: tuple[str, ...],
+    target: Tensor,
+    top: Tensor,
+    others: Tensor,
+    weighted: Tensor,
+    squares: Tensor,
+    mean_logit: Tensor | None,
+    derivative: Tensor | None = None,
+) -> Tile:
+    """A tile from its exponentials, relative to `top [n]`, and their sums.
+
+    `target [n]`: its logit. Over the entries other than the target, `[n]`: `others` the logarithm of the sum of `e`,
+    `weighted` the sum of `e log e`, `squares` of `e^2`; either of the last two is 0 where it is not needed.
+    """
+    d = target - top
     log_total = torch.logaddexp(others, d)
     zero = torch.zeros_like(d)
     stats = {"logprob": zero - torch.logaddexp(others - d, zero), "lse": top + log_total}  # not -0.0
@@ -104,10 +124,10 @@ def _statistics(
         weighted = weighted + d.exp() * d.clamp(min=LOG_OF_ZERO)
         stats["entropy"] = log_total - weighted * (-log_total).exp()
     if "correct" in outputs:
-        stats["correct"] = (d >= 0).to(z.dtype)
+        stats["correct"] = (d >= 0).to(top.dtype)
     if "log_sum_sq" in outputs:
         stats["log_sum_sq"] = (squares + (2 * d).exp()).log() - 2 * log_total
-    return Tile(z, targets, TokenStats(**stats), _Exponentials(log_total, derivative))
+    return Tile(logits, targets, TokenStats(**stats), _Exponentials(log_total, derivative))
 
 
 def _pieces(chunk: Tensor) -> Iterator[slice]:
