@@ -3,10 +3,11 @@
 //
 //     out[i][j] = sum_k a[i][k] b[k][j], or that added
 //
-// Tiling: b is packed into panels (tile.h) of at most 1 MiB together, 256 words deep. 192 rows of a go by a panel, a tile's
-// at a time, then by the next. Rows of a are read where they are; where a word takes two columns that are not side by
-// side, they are mixed first. Tiles that are not whole take a way round, by rows of zeros and room of their own.
-// Traffic: a once for each set of panels, b once, out once for each depth of 256.
+// Tiling: b is packed into panels (tile.h) of at most 1 MiB together. A tile's rows of a go by all of them, and are read
+// once; they are read where they are, but where a word takes two columns that are not side by side, these are mixed first.
+// A deep product is cut: 192 rows go by a panel of 256 words, which stays in the first cache, and then by the next. Tiles
+// that are not whole take a way round, by rows of zeros and room of their own.
+// Traffic: a once for each set of panels, b once, out once for each cut of the depth.
 // Numerics: float32 sums, one after the other along the depth, of exact products.
 #pragma once
 
@@ -15,8 +16,9 @@
 
 namespace {
 
-constexpr std::int64_t DEEP = 256;             // words of float32 that are summed at once
-constexpr std::int64_t TALL = 192;             // rows that a panel meets while it is in the first cache
+constexpr std::int64_t DEEPEST = 2048;         // words that are summed at once; where there are more
+constexpr std::int64_t DEEP = 256;             // it is so many, and
+constexpr std::int64_t TALL = 192;             // so many rows meet a panel while it is in the first cache
 constexpr std::int64_t PANEL_WORDS = 1 << 18;  // of all panels at once
 
 // Where an element of a matrix is.
@@ -65,10 +67,11 @@ class Dense {
   public:
     Dense(Matrix<T> left, Matrix<T> right, Shape wanted, float* to, std::int64_t row)
         : a(left), b{right.data, right.column, right.row}, shape(wanted), out(to), stride(row),
-          words((wanted.depth + EACH - 1) / EACH), deep(smaller(DEEP, words)),
-          wide(smaller(round_up(wanted.columns, GROUP), PANEL_WORDS / DEEP)),
+          words((wanted.depth + EACH - 1) / EACH), deep(words > DEEPEST ? DEEP : words),
+          tall(words > DEEPEST ? TALL : Kind::ROWS),
+          wide(smaller(round_up(wanted.columns, GROUP), PANEL_WORDS / deep / GROUP * GROUP)),
           across(EACH > 1 && a.column != 1 && a.row == 1), panels(deep * wide),
-          mixed(across ? deep * (wanted.rows + Kind::ROWS) : 1), scratch(Kind::ROWS * DEEP) {}
+          mixed(across ? deep * (wanted.rows + Kind::ROWS) : 1), scratch(Kind::ROWS * deep) {}
 
     std::int32_t run(bool adds) {
         if (panels.failed() || mixed.failed() || scratch.failed()) return -2;
@@ -100,9 +103,9 @@ class Dense {
         for (std::int64_t k = 0; across && k < depth; ++k)
             words_across(a, 0, (from + k) * EACH, shape.depth - (from + k) * EACH, shape.rows,
                          mixed.data + k * (shape.rows + Kind::ROWS));
-        for (std::int64_t top = 0; top < shape.rows; top += TALL)
+        for (std::int64_t top = 0; top < shape.rows; top += tall)
             for (std::int64_t j = 0; j < columns; j += GROUP)
-                for (std::int64_t i = top; i < smaller(top + TALL, shape.rows); i += Kind::ROWS)
+                for (std::int64_t i = top; i < smaller(top + tall, shape.rows); i += Kind::ROWS)
                     multiply_tile(i, from, depth, panels.data + j * depth, smaller(GROUP, columns - j),
                                   out + i * stride + first + j, adds);
     }
@@ -128,9 +131,9 @@ class Dense {
             for (std::int64_t r = 0; r < Kind::ROWS; ++r)
                 for (std::int64_t k = 0; k < depth; ++k) {
                     const std::int64_t at = (from + k) * EACH;
-                    scratch[r * DEEP + k] = r < here ? word_of(a, i + r, at, shape.depth - at) : 0;
+                    scratch[r * deep + k] = r < here ? word_of(a, i + r, at, shape.depth - at) : 0;
                 }
-            go<true>(scratch.data, DEEP, 1, panel, depth, target, step, adds && whole);
+            go<true>(scratch.data, deep, 1, panel, depth, target, step, adds && whole);
         }
         if (!whole) add_part(sums, to, stride, here, columns, adds);
     }
@@ -145,7 +148,7 @@ class Dense {
     const Matrix<T> a, b;  // b's rows are the product's columns
     const Shape shape;
     float* const out;
-    const std::int64_t stride, words, deep, wide;
+    const std::int64_t stride, words, deep, tall, wide;
     const bool across;  // whether a's rows are side by side, and its words are mixed from two columns
     Array<std::int32_t> panels, mixed, scratch;
 };
