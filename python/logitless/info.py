@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import backends
+from .backends import native
 from .backends.exact.products import has_bfloat16_units
 
 
@@ -21,7 +22,8 @@ def info() -> dict[str, str]:
         "transformers": version_of("transformers"),
         "cpu threads": str(torch.get_num_threads()),
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16 units": "yes, for gradients" if has_bfloat16_units() else "no: multiplied in float32",
+        "bfloat16 units": "yes" if has_bfloat16_units() else "no: multiplied in float32",
+        "cpu kernels": native.why_not(torch.device("cpu")) or str(native.loaded().set),
     }
     devices = [torch.device("cpu")]
     if torch.accelerator.is_available():

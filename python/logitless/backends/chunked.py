@@ -1,9 +1,10 @@
 """PyTorch alone: GEMMs over chunks of tokens and PyTorch's row operations, on any device.
 
 Numerics: logits, exponentials and sums are float32 (float64 for float64). A GPU multiplies half-precision operands
-into float32 logits (`torch.mm(out_dtype=)`). A CPU has no such product: it multiplies them in float32, converted by
-parts. The gradient's two products are bfloat16's where the operands are and the device is fast at it; float16, which
-holds no small gradient, has them in float32 on a CPU and in tf32 on a GPU.
+into float32 logits (`torch.mm(out_dtype=)`), and so does the CPU library of bfloat16 where the processor has units for
+it. PyTorch has no such product on a CPU, and multiplies them in float32, converted by parts. The gradient's products
+are bfloat16's where the operands are and the device is fast at it; float16, which holds no small gradient, has them in
+float32 on a CPU and in tf32 on a GPU.
 
 `chunk_dtype=torch.bfloat16` rounds a chunk's logits (2^-9 each), as materialised bfloat16 logits are; on a CPU with
 bfloat16 units it makes their product several times as fast. Against float64 on 63 tokens of SmolLM2 (docs/log.md):

@@ -61,6 +61,16 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return usable(device) and loaded().multiplies_bfloat16
 
 
+def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the library makes the products of a head of this dtype, and PyTorch none between its other work.
+
+    PyTorch's threads go on waiting for milliseconds after a product, each on a core that the library's threads want.
+    """
+    if dtype == torch.bfloat16:
+        return multiplies_bfloat16(device)
+    return usable(device) and loaded().leads
+
+
 def in_threads(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
     """The results of a function of the library for each part, on as many threads as PyTorch takes."""
     parts, threads = list(parts), torch.get_num_threads()

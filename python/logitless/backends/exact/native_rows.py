@@ -17,8 +17,10 @@ from .torch_rows import TorchRows, statistics_of
 
 
 class NativeRows(TorchRows):
-    """The row engine of the CPU library, and of PyTorch's operations elsewhere: on other devices, in float64, under a
-    softcap, and for what is not vocabulary-major."""
+    """The row engine of the CPU library where it makes the products too, and of PyTorch's operations elsewhere.
+
+    Elsewhere is on other devices and processors, in float64, under a softcap, and for what is not vocabulary-major.
+    """
 
     def measure(
         self, raw: Tensor, head: Head, targets: Tensor, outputs: tuple[str, ...], mean_logit: Tensor | None
@@ -61,4 +63,5 @@ def _measured(
 
 def _measures(raw: Tensor, head: Head) -> bool:
     laid = raw.dtype == torch.float32 and (raw.stride(0) == 1 or len(raw) == 1) and len(raw) > 0
-    return laid and head.softcap is None and head.transform.slope > 0 and native.usable(raw.device)
+    plain = head.softcap is None and head.transform.slope > 0
+    return laid and plain and native.multiplies(head.weight.dtype, raw.device)

@@ -34,8 +34,9 @@ def spans(count: int, tokens: int) -> Iterator[slice]:
 def logit_dtype(dtype: torch.dtype, device: torch.device, chunk_dtype: torch.dtype | None) -> torch.dtype:
     """The dtype to multiply logits in: the operands' own if the product is float32 all the same, else float32.
 
-    A GPU multiplies half-precision operands into a float32 product. A CPU rounds the product to the operands' dtype, so
-    it gets float32 operands, unless bfloat16 logits were asked for and the processor has units for them.
+    A GPU multiplies half-precision operands into a float32 product, and so does the CPU library with bfloat16 units.
+    PyTorch's product on a CPU is rounded to the operands' dtype, so it gets float32 operands, unless bfloat16 logits
+    were asked for and the processor has units for them.
     """
     if dtype not in (torch.bfloat16, torch.float16) or device.type != "cpu":
         return dtype
