@@ -25,3 +25,4 @@ using Exact = typename Forms<T>::Exact;
 #include "kernels.h"
 
 const logitless_cpu::Set logitless_cpu::AMX = FUNCTIONS;
+bool logitless_cpu::amx_is_right() { return tiles_are_right(); }

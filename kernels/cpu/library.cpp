@@ -43,16 +43,16 @@ bool has_avx512_bf16() {
 #endif
 }
 
-// The processor's word for AMX-TILE and AMX-BF16, and the kernel's leave to use its 8 KiB of registers.
+// The processor's word for AMX-TILE and AMX-BF16, the kernel's leave to use its 8 KiB of registers, and a right product.
 bool has_amx() {
 #if defined(LOGITLESS_EMULATE_AMX)
-    return has_avx512_bf16();
+    return has_avx512_bf16() && logitless_cpu::amx_is_right();
 #elif defined(LOGITLESS_HAS_amx)
     constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
     unsigned a, b, c, d = 0;
     if (!has_avx512_bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
     const bool present = (d >> 22 & 1) != 0 && (d >> 24 & 1) != 0;
-    return present && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return present && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0 && logitless_cpu::amx_is_right();
 #else
     return false;
 #endif

@@ -60,6 +60,9 @@ struct Rounded : Form<Integers> {
     }
 };
 
+// The word of two 16-bit columns.
+std::int32_t pair_of(std::uint32_t low, std::uint32_t high) { return static_cast<std::int32_t>(low | high << 16); }
+
 // A row of 16-bit columns as it stands; the last pair of an odd number has a zero.
 void stage_pairs(const bfloat16* row, std::int64_t depth, std::int32_t* out) {
     out[depth / 2] = 0;

@@ -47,7 +47,7 @@ std::int32_t word_of(Matrix<float> x, std::int64_t i, std::int64_t k, std::int64
     return word;
 }
 std::int32_t word_of(Matrix<bfloat16> x, std::int64_t i, std::int64_t k, std::int64_t left) {
-    return x.at(i, k)->bits | (left > 1 ? static_cast<std::int32_t>(x.at(i, k + 1)->bits) << 16 : 0);
+    return pair_of(x.at(i, k)->bits, left > 1 ? x.at(i, k + 1)->bits : 0);
 }
 
 // Words of neighbouring rows, whose elements are side by side, for one step of the depth.
@@ -57,8 +57,7 @@ void words_across(Matrix<float> x, std::int64_t i, std::int64_t k, std::int64_t,
 void words_across(Matrix<bfloat16> x, std::int64_t i, std::int64_t k, std::int64_t left, std::int64_t count,
                   std::int32_t* out) {
     const bfloat16 *const low = x.at(i, k), *const high = left > 1 ? x.at(i, k + 1) : nullptr;
-    for (std::int64_t j = 0; j < count; ++j)
-        out[j] = low[j].bits | (high == nullptr ? 0 : static_cast<std::int32_t>(high[j].bits) << 16);
+    for (std::int64_t j = 0; j < count; ++j) out[j] = pair_of(low[j].bits, high == nullptr ? 0 : high[j].bits);
 }
 
 // A product whose words hold EACH columns of the depth.

@@ -24,6 +24,9 @@ struct Set {
     WithoutSet<decltype(logitless_cpu_measure)>::type measure;
 };
 
+// Whether AMX's tiles have the product that they should (tiles.h).
+bool amx_is_right();
+
 extern const Set AVX2, AVX512, AVX512_BF16, AMX;
 
 }  // namespace logitless_cpu

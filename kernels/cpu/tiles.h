@@ -34,7 +34,11 @@ void multiply_tiles(const std::int32_t* rows, std::int64_t row, const std::int32
     }
 }
 
+// The intrinsics do not tell the compiler which memory they read.
+void settle_memory() { asm volatile("" ::: "memory"); }
+
 void clear_tiles() {
+    settle_memory();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -46,13 +50,14 @@ void store_tiles(float* out, std::int64_t stride) {
     _tile_stored(1, out + 16, 4 * stride);
     _tile_stored(2, out + 16 * stride, 4 * stride);
     _tile_stored(3, out + 16 * stride + 16, 4 * stride);
+    settle_memory();
 }
 
 struct Tiled {
     static constexpr std::int64_t ROWS = 32;
     static constexpr bool SCREENS = false, SCALED = false;
     static void start() {
-        const TileConfiguration configuration;
+        static const TileConfiguration configuration;  // the intrinsic tells the compiler of its first 8 bytes alone
         _tile_loadconfig(&configuration);
     }
     static void stop() { _tile_release(); }
@@ -98,5 +103,35 @@ struct Split : Tiled {
         store_tiles(out, stride);
     }
 };
+
+// Whether the processor's tiles have the product that they should, which is asked before they are used for anything.
+// The numbers are small and whole: bfloat16 holds them, and their sums are exact.
+bool tiles_are_right() {
+    const auto left = [](std::int64_t i, std::int64_t k) { return (i * 7 + k * 3) % 13 - 6; };
+    const auto right = [](std::int64_t k, std::int64_t j) { return (k * 5 + j * 11) % 17 - 8; };
+    const auto half = [](std::int64_t number) {
+        const float value = static_cast<float>(number);
+        std::uint32_t bits;
+        std::memcpy(&bits, &value, sizeof bits);
+        return bits >> 16;
+    };
+    std::int32_t rows[32 * TILE_WORDS], panel[TILE_WORDS * GROUP];
+    for (std::int64_t k = 0; k < TILE_WORDS; ++k)
+        for (std::int64_t i = 0; i < 32; ++i) {
+            rows[i * TILE_WORDS + k] = pair_of(half(left(i, 2 * k)), half(left(i, 2 * k + 1)));
+            panel[k * GROUP + i] = pair_of(half(right(2 * k, i)), half(right(2 * k + 1, i)));
+        }
+    float found[32 * GROUP];
+    Tiled::start();
+    TiledPairs::multiply(rows, TILE_WORDS, panel, TILE_WORDS, found, GROUP);
+    Tiled::stop();
+    for (std::int64_t i = 0; i < 32; ++i)
+        for (std::int64_t j = 0; j < GROUP; ++j) {
+            std::int64_t sum = 0;
+            for (std::int64_t k = 0; k < 2 * TILE_WORDS; ++k) sum += left(i, k) * right(k, j);
+            if (found[i * GROUP + j] != static_cast<float>(sum)) return false;
+        }
+    return true;
+}
 
 }  // namespace
