@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +21,8 @@ Result = TypeVar("Result")
 TOKEN_STEP = 32
 #: Below this many columns, and this many multiplications, PyTorch's product of float32 is the better one.
 FEWEST_COLUMNS, FEWEST_MULTIPLICATIONS = 16, 2**22
+#: Elements up to which PyTorch wakes no other thread (`at::internal::GRAIN_SIZE`).
+SERIAL_ELEMENTS = 2**15
 
 
 def why_not(device: torch.device) -> str | None:
@@ -69,6 +71,16 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
     if dtype == torch.bfloat16:
         return multiplies_bfloat16(device)
     return usable(device) and loaded().leads
+
+
+def undisturbed(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
+    """Runs of rows of a matrix on which PyTorch works by itself, where the library's products come before and after.
+
+    Its other threads would still be waiting on their cores for the next such operation while the library multiplies.
+    """
+    alone = multiplies(dtype, device) if device.type == "cpu" else False
+    step = max(1, SERIAL_ELEMENTS // max(1, width)) if alone else max(1, rows)
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
 def in_threads(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:

@@ -6,10 +6,13 @@ itself, in bfloat16, without a float32 sum (`Problem.rounds_head`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ...types import TokenStats
+from .. import native
 from ..interface import Gradients, Needs, Problem, RowGradient, Upstream, empty_gradients, empty_sum, rows_of
 from .chunks import Operands
 from .denormals import drop_denormals_
@@ -70,7 +73,8 @@ class Accumulators:
     def _set_hidden(self, out: Tensor, gradient: RowGradient) -> None:
         products_with_head(gradient.matrix, self.operands.head_at_hand(gradient.matrix.dtype), out)
         if gradient.row_scale is not None:
-            out.mul_(gradient.row_scale[:, None])
+            for rows in self._undisturbed(len(out)):
+                out[rows].mul_(gradient.row_scale[rows, None])
 
     def _add_bias(self, out: Tensor, gradient: RowGradient) -> None:
         scale = gradient.row_scale if gradient.row_scale is not None else gradient.matrix.new_ones(len(gradient.matrix))
@@ -79,10 +83,13 @@ class Accumulators:
     def _add_weight(self, rows: slice, gradient: RowGradient) -> None:
         out = self.begin().weight
         assert out is not None
-        hidden = self.operands.problem.hidden[rows].to(out.dtype)
-        scaled = hidden if gradient.row_scale is None else drop_denormals_(hidden * gradient.row_scale[:, None])
-        multiply(gradient.matrix.T, scaled.to(gradient.matrix.dtype), out=out, add=self.weight_begun)
+        hidden, matrix = self.operands.problem.hidden[rows], gradient.matrix
+        parts = [_scaled(hidden, gradient, part, out.dtype) for part in self._undisturbed(len(hidden))]
+        multiply(matrix.T, parts[0] if len(parts) == 1 else torch.cat(parts), out=out, add=self.weight_begun)
         self.weight_begun = True
+
+    def _undisturbed(self, count: int) -> Iterator[slice]:
+        return native.undisturbed(count, *_row_traits(self.operands.problem))
 
     def _weight_of(self, rows: slice, targets: Tensor, gradient: RowGradient) -> Tensor:
         """The head's gradient by one product, the targets' entries put into the matrix, which nobody reads after it."""
@@ -124,15 +131,40 @@ class Accumulators:
         return sums
 
 
+def _scaled(hidden: Tensor, gradient: RowGradient, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Hidden states times their rows' factors, in the dtype of the matrix."""
+    states = hidden[rows]
+    if gradient.row_scale is not None:
+        states = drop_denormals_(states.to(dtype) * gradient.row_scale[rows, None])
+    return states.to(gradient.matrix.dtype)
+
+
+def _row_traits(problem: Problem) -> tuple[int, torch.dtype, torch.device]:
+    return problem.hidden.shape[1], problem.head.weight.dtype, problem.hidden.device
+
+
 def add_targets(problem: Problem, rows: slice, entry: Tensor, sums: Gradients) -> None:
     """Adds the targets' entries `[n]` of `dL / d(raw product)`, which are 0 in every matrix."""
+    for part in native.undisturbed(len(entry), *_row_traits(problem)):
+        _add_targets(problem, slice(rows.start + part.start, rows.start + part.stop), entry[part], sums)
+
+
+def _add_targets(problem: Problem, rows: slice, entry: Tensor, sums: Gradients) -> None:
     targets = problem.targets[rows]
     if sums.hidden is not None:
-        sums.hidden[rows].addcmul_(entry[:, None], problem.head.weight[targets].to(sums.hidden.dtype))
+        sums.hidden[rows].addcmul_(entry[:, None], problem.head.weight.index_select(0, targets).to(sums.hidden.dtype))
     if sums.weight is not None:
-        sums.weight.index_add_(0, targets, problem.hidden[rows].to(sums.weight.dtype) * entry[:, None])
+        _add_rows(sums.weight, targets, problem.hidden[rows].to(sums.weight.dtype) * entry[:, None])
     if sums.bias is not None:
         sums.bias.index_add_(0, targets, entry)
+
+
+def _add_rows(total: Tensor, which: Tensor, rows: Tensor) -> None:
+    """`total[which] += rows`. On a CPU `index_add_` wakes PyTorch's other threads however few the rows are."""
+    if total.device.type == "cpu":
+        total.index_put_((which,), rows, accumulate=True)
+    else:
+        total.index_add_(0, which, rows)
 
 
 def target_entry(stats: TokenStats, upstream: Upstream) -> Tensor:
