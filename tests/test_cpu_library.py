@@ -15,7 +15,7 @@ import pytest
 import torch
 from cpu_sets import SETS, built, using
 from cuda_build import FOLDER, ROOT, ctype, needs_compiler, run
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -115,59 +115,68 @@ def test_a_set_that_the_machine_lacks_is_an_error(monkeypatch: pytest.MonkeyPatc
 # Products
 
 
-def laid_out(rows: int, columns: int, *, along_rows: bool, step: int, seed: int, offset: float = 0.0) -> Tensor:
+def laid_out(
+    rows: int, columns: int, *, along_rows: bool, step: int, seed: int, offset: float = 0.0, dtype=torch.float32
+) -> Tensor:
     """A matrix with its rows or its columns contiguous, `step` elements apart from the next."""
     draw = torch.Generator().manual_seed(seed)
     shape = (rows, columns + step) if along_rows else (columns, rows + step)
-    whole = torch.randn(shape, generator=draw) + offset
+    whole = (torch.randn(shape, generator=draw) + offset).to(dtype)
     return whole[:, :columns] if along_rows else whole[:, :rows].T
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 31, 32, 65, 511, 512, 513, 1100])),
-    layouts=st.tuples(st.booleans(), st.booleans()),
-    steps=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)),
-    add=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
-def test_float32_products(library, shape, layouts, steps, add, seed) -> None:
-    rows, columns, depth = shape
-    a = laid_out(rows, depth, along_rows=layouts[0], step=steps[0], seed=seed)
-    b = laid_out(depth, columns, along_rows=layouts[1], step=steps[1], seed=seed + 1)
-    whole = torch.full((rows + 1, columns + steps[2]), 7.0)
+def check_product(library: cpu_library.Library, a: Tensor, b: Tensor, *, step: int, add: bool, unit: float) -> None:
+    """Right to float32's rounding of each term (`unit`), and nothing written beside the result."""
+    rows, columns, depth = len(a), b.shape[1], len(b)
+    whole = torch.full((rows + 1, columns + step), 7.0)
     out = whole[:rows, :columns]
     library.product(a, b, out, add=add)
     want = a.double() @ b.double() + (7 if add else 0)
     size = a.double().abs() @ b.double().abs() + 7
-    assert ((out.double() - want).abs() <= (depth + 1) * 2.0**-24 * size).all()
+    assert ((out.double() - want).abs() <= (depth + 1) * unit * size).all()
     assert (whole[rows:] == 7).all() and (whole[:, columns:] == 7).all()
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 2, 31, 32, 33, 64, 65, 577])),
+#: Around tiles and vectors, and beyond the depth at which a product is cut.
+DEPTHS = [1, 2, 31, 32, 33, 64, 65, 511, 512, 513, 577, 1100, 2100, 4301]
+products = given(
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 70), st.sampled_from(DEPTHS)),
     layouts=st.tuples(st.booleans(), st.booleans()),
     steps=st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(0, 3)),
     offset=st.sampled_from([0.0, 100.0]),
     add=st.booleans(),
     seed=st.integers(0, 10**6),
 )
+
+
+@settings(max_examples=60, deadline=None)
+@products
+def test_float32_products(library, shape, layouts, steps, offset, add, seed) -> None:
+    rows, columns, depth = shape
+    a = laid_out(rows, depth, along_rows=layouts[0], step=steps[0], seed=seed, offset=offset)
+    b = laid_out(depth, columns, along_rows=layouts[1], step=steps[1], seed=seed + 1)
+    check_product(library, a, b, step=steps[2], add=add, unit=2.0**-24)
+
+
+@settings(max_examples=60, deadline=None)
+@products
 def test_bfloat16_products_are_float32s(library, shape, layouts, steps, offset, add, seed) -> None:
     """No result is rounded to bfloat16, by whose 2^-9 these would be off, nor a sum on the way."""
     if not library.multiplies_bfloat16:
         pytest.skip("the set has no product of bfloat16")
+    if library.set == "amx":  # takes no other
+        layouts = (True, False)
     rows, columns, depth = shape
-    a = laid_out(rows, depth, along_rows=layouts[0], step=steps[0], seed=seed, offset=offset).bfloat16()
-    b = laid_out(depth, columns, along_rows=layouts[1], step=steps[1], seed=seed + 1).bfloat16()
-    assume(library.takes_bfloat16(a, b))
-    whole = torch.full((rows + 1, columns + steps[2]), 7.0)
-    out = whole[:rows, :columns]
-    library.product(a, b, out, add=add)
-    want = a.double() @ b.double() + (7 if add else 0)
-    size = a.double().abs() @ b.double().abs() + 7
-    assert ((out.double() - want).abs() <= (depth + 1) * 2.0**-23 * size).all()
-    assert (whole[rows:] == 7).all() and (whole[:, columns:] == 7).all()
+    kind = {"dtype": torch.bfloat16}
+    a = laid_out(rows, depth, along_rows=layouts[0], step=steps[0], seed=seed, offset=offset, **kind)
+    b = laid_out(depth, columns, along_rows=layouts[1], step=steps[1], seed=seed + 1, **kind)
+    check_product(library, a, b, step=steps[2], add=add, unit=2.0**-23)
+
+
+def test_amx_takes_bfloat16_along_the_depth_alone(library) -> None:
+    a = torch.ones(3, 4, dtype=torch.bfloat16)
+    takes = [library.takes_bfloat16(x, y.T) for x, y in ((a, a), (a.T.contiguous().T, a))]
+    assert takes == [library.multiplies_bfloat16, library.set == "avx512_bf16"]
 
 
 def test_products_are_shared_among_threads() -> None:

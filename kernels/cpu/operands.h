@@ -25,11 +25,13 @@ float unit_of(const T* row, std::int64_t depth) {
 }
 
 // What the forms below share: how many words a row of a product has, and its tiles, by the kind of a word.
-template <typename Kind>
+template <typename OF_WORDS>
 struct Form {
+    typedef OF_WORDS Kind;
     static constexpr std::int64_t ROWS = Kind::ROWS;
     static constexpr bool SCREENS = false;  // whether a product has an error beyond float32's
     static constexpr bool SCALED = false;   // whether a product is in units of both rows
+    static constexpr bool TILED = false;    // whether it is made by AMX's tiles (tiles.h)
     static void start() {}
     static void stop() {}
     static void multiply(const std::int32_t* rows, std::int64_t row, const std::int32_t* panel, std::int64_t words,
@@ -75,5 +77,17 @@ struct Pairs : Form<Brains> {
     static void stage(const bfloat16* row, std::int64_t depth, float, std::int32_t* out) { stage_pairs(row, depth, out); }
 };
 #endif
+
+// Rows of `count` tokens in panels of GROUP, zeros for those that are not there. `units`: null where a form has none.
+template <typename T, typename Operand>
+void pack(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t depth, const float* units,
+          std::int32_t* staged, std::int32_t* panels) {
+    const std::int64_t words = Operand::words(depth);
+    for (std::int64_t t = 0; t < round_up(count, GROUP); ++t) {
+        std::int32_t* const out = panels + t / GROUP * GROUP * words + t % GROUP;
+        if (t < count) Operand::stage(rows + t * stride, depth, units == nullptr ? 1 : units[t], staged);
+        for (std::int64_t k = 0; k < words; ++k) out[k * GROUP] = t < count ? staged[k] : 0;
+    }
+}
 
 }  // namespace

@@ -12,7 +12,7 @@
 #pragma once
 
 #include "logitless_cpu.h"
-#include "stream.h"
+#include "operands.h"
 
 namespace {
 
@@ -73,7 +73,7 @@ class Dense {
           mixed(across ? deep * (wanted.rows + Kind::ROWS) : 1), scratch(Kind::ROWS * deep) {}
 
     std::int32_t run(bool adds) {
-        if (panels.failed() || mixed.failed() || scratch.failed()) return -2;
+        if (any_failed(panels, mixed, scratch)) return -2;
         for (std::int64_t j = 0; j < shape.columns; j += wide)
             for (std::int64_t k = 0; k < words; k += deep)
                 multiply(j, smaller(wide, shape.columns - j), k, smaller(deep, words - k), adds || k > 0);
@@ -109,39 +109,42 @@ class Dense {
                                   out + i * stride + first + j, adds);
     }
 
+    // Where the words of a tile's rows are: word k of row i at i row + k column.
+    struct Source {
+        const std::int32_t* words;
+        std::int64_t row, column;
+    };
+
+    Source source(std::int64_t i, std::int64_t from, std::int64_t depth, std::int64_t here) {
+        if (across) return {mixed.data + i, 1, shape.rows + Kind::ROWS};
+        const bool pairs = a.row % EACH == 0 && (from + depth) * EACH <= shape.depth;
+        if (here == Kind::ROWS && a.column == 1 && pairs) return {as_words(a.at(i, from * EACH)), a.row / EACH, 1};
+        if (here == Kind::ROWS && a.row == 1 && EACH == 1) return {as_words(a.at(i, from)), 1, a.column};
+        for (std::int64_t r = 0; r < Kind::ROWS; ++r)
+            for (std::int64_t k = 0; k < depth; ++k) {
+                const std::int64_t at = (from + k) * EACH;
+                scratch[r * deep + k] = r < here ? word_of(a, i + r, at, shape.depth - at) : 0;
+            }
+        return {scratch.data, deep, 1};
+    }
+
+    static const std::int32_t* as_words(const T* x) { return reinterpret_cast<const std::int32_t*>(x); }
+
     // A tile, which may be a part of one.
     void multiply_tile(std::int64_t i, std::int64_t from, std::int64_t depth, const std::int32_t* panel,
                        std::int64_t columns, float* to, bool adds) {
         const std::int64_t here = smaller(Kind::ROWS, shape.rows - i);
+        const Source rows = source(i, from, depth, here);
+        if (here == Kind::ROWS && columns == GROUP) return go(rows, panel, depth, to, stride, adds);
         float sums[Kind::ROWS * GROUP];
-        const bool whole = here == Kind::ROWS && columns == GROUP;
-        float* const target = whole ? to : sums;
-        const std::int64_t step = whole ? stride : GROUP;
-        if (across) {
-            const std::int64_t column = shape.rows + Kind::ROWS;
-            go<false>(mixed.data + i, 1, column, panel, depth, target, step, adds && whole);
-        } else if (EACH == 1 && here == Kind::ROWS && a.row == 1) {
-            go<false>(reinterpret_cast<const std::int32_t*>(a.at(i, from)), 1, a.column, panel, depth, target, step,
-                      adds && whole);
-        } else if (here == Kind::ROWS && a.column == 1 && a.row % EACH == 0 && (from + depth) * EACH <= shape.depth) {
-            go<true>(reinterpret_cast<const std::int32_t*>(a.at(i, from * EACH)), a.row / EACH, 1, panel, depth, target,
-                     step, adds && whole);
-        } else {
-            for (std::int64_t r = 0; r < Kind::ROWS; ++r)
-                for (std::int64_t k = 0; k < depth; ++k) {
-                    const std::int64_t at = (from + k) * EACH;
-                    scratch[r * deep + k] = r < here ? word_of(a, i + r, at, shape.depth - at) : 0;
-                }
-            go<true>(scratch.data, deep, 1, panel, depth, target, step, adds && whole);
-        }
-        if (!whole) add_part(sums, to, stride, here, columns, adds);
+        go(rows, panel, depth, sums, GROUP, false);
+        add_part(sums, to, stride, here, columns, adds);
     }
 
-    template <bool CONTIGUOUS>
-    static void go(const std::int32_t* from, std::int64_t row, std::int64_t column, const std::int32_t* panel,
-                   std::int64_t depth, float* to, std::int64_t step, bool adds) {
-        const auto run = adds ? tile<Kind, CONTIGUOUS, true> : tile<Kind, CONTIGUOUS, false>;
-        run(from, row, column, panel, depth, to, step);
+    static void go(Source rows, const std::int32_t* panel, std::int64_t depth, float* to, std::int64_t step, bool adds) {
+        const auto run = rows.column == 1 ? (adds ? tile<Kind, true, true> : tile<Kind, true, false>)
+                                          : (adds ? tile<Kind, false, true> : tile<Kind, false, false>);
+        run(rows.words, rows.row, rows.column, panel, depth, to, step);
     }
 
     const Matrix<T> a, b;  // b's rows are the product's columns
@@ -159,13 +162,12 @@ std::int32_t tiled_product(Matrix<bfloat16> a, Matrix<bfloat16> b, Shape shape, 
     const std::int64_t fit = PANEL_WORDS / words / GROUP * GROUP;
     const std::int64_t wide = smaller(round_up(shape.columns, GROUP), fit < GROUP ? GROUP : fit);
     Array<std::int32_t> panels(wide * words), staged(Operand::ROWS * row + 2 * LINE);
-    Array<float> units(wide);
-    if (panels.failed() || staged.failed() || units.failed()) return -2;
+    if (any_failed(panels, staged)) return -2;
     float sums[Operand::ROWS * GROUP];
     Operand::start();
     for (std::int64_t first = 0; first < shape.columns; first += wide) {
         const std::int64_t columns = smaller(wide, shape.columns - first);
-        pack<bfloat16, Operand>(b.at(0, first), b.column, columns, shape.depth, units.data, staged.data, panels.data);
+        pack<bfloat16, Operand>(b.at(0, first), b.column, columns, shape.depth, nullptr, staged.data, panels.data);
         for (std::int64_t i = 0; i < shape.rows; i += Operand::ROWS) {
             const std::int64_t here = smaller(Operand::ROWS, shape.rows - i);
             for (std::int64_t r = 0; r < here; ++r)

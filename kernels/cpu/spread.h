@@ -12,15 +12,6 @@
 
 namespace {
 
-// out += factor x
-template <typename T>
-void add_scaled(float* out, const T* x, float factor, std::int64_t count) {
-    const Floats factors = all(factor);
-    std::int64_t k = 0;
-    for (; k + LANES <= count; k += LANES) store(out + k, fma(load(x + k), factors, load(out + k)));
-    if (k < count) store_some(out + k, fma(load_some(x + k, count - k), factors, load_some(out + k, count - k)), count - k);
-}
-
 template <typename T>
 void spread(const logitless_spread& x, std::int64_t first, std::int64_t last) {
     const T* const hidden = static_cast<const T*>(x.hidden);
@@ -30,10 +21,11 @@ void spread(const logitless_spread& x, std::int64_t first, std::int64_t last) {
             const std::int64_t j = x.order == nullptr ? place : x.order[place];
             float* const out = x.out + j * x.out_stride;
             if (x.add == 0) std::memset(out, 0, static_cast<std::size_t>(4 * x.depth));
-            add_scaled(out, x.tail + b * x.depth, x.share[j], x.depth);
+            const std::int32_t row = static_cast<std::int32_t>(b);
+            add_rows(out, x.tail, x.depth, &row, x.share + j, 1, x.depth);
         }
         for (std::int64_t k = x.starts[b]; k < x.starts[b + 1]; ++k)
-            add_scaled(x.out + x.column[k] * x.out_stride, hidden + x.token[k] * x.hidden_stride, x.value[k], x.depth);
+            add_rows(x.out + x.column[k] * x.out_stride, hidden, x.hidden_stride, x.token + k, x.value + k, 1, x.depth);
     }
 }
 

@@ -55,18 +55,6 @@ void add_rows(float* out, const T* table, std::int64_t stride, const std::int32_
     }
 }
 
-// Rows of `count` tokens in panels of GROUP; zeros for those that are not there.
-template <typename T, typename Operand>
-void pack(const T* rows, std::int64_t stride, std::int64_t count, std::int64_t depth, const float* units,
-          std::int32_t* staged, std::int32_t* panels) {
-    const std::int64_t words = Operand::words(depth);
-    for (std::int64_t t = 0; t < round_up(count, GROUP); ++t) {
-        std::int32_t* const out = panels + t / GROUP * GROUP * words + t % GROUP;
-        if (t < count) Operand::stage(rows + t * stride, depth, units[t], staged);
-        for (std::int64_t k = 0; k < words; ++k) out[k * GROUP] = t < count ? staged[k] : 0;
-    }
-}
-
 // A chunk of tokens.
 template <typename T, typename Operand>
 class Stream {
@@ -82,9 +70,8 @@ class Stream {
           place(capacity), value(capacity), ends(blocks() + 1), sorted(capacity), cursor(padded + 1) {}
 
     std::int64_t run(std::int32_t* counts, std::int32_t* columns, float* values) {
-        if (panels.failed() || staged.failed() || logits.failed() || unit.failed() || target.failed() || top.failed() ||
-            total.failed() || tops.failed() || masses.failed() || token.failed() || place.failed() || value.failed() ||
-            ends.failed() || sorted.failed() || cursor.failed())
+        if (any_failed(panels, staged, logits, unit, target, top, total, tops, masses, token, place, value, ends, sorted,
+                       cursor))
             return -2;
         begin();
         Operand::start();

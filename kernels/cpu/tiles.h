@@ -55,7 +55,7 @@ void store_tiles(float* out, std::int64_t stride) {
 
 struct Tiled {
     static constexpr std::int64_t ROWS = 32;
-    static constexpr bool SCREENS = false, SCALED = false;
+    static constexpr bool SCREENS = false, SCALED = false, TILED = true;
     static void start() {
         static const TileConfiguration configuration;  // the intrinsic tells the compiler of its first 8 bytes alone
         _tile_loadconfig(&configuration);

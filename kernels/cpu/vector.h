@@ -39,6 +39,11 @@ class Array {
     T* const data;
 };
 
+template <typename... Arrays>
+bool any_failed(const Arrays&... arrays) {
+    return (... || arrays.failed());
+}
+
 #ifdef __AVX512F__
 
 constexpr std::int64_t LANES = 16;
