@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 #: Types of a library's functions by name: of the result, then of the arguments.
@@ -16,8 +17,15 @@ Signatures = Mapping[str, tuple[type | None, ...]]
 
 
 def find(variable: str, beside: Path) -> Path | None:
-    """The file that an environment variable names, or else `beside`; None if there is neither."""
-    named = os.environ.get(variable)
+    """The file that an environment variable names, or else `beside`; None if there is neither.
+
+    A process looks once for each name: products ask before every chunk.
+    """
+    return _found(os.environ.get(variable), beside)
+
+
+@cache
+def _found(named: str | None, beside: Path) -> Path | None:
     if named:
         return Path(named)
     return beside if beside.is_file() else None

@@ -169,6 +169,19 @@ def test_every_gradient_is_tail_correcteds(dtype: torch.dtype) -> None:
         assert x.dtype == y.dtype and relative(x.double(), y.double()) < 0.02
 
 
+def test_entries_that_no_token_needs_join_the_tail_once() -> None:
+    """A flat chunk outweighs the other one, all of whose kept entries are needless."""
+    problem = peaked_problem(count=33, dtype=torch.float32)
+    problem["hidden"][:32] = 0
+    problem["coefficient"] = torch.tensor([1.0] * 32 + [1e-6])
+    options = {"backward": "screened", "tail_tolerance": 2.0**-8, "chunk_bytes": 1}
+    with tail_report() as report:
+        gradients(**problem, **options)
+    assert report.exact_tokens == 32 and report.kept == 32 * 2000 + 1
+    target = linear_logprobs(*(problem[name] for name in ("hidden", "weight", "targets"))).logprob[32].exp()
+    torch.testing.assert_close(report.tail_mass[32], (1 - target).double(), rtol=1e-3, atol=1e-4)
+
+
 def test_an_order_of_the_vocabulary_changes_the_blocks_alone() -> None:
     """Entries that share a row of the head stand apart in it, and together in the order: their means are exact."""
     count, vocabulary = 30, 2048

@@ -58,9 +58,9 @@ def loaded() -> Library:
     return library.load(path)
 
 
-def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the library has a product of bfloat16 operands with a float32 result, by the processor's own units."""
-    return usable(device) and loaded().multiplies_bfloat16
+def unit_stride(matrix: Tensor) -> Tensor:
+    """The matrix, or a copy whose columns are side by side, as the library takes them."""
+    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
@@ -68,9 +68,9 @@ def multiplies(dtype: torch.dtype, device: torch.device) -> bool:
 
     PyTorch's threads go on waiting for milliseconds after a product, each on a core that the library's threads want.
     """
-    if dtype == torch.bfloat16:
-        return multiplies_bfloat16(device)
-    return usable(device) and loaded().leads
+    if not usable(device):
+        return False
+    return loaded().multiplies_bfloat16 if dtype == torch.bfloat16 else loaded().leads
 
 
 def undisturbed(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Iterator[slice]:
@@ -78,7 +78,7 @@ def undisturbed(rows: int, width: int, dtype: torch.dtype, device: torch.device)
 
     Its other threads would still be waiting on their cores for the next such operation while the library multiplies.
     """
-    alone = multiplies(dtype, device) if device.type == "cpu" else False
+    alone = multiplies(dtype, device)
     step = max(1, SERIAL_ELEMENTS // max(1, width)) if alone else max(1, rows)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 

@@ -22,7 +22,7 @@ or more than a quarter of its gradient would be left.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -125,7 +125,6 @@ class Kept(NamedTuple):
     column: Tensor  # [K] int32, token after token
     value: Tensor  # [K]
     tail: Tensor  # [N, blocks]
-    near: Tensor | None = None  # [N, H] the sum of each token's values times the head's rows, where that is known
 
 
 def _keep(chunks: Chunks, tile: Tile, where: TailBlocks, tolerance: float) -> Saved:
@@ -179,23 +178,28 @@ def gradients_from(
     chunks = Chunks(backend.row_engine(problem), problem, ())
     sums = EntrySums(chunks, needs, tolerance)
     exact = kept.counts < 0 if upstream.entropy is None else torch.ones_like(kept.counts, dtype=torch.bool)
-    runs = torch.unique_consecutive(exact, return_counts=True)
-    start = first = 0
-    for is_exact, length in zip(*(x.tolist() for x in runs), strict=True):
-        run = slice(start, start + length)
+    first = 0
+    for run, is_exact in runs_of(exact):
         if is_exact:
             recompute_run(sums, run, stats, upstream)
         else:
             end = first + int(kept.counts[run].sum())
-            near = None if kept.near is None else kept.near[run]
-            part = Kept(kept.counts[run], kept.column[first:end], kept.value[first:end], kept.tail[run], near)
+            part = Kept(kept.counts[run], kept.column[first:end], kept.value[first:end], kept.tail[run])
             _add_kept(sums, run, part, stats, upstream)
             first = end
-        start += length
     return sums.finish()
 
 
+def runs_of(mask: Tensor) -> Iterator[tuple[slice, bool]]:
+    """Runs of equal entries of `mask [N]`, and what they are."""
+    values, lengths = torch.unique_consecutive(mask, return_counts=True)
+    ends = lengths.cumsum(0)
+    for value, end, length in zip(values.tolist(), ends.tolist(), lengths.tolist(), strict=True):
+        yield slice(end - length, end), value
+
+
 def recompute_run(sums: EntrySums, run: slice, stats: TokenStats, upstream: Upstream) -> None:
+    """Adds the exact products of tokens of which nothing was kept."""
     chunks = sums.chunks
     for part in spans(run.stop - run.start, chunks.tokens):
         rows = slice(run.start + part.start, run.start + part.stop)
@@ -219,12 +223,7 @@ def _add_kept(sums: EntrySums, rows: slice, kept: Kept, stats: TokenStats, upstr
     tail = without(tail, token[few], block, -value[few])
     for report in reports():
         add_kept(report, problem, tail, factor, threshold, rule, int(stays.sum()))
-    split = Split(token[stays], kept.column[stays], value[stays], tail)
-    if kept.near is None:
-        sums.add_split(rows, split)
-    else:
-        sums.set_hidden(rows, kept.near * factor[:, None], kept.tail * factor[:, None])
-        sums.add_head(rows, split)
+    sums.add_split(rows, Split(token[stays], kept.column[stays], value[stays], tail))
     sums.add_targets(rows, target_entry(rows_of(stats, rows), here) * slope)
     sums.exact.add_mean(rows, here)
 
@@ -238,7 +237,7 @@ def add_kept(
 
 
 def rows_of_head(weight: Tensor, kept: Kept) -> Tensor:
-    """`[N, H]`: the sum of each token's kept values times the head's rows (`Kept.near`)."""
+    """`[N, H]`: the sum of each token's kept values times the head's rows."""
     counts = kept.counts.clamp(min=0)
     token = torch.arange(len(counts), dtype=torch.int32, device=counts.device).repeat_interleave(counts.long())
     return bag(weight.to(kept.value.dtype), kept.column, token, kept.value, len(counts))

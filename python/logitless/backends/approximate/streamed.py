@@ -26,7 +26,7 @@ for each kept entry, and 4 (V / 256 + H) bytes for each token.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -61,6 +61,7 @@ from .entries import (
     gradients_from,
     recompute_run,
     rows_of_head,
+    runs_of,
 )
 from .order import inverse
 from .report import reports
@@ -102,10 +103,10 @@ class Streamed(Approximate):
             return self.entries.backward(problem, stats, saved, upstream, needs, tolerance)
         counts, column, value, rows = saved
         width = self.entries.saved_width(problem.hidden, problem.head)
-        kept = Kept(counts, column, value, rows[:, :width], rows[:, width:])
+        kept, near = Kept(counts, column, value, rows[:, :width]), rows[:, width:]
         if upstream.entropy is not None:
             return gradients_from(self.backend, problem, stats, kept, upstream, needs, tolerance)
-        return _Backward(self.backend, problem, stats, kept, upstream, needs, tolerance).gradients()
+        return _Backward(self.backend, problem, stats, kept, near, upstream, needs, tolerance).gradients()
 
     def single_pass(self, problem: Problem, losses: SummedLosses, tolerance: float) -> SinglePass:
         """The sum of a loss and its gradients: forward, loss and backward, each of all tokens; no group is cut."""
@@ -183,7 +184,7 @@ class _Forward:
         depth = problem.hidden.shape[1]
         self.logprob, self.lse = torch.empty(self.count), torch.empty(self.count)
         self.rows = torch.empty(self.count, self.blocks + depth)
-        hidden, weight = unit_stride(problem.hidden), unit_stride(problem.head.weight)
+        hidden, weight = native.unit_stride(problem.hidden), native.unit_stride(problem.head.weight)
         units = _units(self.library, weight) if screens and self.library.screens(weight.dtype) else None
         self.tensors: dict[str, Tensor | None] = {  # the kernel has their addresses alone
             "hidden": hidden, "weight": weight, "units": units, **_by_place(problem),
@@ -252,11 +253,6 @@ def _units(library: Library, weight: Tensor) -> Tensor:
     return units
 
 
-def unit_stride(matrix: Tensor) -> Tensor:
-    """The matrix, or a copy whose columns are side by side."""
-    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Backward
 
@@ -273,13 +269,13 @@ class _Backward:
         problem: Problem,
         stats: TokenStats,
         kept: Kept,
+        near: Tensor,
         upstream: Upstream,
         needs: Needs,
         tolerance: float,
     ) -> None:
-        self.library, self.problem, self.stats, self.kept, self.upstream = (
-            native.loaded(), problem, stats, kept, upstream,
-        )  # fmt: skip
+        self.library, self.problem, self.stats, self.upstream = native.loaded(), problem, stats, upstream
+        self.kept, self.near = kept, near
         self.chunks = Chunks(backend.row_engine(problem), problem, ())
         self.sums = EntrySums(self.chunks, needs, tolerance)
         self.is_exact = kept.counts < 0
@@ -292,54 +288,50 @@ class _Backward:
         """The gradients."""
         if not len(self.factor):
             return self.sums.exact.finish()
-        tail = self.kept.tail * self.factor[:, None]
-        threshold = max(float(self.threshold), torch.finfo(torch.float32).tiny)  # no denormal enters a product
-        listed = _route(self.library, self.kept, self.factor, threshold, self.sums.where.block, tail)
-        drop_denormals_(tail)
-        self._add_rows(tail, listed)
-        self._add_head(tail, listed)
+        if self.sums.needs.weight or self.sums.needs.bias or reports():
+            self._add_listed()
+        else:
+            self._add_rows(lambda rows: None)
         entry = target_entry(self.stats, self.upstream) * self.chunks.transform.slope
         apart = Upstream(*(None if g is None else g.masked_fill(self.is_exact, 0) for g in self.upstream))
         self.sums.exact.add_apart(entry.masked_fill(self.is_exact, 0), apart)
         return self.sums.exact.finish()
 
-    def _add_rows(self, tail: Tensor, listed: _Listed) -> None:
-        """`d hidden` of every run of tokens without their targets, and all that a flat chunk adds."""
-        assert self.kept.near is not None
-        start = 0
-        for is_exact, length in zip(*(x.tolist() for x in self._runs()), strict=True):
-            rows = slice(start, start + length)
+    def _add_rows(self, report: Callable[[slice], None]) -> None:
+        """`d hidden` of every run of tokens without their targets, and all that a flat chunk adds.
+
+        `report` is told of the runs that are not flat, in between, for reports list tokens in order.
+        """
+        for rows, is_exact in runs_of(self.is_exact):
             if is_exact:
                 recompute_run(self.sums, rows, self.stats, self.upstream)
             else:
                 factor = self.factor[rows, None]
-                self.sums.set_hidden(rows, self.kept.near[rows] * factor, self.kept.tail[rows] * factor)
-                self._report(rows, tail, listed.token)
-            start += length
+                self.sums.set_hidden(rows, self.near[rows] * factor, self.kept.tail[rows] * factor)
+                report(rows)
 
-    def _runs(self) -> tuple[Tensor, Tensor]:
-        """Whether each run of tokens was too flat, and its length."""
-        values, lengths = torch.unique_consecutive(self.is_exact, return_counts=True)
-        return values, lengths
-
-    def _report(self, rows: slice, tail: Tensor, token: Tensor) -> None:
-        for report in reports():
-            stay = int(((token >= rows.start) & (token < rows.stop)).sum())
-            add_kept(report, self.problem, tail[rows], self.factor[rows], self.threshold, self.rule, stay)
-
-    def _add_head(self, tail: Tensor, listed: _Listed) -> None:
-        """Adds the entries' and the tail's part of the gradients of weight and bias."""
-        bias = self.sums.exact.sums.bias
+    def _add_listed(self) -> None:
+        """`_add_rows`, and the entries' and the tail's part of the gradients of weight and bias."""
+        tail, bias = self.kept.tail * self.factor[:, None], self.sums.exact.sums.bias
+        threshold = max(float(self.threshold), torch.finfo(torch.float32).tiny)  # no denormal enters a product
+        listed = _route(self.library, self.kept, self.factor, threshold, self.sums.where.block, tail)
+        drop_denormals_(tail)
+        self._add_rows(lambda rows: self._report(rows, tail, listed.token))
         if bias is not None:
             bias.index_add_(0, listed.column, listed.value)
             bias.addcmul_(tail.sum(0).index_select(0, self.sums.where.block), self.sums.shares)
         if self.sums.needs.weight:
             self._spread(tail, listed)
 
+    def _report(self, rows: slice, tail: Tensor, token: Tensor) -> None:
+        for report in reports():
+            stay = int(((token >= rows.start) & (token < rows.stop)).sum())
+            add_kept(report, self.problem, tail[rows], self.factor[rows], self.threshold, self.rule, stay)
+
     def _spread(self, tail: Tensor, listed: _Listed) -> None:
         from ...kernels.cpu.library import DTYPE_CODES, Spread
 
-        hidden, order = unit_stride(self.problem.hidden), self.problem.vocabulary_order
+        hidden, order = native.unit_stride(self.problem.hidden), self.problem.vocabulary_order
         begun, out = self.sums.exact.weight_begun, self.sums.exact.begin().weight
         assert out is not None
         tensors = {
@@ -392,5 +384,6 @@ def _route(library: Library, kept: Kept, factor: Tensor, threshold: float, block
     starts = torch.cat([ends.new_zeros(1), ends[len(parts) - 1 :: len(parts)]])
     token, columns = torch.empty(2, int(ends[-1]), dtype=torch.int32)
     listed = _Listed(starts, token, columns, torch.empty(len(token)))
-    run(out_token=token, out_column=columns, out_value=listed.value)
+    if len(token):  # an empty tensor's address is null, which asks for a count
+        run(out_token=token, out_column=columns, out_value=listed.value)
     return listed

@@ -42,7 +42,7 @@ def logit_dtype(dtype: torch.dtype, device: torch.device, chunk_dtype: torch.dty
         return dtype
     if dtype == chunk_dtype and has_bfloat16_units():
         return dtype
-    return dtype if dtype == torch.bfloat16 and native.multiplies_bfloat16(device) else torch.float32
+    return dtype if dtype == torch.bfloat16 and native.multiplies(dtype, device) else torch.float32
 
 
 def operand_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -134,7 +134,7 @@ def raw_products(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     vocabulary_major = out.stride(0) == 1
     for columns, part in _rows_to_multiply(hidden.dtype, weight, out.dtype):
         if vocabulary_major:
-            multiply(part, _with_unit_stride(hidden).T, out=out.T[columns])
+            multiply(part, native.unit_stride(hidden).T, out=out.T[columns])
         else:
             multiply(hidden, part.T, out=out[:, columns])
     return out
@@ -147,10 +147,6 @@ def _rows_to_multiply(dtype: torch.dtype, weight: Tensor, out: torch.dtype) -> I
             yield columns, weight[columns].contiguous()
     else:
         yield from parts_in(dtype, weight)
-
-
-def _with_unit_stride(hidden: Tensor) -> Tensor:
-    return hidden if hidden.stride(1) == 1 else hidden.contiguous()
 
 
 def products_with_head(matrix: Tensor, weight: Tensor, out: Tensor) -> None:
