@@ -74,6 +74,10 @@ class Batch:
         """A copy of the batch with further inputs of the loss."""
         return replace(self, loss_inputs={**self.loss_inputs, **inputs})
 
+    def without_inputs(self, *names: str) -> Batch:
+        """A copy of the batch without these inputs."""
+        return replace(self, loss_inputs={name: x for name, x in self.loss_inputs.items() if name not in names})
+
     def model_inputs(self) -> dict[str, torch.Tensor]:
         """What the model's forward is given, labels apart."""
         inputs = {"input_ids": self.input_ids}
@@ -82,6 +86,14 @@ class Batch:
         if self.position_ids is not None:
             inputs["position_ids"] = self.position_ids
         return inputs
+
+
+def by_sequence(batch: Batch, values: torch.Tensor) -> list[torch.Tensor]:
+    """Values of a batch, `[B, T]`, as one tensor `[T]` for each of its sequences, without padding."""
+    lengths = [len(example.input_ids) for example in batch.examples]
+    if batch.cu_seqlens is None:
+        return [row[:length].clone() for row, length in zip(values, lengths, strict=True)]
+    return [part.clone() for part in values.flatten()[: sum(lengths)].split(lengths)]
 
 
 def padded(pieces: Sequence[Piece], pad_token: int) -> Batch:

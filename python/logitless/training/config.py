@@ -12,7 +12,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -27,11 +27,14 @@ from logitless.training.other_names import (
     notes_of,
     require_unused,
 )
+from logitless.training.rollouts.options import RolloutOptions, option
 from logitless.types import BackwardName
 
 if TYPE_CHECKING:
     from logitless.losses import Loss
 
+#: Losses of which the samples are the model's own, so that a run draws them unless it is told not to.
+_SAMPLED = ("on_policy_distillation",)
 METHODS = {"sft": "nll", "dft": "dft", "f-divergence": "f_divergence_sft", "dpo": "dpo"}
 TEACHER_IDS = 64  # ids a token that `logitless teach` writes
 LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
@@ -48,13 +51,8 @@ PATHS = (
 )
 
 
-def option(default: Any, help: str, *, group: str, choices: tuple[str, ...] = ()) -> Any:
-    """A dataclass field that carries what the command line needs to know about it."""
-    return field(default=default, metadata={"help": help, "group": group, "choices": choices})
-
-
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(RolloutOptions):
     """Options of one training run; `None` means "decided from the method or the machine", as each help text says.
 
     Raises:
@@ -264,7 +262,7 @@ class TrainOptions:
             if str(path := getattr(self, name)).startswith("~"):
                 object.__setattr__(self, name, str(Path(path).expanduser()))
         self._require_ranges()
-        self._require("method", self.method in METHODS or self.method in _loss_names(), _known_methods(self.method))
+        self._require("method", self.loss_name in _loss_names(), _known_methods(self.method))
         if self.warmup_ratio and self.warmup_steps:
             raise InputError("warmup_steps and warmup_ratio are two names of one setting: give one of them")
         if self.eval_fraction and self.eval_dataset_name:
@@ -299,6 +297,18 @@ class TrainOptions:
             if not getattr(self, name):
                 raise InputError(f"--{name} is required (on the command line or in the --config file)")
 
+    @property
+    def loss_name(self) -> str:
+        """The name of the method's loss in the registry; a method may be written with hyphens."""
+        return METHODS.get(self.method, self.method.replace("-", "_"))
+
+    @property
+    def samples(self) -> bool:
+        """Whether the run samples the completions that it trains on."""
+        if self.on_policy is not None:
+            return self.on_policy
+        return self.reward_funcs is not None or self.loss_name in _SAMPLED
+
     def make_loss(self) -> Loss:
         """The loss object that `method`, `loss` and the hyper-parameter flags describe.
 
@@ -310,7 +320,7 @@ class TrainOptions:
         from logitless import losses
 
         settings = dict(self.loss or {})
-        name = settings.pop("name", METHODS.get(self.method, self.method))
+        name = settings.pop("name", self.loss_name)
         flags = ("beta", "loss_type", "label_smoothing", "divergence", "alpha")
         settings |= {key: value for key in flags if (value := getattr(self, key)) is not None}
         if name in ("nll", settings.get("loss_type")) and settings.get("loss_type") in ("nll", "dft"):
@@ -352,7 +362,7 @@ def _known_methods(name: str) -> str:
 
 def _check_choice(spec: dataclasses.Field[Any], value: object) -> None:
     choices = spec.metadata["choices"]
-    if choices and value not in choices:
+    if choices and value not in (*choices, spec.default):
         known = f"{', '.join(choices)}{nearest(str(value), choices)}"
         raise InputError(f"{spec.name} must be one of {known}, got {value!r}")
 
@@ -488,6 +498,20 @@ def _to_names(value: Any) -> tuple[str, ...]:
     return tuple(items)
 
 
+def _to_floats(value: Any) -> tuple[float, ...]:
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
+    return tuple(map(_to_float, items if isinstance(items, (list, tuple)) else [items]))
+
+
+def _to_specs(value: Any) -> tuple[str | Mapping[str, Any], ...]:
+    """Names of functions, or mappings that hold one and its arguments."""
+    items = value.replace(",", " ").split() if isinstance(value, str) else value
+    items = [items] if isinstance(items, Mapping) else items
+    if not items or not all(isinstance(item, (str, Mapping)) for item in items):
+        raise TypeError(value)
+    return tuple(items)
+
+
 def _to_mapping(value: Any) -> dict[str, Any]:
     import yaml
 
@@ -529,13 +553,20 @@ def _number(value: Any) -> Any:
         return value
 
 
-_DESCRIBED = {float: "finite number", Mapping[str, str]: "list new=old,... or a mapping, with every name once"}
+_DESCRIBED = {
+    float: "finite number",
+    tuple[float, ...]: "list of finite numbers",
+    tuple[str | Mapping[str, Any], ...]: "list of functions, module:function",
+    Mapping[str, str]: "list new=old,... or a mapping, with every name once",
+}
 _CONVERT: dict[Any, Any] = {
     bool: _to_bool,
     int: _to_int,
     float: _to_float,
     str: _to_str,
     tuple: _to_names,
+    tuple[float, ...]: _to_floats,
+    tuple[str | Mapping[str, Any], ...]: _to_specs,
     Mapping: _to_mapping,
     Mapping[str, str]: _to_columns,
     Sequence: _to_mappings,

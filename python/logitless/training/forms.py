@@ -127,6 +127,44 @@ def canonical(row: Row, *, text_field: str = "text", chat: bool = True) -> Row:
     return _made(row, {text_field: _string(text, text_field, row)}, text_field)
 
 
+def canonical_prompt(row: Row, *, chat: bool = True) -> Row:
+    """The row as `prompt`, a string or turns, and with `completion` where the row has an answer.
+
+    A conversation that ends with the assistant's turn has it as the answer; any other one is the prompt. A question
+    under another name is a user's turn, as in `canonical`. Beside `chosen` and `rejected` the prompt stands alone.
+
+    Raises:
+        InputError: no prompt, or a value that is not what its form has.
+    """
+    alone = _lone_question(row)
+    if alone is not None:
+        prompt = _read(alone, row)
+        if alone != "prompt" and isinstance(prompt, str):
+            prompt = _with_answers(row, alone, {}, chat)[0]
+        turns = isinstance(prompt, list)
+        return _made(row, {"prompt": _with_system(prompt, row) if turns else prompt}, "text")  # type: ignore[arg-type]
+    made = canonical(row, chat=chat)
+    if "prompt" in made.values:
+        return made
+    if "messages" not in made.values:
+        raise InputError(f"{row.origin}: expected a prompt to be continued; {_column_names(row)}")
+    turns = made.values["messages"]
+    answered = turns[-1]["role"] == "assistant"
+    form = {"prompt": turns[:-1], "completion": turns[-1:]} if answered and len(turns) > 1 else {"prompt": turns}
+    return Row(ReadColumns(row.values, {n: n for n in made.values if n not in ("messages", "tools")},
+                           form | {n: v for n, v in made.values.items() if n == "tools"}), row.origin)  # fmt: skip
+
+
+def _lone_question(row: Row) -> str | None:
+    """The column of a question that the row answers nowhere; None where it has an answer, or no such column."""
+    answers = {answer for _, answer in QUESTIONS} | {"completion"}
+    if _has(row, "prompt") and not any(_has(row, name) for name in ("completion", "response")):
+        return "prompt"
+    if any(_has(row, name) for name in (*answers, *CONVERSATIONS, *TALKS)):
+        return None
+    return _question(row)
+
+
 def canonical_pair(row: Row, *, chat: bool = True, repeats: bool = False) -> Row:
     """The row as `prompt`, `chosen` and `rejected`, all strings or all lists of turns.
 

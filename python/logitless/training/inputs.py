@@ -18,6 +18,11 @@ from logitless.training.errors import InputError
 REFERENCE_FIELDS = {"ref_logprob": "logprob", "ref_lse": "lse"}
 #: What the tokens of rows that are not the policy's own need; a loss can do without it on samples of today's policy.
 OFF_POLICY = "old_logprob"
+#: What a round of sampled completions gives (`rollouts/inputs.py`).
+SAMPLED = (
+    *("old_logprob", "sampling_logprob", "policy_weight", "advantages", "demonstration", "nll_weight"),
+    *("group", "draw"),
+)
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,31 @@ def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Colle
             "that sampled them: without it every ratio is 1, which trains as --method reinforce does"
         )
     return InputSources(columns, reference, estimates)
+
+
+def sampled_sources(loss: Loss, *, rewarded: bool) -> InputSources:
+    """Where the inputs of a loss of sampled completions come from; the columns are those that a round gives.
+
+    Raises:
+        InputError: an input that neither a round nor a reference model gives, or rewards that the loss does not read,
+            or needs and has not.
+    """
+    missing = [name for name in (*loss.inputs, *loss.sequence_inputs) if name not in (*SAMPLED, *REFERENCE_FIELDS)]
+    if loss.compares_distributions:
+        missing = [name for name in missing if name != "ref_hidden"]
+    if missing:
+        raise InputError(f"{loss.name} reads {missing[0]}, which sampling does not give; set on_policy to false and "
+                         "give it as a column of the rows")  # fmt: skip
+    reads = "advantages" in loss.inputs
+    if reads and not rewarded:
+        raise InputError(f"{loss.name} reads advantages, which come from rewards: name a function by reward_funcs, or "
+                         "set on_policy to false and give a column advantages")  # fmt: skip
+    if rewarded and not reads:
+        raise InputError(f"reward_funcs: {loss.name} reads no advantages, so that rewards would train nothing")
+    reference = tuple(name for name in loss.inputs if name in REFERENCE_FIELDS)
+    read = (*loss.inputs, *loss.optional_inputs)
+    estimates = ("token_weight",) if loss.own_means else ()
+    return InputSources(tuple(name for name in SAMPLED if name in read), reference, estimates)
 
 
 def _require(loss: Loss, missing: Collection[str], given: Collection[str], origin: str) -> None:

@@ -16,10 +16,12 @@ from logitless.training.data import Row, has_split, read_rows
 from logitless.training.errors import InputError
 from logitless.training.examples import TokenizedData
 from logitless.training.forms import renamed, unpaired
-from logitless.training.inputs import InputSources, input_sources
+from logitless.training.inputs import InputSources, input_sources, sampled_sources
 from logitless.training.model import check_packing, check_width, uses_flash_attention
 from logitless.training.objective import reads_sequences
 from logitless.training.render import Renderer
+from logitless.training.rollouts.groups import shows
+from logitless.training.rollouts.prompts import Prompts, reach_of_prompts, read_prompts
 
 TOGETHER = "group"  # the input that says which rows a loss compares, so that they must be in one batch
 DESIRABLE = "desirable"  # the input that marks single completions, which a pair gives too
@@ -46,9 +48,13 @@ def load_data(options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Coll
     rows = read_rows(options.dataset_name, split=options.dataset_train_split, config=options.dataset_config)
     rows = renamed(rows, options.column_map)
     single = _as_single(loss, tokenizer)
-    sources = input_sources(loss, single(rows), options.dataset_name, estimated)
-    renderer = row_renderer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
-    read = renderer.pairs if isinstance(loss, PairLoss) else renderer.sequences
+    if options.samples:
+        sources = sampled_sources(loss, rewarded=options.reward_funcs is not None)
+        read, reach = _prompt_reader(options, tokenizer, loss)
+    else:
+        sources = input_sources(loss, single(rows), options.dataset_name, estimated)
+        renderer = row_renderer(options, tokenizer, sources.columns, (*loss.sequence_inputs, TOGETHER))
+        read, reach = (renderer.pairs if isinstance(loss, PairLoss) else renderer.sequences), reach_of
     held_out, origin = _evaluation_rows(options)
     if options.eval_fraction:
         rows, held_out = split_rows(rows, options.eval_fraction, options.seed)
@@ -59,7 +65,22 @@ def load_data(options: TrainOptions, tokenizer: Any, loss: Loss, estimated: Coll
     parts = [(single(rows), options.dataset_name)] + ([] if held_out is None else [(single(held_out), origin)])
     found = [(read(part, name), part) for part, name in parts]
     evaluated = None if held_out is None else found[1][0]
-    return Loaded(sources, found[0][0], evaluated, tuple(reach_of(*each) for each in found))
+    return Loaded(sources, found[0][0], evaluated, tuple(reach(*each) for each in found))
+
+
+def _prompt_reader(
+    options: TrainOptions, tokenizer: Any, loss: Loss
+) -> tuple[Callable[[list[Row], str], TokenizedData], Callable[[Any, list[Row]], Reach]]:
+    """What reads rows as prompts, and what tells their reach."""
+    room, shown = options.max_completion_length, shows(loss) != "nothing"
+    renderer = row_renderer(options, tokenizer)
+
+    def read(rows: list[Row], origin: str) -> Prompts:
+        return read_prompts(
+            rows, renderer, origin, room=room, demonstrations=shown, required=loss.name if shown else ""
+        )
+
+    return read, lambda prompts, rows: reach_of_prompts(prompts, room)
 
 
 def _as_single(loss: Loss, tokenizer: Any) -> Callable[[list[Row]], list[Row]]:
@@ -140,7 +161,7 @@ def make_loaders(
         raise InputError(f"packing: {loss.name} looks at whole sequences; use --padding_free instead")
     capacity = options.max_length if options.packing else None
     # Flash attention finds boundaries in a single row only.
-    together = TOGETHER if TOGETHER in loss.inputs else None
+    together = TOGETHER if TOGETHER in loss.inputs and not options.samples else None
     train = Loader(data, pad_token, flat or (options.packing and flash), capacity, together=together)
     held_out = None if eval_data is None else Loader(eval_data, pad_token, flat, together=together)
     if options.packing or flat:

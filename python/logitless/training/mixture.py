@@ -16,7 +16,7 @@ from logitless.training.config import TrainOptions, coerce, convert
 from logitless.training.errors import InputError, nearest
 from logitless.training.other_names import ALIASES
 
-_GROUPS = ("Method", "Data", "Reference")
+_GROUPS = ("Method", "Data", "Reference", "Rollouts")
 _SHARED = ("backend", "backward", "mixture")
 _BATCHES = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
 

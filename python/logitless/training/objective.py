@@ -53,7 +53,10 @@ class Engine(Protocol):
 def engine_of(options: TrainOptions, loss: Loss, device: torch.device) -> PatchedEngine | MaterialisedEngine:
     """The engine that the options ask for."""
     engine = MaterialisedEngine if options.backend == "materialised" else PatchedEngine
-    return engine(loss, device, computes_in_bf16(options, device), options.max_length)
+    length, temperature = options.max_length, 1.0
+    if options.samples:
+        length, temperature = options.max_completion_length, options.temperature
+    return engine(loss, device, computes_in_bf16(options, device), length, temperature)
 
 
 def computes_in_bf16(options: TrainOptions, device: torch.device) -> bool:
@@ -76,6 +79,7 @@ class PatchedEngine:
     device: torch.device
     bf16: bool
     max_length: int = 1  # of losses that divide by a constant length
+    temperature: float = 1.0  # of the policy
 
     def objective(self, model: Any, batch: Batch, normalizer: float) -> Objective:
         flat = reads_sequences(self.loss) and batch.cu_seqlens is not None
@@ -89,6 +93,7 @@ class PatchedEngine:
                 loss=self.loss,
                 loss_inputs=_inputs(self.loss, batch, self.max_length) or None,
                 skip_logits=True,
+                temperature=None if self.temperature == 1 else self.temperature,
             )
         return Objective(output.loss, output.loss_result)
 
@@ -102,7 +107,12 @@ class PatchedEngine:
     def stats(self, model: Any, batch: Batch, outputs: tuple[str, ...]) -> TokenStats:
         with autocast(self.device, self.bf16):
             output = model(
-                **forward_inputs(model, batch), labels=batch.labels, loss="nll", token_outputs=outputs, skip_logits=True
+                **forward_inputs(model, batch),
+                labels=batch.labels,
+                loss="nll",
+                token_outputs=outputs,
+                skip_logits=True,
+                temperature=None if self.temperature == 1 else self.temperature,
             )
         stats: TokenStats = output.token_stats
         return stats
@@ -114,6 +124,7 @@ class PatchedEngine:
         ends = list(model.get_output_embeddings().parameters())
         with gathered_weights(ends):
             head = dense_head(model)
+            head = head._replace(temperature=head.temperature * self.temperature)
             if is_sharded(model):  # what was gathered is given back before the loss has used it
                 bias = None if head.bias is None else whole_weight(head.bias).clone()
                 head = head._replace(weight=whole_weight(head.weight).clone(), bias=bias)
@@ -128,9 +139,10 @@ class MaterialisedEngine:
     device: torch.device
     bf16: bool
     max_length: int = 1
+    temperature: float = 1.0
 
     def objective(self, model: Any, batch: Batch, normalizer: float) -> Objective:
-        if self.loss == NLL():  # the loss that comes with the model
+        if self.loss == NLL() and self.temperature == 1:  # the loss that comes with the model
             count = torch.tensor(normalizer, device=self.device)
             with autocast(self.device, self.bf16):
                 output = model(**forward_inputs(model, batch), labels=batch.labels, num_items_in_batch=count)
@@ -147,7 +159,7 @@ class MaterialisedEngine:
     def _logits(self, model: Any, batch: Batch) -> torch.Tensor:
         with autocast(self.device, self.bf16):
             logits: torch.Tensor = model(**forward_inputs(model, batch)).logits
-        return logits.float()
+        return logits.float() / self.temperature if self.temperature != 1 else logits.float()
 
 
 def forward_inputs(model: Any, batch: Batch) -> dict[str, Any]:

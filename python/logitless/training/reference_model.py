@@ -30,7 +30,7 @@ from logitless.losses import Loss
 from logitless.training import files
 from logitless.training.adapters import holding, settings_of
 from logitless.training.checks import check_finite, head_rows
-from logitless.training.collate import Batch, Inputs, Stored, consecutive
+from logitless.training.collate import Batch, Inputs, Stored, by_sequence, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.examples import Item
@@ -238,16 +238,11 @@ def compute_values(
     stored: dict[int, tuple[Inputs, ...]] = {}
     for number, indices in enumerate(batches):
         batch = make(indices)
-        values = {name: found[f"{number}.{name}"] for name in reference.names}
-        flat = batch.cu_seqlens is not None
-        examples = [(index, part) for part in range(len(items[0])) for index in indices]
-        start = 0
+        values = {name: iter(by_sequence(batch, found[f"{number}.{name}"])) for name in reference.names}
         parts: dict[int, list[Inputs]] = {index: [] for index in indices}
-        for row, (index, part) in enumerate(examples):
-            length = len(items[index][part].input_ids)
-            place = (0, slice(start, start + length)) if flat else (row, slice(length))
-            parts[index].append({name: tensor[place].clone() for name, tensor in values.items()})
-            start += length
+        for _ in range(len(items[0])):
+            for index in indices:
+                parts[index].append({name: next(own) for name, own in values.items()})
         stored |= {index: tuple(inputs) for index, inputs in parts.items()}
     return [stored[index] for index in range(len(items))]
 

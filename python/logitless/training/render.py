@@ -139,6 +139,19 @@ class Renderer:
         self._refuse_masks(row, assistant_only=self.assistant_only, completion_only=self.completion_only)
         return _example(self._encoder.plain(values[self.text_field]), [slice(None)])
 
+    def opening(self, row: Row) -> torch.Tensor:
+        """A row of `canonical_prompt`, up to where an answer begins: `[T]` int32 ids."""
+        prompt = row.values["prompt"]
+        if isinstance(prompt, str):
+            return torch.tensor(self._encoder.opened(prompt), dtype=torch.int32)
+        text = self._template.render(self._plain(prompt), row.origin, self._settings(row), generation_prompt=True)
+        return torch.tensor(self._encoder.rendered(text).ids, dtype=torch.int32)
+
+    @property
+    def answer_end(self) -> str:
+        """The special token with which the chat template ends an answer; "" if there is none."""
+        return self._template.end if self.tokenizer.chat_template else ""
+
     def _pair(self, row: Row, repeats: bool) -> Item:
         row = canonical_pair(row, chat=bool(self.tokenizer.chat_template), repeats=repeats)
         return tuple(
@@ -169,16 +182,23 @@ class Renderer:
         return talk.without_unlearned(_example(talk.encoded, [slice(None)])) if every else self._answers(talk)
 
     def _talk(self, turns: Sequence[Turn], row: Row) -> _Talk:
+        conversation = Conversation(self._template, self._plain(turns), row.origin, self._settings(row))
+        unlearned = frozenset(index for index, turn in enumerate(turns) if not turn.get(LEARNED, True))
+        return _Talk(conversation, self._encoder.rendered(conversation.text), unlearned)
+
+    def _plain(self, turns: Sequence[Turn]) -> list[Turn]:
+        """The turns as a template reads them, without our marks."""
         plain = [{"content": "", **{key: value for key, value in turn.items() if key != LEARNED}} for turn in turns]
-        settings = read_variables(row.values.get(VARIABLES), VARIABLES, row.origin)
+        return list(map(self._ended_once, plain))
+
+    def _settings(self, row: Row) -> dict[str, Any]:
+        """The variables that the row gives its template."""
+        settings: dict[str, Any] = read_variables(row.values.get(VARIABLES), VARIABLES, row.origin)
         if taken := self._template.reserved & settings.keys():
             raise InputError(
                 f"{row.origin}: {VARIABLES}, {min(taken)}: expected variables that are the chat template's own"
             )
-        settings |= {"tools": row.values.get("tools")}
-        conversation = Conversation(self._template, list(map(self._ended_once, plain)), row.origin, settings)
-        unlearned = frozenset(index for index, turn in enumerate(turns) if not turn.get(LEARNED, True))
-        return _Talk(conversation, self._encoder.rendered(conversation.text), unlearned)
+        return settings | {"tools": row.values.get("tools")}
 
     def _ended_once(self, turn: Turn) -> Turn:
         """An assistant's turn without an end token of its own behind its text, where the template writes it."""

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -42,8 +42,9 @@ from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
+from logitless.training.evaluation import evaluate_loss
 from logitless.training.inputs import InputSources
-from logitless.training.loader import Loaded, Loader, load_data, make_loaders
+from logitless.training.loader import Loaded, Loader, load_data, make_loaders, row_renderer
 from logitless.training.metrics import Reporter
 from logitless.training.mixture import ComponentOptions, components_of, prefixed, without_prefix
 from logitless.training.model import hide_progress_bars, load_tokenizer, load_trained, locate_once
@@ -64,10 +65,17 @@ from logitless.training.resume import (
     seed_generators,
     tokenizer_parts,
 )
+from logitless.training.rollouts.evaluation import evaluate_prompts
+from logitless.training.rollouts.prompts import Prompts
+from logitless.training.rollouts.rounds import Rounds
+from logitless.training.rollouts.setup import make_rounds
 from logitless.training.sampler import Sampler
 from logitless.training.settings import Settings, read_settings
 from logitless.training.sharding import shape_of
 from logitless.training.template_date import with_date
+
+#: The prefix of what rounds keep in a checkpoint.
+ROUNDS = "rounds"
 
 
 @dataclass
@@ -84,12 +92,32 @@ class Component:
     reference: ReferenceModel | None  # to ask at every batch; None if the loss needs none or its values are stored
     estimates: Mapping[str, Estimate]  # the inputs that the run estimates
     sampler: Sampler
+    rounds: Rounds | None  # of completions that are sampled; None where the rows hold them
     total_steps: int = 0  # of the run, which all components' data decide
 
     @property
     def options(self) -> TrainOptions:
         """The run's options with those of the component's own."""
         return self.made_from.options
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Updates that read all of the data once."""
+        return self.sampler.steps_per_epoch if self.rounds is None else self.rounds.steps_per_epoch(self.world)
+
+    def batches(self, step: int) -> list[Batch]:
+        """The micro-batches of a step: rows of the data, or completions that were sampled."""
+        if self.rounds is not None:
+            return self.rounds.batches(self, step)
+        return [self.loader.batch(units) for units in self.sampler.micro_batches(step)]
+
+    def evaluation(self, step: int) -> dict[str, float] | None:
+        """Metrics of the held-out data after `step` updates; None where there are none."""
+        if self.eval_loader is None:
+            return None
+        if self.rounds is None:
+            return evaluate_loss(self, self.eval_loader)
+        return evaluate_prompts(self, self.rounds, cast(Prompts, self.eval_loader.data), step)
 
     def complete(self, step: int, batches: list[Batch]) -> Iterable[Batch]:
         """The micro-batches of a step on the device, with all inputs of the loss."""
@@ -122,13 +150,15 @@ class Component:
         found: dict[str, torch.Tensor] = {}
         for name, estimate in self.estimates.items():
             found |= prefixed(name, estimate.state(self))
-        return found
+        return found if self.rounds is None else found | prefixed(ROUNDS, self.rounds.state(self.world))
 
     def restore_estimated(self, saved: Mapping[str, torch.Tensor]) -> None:
         """Takes back what `estimated` gave."""
         for name, estimate in self.estimates.items():
             if own := without_prefix(name, saved):
                 estimate.restore(own)
+        if self.rounds is not None:
+            self.rounds.restore(without_prefix(ROUNDS, saved), self.world)
 
 
 @dataclass
@@ -295,6 +325,7 @@ def _identify(plan: Plan, read: Read) -> dict[str, Any]:
     models = _origins(plan, read)
     if resumed is not None:
         keeps = any(ESTIMATED_INPUTS[name].of_rows for data in read.data for name in data.sources.estimates)
+        keeps |= any(component.options.samples for component in plan.components)
         options = plan.components[0].options
         require_same(state, identity, options, read.tokenizer, resumed, same_split=keeps)
         require_same_models(state, models, resumed)
@@ -323,6 +354,7 @@ def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
     """The model to train, which can read the rows, and notes on it."""
     options, (loss, *_) = plan.options, plan.losses
     compares = _any_compares(plan.losses, read.data)
+    compares |= any(component.options.samples for component in plan.components)
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, read.source, plan.resumed, loss, plan.world, dropout=dropout)
     notes = [*idle_options(options), *check_weights(model, options, peak_learning_rate(options, plan.losses))]
@@ -347,7 +379,7 @@ def _given(plan: Plan, read: Read, model: Any) -> Mapping[str, torch.Tensor] | N
 def _count_steps(plan: Plan, components: Sequence[Component]) -> tuple[int, int]:
     """Steps of an epoch and of the run, which every component is told."""
     options, done = plan.options, plan.state["step"]
-    steps_per_epoch = max(component.sampler.steps_per_epoch for component in components)
+    steps_per_epoch = max(component.steps_per_epoch for component in components)
     steps_of_epochs = math.ceil(options.num_train_epochs * steps_per_epoch)
     total_steps = options.max_steps if options.max_steps > 0 else steps_of_epochs
     if done > total_steps:
@@ -437,7 +469,15 @@ def _prepared(base: Base, planned: ComponentOptions, loss: Loss, data: Loaded) -
         loaders = make_loaders(options, loss, _readers(base.model, reference, options), pad_token, training, held_out)
     batch_size, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     sampler = Sampler(len(loaders[0].units), batch_size, accumulation, options.seed, world.rank, world.size)
-    component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler)
+    rounds = None
+    if options.samples:
+        with planned.blamed():
+            rounds = make_rounds(
+                options, loss, world, model=base.model, tokenizer=base.tokenizer, source=base.source,
+                prompts=cast(Prompts, training), loader=loaders[0],
+                answer_end=row_renderer(options, base.tokenizer).answer_end,
+            )  # fmt: skip
+    component = Component(planned, world, loss, engine, base.model, *loaders, reference, estimates, sampler, rounds)
     del reference  # the component's alone, which may drop it
     _store_or_share(component, base.frozen)
     return component

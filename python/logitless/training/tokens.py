@@ -47,6 +47,11 @@ class TextEncoder:
         end = [] if end and written[-len(end) :] == end else end
         return Encoded([*start, *encoded.ids, *end], lambda place: len(start) + encoded.token_at(place))
 
+    def opened(self, text: str) -> list[int]:
+        """The ids of a text behind the tokenizer's start token, once, to be continued."""
+        ids, (start, _) = self._ids(text), self._added
+        return ids if ids[: len(start)] == start else [*start, *ids]
+
     def rendered(self, text: str) -> Encoded:
         """A text that has its special tokens already, as a chat template writes it.
 

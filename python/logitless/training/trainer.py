@@ -24,7 +24,7 @@ from logitless.training import checkpoint, files, parallel
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import NonFiniteLossError
-from logitless.training.evaluation import PREFERENCE_METRICS, evaluate_loss
+from logitless.training.evaluation import PREFERENCE_METRICS
 from logitless.training.metrics import Record, peak_memory, reset_peak_memory
 from logitless.training.model import hide_progress_bars
 from logitless.training.objective import Objective
@@ -119,13 +119,14 @@ def _add_gradients(run: Run, component: Component, step: int) -> tuple[Record, i
 
     Its loss is normalised over its own micro-batches, so the weights alone say what counts how much.
     """
-    batches = [component.loader.batch(units) for units in component.sampler.micro_batches(step)]
+    batches = component.batches(step)
     normalizer = run.world.sum(sum(map(component.count, batches))) or 1.0  # where nothing counts the sum is 0
     last = len(batches) if component is run.components[-1] else None
     complete = enumerate(component.complete(step, batches), 1)
     objectives = [_add_gradient(run, component, batch, normalizer, number == last) for number, batch in complete]
     loss = run.world.sum(float(torch.stack([objective.loss for objective in objectives]).sum()))
-    metrics: Record = {"loss": loss} | _preference_metrics(component, objectives, normalizer)
+    sampled = {} if component.rounds is None else component.rounds.metrics
+    metrics: Record = {"loss": loss} | _preference_metrics(component, objectives, normalizer) | sampled
     return metrics, sum(batch.tokens for batch in batches)
 
 
@@ -205,12 +206,12 @@ def _log(run: Run, step: int) -> None:
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluates, records the metrics with `eval_` in front, and returns them; nothing without evaluation data."""
-    held_out = [(component, loader) for component in run.components if (loader := component.eval_loader) is not None]
-    if not held_out:
-        return {}
     started = time.perf_counter()
-    found = [(component, evaluate_loss(component, loader)) for component, loader in held_out]
-    whole = {"loss": weighted_loss(run, [own for _, own in found])} if len(found) == len(run.components) else {}
+    found = [(component, own) for component in run.components if (own := component.evaluation(step)) is not None]
+    if not found:
+        return {}
+    every = len(found) == len(run.components) and all("loss" in own for _, own in found)
+    whole = {"loss": weighted_loss(run, [own for _, own in found])} if every else {}
     named = whole | {key: value for component, own in found for key, value in component.made_from.named(own).items()}
     metrics = {f"eval_{name}": value for name, value in named.items()}
     metrics["eval_runtime"] = time.perf_counter() - started

@@ -28,10 +28,12 @@ from .weights import top_entropy_mask
 
 
 @dataclass(frozen=True)
-class _Mixed(PolicyLoss):
+class Mixed(PolicyLoss):
     """A loss of its own for the tokens of demonstrations."""
 
     own_inputs: ClassVar[tuple[str, ...]] = ("advantages", "demonstration")
+    #: What a completion shows of a demonstration: the "whole", a "prefix" that it continues, or a "hint" to all.
+    shows: ClassVar[str] = "whole"
 
     def _regulariser(self, samples: Samples, ratio: Tensor) -> Tensor | None:
         total = super()._regulariser(samples, ratio)
@@ -43,7 +45,7 @@ def _demonstration(samples: Samples) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Imitating(_Mixed, PPO):
+class _Imitating(Mixed, PPO):
     """The clipped surrogate on own tokens, imitation on demonstrations, whose `old_logprob` is not looked at."""
 
     def _log_ratio(self, samples: Samples) -> Tensor:
@@ -163,6 +165,7 @@ class UFT(_Imitating):
 
     hint_weight: float = 0.001
     name: ClassVar[str] = "uft"
+    shows: ClassVar[str] = "hint"
     own_means: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -175,7 +178,7 @@ class UFT(_Imitating):
 
 @register
 @dataclass(frozen=True)
-class SRFT(_Mixed):
+class SRFT(Mixed):
     """SRFT: SFT and policy gradient on demonstrations, entropy-weighted policy gradient on own answers.
 
     - demonstrations: `-sft_weight sg(exp(-H)) logprob - A p`: imitation where the policy is sure of itself, and the
@@ -231,7 +234,7 @@ class SRFT(_Mixed):
 
 @register
 @dataclass(frozen=True)
-class PrefixRFT(_Mixed, PPO):
+class PrefixRFT(Mixed, PPO):
     """Prefix-RFT: the clipped surrogate of `ppo` on answers that continue a demonstration's prefix, prefix included.
 
     Prefix and continuation have advantages of their own (`prefix_rft_advantages`). Of all the batch's prefix tokens
@@ -262,6 +265,7 @@ class PrefixRFT(_Mixed, PPO):
     keep: float = 0.2
     clip_demonstration: bool = True
     name: ClassVar[str] = "prefix_rft"
+    shows: ClassVar[str] = "prefix"
     reduction: ClassVar[LossReduction] = "constant_length"
 
     def __post_init__(self) -> None:
