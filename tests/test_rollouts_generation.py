@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from rollout_cases import cut, taken
 from training_fixtures import make_model, make_tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -80,25 +81,6 @@ def logits_of(model: Any, prompt: torch.Tensor, completion: Completion) -> torch
     return logits.double()
 
 
-def taken(distribution: torch.Tensor, completion: Completion) -> torch.Tensor:
-    return distribution.gather(1, completion.ids.long()[:, None])[:, 0]
-
-
-def cut(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
-    """Log-probabilities of one token's distribution `[V]` with what is cut off at -inf, by their definitions."""
-    order = logits.argsort(descending=True)
-    kept = order.tolist()[: sampling.top_k or None]
-    probability = logits.softmax(-1)
-    share, nucleus = probability[kept] / probability[kept].sum(), []
-    for place, token in enumerate(kept):
-        if sampling.top_p == 1 or share[:place].sum() < sampling.top_p:
-            nucleus.append(token)
-    kept = [token for token in nucleus if probability[token] >= sampling.min_p * probability[nucleus[0]]]
-    found = torch.full_like(logits, -torch.inf)
-    found[kept] = (probability[kept] / probability[kept].sum()).log()
-    return found
-
-
 def same(left: Sequence[Completion], right: Sequence[Completion]) -> bool:
     return len(left) == len(right) and all(
         a.ids.equal(b.ids) and a.logprob.equal(b.logprob) and a.sampling_logprob.equal(b.sampling_logprob)
@@ -114,7 +96,7 @@ def test_what_is_noted_is_what_the_model_says(family: str, temperature: float) -
     sampled = generator_of(model).generate(prompts, Sampling(max_tokens=24, temperature=temperature), 7)
     assert len({len(completion.ids) for completion in sampled}) > 2
     for prompt, completion in zip(prompts, sampled, strict=True):
-        expected = taken((logits_of(model, prompt, completion) / temperature).log_softmax(-1), completion)
+        expected = taken((logits_of(model, prompt, completion) / temperature).log_softmax(-1), completion.ids)
         torch.testing.assert_close(completion.logprob.double(), expected, rtol=0, atol=1e-5)
         assert completion.sampling_logprob.equal(completion.logprob)
         assert completion.ids.dtype == torch.int32 and completion.logprob.dtype == torch.float32
@@ -149,8 +131,8 @@ def test_what_is_cut_off_is_never_drawn_and_the_rest_is_renormalised(cuts: dict[
     differs = 0
     for prompt, completion in zip(prompts, generator_of(model).generate(prompts, sampling, 5), strict=True):
         logits = logits_of(model, prompt, completion) / sampling.temperature
-        policy = taken(logits.log_softmax(-1), completion)
-        drawn_from = taken(torch.stack([cut(each, sampling) for each in logits]), completion)
+        policy = taken(logits.log_softmax(-1), completion.ids)
+        drawn_from = taken(torch.stack([cut(each, sampling) for each in logits]), completion.ids)
         assert drawn_from.isfinite().all()
         torch.testing.assert_close(completion.logprob.double(), policy, rtol=0, atol=1e-5)
         torch.testing.assert_close(completion.sampling_logprob.double(), drawn_from, rtol=0, atol=1e-5)
@@ -192,7 +174,7 @@ def test_a_checkpoints_own_settings_of_generation_change_nothing() -> None:
     assert same(generator_of(model).generate(prompts, sampling, 2), plain)
     assert model.generation_config is given
     for prompt, completion in zip(prompts, plain, strict=True):
-        expected = taken(logits_of(model, prompt, completion).log_softmax(-1), completion)
+        expected = taken(logits_of(model, prompt, completion).log_softmax(-1), completion.ids)
         torch.testing.assert_close(completion.logprob.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -260,7 +242,7 @@ def test_a_smaller_batch_mixes_no_rows_up(batch_size: int) -> None:
     model, prompts = make_llama(), prompts_of(9, 2, 14, 5, 2)
     generator = generator_of(model, batch_size=batch_size)
     for prompt, completion in zip(prompts, generator.generate(prompts, Sampling(max_tokens=7), 6), strict=True):
-        expected = taken(logits_of(model, prompt, completion).log_softmax(-1), completion)
+        expected = taken(logits_of(model, prompt, completion).log_softmax(-1), completion.ids)
         torch.testing.assert_close(completion.logprob.double(), expected, rtol=0, atol=1e-5)
     greedy = Sampling(max_tokens=7, temperature=0)
     together = generator_of(model).generate(prompts, greedy, 0)
@@ -280,7 +262,7 @@ def test_temperature_0_takes_the_likeliest_with_certainty() -> None:
         logits = logits_of(model, prompt, completion)
         assert completion.ids.long().equal(logits.argmax(-1))
         assert completion.sampling_logprob.eq(0).all()
-        expected = taken(logits.log_softmax(-1), completion)
+        expected = taken(logits.log_softmax(-1), completion.ids)
         torch.testing.assert_close(completion.logprob.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -290,7 +272,7 @@ def test_a_prompt_that_fills_the_table_of_positions_is_sampled_to_its_end() -> N
     sampled = generator_of(model, ends=()).generate(prompts, Sampling(max_tokens=12), 0)
     assert [len(each.ids) for each in sampled] == [12, 4, 12, 2]
     for prompt, completion in zip(prompts, sampled, strict=True):
-        expected = taken(logits_of(model, prompt, completion).log_softmax(-1), completion)
+        expected = taken(logits_of(model, prompt, completion).log_softmax(-1), completion.ids)
         torch.testing.assert_close(completion.logprob.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -303,7 +285,7 @@ def test_an_adapter_samples_as_it_is_trained() -> None:
     sampled = generator_of(model).generate(prompts, sampling, 1)
     assert not same(sampled, before)
     for prompt, completion in zip(prompts, sampled, strict=True):
-        expected = taken((logits_of(model, prompt, completion) / 0.7).log_softmax(-1), completion)
+        expected = taken((logits_of(model, prompt, completion) / 0.7).log_softmax(-1), completion.ids)
         torch.testing.assert_close(completion.logprob.double(), expected, rtol=0, atol=1e-5)
 
 
@@ -314,9 +296,9 @@ def test_bfloat16_autocast_is_that_of_training() -> None:
         assert completion.logprob.dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             logits = logits_of(model, prompt, completion)
-        expected = taken(logits.log_softmax(-1), completion)
+        expected = taken(logits.log_softmax(-1), completion.ids)
         torch.testing.assert_close(completion.logprob.double(), expected, rtol=0, atol=0.08)
-        full = taken(logits_of(model, prompt, completion).log_softmax(-1), completion)
+        full = taken(logits_of(model, prompt, completion).log_softmax(-1), completion.ids)
         assert (completion.logprob.double() - full).abs().max() > 1e-4  # it did run in bfloat16
 
 

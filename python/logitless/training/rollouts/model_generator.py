@@ -15,6 +15,7 @@ import torch
 from logitless.training.checks import learned_positions
 from logitless.training.objective import autocast
 from logitless.training.rollouts.generation import Completion, Sampling
+from logitless.training.rollouts.prompts import written_ends
 
 
 class ModelTextGenerator:
@@ -179,7 +180,5 @@ def ends_of(model: Any, tokenizer: Any, template_end: str) -> tuple[int, ...]:
     """The ids that end a completion: the model's, the tokenizer's, and what its chat template ends an answer with."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = getattr(inner.generation_config, "eos_token_id", None)
-    found = set(own if isinstance(own, (list, tuple)) else [own]) | {tokenizer.eos_token_id}
-    if template_end:
-        found.add(tokenizer.convert_tokens_to_ids(template_end))
-    return tuple(sorted(each for each in found if each is not None))
+    found = {*(own if isinstance(own, (list, tuple)) else [own]), *written_ends(tokenizer, template_end)}
+    return tuple(sorted(found - {None}))
