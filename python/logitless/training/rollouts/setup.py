@@ -49,6 +49,8 @@ def check_options(options: TrainOptions, loss: Loss, world: World) -> None:
     if kind == "prefix" and options.max_completion_length < 2:
         raise InputError("max_completion_length must be at least 2: a prefix and a token behind it")
     _check_rewards(options, loss)
+    round_sizes(options, loss)
+    sampling_of(options)
 
 
 def _check_rewards(options: TrainOptions, loss: Loss) -> None:
@@ -129,7 +131,7 @@ def make_rounds(
     loader: Loader,
     answer_end: str,
 ) -> Rounds:
-    """The rounds of one component.
+    """The rounds of one component, of which `check_options` takes the options.
 
     Args:
         model: the trained model.
@@ -139,9 +141,8 @@ def make_rounds(
         answer_end: the token with which the chat template ends an answer, or "".
 
     Raises:
-        InputError: options that cannot be used, or a reward function that cannot be loaded.
+        InputError: a reward function or a value function that cannot be loaded, or a model that cannot sample.
     """
-    check_options(options, loss, world)
     groups, updates = round_sizes(options, loss)
     bf16 = computes_in_bf16(options, world.device)
     sampling = sampling_of(options)
