@@ -291,7 +291,7 @@ def test_a_group_of_one_teaches_nothing(folder: Folder) -> None:
 
 
 def test_rewards_of_none(folder: Folder) -> None:
-    """Of all: nothing counts, and the means are left out. Of some: theirs does not, nor does it move the others."""
+    """None of all counts nothing and leaves the means out; None of some counts not, and moves no others."""
     records = records_of(folder, "none", reward_funcs=(f"{HERE}:unknown",), **LR)
     assert all(each["grad_norm"] == 0 and each["loss"] == 0 for each in records)
     assert all("reward" not in each and "rewards/unknown/mean" not in each for each in records)
