@@ -39,3 +39,8 @@ def failing(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]
     if any(prompt.startswith("3 ") for prompt in prompts):
         raise RuntimeError("no 3, please")
     return [0.0] * len(completions)
+
+
+def true(completions: list[str], truth: list[str], **_: Any) -> list[float]:
+    """1 for what a row has as the truth."""
+    return [float(completion == right) for completion, right in zip(completions, truth, strict=True)]
