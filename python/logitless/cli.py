@@ -1,9 +1,9 @@
-"""The command line: `logitless train`, `teach`, `info` and `losses`.
+"""The command line: `logitless train`, `teach`, `evaluate`, `mask-critical`, `info` and `losses`.
 
 The options of `train` are those of `TrainOptions`, which is their single statement: the flags are generated from it, a
 YAML file given with `--config` may hold the same names, and a flag wins over the file. Names that no flag has are read
-as the file's keys are, so that both know the same names of other tools and give the same errors. `teach` has those of
-the options that say which model reads which tokens, and takes the same file.
+as the file's keys are, so that both know the same names of other tools and give the same errors. The other commands
+that read rows have those of the options that they need, and take the same file.
 """
 
 from __future__ import annotations
@@ -34,12 +34,25 @@ from logitless.training.other_names import ALIASES, INERT_KEYS, LOSS_SETTINGS, U
 _CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
 _FURTHER = {"allow_extra_args": True, "ignore_unknown_options": True}  # `_further` reads them
 
+_MASKS = ("assistant_only_loss", "completion_only_loss")
 #: The options of a run that say which model reads which tokens, which is what `teach` needs.
 TEACHER_OPTIONS = (
     *("model_name_or_path", "teacher_model_name_or_path", "model_revision", "gguf_file", "dtype", "bf16"),
     *("attn_implementation", "trust_remote_code", "use_liger_kernel", "use_cpu", "cache_dir", "backend"),
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "max_length", "truncation_mode"),
     *("column_map", "chat_template_path", "assistant_only_loss", "completion_only_loss", "per_device_eval_batch_size"),
+)
+
+#: Options of `mask-critical`: the model, its rows, how completions are drawn and rewarded.
+CRITICAL_OPTIONS = (
+    *(name for name in TEACHER_OPTIONS if name not in ("teacher_model_name_or_path", *_MASKS)),
+    *("reward_funcs", "reward_weights", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
+    *("per_device_generation_batch_size", "seed"),
+)
+#: Options of `evaluate`: these, a reference, and the split that is evaluated on.
+EVALUATE_OPTIONS = (
+    *(name for name in CRITICAL_OPTIONS if name != "dataset_train_split"),
+    *("dataset_test_split", "teacher_model_name_or_path", "beta", "on_policy", "num_generations", *_MASKS),
 )
 
 app = typer.Typer(
@@ -91,6 +104,49 @@ def teach(context: typer.Context, config: str | None, output: str, k: int, serve
         write_teacher_columns(options, output, k=k, server=server)
 
     _run(config, flags, context.args, TEACHER_OPTIONS, run)
+
+
+def evaluate_rows(
+    context: typer.Context,
+    config: str | None,
+    output: str | None,
+    json: str | None,
+    threshold: float,
+    threshold_func: str | None,
+    **flags: Any,
+) -> None:
+    """Measure a model on rows: rewards of its samples, pass@k, divergence from a reference, preferences, likelihood."""
+
+    def run(options: TrainOptions) -> None:
+        from logitless.training.evaluate.command import evaluate_model
+        from logitless.training.right import Right
+
+        evaluate_model(options, output=output, metrics_file=json, right=Right(threshold, threshold_func))
+
+    _run(config, flags, context.args, EVALUATE_OPTIONS, run)
+
+
+def mask_critical(
+    context: typer.Context,
+    config: str | None,
+    output: str,
+    alternatives: int,
+    positions: int | None,
+    samples: int,
+    threshold: float,
+    threshold_func: str | None,
+    **flags: Any,
+) -> None:
+    """Write rows with a column token_weight that trains the tokens alone on which a right answer hangs."""
+
+    def run(options: TrainOptions) -> None:
+        from logitless.training.critical_tokens import Search, mask_critical_tokens
+        from logitless.training.right import Right
+
+        search = Search(alternatives, positions, samples)
+        mask_critical_tokens(options, output, search=search, right=Right(threshold, threshold_func))
+
+    _run(config, flags, context.args, CRITICAL_OPTIONS, run)
 
 
 def _run(
@@ -178,16 +234,37 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _teacher_flags() -> list[inspect.Parameter]:
-    """The parameters of `teach` that are no options of a training run."""
-    own: list[tuple[str, Any, Any, str]] = [
-        ("output", str, inspect.Parameter.empty, "File to write: .parquet or .jsonl."),
+_REQUIRED = inspect.Parameter.empty
+_RIGHT_FLAGS: tuple[tuple[str, Any, Any, str], ...] = (
+    ("threshold", float, 1.0, "Least reward of a completion that counts as right."),
+    ("threshold_func", str | None, None, "Reward function that is compared with it. Default: the weighted sum of all."),
+)
+#: The parameters of commands that are no options of a training run: name, type, default and help.
+_OWN_FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
+    "Teacher": (
+        ("output", str, _REQUIRED, "File to write: .parquet or .jsonl."),
         ("k", int, TEACHER_IDS, "Ids a token."),
         ("server", str | None, None, "Address of a server with vLLM's prompt_logprobs, in place of a model."),
-    ]
+    ),
+    "Evaluation": (
+        ("output", str | None, None, "File for the samples with their rewards: .jsonl or .parquet."),
+        ("json", str | None, None, "File for the metrics: .json."),
+        *_RIGHT_FLAGS,
+    ),
+    "Critical tokens": (
+        ("output", str, _REQUIRED, "File to write: .jsonl."),
+        ("alternatives", int, 2, "Likeliest other tokens that stand in for a token."),
+        ("positions", int | None, None, "Tokens of an answer that are looked at. Default: all."),
+        ("samples", int, 0, "Continuations of each that are sampled; 0: one, of the likeliest tokens."),
+        *_RIGHT_FLAGS,
+    ),
+}
+
+
+def _own_flags(panel: str) -> list[inspect.Parameter]:
     return [
-        _parameter(name, Annotated[kind, typer.Option(f"--{name}", help=text, rich_help_panel="Teacher")], default)
-        for name, kind, default, text in own
+        _parameter(name, Annotated[kind, typer.Option(f"--{name}", help=text, rich_help_panel=panel)], default)
+        for name, kind, default, text in _OWN_FLAGS[panel]
     ]
 
 
@@ -211,8 +288,14 @@ def _with_context(parameters: list[inspect.Parameter]) -> inspect.Signature:
 
 train.__signature__ = _with_context(_flags(field_types()))  # type: ignore[attr-defined]
 app.command(cls=_Command, context_settings=_FURTHER)(train)
-teach.__signature__ = _with_context(_teacher_flags() + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
+teach.__signature__ = _with_context(_own_flags("Teacher") + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
 app.command(cls=_Command, context_settings=_FURTHER)(teach)
+_evaluated = _with_context(_own_flags("Evaluation") + _flags(EVALUATE_OPTIONS))
+evaluate_rows.__signature__ = _evaluated  # type: ignore[attr-defined]
+app.command("evaluate", cls=_Command, context_settings=_FURTHER)(evaluate_rows)
+_masked = _with_context(_own_flags("Critical tokens") + _flags(CRITICAL_OPTIONS))
+mask_critical.__signature__ = _masked  # type: ignore[attr-defined]
+app.command("mask-critical", cls=_Command, context_settings=_FURTHER)(mask_critical)
 
 
 @app.command()

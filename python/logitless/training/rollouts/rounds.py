@@ -51,14 +51,14 @@ class Judge(NamedTuple):
             self.rewards,
             self.weights,
             [prompt.asked for prompt in prompts],
-            [_like(prompt.asked, text) for text, prompt in zip(texts, prompts, strict=True)],
+            [as_answer(prompt.asked, text) for text, prompt in zip(texts, prompts, strict=True)],
             [each.completion.tolist() for each in rollouts],
             {name: [prompt.columns.get(name) for prompt in prompts] for name in names},
             [prompt.origin for prompt in prompts],
         )
 
 
-def _like(asked: Any, text: str) -> Any:
+def as_answer(asked: Any, text: str) -> Any:
     """A completion as TRL gives it to reward functions: a string behind a string, an assistant's turn behind turns."""
     return text if isinstance(asked, str) else [{"role": "assistant", "content": text}]
 

@@ -1,0 +1,88 @@
+"""From numbers of single items to a mean and its confidence interval.
+
+    value = sum of totals / sum of counts
+
+An item is a completion, an answer or a pair. Items of one prompt are no independent draws, so intervals resample whole
+prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from logitless.training.statistics import Interval, bootstrap_interval, wilson_interval
+
+
+class Measure(NamedTuple):
+    """The items of one metric, `[N]` each."""
+
+    total: torch.Tensor
+    count: torch.Tensor
+    prompt: torch.Tensor
+    """Int64: equal numbers are items of one prompt."""
+    share: bool = False
+    """Whether it is a mean of numbers from 0 to 1, each of a count of 1."""
+
+
+class Figure(NamedTuple):
+    """A metric as it is shown."""
+
+    value: float
+    interval: Interval
+    prompts: int
+    items: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; None where a number is not known."""
+        low, high = self.interval
+        found = {"value": self.value, "low": low, "high": high, "prompts": self.prompts, "items": self.items}
+        return {name: None if isinstance(x, float) and math.isnan(x) else x for name, x in found.items()}
+
+
+def measure(total: torch.Tensor, prompt: torch.Tensor, count: torch.Tensor | None = None, *, share: bool = False) -> Measure:
+    """A measure of the items whose total is known, not NaN; `count` is 1 by default."""
+    known = ~total.isnan()
+    count = torch.ones(total.shape) if count is None else count
+    return Measure(total[known].double(), count[known].double(), prompt[known], share)
+
+
+def joined(parts: Sequence[dict[str, Measure]]) -> dict[str, Measure]:
+    """The measures of several batches as those of all of their items."""
+    return {
+        name: Measure(*(torch.cat([part[name][i] for part in parts]) for i in range(3)), share=parts[0][name].share)
+        for name in parts[0]
+    }
+
+
+def figure(found: Measure, *, seed: int = 0) -> Figure:
+    """The mean of a measure with its 95% interval.
+
+    The interval is `bootstrap_interval`'s over prompts. A share of which every prompt has one item that is 0 or 1, or
+    that is 0 or 1 as a whole, where a bootstrap would have no width, has `wilson_interval`'s over prompts. NaN with
+    fewer than two prompts, and the value too where no item is known.
+
+    Args:
+        seed: of the resamples.
+    """
+    total, count, prompt, share = found
+    prompts, items = len(prompt.unique()), len(prompt)
+    if not items or not count.sum():
+        return Figure(math.nan, Interval(math.nan, math.nan), prompts, items)
+    value = float(total.sum() / count.sum())
+    if prompts < 2:
+        return Figure(value, Interval(math.nan, math.nan), prompts, items)
+    single = prompts == items and bool(((total == 0) | (total == 1)).all())
+    if share and (single or value in (0.0, 1.0)):
+        return Figure(value, wilson_interval(round(value * prompts), prompts), prompts, items)
+    interval = bootstrap_interval(lambda times: (times @ total) / (times @ count), prompt, seed=seed)
+    return Figure(value, interval, prompts, items)
+
+
+def numbered(keys: Sequence[Hashable]) -> torch.Tensor:
+    """A number for each key, int64 `[N]`; equal keys have equal ones."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
