@@ -20,6 +20,7 @@ from typer.core import TyperCommand
 
 from logitless import commands
 from logitless.training.config import (
+    GROUPS,
     TEACHER_IDS,
     TRUTH,
     TrainOptions,
@@ -157,7 +158,7 @@ def _flags(names: Collection[str]) -> list[inspect.Parameter]:
     hints = field_types()
     config = typer.Option("--config", "-c", help="YAML file of options; flags win over it.", rich_help_panel="Config")
     parameters = [_parameter("config", Annotated[str | None, config])]
-    for spec in dataclasses.fields(TrainOptions):
+    for spec in sorted(dataclasses.fields(TrainOptions), key=lambda spec: GROUPS.index(spec.metadata["group"])):
         if spec.name not in names:
             continue
         switch = hints[spec.name] in (bool, bool | None)

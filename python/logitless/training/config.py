@@ -27,6 +27,7 @@ from logitless.training.other_names import (
     notes_of,
     require_unused,
 )
+from logitless.training.rollouts.options import GROUP as ROLLOUTS
 from logitless.training.rollouts.options import RolloutOptions, option
 from logitless.types import BackwardName
 
@@ -39,6 +40,9 @@ METHODS = {"sft": "nll", "dft": "dft", "f-divergence": "f_divergence_sft", "dpo"
 TEACHER_IDS = 64  # ids a token that `logitless teach` writes
 LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
 PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
+
+#: The groups of options, in the order in which help and documentation show them.
+GROUPS = ("Method", "Model", "LoRA", "Data", "Optimisation", "Reference", ROLLOUTS, "Output")
 
 #: Words for a switch.
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -325,6 +329,8 @@ class TrainOptions(RolloutOptions):
         settings |= {key: value for key in flags if (value := getattr(self, key)) is not None}
         if name in ("nll", settings.get("loss_type")) and settings.get("loss_type") in ("nll", "dft"):
             name = settings.pop("loss_type")  # how TRL's SFT names its two losses
+        if name == "grpo" and settings.get("loss_type") in losses.names():
+            name = settings.pop("loss_type")  # and its GRPO the losses of sampled completions
         if "divergence" in settings:
             settings["divergence"] = DIVERGENCE_ALIASES.get(settings["divergence"], settings["divergence"])
         try:

@@ -35,7 +35,7 @@ FIXED = (
     TEACHER,
 )
 #: Those of a run that samples, whose rounds are numbered by them.
-ROUNDS = ("num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature")
+FIXED_ROUNDS = ("num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature")
 #: Options of other groups that decide which tokens the rows have.
 _OF_TOKENS = ("model_name_or_path", "model_revision", "gguf_file", "method", "loss", "mixture")
 #: Settings of a model's config.json that change none of its values.
@@ -94,7 +94,7 @@ def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[s
     names = [component.name for component in components if component.name]
     identity: dict[str, Any] = {"processes": world.size, "mixture": names or None}
     for component, fingerprint in zip(components, fingerprints, strict=True):
-        fixed = (*FIXED, *ROUNDS) if component.options.samples else FIXED
+        fixed = (*FIXED, *FIXED_ROUNDS) if component.options.samples else FIXED
         own = {name: getattr(component.options, name) for name in fixed}
         identity |= component.named(own | {"data": fingerprint})
     return identity

@@ -42,7 +42,6 @@ from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
-from logitless.training.evaluation import evaluate_loss
 from logitless.training.inputs import InputSources
 from logitless.training.loader import Loaded, Loader, load_data, make_loaders, row_renderer
 from logitless.training.metrics import Reporter
@@ -65,7 +64,6 @@ from logitless.training.resume import (
     seed_generators,
     tokenizer_parts,
 )
-from logitless.training.rollouts.evaluation import evaluate_prompts
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rounds import Rounds
 from logitless.training.rollouts.setup import make_rounds
@@ -110,14 +108,6 @@ class Component:
         if self.rounds is not None:
             return self.rounds.batches(self, step)
         return [self.loader.batch(units) for units in self.sampler.micro_batches(step)]
-
-    def evaluation(self, step: int) -> dict[str, float] | None:
-        """Metrics of the held-out data after `step` updates; None where there are none."""
-        if self.eval_loader is None:
-            return None
-        if self.rounds is None:
-            return evaluate_loss(self, self.eval_loader)
-        return evaluate_prompts(self, self.rounds, cast(Prompts, self.eval_loader.data), step)
 
     def complete(self, step: int, batches: list[Batch]) -> Iterable[Batch]:
         """The micro-batches of a step on the device, with all inputs of the loss."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logitless.losses.policy.weights import CORRECTIONS
-from logitless.training.rollouts.advantages import ESTIMATORS
+from logitless.training.rollouts.advantages import ADVANTAGES
 
 GROUP = "Rollouts"
 
@@ -49,7 +49,7 @@ class RolloutOptions:
         None, "Completions that are sampled together. Default: all of a round.", group=GROUP
     )
     advantage_estimator: str | None = option(
-        None, "How rewards become advantages. Default: as the loss's paper has it.", group=GROUP, choices=ESTIMATORS
+        None, "How rewards become advantages. Default: as the loss's paper has it.", group=GROUP, choices=ADVANTAGES
     )
     scale_rewards: str | None = option(
         None,

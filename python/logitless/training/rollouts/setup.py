@@ -20,7 +20,7 @@ from logitless.training.rollouts.inputs import correction_of
 from logitless.training.rollouts.model_generator import ModelTextGenerator, ends_of
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rewards import load_rewards
-from logitless.training.rollouts.rounds import Judge, Rounds, Settings
+from logitless.training.rollouts.rounds import Judge, Rounds, RoundSettings
 
 
 def check_options(options: TrainOptions, loss: Loss, world: World) -> None:
@@ -106,7 +106,7 @@ def make_rounds(
     if judge is not None and estimator == "gae":
         critic = load_critic(source, options.model_revision, options, world, bf16=bf16)
     generator = make_generator(options, model, tokenizer, loader.pad_token, answer_end, bf16=bf16)
-    settings = Settings(
+    settings = RoundSettings(
         tokenizer=tokenizer,
         generator=generator,
         sampling=sampling,
