@@ -122,7 +122,7 @@ def test_log_probs_are_the_models_own(
 
 
 def test_temperature_zero_takes_the_likeliest(server: VllmServer, tmp_path: Path) -> None:
-    """Its tokens are drawn with certainty, and vLLM is asked for one completion only of a prompt that stands twice."""
+    """Tokens are drawn with certainty, and a prompt that stands twice is asked for one completion, as vLLM wants."""
     found = generator_of(server, tmp_path).generate(PROMPTS, Sampling(max_tokens=6, temperature=0), 0)
     for prompt, completion in zip(PROMPTS, found, strict=True):
         own = own_logprobs(server.model, prompt, completion, 1.0)
@@ -147,7 +147,7 @@ def test_equal_calls_give_equal_completions(server: VllmServer, tmp_path: Path) 
 
 
 def test_draws_follow_the_distribution(server: VllmServer, tmp_path: Path) -> None:
-    """Of one prompt many times: the frequencies of the first token are its probabilities, within five deviations."""
+    """Frequencies of the first token after a prompt are its probabilities, within five deviations."""
     count, prompt = 2000, PROMPTS[1]
     found = generator_of(server, tmp_path).generate([prompt] * count, Sampling(max_tokens=1), 0)
     with torch.no_grad():
@@ -448,6 +448,21 @@ def test_weights_that_did_not_change_are_no_fault(server: VllmServer, folder: st
     assert_samples_from(generator, model)
 
 
+def test_changes_below_the_servers_precision_are_no_fault(server: VllmServer, folder: str, tmp_path: Path) -> None:
+    """Few weights change in a warm-up. They add up: the answer that they are compared with stays until it changes."""
+    generator, model = generator_of(server, tmp_path), trained(folder, False)
+    generator.follow(model, 0)
+    server.stale = True
+    parameters = [parameter for parameter in model.parameters() if parameter.is_leaf]
+    for step, parameter in enumerate(parameters[: len(parameters) // 2]):
+        parameter.data.mul_(2)
+        generator.follow(model, step)
+    parameters[-1].data.mul_(2)
+    parameters[-2].data.mul_(2)
+    with pytest.raises(InputError, match="the server still has the old weights"):
+        generator.follow(model, len(parameters))
+
+
 @pytest.mark.parametrize(
     ("adapter", "options", "fault", "message"),
     [
@@ -484,7 +499,9 @@ def test_a_server_that_reads_other_files_says_so(server: VllmServer, folder: str
     generator, model = generator_of(server, tmp_path), trained(folder, True)
     load = server.load
     server.load = lambda body: load(body | {"lora_path": "/elsewhere"})  # type: ignore[method-assign]
-    with pytest.raises(InputError, match=r"step 3: .*status 404: .*No adapter found for /elsewhere"):
+    with pytest.raises(
+        InputError, match=r"step 3: .*status 404: .*No adapter found for /elsewhere; .*it was to read .*/weights"
+    ):
         generator.follow(model, 3)
 
 

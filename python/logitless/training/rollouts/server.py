@@ -22,38 +22,28 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from logitless.training.errors import InputError, nearest
 from logitless.training.openai_server import OpenAIServer, waits_within
 from logitless.training.parallel import World
+from logitless.training.rollouts.answers import ROUNDING, Choice, choices_of, mass_of_listed
 from logitless.training.rollouts.generation import Completion, Sampling
 from logitless.training.rollouts.served_weights import ServedWeights
 
-OPTION = "vllm_server_base_url"
+OPTION, COMPLETIONS = "vllm_server_base_url", "v1/completions"
 START, ANSWER = 240.0, 3600.0  # seconds until the server is up, as in TRL; and for the completions of one prompt
 REQUESTS = 64  # under way at once, of each process
-BUSY = (408, 429, 502, 503, 504)  # a 500 of vLLM is a fault that asking again does not mend
+RETRIED = (408, 429, 502, 503, 504)  # a 500 of vLLM is a fault that asking again does not mend
 COLDEST = 0.01  # vLLM raises a lower temperature to this one
-LISTED = 5  # ids that the first request has listed
-CUT = -9999.0  # what vLLM writes for a log-prob of -inf
-ROUNDING = 0.02  # of log-probs of probability 1, from logits in bfloat16; as for the lists of teachers
+PROBED = 5  # ids that the first request has listed
 #: What a server could otherwise add by itself, from the generation settings of its model.
 _NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-
-
-class _Choice(NamedTuple):
-    """A checked choice of an answer."""
-
-    ids: list[int]
-    logprob: list[float]
-    reason: str
-    stop: Any  # the id that ended it, where the server says
 
 
 class ServerTextGenerator:
@@ -93,10 +83,10 @@ class ServerTextGenerator:
         for name, value in (("start_timeout", start_timeout), ("timeout", timeout), ("requests", requests)):
             if not value > 0:
                 raise InputError(f"{name} must be above 0, got {value!r}")
-        self._server = OpenAIServer(url, OPTION, timeout, BUSY)
+        self._server = OpenAIServer(url, OPTION, timeout, RETRIED)
         self._end_ids, self._vocabulary, self._requests = frozenset(end_ids), vocabulary, requests
         cards = self._server.models(waits_within(start_timeout))
-        card = _chosen(cards, model_name, self._server)
+        card = _card(cards, model_name, self._server)
         self._aliases = {each["id"] for each in cards if not each.get("parent")}  # it answers under the first of them
         self._longest: int | None = card.get("max_model_len")
         self._weights = ServedWeights(self._server, card["id"], self._first_ids(), folder, world)
@@ -162,56 +152,32 @@ class ServerTextGenerator:
     def _completions(self, ids: list[int], n: int, sampling: Sampling, seed: int, origin: str) -> list[Completion]:
         """n completions of one prompt; at temperature 0 vLLM draws one only, since all are alike."""
         greedy = sampling.temperature == 0
-        found = self._choices(ids, 1 if greedy else n, sampling, seed, origin)
-        completions = [self._completion(choice, sampling, origin) for choice in found]
+        asked, wrong = self._weights.name, f"{origin}: {self._server.address(COMPLETIONS)}: "
+        body = self._request(sampling) | {"model": asked, "prompt": ids, "n": 1 if greedy else n, "seed": seed}
+        answer = self._server.ask(COMPLETIONS, body, origin)
+        found = choices_of(answer, body["n"], ids, self._vocabulary, wrong)
+        if answer.get("model") != asked and not {answer.get("model"), asked} <= self._aliases:
+            raise InputError(f"{wrong}the server answered for the model {answer.get('model')!r}, and was asked for "
+                             f"{asked!r}")  # fmt: skip
+        completions = [self._completion(choice, sampling, wrong) for choice in found]
         return completions * n if greedy else completions
 
-    def _choices(self, ids: list[int], n: int, sampling: Sampling, seed: int, origin: str) -> list[_Choice]:
-        body = _NEUTRAL | {
-            "model": self._weights.name,
-            "prompt": ids,
-            "n": n,
-            "seed": seed,
+    def _request(self, sampling: Sampling) -> dict[str, Any]:
+        """What every request of a call says, down to settings that vLLM would otherwise take from its model's files."""
+        return _NEUTRAL | {
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "top_k": sampling.top_k,
             "min_p": sampling.min_p,
             "stop_token_ids": sorted(self._end_ids),
-            "ignore_eos": True,  # the end ids are those above, whatever the server's model has in its files
+            "ignore_eos": True,  # the server's own end tokens
             "logprobs": 0,  # of the drawn token alone
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,  # where a server does not know the former
         }
-        answer = self._server.ask("v1/completions", body, origin)
-        wrong = f"{origin}: {self._server.address('v1/completions')}: "
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != n or not all(isinstance(each, dict) for each in choices):
-            got = len(choices) if isinstance(choices, list) else repr(choices)
-            raise InputError(f"{wrong}choices: expected {n} for {n} completions, got {got}")
-        if sorted(str(each.get("index")) for each in choices) != sorted(map(str, range(n))):
-            raise InputError(
-                f"{wrong}choices: expected the indices 0 to {n - 1}, got {[x.get('index') for x in choices]}"
-            )
-        asked, own = self._weights.name, answer.get("model")
-        if own != asked and not {own, asked} <= self._aliases:
-            raise InputError(f"{wrong}the server answered for the model {own!r}, and was asked for {asked!r}")
-        ordered = sorted(choices, key=lambda each: each["index"])
-        return [self._choice(each, ids, f"{wrong}choices[{place}]: ") for place, each in enumerate(ordered)]
 
-    def _choice(self, choice: Mapping[str, Any], prompt: list[int], wrong: str) -> _Choice:
-        ids, logprob = _ids(choice, wrong), _logprobs(choice, wrong)
-        if len(ids) != len(logprob):
-            raise InputError(f"{wrong}expected a log-prob for each of {len(ids)} token ids, got {len(logprob)}")
-        if choice.get("prompt_token_ids") not in (None, prompt):
-            raise InputError(f"{wrong}the server read another prompt than it was sent: its prompt_token_ids differ")
-        if ids and not 0 <= min(ids) <= max(ids) < self._vocabulary:
-            raise InputError(f"{wrong}expected token ids from 0 to {self._vocabulary - 1}, got {min(ids)} to "
-                             f"{max(ids)}: the server has another model")  # fmt: skip
-        return _Choice(ids, logprob, str(choice.get("finish_reason")), choice.get("stop_reason"))
-
-    def _completion(self, choice: _Choice, sampling: Sampling, origin: str) -> Completion:
-        wrong = f"{origin}: {self._server.address('v1/completions')}: "
+    def _completion(self, choice: Choice, sampling: Sampling, wrong: str) -> Completion:
         size, ended = len(choice.ids), bool(choice.ids) and choice.ids[-1] in self._end_ids
         if choice.reason == "length" and size < sampling.max_tokens:
             raise InputError(f"{wrong}a completion was cut off after {size} tokens of {sampling.max_tokens} at most: "
@@ -224,8 +190,7 @@ class ServerTextGenerator:
                              f"and the end tokens are {sorted(self._end_ids)}: the server ends completions by a "
                              "setting of its own; start it with --generation-config vllm")  # fmt: skip
         given = torch.tensor(choice.logprob, dtype=torch.float32)
-        drawn, model = self._values(given, sampling)
-        return Completion(torch.tensor(choice.ids, dtype=torch.int32), drawn, model, ended)
+        return Completion(torch.tensor(choice.ids, dtype=torch.int32), *self._values(given, sampling), ended)
 
     def _values(self, given: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
         """`sampling_logprob` and `logprob` of the server's values; see the table above."""
@@ -256,25 +221,18 @@ class ServerTextGenerator:
             "max_tokens": 1,
             "temperature": 1.0,
             "top_k": 1,
-            "logprobs": LISTED,
+            "logprobs": PROBED,
             "return_tokens_as_token_ids": True,
         }
-        answer = self._server.ask("v1/completions", body, OPTION)
-        wrong = f"{OPTION}: {self._server.address('v1/completions')}: "
-        try:
-            listed = [float(value) for value in answer["choices"][0]["logprobs"]["top_logprobs"][0].values()]
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
-            raise InputError(f"{wrong}the answer has no log-probs (choices[0].logprobs.top_logprobs), as vLLM's "
-                             "has") from error  # fmt: skip
-        kept = torch.tensor([value for value in listed if value > CUT], dtype=torch.float64)
-        processed, mass = len(kept) < len(listed), float(kept.logsumexp(0)) if len(kept) else math.nan
+        wrong = f"{OPTION}: {self._server.address(COMPLETIONS)}: "
+        mass, processed = mass_of_listed(self._server.ask(COMPLETIONS, body, OPTION), wrong)
         if not (abs(mass) if processed else mass) <= ROUNDING:
             raise InputError(f"{wrong}expected log-probs, got values whose probabilities add to exp({mass:.3g}): "
                              "start the server with --logprobs-mode processed_logprobs")  # fmt: skip
         return processed
 
 
-def _chosen(cards: list[dict[str, Any]], name: str | None, server: OpenAIServer) -> dict[str, Any]:
+def _card(cards: list[dict[str, Any]], name: str | None, server: OpenAIServer) -> dict[str, Any]:
     """The model of this name in a server's list, or the first that is no adapter."""
     own = [card for card in cards if not card.get("parent")] or cards
     if name is None:
@@ -291,32 +249,3 @@ def _seed(seed: int, place: int) -> int:
     """A seed of 62 bits for the prompt at a place, so that those of its completions, one up each, fit vLLM's int64."""
     digest = hashlib.blake2b(f"{seed} {place}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
-
-
-def _ids(choice: Mapping[str, Any], wrong: str) -> list[int]:
-    """The drawn ids: `token_ids`, or the names `token_id:5` that older servers give tokens."""
-    ids = choice.get("token_ids")
-    try:
-        if ids is None:
-            names = [str(name).partition("token_id:") for name in choice["logprobs"]["tokens"]]
-            ids = [int(number) for _, _, number in names]
-        if not all(type(token) is int for token in ids):
-            raise TypeError
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{wrong}the answer has no token ids (token_ids, or token_id:... in logprobs.tokens), as "
-                         "vLLM's has") from error  # fmt: skip
-    return list(ids)
-
-
-def _logprobs(choice: Mapping[str, Any], wrong: str) -> list[float]:
-    """The log-probs of the drawn ids, each finite and of a probability of 1 at most."""
-    try:
-        found = [math.nan if value is None else float(value) for value in choice["logprobs"]["token_logprobs"]]
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{wrong}the answer has no log-probs (logprobs.token_logprobs), as vLLM's has") from error
-    for place, value in enumerate(found):
-        if not CUT < value <= ROUNDING:
-            got = "null, which is NaN" if math.isnan(value) else repr(value)
-            raise InputError(f"{wrong}logprobs.token_logprobs[{place}]: expected the log-prob of a drawn token, got "
-                             f"{got}")  # fmt: skip
-    return found
