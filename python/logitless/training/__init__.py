@@ -11,7 +11,7 @@
     loss        inputs, estimates, reference_model, objective, evaluation
     run         run (everything put together), trainer (the loop), resume, checkpoint, files, metrics
     processes   parallel, sharding                 this one among others, and its part of the model
-    teach       teachers, teach
+    teach       teachers, teach, openai_server
 
 `render` is the way from a row to its tokens, `run` the one from options to the first step.
 """

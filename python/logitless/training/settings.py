@@ -54,7 +54,7 @@ class Settings:
         Args:
             weights: the model's tensors by name, where the model holds a part of each only; by default its own.
         """
-        with _without_generation(model):
+        with without_generation(model):
             model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(folder)
         for name, content in self.tokenizer.items():
@@ -149,7 +149,7 @@ def _in_precision(came: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_generation(model: Any) -> Iterator[None]:
+def without_generation(model: Any) -> Iterator[None]:
     """Holds back what is about generation while the model is saved: a refusal of it would end a run at its end."""
     from transformers import GenerationConfig
 
