@@ -51,7 +51,7 @@ DIVERGENCE_ALIASES = {"js_divergence": "js", "alpha_divergence": "alpha"}
 # Options that may name a file or folder.
 PATHS = (
     *("model_name_or_path", "teacher_model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name"),
-    *("cache_dir", "output_dir", "resume_from_checkpoint"),
+    *("cache_dir", "output_dir", "resume_from_checkpoint", "vllm_weights_dir"),
 )
 
 

@@ -120,6 +120,7 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("lora_modules_to_save", "lora_target_parameters", "loss_weights"), ()),
     **dict.fromkeys(("rpo_alpha", "max_prompt_length"), ()),
     "past_index": (-1,),
+    "vllm_mode": ("server",),
     "logging_strategy": ("steps",),
     "eos_token": ("<EOS_TOKEN>",),  # what a saved configuration has in place of every token, null or not
     "pad_token": ("<PAD_TOKEN>",),
@@ -136,6 +137,7 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
 }
 # What to give in place of some of these.
 _INSTEAD = {
+    "vllm_mode": "a server of its own samples, or the model in this process (use_vllm: false)",
     "label_smoothing_factor": "label_smoothing is the loss's",
     "data_seed": "seed is that of the data too",
     "eos_token": "chat_template_path names a tokenizer with another template",
