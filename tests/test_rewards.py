@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import os
 import pickle
 import random
@@ -117,7 +118,7 @@ def test_gold_columns() -> None:
     with pytest.raises(
         ValueError, match=r"r: expected a column of right answers named answer or solution, got .* task"
     ):
-        gold_answers("r", {"task": ["a"], "trainer_state": None}, None)
+        gold_answers("r", {"prompts": ["q"], "task": ["a"], "trainer_state": None}, None)
     with pytest.raises(ValueError, match=r"exact_match: .* named goal, got the columns answer"):
         rewards.exact_match(["1"], gold_column="goal", answer=["1"])
 
@@ -330,22 +331,12 @@ def test_the_helper_ends_with_its_process_and_loads_no_torch() -> None:
     assert torch_is_loaded == "False" and not os.path.exists(f"/proc/{process}")
 
 
-MISSING = [
-    ("math_verify", "math_equal(['1'], answer=['1'])"),
-    ("reasoning_gym", "reasoning_gym(['1'], task=[], seed=[], index=[])"),
-]
-
-
-@pytest.mark.parametrize(("module", "call"), MISSING)
-def test_a_missing_package_is_named(module: str, call: str) -> None:
-    code = (
-        "import importlib.util, logitless.rewards as r\n"
-        "importlib.util.find_spec = lambda name: None\n"
-        f"try: r.{call}\nexcept ImportError as error: print(error)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    package = module.replace("_", "-")
-    assert done.stdout.endswith(f"needs {package}: pip install 'logitless[rewards]'\n"), done.stderr
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"math_equal needs math-verify: pip install 'logitless\[rewards\]'"):
+        rewards.math_equal(["1"], answer=["1"])
+    with pytest.raises(ImportError, match=r"reasoning_gym needs reasoning-gym: pip install 'logitless\[rewards\]'"):
+        rewards.reasoning_gym(["1"], task=["chain_sum"], seed=[1], index=[1])
 
 
 def test_the_import_loads_no_optional_package() -> None:
@@ -512,6 +503,20 @@ def test_reasoning_gym_names_a_question_that_cannot_be_made(change: dict[str, An
     row, _ = gym_row("chain_sum", 3, 5)
     with pytest.raises(ValueError, match=rf"reasoning_gym: no question is made of .*{message}"):
         rewards.reasoning_gym(["1"], **{name: [value] for name, value in {**row, **change}.items()})
+
+
+def test_reasoning_gym_takes_entries() -> None:
+    """Questions of this task depend on the order of a set, so that another process makes another one."""
+    row, entry = gym_row("polynomial_multiplication", 3, 4)
+    columns = {name: [row[name]] * 2 for name in ("task", "seed", "index")}
+    completions = [f"Answer: {entry['answer']}", "Answer: 7"]
+    texts = [json.dumps(entry, default=str)] * 2
+    assert rewards.reasoning_gym(completions, **columns, entry=texts) == [1.0, 0.0]
+    assert rewards.reasoning_gym(completions, task=columns["task"], entry=list(map(json.loads, texts))) == [1.0, 0.0]
+    with pytest.raises(ValueError, match="polynomial_multiplication makes another question in every process"):
+        rewards.reasoning_gym(completions, **columns)
+    with pytest.raises(ValueError, match="expected seed and index, or an entry, of task 'gcd'; got None, 3"):
+        rewards.reasoning_gym(["1"], task=["gcd"], index=[3])
 
 
 def test_reasoning_gym_survives_an_answer_that_hangs() -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import inspect
 import math
 import sys
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -309,6 +314,53 @@ def test_trls_own_functions_run() -> None:
     )
     assert [part.tolist() for part in result.parts.values()] == [[1, 0], [1, 0], [0, -0.5], [-0.5, 0]]
     assert result.total.tolist() == [1.5, -0.5]
+
+
+def test_rewards_under_trls_trainer_are_those_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`GRPOTrainer` itself calls synchronous and asynchronous functions, ours and a user's, on rows of its data."""
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer")
+    monkeypatch.setattr(trainer, "profiling_context", lambda *_: contextlib.nullcontext())
+
+    async def asynchronous(completions: list[Any], trainer_state: Any, **columns: Any) -> list[float | None]:
+        return [None] + [0.25 * trainer_state] * (len(completions) - 1)
+
+    rewards = [
+        *load_rewards(
+            ["logitless.rewards:exact_match", "logitless.rewards:think_format", "logitless.rewards:repetition_penalty"]
+        ),
+        load_reward(
+            {"function": "logitless.rewards:soft_overlong_punishment", "max_completion_len": 4, "soft_punish_cache": 2}
+        ),
+        Reward("asynchronous", asynchronous),
+    ]
+    turns = [[{"role": "assistant", "content": text}] for text in ("Answer: 4", "<think></think>5", "")]
+    prompts, ids = [[{"role": "user", "content": "q"}]] * 3, [[1, 2, 3], [1, 1, 1, 1, 1], []]
+    columns = {"answer": ["4", None, "5"]}
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        stand_in = SimpleNamespace(
+            accelerator=SimpleNamespace(device=torch.device("cpu")),
+            reward_funcs=[reward.function for reward in rewards],
+            reward_func_names=[reward.name for reward in rewards],
+            reward_processing_classes=[None] * len(rewards),
+            environments=None,
+            state=2,
+            async_loop=loop,
+            _log_completion_extra=None,
+            _log_metric=None,
+        )
+        inputs = [
+            {"prompt": prompt, "answer": answer} for prompt, answer in zip(prompts, columns["answer"], strict=True)
+        ]
+        call = inspect.unwrap(trainer.GRPOTrainer._calculate_rewards)
+        theirs = call(stand_in, inputs, prompts, turns, ids)
+        loop.call_soon_threadsafe(loop.stop)
+        while loop.is_running():
+            time.sleep(0.001)
+    found = score_completions(rewards, None, prompts, turns, ids, columns, ORIGINS, trainer_state=2)
+    torch.testing.assert_close(torch.stack(list(found.parts.values()), 1), theirs, equal_nan=True)
+    assert theirs.isnan().sum() == 2 and theirs[0, 0] == 1.0 and theirs[1, 1] == 1.0 and theirs[2, 4] == 0.5
 
 
 def test_trls_accuracy_and_ours_score_alike() -> None:

@@ -86,15 +86,16 @@ def reasoning_gym(
     completions: Sequence[Any],
     *,
     task: Sequence[str | None],
-    seed: Sequence[int | None],
-    index: Sequence[int | None],
+    seed: Sequence[int | None] | None = None,
+    index: Sequence[int | None] | None = None,
     options: Sequence[Any] | None = None,
+    entry: Sequence[Any] | None = None,
     time_limit: float = 5.0,
     **columns: Any,
 ) -> list[float | None]:
     """Score in [0, 1] that reasoning-gym gives the final answer to a question of its own.
 
-    The columns `task`, `seed`, `index` and `options` name the question, and reasoning-gym makes it again.
+    The question is an `entry` of reasoning-gym, or `seed`, `index` and `options` name it, and it is made again.
 
     Args:
         completions: texts or lists of turns. `final_answer` says what their answer is.
@@ -103,6 +104,7 @@ def reasoning_gym(
         index: the questions' places in them.
         options: the data sets' other options, as objects or as JSON text of one; None where there are none. A column
             of objects may hold nulls, which Arrow adds, and which count as absent.
+        entry: the questions themselves, as JSON text or as objects; None where the others name it.
         time_limit: seconds of processor time for one score, in a process of its own. What takes longer scores 0.
         columns: not read.
 
@@ -111,18 +113,26 @@ def reasoning_gym(
 
     Raises:
         ImportError: reasoning-gym is not installed.
-        ValueError: reasoning-gym knows no such task, or refuses its options.
+        ValueError: reasoning-gym knows no such task, or refuses its options; or no entry is given, and none can be
+            made again, as the task makes another in every process.
     """
     require_package("reasoning_gym", "reasoning-gym", "reasoning_gym")
-    texts = [None] * len(completions) if options is None else options
-    questions = [
-        None if row[0] is None else {"task": row[0], "seed": row[1], "index": row[2], "options": _options_text(row[3])}
-        for row in zip(task, seed, index, texts, strict=True)
-    ]
+    none = [None] * len(completions)
+    rows = zip(task, seed or none, index or none, options or none, entry or none, strict=True)
+    answers = [final_answer(completion_text(completion)) for completion in completions]
     return [
-        None if question is None else _gym_score(question, final_answer(completion_text(completion)), time_limit)
-        for question, completion in zip(questions, completions, strict=True)
+        None if row[0] is None else _gym_score(_gym_question(*row), answer, time_limit)
+        for row, answer in zip(rows, answers, strict=True)
     ]
+
+
+def _gym_question(task: str | None, seed: int | None, index: int | None, options: Any, entry: Any) -> dict[str, Any]:
+    if entry is not None:
+        text = entry if isinstance(entry, str) else json.dumps(entry)
+        return {"task": task, "options": _options_text(options), "entry": text}
+    if seed is None or index is None:
+        raise ValueError(f"reasoning_gym: expected seed and index, or an entry, of task {task!r}; got {seed}, {index}")
+    return {"task": task, "seed": seed, "index": index, "options": _options_text(options)}
 
 
 def _options_text(options: Any) -> str:
@@ -137,5 +147,5 @@ def _gym_score(question: dict[str, Any], answer: str, time_limit: float) -> floa
     except UnansweredError:
         return 0.0
     except ValueError as error:
-        raise ValueError(f"reasoning_gym: no question is made of {question}: {error}") from error
+        raise ValueError(f"reasoning_gym: no question is made of {question!s:.300}: {error}") from error
     return score

@@ -15,6 +15,9 @@ from typing import Any
 #: Columns that hold the right answer, in the order in which they are looked for.
 GOLD_COLUMNS = ("answer", "solution")
 
+#: Lists that a reward gets beside the columns of the data.
+_GIVEN = ("prompts", "completions", "completion_ids")
+
 _MARK = re.compile(
     r"(?P<box>\\(?:boxed|fbox)\s*\{)|(?P<tag><answer>)|(?P<line>^[ \t]*####|\banswer\b[ \t]*(?:\*\*)?[ \t]*:)"
     r"|(?P<sentence>\banswer[ \t]+is\b[ \t]*:?)",
@@ -142,7 +145,7 @@ def gold_answers(reward: str, columns: Mapping[str, Any], name: str | None) -> l
     wanted = GOLD_COLUMNS if name is None else (name,)
     found = next((columns[each] for each in wanted if columns.get(each) is not None), None)
     if found is None:
-        lists = sorted(each for each, values in columns.items() if isinstance(values, list))
+        lists = sorted(each for each, values in columns.items() if isinstance(values, list) and each not in _GIVEN)
         raise ValueError(
             f"{reward}: expected a column of right answers named {' or '.join(wanted)}, got the columns "
             f"{', '.join(lists) or 'none'}; gold_column names another"
