@@ -36,6 +36,7 @@ LAYERS = (
     ("testing",),
     ("commands",),
     ("integrations",),
+    ("rewards",),
     ("training",),
     ("cli",),
     ("__main__",),

@@ -52,11 +52,13 @@ def last_step(question: Any) -> str:
 def test_worked_solutions_lead_to_the_right_answer() -> None:
     import reasoning_data
 
+    from logitless.rewards import final_answer
+
     questions = reasoning_data.make_questions(5, 100)
     assert {question.task for question in questions} == set(reasoning_data.TASKS)
     for question in questions:
         assert last_step(question) == question.answer
-        assert reasoning_data.final_answer(question.solution) == question.answer
+        assert final_answer(question.solution) == question.answer
         assert question.is_right(question.solution)
         assert reasoning_data.TASKS[question.task].example in question.prompt
 
@@ -70,23 +72,6 @@ def test_questions_are_deterministic_and_kept_apart() -> None:
     prompts = [question.prompt for question in [*held_out, *taught]]
     assert len(prompts) == len(set(prompts)) == 100
     assert held_out == reasoning_data.make_questions(1, 40)
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("1 + 2 = 3\nAnswer: 3", "3"),
-        ("Answer: 1\nno, wait\n  Answer:  4 \n", "4"),
-        ("It is 7.", "It is 7."),
-        ("first\n\nlast\n", "last"),
-        ("", ""),
-        (" \n ", ""),
-    ],
-)
-def test_final_answer(completion: str, answer: str) -> None:
-    import reasoning_data
-
-    assert reasoning_data.final_answer(completion) == answer
 
 
 def test_corrupted_solutions_are_wrong_and_differ_in_one_character() -> None:
