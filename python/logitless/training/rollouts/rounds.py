@@ -119,7 +119,7 @@ class Rounds:
         together = TOGETHER if TOGETHER in run.loss.inputs else None
         loader = replace(self.loader, data=self.data, together=together)
         size = options.per_device_train_batch_size // (options.num_generations if together else 1)
-        seed = _seed(options.seed, number, run.world)
+        seed = _seed_of_round(options.seed, number, run.world)
         sampler = Sampler(len(loader.units), size, options.gradient_accumulation_steps, seed)
         batches = [loader.batch(units) for units in sampler.micro_batches(within)]
         if self.settings.critic is None:
@@ -133,7 +133,7 @@ class Rounds:
     def _sample(self, run: Running, number: int, step: int) -> None:
         """Makes round `number`, before update `step`."""
         started, options, world, settings = perf_counter(), run.options, run.world, self.settings
-        seed = _seed(options.seed, number, world)
+        seed = _seed_of_round(options.seed, number, world)
         generator = torch.Generator().manual_seed(seed)
         prompts = self._drawn(number, world, options.seed)
         slots = slots_of(
@@ -264,6 +264,6 @@ def _data_of(items: list[Item]) -> TokenizedData:
     return TokenizedData(items, len(items), 0, 0, tuple(range(len(items))))
 
 
-def _seed(seed: int, number: int, world: World) -> int:
+def _seed_of_round(seed: int, number: int, world: World) -> int:
     """The seed of a round's draws in this process."""
     return (seed * 1_000_003 + number) * 1_009 + world.rank & (2**63 - 1)
