@@ -1,4 +1,4 @@
-"""The command line: `logitless train`, `teach`, `info` and `losses`.
+"""The command line: `logitless train`, `teach`, `extrapolate`, `info` and `losses`.
 
 The options of `train` are those of `TrainOptions`, which is their single statement: the flags are generated from it, a
 YAML file given with `--config` may hold the same names, and a flag wins over the file. Names that no flag has are read
@@ -12,7 +12,8 @@ import dataclasses
 import inspect
 import typing
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -101,14 +102,21 @@ def _run(
     known: Collection[str],
     command: Callable[[TrainOptions], None],
 ) -> None:
-    """Calls a command with the options of a file and of flags; its errors are one line and a status."""
-    try:
+    """Calls a command with the options of a file and of flags."""
+    with _reported():
         values = read_yaml(config) if config is not None else {}
         given = {name: value for name, value in flags.items() if value is not None} | _further(further, known)
         options, notes = options_from_mapping(_merged(values, given), config or "command line")
         for note in notes:
             typer.echo(f"note: {note}", err=True)
         command(options)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Makes a command's errors one line and a status."""
+    try:
+        yield
     except (InputError, NonFiniteLossError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, NonFiniteLossError) else 2) from error
@@ -214,6 +222,22 @@ train.__signature__ = _with_context(_flags(field_types()))  # type: ignore[attr-
 app.command(cls=_Command, context_settings=_FURTHER)(train)
 teach.__signature__ = _with_context(_teacher_flags() + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
 app.command(cls=_Command, context_settings=_FURTHER)(teach)
+
+
+@app.command()
+def extrapolate(
+    start: Annotated[str, typer.Option("--start", help="Folder or hub id of the model before its alignment.")],
+    aligned: Annotated[str, typer.Option("--aligned", help="Folder or hub id of the model after it.")],
+    alpha: Annotated[float, typer.Option("--alpha", help="How far beyond, as a share of the way between the two.")],
+    output: Annotated[str, typer.Option("--output", help="Folder to write.")],
+) -> None:
+    """Write the model aligned + alpha (aligned - start), beyond an alignment (ExPO)."""
+    with _reported():
+        from logitless.training.extrapolate import write_extrapolated
+
+        for note in write_extrapolated(start, aligned, output, alpha=alpha):
+            typer.echo(f"note: {note}", err=True)
+        typer.echo(f"model in {output}")
 
 
 @app.command()

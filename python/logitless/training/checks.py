@@ -122,7 +122,7 @@ def check_tokenizers(ours: Any, theirs: Any, data: Sequence[TokenizedData], name
         name: the teacher's, for the message.
         whole: whether the teacher's distributions are compared, so that the ids that no row has mean something too.
     """
-    known, taught = _by_id(ours.get_vocab()), _by_id(theirs.get_vocab())
+    known, taught = tokens_by_id(ours.get_vocab()), tokens_by_id(theirs.get_vocab())
     used = _used_ids([example for each in data for item in each.items for example in item])
     if whole:
         added = {*ours.get_added_vocab().values(), *theirs.get_added_vocab().values()}
@@ -143,7 +143,8 @@ def _used_ids(examples: Sequence[Example]) -> set[int]:
     return set(used.nonzero()[:, 0].tolist())
 
 
-def _by_id(vocabulary: dict[str, int]) -> dict[int, str]:
+def tokens_by_id(vocabulary: dict[str, int]) -> dict[int, str]:
+    """A tokenizer's tokens by their ids."""
     return {number: token for token, number in vocabulary.items()}
 
 

@@ -28,7 +28,7 @@ from logitless.training.evaluation import PREFERENCE_METRICS, evaluate_loss
 from logitless.training.metrics import Record, peak_memory, reset_peak_memory
 from logitless.training.model import hide_progress_bars
 from logitless.training.objective import Objective
-from logitless.training.optimizer import learning_rate, peak_learning_rate, set_learning_rate
+from logitless.training.optimizer import learning_rate, make_optimizer, peak_learning_rate, set_learning_rate
 from logitless.training.rollouts.evaluation import evaluate_prompts
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.run import Component, Run, prepare
@@ -96,13 +96,17 @@ def take_step(run: Run, step: int) -> Record:
     warmup = options.warmup(run.total_steps)
     peak = peak_learning_rate(options, (component.loss for component in run.components))
     rate = learning_rate(step, run.total_steps, warmup, peak, options.lr_scheduler_type)
+    if run.subset.begin(step):
+        run.optimizer = make_optimizer(run.subset, options)
     set_learning_rate(run.optimizer, rate)
     run.model.train()
     added = [_add_gradients(run, component, step) for component in run.components]
     loss = weighted_loss(run, [metrics for metrics, _ in added])
     _require_finite(run, step, "loss", loss)
     check = partial(_require_finite, run, step, "gradient norm")
+    run.subset.collect()
     norm = run.world.strategy.step(run.parallel, run.optimizer, options.max_grad_norm, check)
+    run.subset.write()
     record: Record = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     for component, (metrics, _) in zip(run.components, added, strict=True):
         record |= component.made_from.named(metrics)
@@ -242,6 +246,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
         tokenizer=run.tokenizer,
         settings=run.settings,
         optimizer=run.optimizer,
+        subset=run.subset,
         estimated=run.estimated(),
         reference=run.moved_references(),
         state=run.state | {"identity": run.identity, "options": run.options.to_dict()},
