@@ -12,6 +12,7 @@
     run         run (everything put together), trainer (the loop), resume, checkpoint, files, metrics
     processes   parallel, sharding                 this one among others, and its part of the model
     teach       teachers, teach
+    reward      implicit_reward (its __init__ lists its files), statistics
 
 `render` is the way from a row to its tokens, `run` the one from options to the first step.
 """
