@@ -48,8 +48,8 @@ class Settings:
     output: Path
     model: Path | None = None  # folder or .gguf file; None: SmolLM2
     tuned: Path | None = None  # folder; None: fine-tuned here
-    steps: int = 12  # of the fine-tuning
-    pairs: int = 60  # of each kind
+    steps: int = 6  # of the fine-tuning, as in the first run
+    pairs: int = 40  # of each kind
 
 
 @dataclass

@@ -203,18 +203,56 @@ def test_without_matplotlib_the_plot_is_refused(monkeypatch: pytest.MonkeyPatch)
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
-@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason=f"needs a browser: none of {', '.join(BROWSERS)}")
-def test_a_browser_opens_the_page(tmp_path: Path) -> None:
-    """The script runs, its choice of numbers has colours, and no text of a row did anything."""
-    page = tmp_path / "page.html"
-    page.write_text(hostile_page(), encoding="utf-8")
+needs_browser = pytest.mark.skipif(
+    not any(map(shutil.which, BROWSERS)), reason=f"needs a browser: none of {', '.join(BROWSERS)} is here"
+)
+
+
+def opened(page: str, folder: Path) -> str:
+    """The page's document after its script has run in a browser."""
+    file = folder / "page.html"
+    file.write_text(page, encoding="utf-8")
     browser = next(found for found in map(shutil.which, BROWSERS) if found)
     flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync"
-    command = [browser, *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000"]
-    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
-    dom = done.stdout
-    assert 'data-ready=""' in dom, done.stderr[-2000:]
-    assert "<title>Implicit reward</title>" in dom
-    tokens = Reader(dom).tokens
-    assert tokens == [*HOSTILE, *HOSTILE[::-1], "plain", " text"]
-    assert SCRIPT.strip() in dom
+    command = [browser, *flags.split(), f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=2000"]
+    done = subprocess.run([*command, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120)
+    assert 'data-ready=""' in done.stdout, done.stderr[-2000:]
+    return done.stdout
+
+
+@needs_browser
+def test_a_browser_opens_the_page(tmp_path: Path) -> None:
+    """The page's own script runs, and no text of a row does anything."""
+    document = opened(hostile_page(), tmp_path)
+    assert "<title>Implicit reward</title>" in document
+    found = Reader(document)
+    assert found.tokens == [*HOSTILE, *HOSTILE[::-1], "plain", " text"]
+    assert found.tags.count("script") == 1 and "img" not in found.tags
+
+
+#: What a reader does, and what is seen; it runs as a part of the page's script, whose hash the page names.
+READER = """
+const seen = [];
+const press = key => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+const look = () => seen.push(`${document.activeElement.textContent}:${tip.hidden ? "" : tip.children[1].textContent}`);
+tokens[0].focus(); look();
+for (const key of ["ArrowRight", "End", "ArrowRight", "Home", "Escape"]) { press(key); look(); }
+seen.push(document.querySelectorAll('main .token[tabindex="0"]').length);
+measure.selectedIndex = 4; measure.dispatchEvent(new Event("change")); seen.push(tokens[0].dataset.step);
+document.documentElement.dataset.seen = seen.join("|");
+"""
+
+
+@needs_browser
+def test_the_page_can_be_used_by_keyboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = ImplicitReward(*(torch.tensor([-2.0, 1.0, 2.0]) for _ in range(5)))
+    numbers = numbers._replace(value=torch.tensor([3.0, 0.0, 0.0]))
+    given = Answer([7, 8, 9], ["a", "b", "c"], ["p", "", ""], numbers)
+    monkeypatch.setattr("logitless.training.implicit_reward.page.SCRIPT", SCRIPT + READER)
+    rows = [Shown("row", {"chosen": given, "rejected": given})]
+    document = opened(html_page(rows, {}, [], with_reference=True), tmp_path)
+    seen = re.search('data-seen="([^"]*)"', document)
+    assert seen is not None
+    name = NUMBERS["log_odds"]
+    expected = [f"a:{name}: -2", f"b:{name}: 1", f"c:{name}: 2", f"c:{name}: 2", f"a:{name}: -2", "a:"]
+    assert seen[1].split("|") == [*expected, "2", "4"], "two answers have a stop each, and V is 3 at the first token"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from logitless.training.statistics import auc, bootstrap_interval, pass_at_k, wilson_interval
+from logitless.training.statistics import auc, bootstrap_interval, pass_at_k, weighted_auc, wilson_interval, wins
 
 
 def counted(score: list[float], label: list[bool], group: list[int]) -> float:
@@ -48,22 +48,43 @@ def test_auc_of_a_worked_case() -> None:
 def test_auc_refuses_what_it_cannot_rank(score: Tensor, label: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         auc(score, label)
+    with pytest.raises(ValueError, match=message):
+        weighted_auc(score, label, torch.ones(1, len(score)))
+
+
+def test_weights_of_other_items_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight: expected shape \[R, 2\], got \[1, 3\]"):
+        weighted_auc(torch.zeros(2), torch.tensor([True, False]), torch.ones(1, 3))
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans(), st.integers(0, 3)), min_size=1, max_size=12))
+def test_weights_are_copies(items: list[tuple[int, bool, int]]) -> None:
+    score, label, weight = map(torch.tensor, zip(*items, strict=True))
+    copies = torch.arange(len(items)).repeat_interleave(weight)
+    expected = [auc(score[copies], label[copies]), auc(score, label)]
+    found = weighted_auc(score, label, torch.stack([weight, torch.ones_like(weight)])).tolist()
+    assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_wins_are_those_of_each_item() -> None:
+    score, label = torch.tensor([3.0, 2.0, 2.0, 1.0, 9.0]), torch.tensor([True, True, False, False, False])
+    won, met = wins(score, label, torch.tensor([5, 5, 5, 5, -1]))
+    assert won.tolist() == [2.0, 1.5, 0, 0, 0] and met.tolist() == [2, 2, 0, 0, 0]
 
 
 def test_resamples_hold_whole_clusters() -> None:
     cluster, seen = torch.tensor([7, 3, 7, 9, 7]), []
 
-    def look(items: Tensor, draw: Tensor) -> float:
-        assert len(draw.unique()) == 3
-        for number in range(3):
-            own = items[draw == number].tolist()
-            assert own in ([0, 2, 4], [1], [3])
-            seen.append(tuple(own))
-        return 0.0
+    def look(weight: Tensor) -> Tensor:
+        assert (weight[:, [0, 0]] == weight[:, [2, 4]]).all() and (weight[:, [0, 1, 3]].sum(1) == 3).all()
+        seen.append(weight[:, [0, 1, 3]])
+        return weight[:, 0]
 
-    bootstrap_interval(look, cluster, resamples=300)
-    for members in ((0, 2, 4), (1,), (3,)):  # each of 900 draws has probability 1/3, so 300 +- 14
-        assert 240 < seen.count(members) < 360
+    bootstrap_interval(look, cluster, resamples=3000)
+    times = torch.cat(seen)
+    # of 9000 draws a third is each cluster's, with a standard deviation of 45; none is left out in 6 of 27 resamples
+    assert ((times.sum(0) - 3000).abs() < 180).all()
+    assert int((times == 1).all(1).sum()) == pytest.approx(3000 * 6 / 27, abs=100)
 
 
 def test_the_interval_of_a_mean_is_that_of_its_clusters() -> None:
@@ -71,36 +92,40 @@ def test_the_interval_of_a_mean_is_that_of_its_clusters() -> None:
     torch.manual_seed(0)
     means = torch.randn(50, dtype=torch.float64)
     values, cluster = means.repeat_interleave(20), torch.arange(50).repeat_interleave(20)
-    low, high = bootstrap_interval(lambda items, _: float(values[items].mean()), cluster, resamples=2000, seed=1)
+    low, high = bootstrap_interval(lambda w: w @ values / w.sum(1), cluster, resamples=2000, seed=1)
     width = 2 * 1.96 * float(means.std(correction=0)) / math.sqrt(50)
     assert high - low == pytest.approx(width, rel=0.08)  # a quantile of 2000 draws is off by 2% to 4%
     assert low < float(means.mean()) < high
 
 
+def test_chunks_change_nothing_but_the_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def count(weight: Tensor) -> Tensor:
+        sizes.append(len(weight))
+        return weight[:, 0]
+
+    monkeypatch.setattr("logitless.training.statistics._CHUNK", 21)
+    bootstrap_interval(count, torch.arange(3), resamples=25)
+    assert sizes == [7, 7, 7, 4]
+
+
 def test_the_seed_and_the_level_are_the_caller_s() -> None:
-    values, cluster = torch.randn(30), torch.arange(30)
+    values, cluster = torch.randn(30, dtype=torch.float64), torch.arange(30)
 
     def interval(**options: float) -> tuple[float, float]:
-        return bootstrap_interval(lambda items, _: float(values[items].mean()), cluster, resamples=200, **options)  # type: ignore[arg-type]
+        return bootstrap_interval(lambda w: w @ values / w.sum(1), cluster, resamples=200, **options)  # type: ignore[arg-type]
 
     assert interval(seed=1) == interval(seed=1) != interval(seed=2)
     (low, high), (inner_low, inner_high) = interval(level=0.95), interval(level=0.5)
     assert low < inner_low < inner_high < high
 
 
-def test_a_cluster_drawn_twice_is_two_groups() -> None:
-    """Within prompts that rank rightly every resample does too, although copies meet one another."""
-    score, label = torch.tensor([1.0, 0.0, 9.0, 8.0]), torch.tensor([True, False, True, False])
-    cluster = torch.tensor([0, 0, 1, 1])
-    found = bootstrap_interval(lambda items, draw: auc(score[items], label[items], draw), cluster, resamples=50)
-    assert found == (1.0, 1.0)
-
-
 def test_resamples_without_a_statistic_are_left_out() -> None:
     score, label = torch.tensor([1.0, 0.0]), torch.tensor([True, False])
-    found = bootstrap_interval(lambda items, _: auc(score[items], label[items]), torch.tensor([0, 1]), resamples=50)
+    found = bootstrap_interval(lambda w: weighted_auc(score, label, w), torch.tensor([0, 1]), resamples=50)
     assert found == (1.0, 1.0)
-    assert all(map(math.isnan, bootstrap_interval(lambda *_: math.nan, torch.tensor([0]), resamples=3)))
+    assert all(map(math.isnan, bootstrap_interval(lambda w: w[:, 0] * math.nan, torch.tensor([0]), resamples=3)))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +138,7 @@ def test_resamples_without_a_statistic_are_left_out() -> None:
 )
 def test_bad_resampling_is_refused(cluster: Tensor, options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        bootstrap_interval(lambda *_: 0.0, cluster, **options)  # type: ignore[arg-type]
+        bootstrap_interval(lambda w: w[:, 0], cluster, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

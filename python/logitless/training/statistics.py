@@ -17,7 +17,10 @@ from torch import Tensor
 RESAMPLES = 1000
 LEVEL = 0.95
 
-Statistic = Callable[[Tensor, Tensor], float]
+#: From how often each item was drawn, float64 `[R, N]`, to a number for each of R resamples, `[R]`.
+Statistic = Callable[[Tensor], Tensor]
+
+_CHUNK = 2**22  # entries of such a matrix at once: 32 MiB
 
 
 class Interval(NamedTuple):
@@ -27,14 +30,22 @@ class Interval(NamedTuple):
     high: float
 
 
+class Wins(NamedTuple):
+    """What each positive item won against negative ones, float64 `[N]`; 0 for a negative item."""
+
+    won: Tensor
+    """Negative items that score below it, and half of those that score the same."""
+    met: Tensor
+    """Negative items that it was compared with."""
+
+
 def auc(score: Tensor, label: Tensor, group: Tensor | None = None) -> float:
     """Area under the ROC curve: how often a positive item scores above a negative one, `P(s+ > s-) + P(s+ = s-) / 2`.
 
-    It is the Mann-Whitney statistic, `(sum of the positives' ranks - n (n + 1) / 2) / (n m)` with n positives, m
-    negatives and mean ranks among equal scores, in O(N log N).
+    It is the Mann-Whitney statistic, in O(N log N).
 
     Args:
-        score: `[N]`, any real dtype; computed in float64.
+        score: `[N]`, any real dtype; compared in float64.
         label: bool `[N]`, True for a positive item.
         group: int64 `[N]`, or None. With it only pairs of one group are compared, and each pair counts once.
 
@@ -46,19 +57,55 @@ def auc(score: Tensor, label: Tensor, group: Tensor | None = None) -> float:
 
     Source: Hanley and McNeil, Radiology 143 (1982), for the equality with the Mann-Whitney statistic.
     """
+    won, met = wins(score, label, group)
+    return float(won.sum() / met.sum())
+
+
+def wins(score: Tensor, label: Tensor, group: Tensor | None = None) -> Wins:
+    """The comparisons that `auc` sums, by positive item. Arguments and errors are those of `auc`."""
     group = torch.zeros(score.shape, dtype=torch.int64) if group is None else group
-    _check(score, label, group)
-    _, number, sizes = torch.unique(group, return_inverse=True, return_counts=True)
-    keys = torch.stack([number.double(), score.double()], -1)
-    _, level, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
-    rank = (counts.cumsum(0) - (counts - 1) / 2).double()[level] - (sizes.cumsum(0) - sizes)[number]
-    positive = torch.bincount(number[label], minlength=len(sizes)).double()
-    pairs = (positive * (sizes - positive)).sum()
-    wins = rank[label].sum() - (positive * (positive + 1) / 2).sum()
-    return float(wins / pairs) if pairs else math.nan
+    _check_scores(score, label, group)
+    _, number = torch.unique(group, return_inverse=True)
+    level, levels = _levels(torch.stack([number.double(), score.double()], -1))
+    negative = (~label).double()
+    equal = torch.zeros(levels, dtype=torch.float64).index_add(0, level, negative)
+    inside = torch.zeros(int(number.max()) + 1 if len(number) else 0, dtype=torch.float64).index_add(
+        0, number, negative
+    )
+    below = (equal.cumsum(0) - equal)[level] - (inside.cumsum(0) - inside)[number]
+    return Wins(*(torch.where(label, x, 0.0) for x in (below + equal[level] / 2, inside[number])))
 
 
-def _check(score: Tensor, label: Tensor, group: Tensor) -> None:
+def weighted_auc(score: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """`auc` of items that are there several times: each pair of items counts with the product of their weights.
+
+    Args:
+        score: `[N]`, as in `auc`, and `label` too.
+        weight: `[R, N]`, how often each item is there.
+
+    Returns:
+        float64 `[R]`; NaN where no positive item meets a negative one.
+
+    Raises:
+        ValueError: as `auc`, or `weight` has another N.
+    """
+    _check_scores(score, label, label)
+    if weight.dim() != 2 or weight.shape[1] != len(score):
+        raise ValueError(f"weight: expected shape [R, {len(score)}], got {list(weight.shape)}")
+    level, levels = _levels(score.double()[:, None])
+    negative, positive = (weight.double() * side for side in (~label, label))
+    equal = torch.zeros(len(weight), levels, dtype=torch.float64).index_add(1, level, negative)
+    won = ((equal.cumsum(1) - equal / 2)[:, level] * positive).sum(1)
+    return won / (positive.sum(1) * negative.sum(1))
+
+
+def _levels(keys: Tensor) -> tuple[Tensor, int]:
+    """The place of each row of `[N, K]` among the distinct rows in their order, and how many these are."""
+    distinct, place = torch.unique(keys, dim=0, return_inverse=True)
+    return place, len(distinct)
+
+
+def _check_scores(score: Tensor, label: Tensor, group: Tensor) -> None:
     if score.dim() != 1 or label.shape != score.shape or group.shape != score.shape:
         shapes = ", ".join(str(list(x.shape)) for x in (score, label, group))
         raise ValueError(f"score, label and group: expected one shape [N], got {shapes}")
@@ -78,13 +125,13 @@ def bootstrap_interval(
 ) -> Interval:
     """The percentile interval of a statistic under resampling of whole clusters with replacement.
 
-    Each resample draws as many clusters as there are, and takes all items of each. With few clusters (below some 20)
-    the interval is too narrow.
+    Each resample draws as many clusters as there are, and takes all items of each as often as it was drawn. With few
+    clusters (below some 20) the interval is too narrow.
 
     Args:
-        statistic: of a resample's items, int64 indices, and the number of the draw that each came with, int64. A
-            cluster drawn twice comes with two numbers, so these can serve as `group` of `auc`. NaN where the resample
-            has none; such resamples are left out.
+        statistic: of R resamples at once, from how often each item is in them, float64 `[R, N]`, to `[R]`. A mean of
+            values is `lambda weight: weight @ values / weight.sum(1)`. NaN where a resample has none; such resamples
+            are left out.
         cluster: int64 `[N]`, the cluster of every item.
         resamples: 1000 by default, at which the ends vary by a few hundredths of the interval's width.
         level: of confidence, 0.95 by default.
@@ -104,16 +151,15 @@ def bootstrap_interval(
     if resamples < 1:
         raise ValueError(f"resamples: expected at least 1, got {resamples}")
     _check_level(level)
-    _, number, sizes = torch.unique(cluster, return_inverse=True, return_counts=True)
-    members, starts = torch.argsort(number, stable=True), sizes.cumsum(0) - sizes
+    distinct, number = torch.unique(cluster, return_inverse=True)
     random = torch.Generator().manual_seed(seed)
     values = []
-    for _ in range(resamples):
-        drawn = torch.randint(len(sizes), (len(sizes),), generator=random)
-        draw = torch.arange(len(sizes)).repeat_interleave(sizes[drawn])
-        within = torch.arange(len(draw)) - (sizes[drawn].cumsum(0) - sizes[drawn])[draw]
-        values.append(statistic(members[starts[drawn][draw] + within], draw))
-    found = torch.tensor([value for value in values if not math.isnan(value)], dtype=torch.float64)
+    for part in torch.arange(resamples).split(max(1, _CHUNK // len(cluster))):
+        drawn = torch.randint(len(distinct), (len(part), len(distinct)), generator=random)
+        times = torch.zeros(drawn.shape, dtype=torch.float64).scatter_add(1, drawn, torch.ones_like(drawn).double())
+        values.append(statistic(times[:, number]))
+    found = torch.cat(values).double()
+    found = found[~found.isnan()]
     if not len(found):
         return Interval(math.nan, math.nan)
     ends = found.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64))

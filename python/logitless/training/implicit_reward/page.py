@@ -133,7 +133,7 @@ def _section(row: Shown, scale: Scale) -> str:
 
 def _answer(name: str, answer: Answer, scale: Scale) -> str:
     line = (
-        f"{name}: sum of log-odds {number_text(answer.sequence_reward)}, {len(answer.ids)} tokens, mean "
+        f"{name}: sum of log-odds {number_text(answer.sequence_reward)}, tokens {len(answer.ids)}, mean "
         f"{number_text(answer.mean_log_odds)}"
     )
     tokens = "".join(_tokens(answer, scale))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,11 +52,12 @@ def draw(rows: Sequence[Shown], path: Path, with_reference: bool) -> None:
     _legend(axes, scale)
     top = 2
     for (name, answer), boxes, height in zip(answers, layouts, heights, strict=True):
-        title = f"{name}: sum of log-odds {number_text(answer.sequence_reward)}, {len(answer.ids)} tokens"
+        title = f"{name}: sum of log-odds {number_text(answer.sequence_reward)}, tokens {len(answer.ids)}"
         _put(axes, 0, top + 0.6, title[:WIDTH], weight="bold")
         _draw_boxes(axes, boxes, top + 1)
         top += height
-    with files.new_file(path) as unfinished:
+    with files.new_file(path) as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # they are drawn as boxes
         figure.savefig(unfinished, format="png", dpi=150)
 
 

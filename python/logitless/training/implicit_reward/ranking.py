@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logitless.training.implicit_reward.scores import Answer
-from logitless.training.statistics import Interval, auc, bootstrap_interval, wilson_interval
+from logitless.training.statistics import Interval, auc, bootstrap_interval, weighted_auc, wilson_interval, wins
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of an answer, at which V is looked at
 MEASURES: dict[str, Callable[[Answer], float]] = {
@@ -55,18 +55,14 @@ def ranking(answers: Sequence[Judged], seed: int) -> dict[str, Any]:
 
 
 def _ranked(score: Tensor, label: Tensor, prompt: Tensor, seed: int) -> dict[str, Any]:
-    def over_all(items: Tensor, draw: Tensor) -> float:
-        return auc(score[items], label[items])
-
-    def within(items: Tensor, draw: Tensor) -> float:
-        return auc(score[items], label[items], draw)
-
-    every = torch.arange(len(score))
+    won, met = wins(score, label, prompt)
+    over_all = bootstrap_interval(lambda weight: weighted_auc(score, label, weight), prompt, seed=seed)
+    within = bootstrap_interval(lambda weight: (weight @ won) / (weight @ met), prompt, seed=seed)
     return {
-        "auc": _or_none(over_all(every, prompt)),
-        "interval": _ends(bootstrap_interval(over_all, prompt, seed=seed)),
-        "auc_within_prompts": _or_none(within(every, prompt)),
-        "interval_within_prompts": _ends(bootstrap_interval(within, prompt, seed=seed)),
+        "auc": _or_none(auc(score, label)),
+        "interval": _ends(over_all),
+        "auc_within_prompts": _or_none(auc(score, label, prompt)),
+        "interval_within_prompts": _ends(within),
     }
 
 
@@ -80,7 +76,7 @@ def preference(prefers: Sequence[bool], prompts: Sequence[str], seed: int) -> di
     if distinct == len(prompts):
         kind, interval = "wilson", wilson_interval(sum(prefers), len(prefers))
     else:
-        kind, interval = "bootstrap", bootstrap_interval(lambda items, _: float(won[items].mean()), prompt, seed=seed)
+        kind, interval = "bootstrap", bootstrap_interval(lambda weight: weight @ won / weight.sum(1), prompt, seed=seed)
     counts = {"pairs": len(prefers), "prompts": distinct}
     return counts | {"accuracy": float(won.mean()), "interval": _ends(interval), "interval_of": kind}
 
