@@ -64,7 +64,7 @@ def auc(score: Tensor, label: Tensor, group: Tensor | None = None) -> float:
 def wins(score: Tensor, label: Tensor, group: Tensor | None = None) -> Wins:
     """The comparisons that `auc` sums, by positive item. Arguments and errors are those of `auc`."""
     group = torch.zeros(score.shape, dtype=torch.int64) if group is None else group
-    _check_scores(score, label, group)
+    _require_scores(score, label, group)
     _, number = torch.unique(group, return_inverse=True)
     level, levels = _levels(torch.stack([number.double(), score.double()], -1))
     negative = (~label).double()
@@ -89,7 +89,7 @@ def weighted_auc(score: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: as `auc`, or `weight` has another N.
     """
-    _check_scores(score, label, label)
+    _require_scores(score, label, label)
     if weight.dim() != 2 or weight.shape[1] != len(score):
         raise ValueError(f"weight: expected shape [R, {len(score)}], got {list(weight.shape)}")
     level, levels = _levels(score.double()[:, None])
@@ -105,7 +105,7 @@ def _levels(keys: Tensor) -> tuple[Tensor, int]:
     return place, len(distinct)
 
 
-def _check_scores(score: Tensor, label: Tensor, group: Tensor) -> None:
+def _require_scores(score: Tensor, label: Tensor, group: Tensor) -> None:
     if score.dim() != 1 or label.shape != score.shape or group.shape != score.shape:
         shapes = ", ".join(str(list(x.shape)) for x in (score, label, group))
         raise ValueError(f"score, label and group: expected one shape [N], got {shapes}")

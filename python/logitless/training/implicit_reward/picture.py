@@ -53,7 +53,7 @@ def draw(rows: Sequence[Shown], path: Path, with_reference: bool) -> None:
     top = 2
     for (name, answer), boxes, height in zip(answers, layouts, heights, strict=True):
         title = f"{name}: sum of log-odds {number_text(answer.sequence_reward)}, tokens {len(answer.ids)}"
-        _put(axes, 0, top + 0.6, title[:WIDTH], weight="bold")
+        _put_text(axes, 0, top + 0.6, title[:WIDTH], weight="bold")
         _draw_boxes(axes, boxes, top + 1)
         top += height
     with files.new_file(path) as unfinished, warnings.catch_warnings():
@@ -85,12 +85,12 @@ def _draw_boxes(axes: Any, boxes: Sequence[_Box], top: int) -> None:
 
     for box in boxes:
         if box.line >= MOST_LINES:
-            _put(axes, 0, top + MOST_LINES + 0.5, "(the rest is left out)")
+            _put_text(axes, 0, top + MOST_LINES + 0.5, "(the rest is left out)")
             return
         colour = COLOURS["light"][box.step + STEPS]
         axes.add_patch(Rectangle((box.column, top + box.line), len(box.text), 0.9, facecolor=colour))
         for place, character in enumerate(box.text):  # one by one, so that each stands on its own column
-            _put(axes, box.column + place, top + box.line + 0.5, character)
+            _put_text(axes, box.column + place, top + box.line + 0.5, character)
 
 
 def _legend(axes: Any, scale: Scale) -> None:
@@ -101,10 +101,10 @@ def _legend(axes: Any, scale: Scale) -> None:
             Rectangle((24 + 4 * place, 0.5), 4, 0.9, facecolor=colour, edgecolor=INK["light"], linewidth=0.3)
         )
     low, centre, high = (number_text(scale.centre + side * scale.span) for side in (-1, 0, 1))
-    _put(axes, 0, 1.0, f"log-odds: {low} or less")
-    _put(axes, 61, 1.0, f"{high} or more; centre {centre}")
+    _put_text(axes, 0, 1.0, f"log-odds: {low} or less")
+    _put_text(axes, 61, 1.0, f"{high} or more; centre {centre}")
 
 
-def _put(axes: Any, x: float, y: float, text: str, **options: Any) -> None:
+def _put_text(axes: Any, x: float, y: float, text: str, **options: Any) -> None:
     """Text as it stands: a dollar sign begins no formula."""
     axes.text(x, y, text, family="monospace", fontsize=9, va="center", color=INK["light"], parse_math=False, **options)
