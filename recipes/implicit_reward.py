@@ -18,6 +18,7 @@ it, and `step` also one of a step before. Three ways of asking: the endogenous r
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import subprocess
@@ -81,8 +82,8 @@ class RewardCheck:
         minutes = (time.perf_counter() - started) / 60
         results = found | {"minutes": minutes, "versions": versions()}
         self._folder("results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        for wrong in WRONG:
-            self.console.print(auc_table(wrong, found[wrong]))
+        for wrong, where in itertools.product(WRONG, ("_within_prompts", "")):
+            self.console.print(auc_table(wrong, where, found[wrong]))
         self.console.print(f"numbers: {self._folder('results.json')}; took {minutes:.1f} minutes", soft_wrap=True)
         return results
 
@@ -119,22 +120,23 @@ class RewardCheck:
         return self.settings.output / name
 
 
-def auc_table(wrong: str, summaries: Mapping[str, Any]) -> Table:
-    """The AUC within prompts of every measure in every way, with its interval."""
-    table = Table("AUC within prompts", *summaries, title=f"wrong {wrong}")
+def auc_table(wrong: str, where: str, summaries: Mapping[str, Any]) -> Table:
+    """The AUC of every measure in every way, with its interval.
+
+    Args:
+        wrong: the kind of wrong answers.
+        where: "" for the AUC over all answers, "_within_prompts" for the one against answers to the same prompt.
+        summaries: of `logitless reward`, by way.
+    """
+    table = Table("AUC", *summaries, title=f"wrong {wrong}: {where.replace('_', ' ').strip() or 'over all answers'}")
     columns = [summary["ranking"]["measures"] for summary in summaries.values()]
     for rows in zip(*columns, strict=True):
-        table.add_row(
-            rows[0]["measure"], *(_cell(row["auc_within_prompts"], row["interval_within_prompts"]) for row in rows)
-        )
-    table.add_section()
-    for rows in zip(*columns, strict=True):
-        table.add_row(f"{rows[0]['measure']}, over all", *(_cell(row["auc"], row["interval"]) for row in rows))
+        table.add_row(rows[0]["measure"], *(_cell(row[f"auc{where}"], row[f"interval{where}"]) for row in rows))
     return table
 
 
 def _cell(value: float, interval: list[float]) -> str:
-    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+    return f"{value:.2f} [{interval[0]:.2f}, {interval[1]:.2f}]"
 
 
 def score_in_process_of_its_own(options: Options) -> None:

@@ -194,7 +194,7 @@ main .token:hover,main .token:focus{outline:2px solid currentColor;outline-offse
 #tip{position:fixed;z-index:2;padding:.5rem .8rem;border:1px solid;border-radius:6px;max-width:min(24rem,90vw);
 background:inherit}
 #tip p{margin:0;overflow-wrap:anywhere;white-space:pre-wrap;font-variant-numeric:tabular-nums}
-@media print{#controls{position:static}}
+@media print,(max-width:40rem),(max-height:40rem){#controls{position:static}}
 """
     + _step_colours("light")
     + f"@media (prefers-color-scheme:dark){{{_step_colours('dark')}}}"
