@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to the AUC of the implicit reward: environment, model, fine-tuning, pairs, six runs of `logitless reward`.
 #
-#   bash recipes/implicit_reward.sh                                  about ten minutes on two cores
+#   bash recipes/implicit_reward.sh                                  about eleven minutes on two cores
 #   bash recipes/implicit_reward.sh --tuned runs/first-run/dft       the first run's model; --help lists what else
 #
 # LOGITLESS_VENV names another folder for the environment; recipes/environment.sh says what else can be set.
