@@ -184,8 +184,7 @@ def preference_rows(
         source = "model" if own else "corruption"
         rejected = sample.strip() if own else corrupted(question, draw)
         sources[source] += 1
-        pair = {"chosen": _turn("assistant", question.solution), "rejected": _turn("assistant", rejected)}
-        rows.append({"prompt": _turn("user", question.prompt)} | pair | question.columns | {"rejected_by": source})
+        rows.append(pair_row(question, rejected) | {"rejected_by": source})
     return rows, sources
 
 
@@ -199,6 +198,26 @@ def corrupted(question: Question, draw: random.Random) -> str:
         completion = question.solution.removesuffix(answer) + answer[:place] + character + answer[place + 1 :]
         if not question.is_right(completion):
             return completion
+
+
+def mistaken(question: Question, draw: random.Random) -> str:
+    """The worked solution with one character of a step replaced, and one of the answer, so that both are wrong.
+
+    What stands before the step is right, so the states of the answer become worse in the middle of it.
+    """
+    steps, answer = corrupted(question, draw).rsplit("\n", 1)
+    places = [place for place, character in enumerate(steps) if character.isdigit()]
+    places = places or [place for place in range(steps.rindex(":"), len(steps)) if steps[place].isalpha()]
+    place = draw.choice(places)
+    others = "0123456789" if steps[place].isdigit() else "aeionrst"
+    character = draw.choice([other for other in others if other != steps[place]])
+    return steps[:place] + character + steps[place + 1 :] + "\n" + answer
+
+
+def pair_row(question: Question, wrong: str) -> Row:
+    """A preference row of the worked solution against a wrong one, with the question's identity beside it."""
+    pair = {"chosen": _turn("assistant", question.solution), "rejected": _turn("assistant", wrong)}
+    return {"prompt": _turn("user", question.prompt)} | pair | question.columns
 
 
 def _turn(role: str, content: str) -> list[dict[str, str]]:

@@ -1,9 +1,9 @@
-"""The command line: `logitless train`, `teach`, `extrapolate`, `info` and `losses`.
+"""The command line: `logitless train` and the other commands; each is a function here that calls what does the work.
 
 The options of `train` are those of `TrainOptions`, which is their single statement: the flags are generated from it, a
 YAML file given with `--config` may hold the same names, and a flag wins over the file. Names that no flag has are read
-as the file's keys are, so that both know the same names of other tools and give the same errors. `teach` has those of
-the options that say which model reads which tokens, and takes the same file.
+as the file's keys are, so that both know the same names of other tools and give the same errors. `teach` and `reward`
+have those of the options that say which model reads which tokens, and take the same file.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import inspect
 import typing
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -43,6 +43,20 @@ TEACHER_OPTIONS = (
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "max_length", "truncation_mode"),
     *("column_map", "chat_template_path", "assistant_only_loss", "completion_only_loss", "per_device_eval_batch_size"),
 )
+#: Those that `reward` needs: it compares with a reference in the unit of beta, and resamples.
+REWARD_OPTIONS = (*TEACHER_OPTIONS, "beta", "seed")
+#: Shorter flags of `reward` for some of them, and what they mean there.
+REWARD_FLAGS = {
+    "model_name_or_path": ("--model", "The model whose reward is asked for: hub id, folder, or .gguf file. Required."),
+    "teacher_model_name_or_path": (
+        "--reference",
+        "The model that it is compared with, for a fine-tuned one the model before that. Default: none, which gives "
+        "the endogenous reward.",
+    ),
+    "dataset_name": ("--dataset_name", "The rows, where they are not named without a flag. Files as for train."),
+    "beta": ("--beta", "Unit of the rewards. Default: 1."),
+    "seed": ("--seed", "Seed of the intervals' resampling."),
+}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -95,17 +109,41 @@ def teach(context: typer.Context, config: str | None, output: str, k: int, serve
     _run(config, flags, context.args, TEACHER_OPTIONS, run)
 
 
+def reward(
+    context: typer.Context,
+    config: str | None,
+    output: str,
+    labels: str | None,
+    html: str | None,
+    png: str | None,
+    **flags: Any,
+) -> None:
+    """Write the reward that a model implies for every token of the rows' answers: reward --model ... ROWS."""
+
+    def run(options: TrainOptions) -> None:
+        from logitless.training.implicit_reward.command import write_rewards
+
+        write_rewards(options, output, labels=labels, html=html, png=png)
+
+    _run(config, flags, context.args, REWARD_OPTIONS, run, word="dataset_name")
+
+
 def _run(
     config: str | None,
     flags: dict[str, Any],
     further: Sequence[str],
     known: Collection[str],
     command: Callable[[TrainOptions], None],
+    word: str | None = None,
 ) -> None:
-    """Calls a command with the options of a file and of flags."""
+    """Calls a command with the options of a file and of flags.
+
+    `word` is the option that a word without a flag gives, if there is one.
+    """
     with _reported():
         values = read_yaml(config) if config is not None else {}
-        given = {name: value for name, value in flags.items() if value is not None} | _further(further, known)
+        given = {name: value for name, value in flags.items() if value is not None}
+        given |= _further(further, known, None if word in given else word)
         options, notes = options_from_mapping(_merged(values, given), config or "command line")
         for note in notes:
             typer.echo(f"note: {note}", err=True)
@@ -125,16 +163,21 @@ def _reported() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-def _further(arguments: Sequence[str], known: Collection[str]) -> dict[str, Any]:
+def _further(arguments: Sequence[str], known: Collection[str], word: str | None = None) -> dict[str, Any]:
     """Options under names that no flag has: `--name value`, `--name=value`, or `--name` alone for true.
 
     Args:
         known: the options of the command; one that another command has is refused by name.
+        word: the option that one word without a flag may give.
     """
     found: dict[str, Any] = {}
     rest = deque(arguments)
     while rest:
-        first, given, value = rest.popleft().partition("=")
+        argument = rest.popleft()
+        if word is not None and word not in found and not argument.startswith("-"):
+            found[word] = argument
+            continue
+        first, given, value = argument.partition("=")
         name = first[2:].replace("-", "_")
         if not first.startswith("--") or not name:
             raise InputError(f"command line: expected an option (--name), got {first!r}")
@@ -161,8 +204,12 @@ def _merged(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if ALIASES.get(key, key) not in replaced} | flags
 
 
-def _flags(names: Collection[str]) -> list[inspect.Parameter]:
-    """One parameter per option of these names; None means that the flag was not given."""
+def _flags(names: Collection[str], also: Mapping[str, tuple[str, str]] | None = None) -> list[inspect.Parameter]:
+    """One parameter per option of these names; None means that the flag was not given.
+
+    `also` has a further flag and another help for some of them.
+    """
+    also = also or {}
     hints = field_types()
     config = typer.Option("--config", "-c", help="YAML file of options; flags win over it.", rich_help_panel="Config")
     parameters = [_parameter("config", Annotated[str | None, config])]
@@ -171,9 +218,10 @@ def _flags(names: Collection[str]) -> list[inspect.Parameter]:
             continue
         switch = hints[spec.name] in (bool, bool | None)
         name = f"--{spec.name}/--no_{spec.name}" if switch else f"--{spec.name}"
+        further, text = also.get(spec.name, (name, _help(spec)))
         flag = typer.Option(
-            name,
-            help=_help(spec),
+            *dict.fromkeys((further, name)),
+            help=text,
             metavar=None if switch else _metavar(hints[spec.name]),
             rich_help_panel=spec.metadata["group"],
             show_default=False,
@@ -187,16 +235,24 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _teacher_flags() -> list[inspect.Parameter]:
-    """The parameters of `teach` that are no options of a training run."""
-    own: list[tuple[str, Any, Any, str]] = [
-        ("output", str, inspect.Parameter.empty, "File to write: .parquet or .jsonl."),
-        ("k", int, TEACHER_IDS, "Ids a token."),
-        ("server", str | None, None, "Address of a server with vLLM's prompt_logprobs, in place of a model."),
-    ]
+#: The parameters of `teach` and of `reward` that are no options of a training run: name, type, default, help.
+_TEACHER_FLAGS: list[tuple[str, Any, Any, str]] = [
+    ("output", str, inspect.Parameter.empty, "File to write: .parquet or .jsonl."),
+    ("k", int, TEACHER_IDS, "Ids a token."),
+    ("server", str | None, None, "Address of a server with vLLM's prompt_logprobs, in place of a model."),
+]
+_REWARD_FLAGS: list[tuple[str, Any, Any, str]] = [
+    ("output", str, inspect.Parameter.empty, "File to write: .jsonl. A summary goes beside it."),
+    ("labels", str | None, None, "Column that says which answers are right; pairs need none."),
+    ("html", str | None, None, "Page to write: .html, with the first rows' tokens in colours."),
+    ("png", str | None, None, "Plot to write: .png, of the first few rows."),
+]
+
+
+def _own_flags(flags: Sequence[tuple[str, Any, Any, str]], panel: str) -> list[inspect.Parameter]:
     return [
-        _parameter(name, Annotated[kind, typer.Option(f"--{name}", help=text, rich_help_panel="Teacher")], default)
-        for name, kind, default, text in own
+        _parameter(name, Annotated[kind, typer.Option(f"--{name}", help=text, rich_help_panel=panel)], default)
+        for name, kind, default, text in flags
     ]
 
 
@@ -220,8 +276,14 @@ def _with_context(parameters: list[inspect.Parameter]) -> inspect.Signature:
 
 train.__signature__ = _with_context(_flags(field_types()))  # type: ignore[attr-defined]
 app.command(cls=_Command, context_settings=_FURTHER)(train)
-teach.__signature__ = _with_context(_teacher_flags() + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
+teach.__signature__ = _with_context(  # type: ignore[attr-defined]
+    _own_flags(_TEACHER_FLAGS, "Teacher") + _flags(TEACHER_OPTIONS)
+)
 app.command(cls=_Command, context_settings=_FURTHER)(teach)
+reward.__signature__ = _with_context(  # type: ignore[attr-defined]
+    _own_flags(_REWARD_FLAGS, "Reward") + _flags(REWARD_OPTIONS, REWARD_FLAGS)
+)
+app.command(cls=_Command, context_settings=_FURTHER, options_metavar="[OPTIONS] ROWS")(reward)
 
 
 @app.command()

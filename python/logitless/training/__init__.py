@@ -16,6 +16,7 @@
     rollouts/   generation, model_generator, server       what samples completions
                 prompts, groups, rollout, rewards, inputs, advantages, critic   of a round
                 rounds, setup, evaluation, summary, log   rounds, made from options, and what is said of them
+    reward      implicit_reward (its __init__ lists its files), statistics
 
 `render` is the way from a row to its tokens, `run` the one from options to the first step.
 """

@@ -97,7 +97,7 @@ def _model(name: str, option: str) -> Weights:
                          "its base (peft's merge_and_unload), and save that")  # fmt: skip
     if not (folder / MODEL_CONFIG).is_file():
         raise InputError(f"{option}: {name} is not a model folder, it has no {MODEL_CONFIG}")
-    if "quantization_config" in _json(folder / MODEL_CONFIG):
+    if "quantization_config" in _json_of(folder / MODEL_CONFIG):
         raise InputError(f"{option}: {name} is quantised, and quantised weights cannot be added")
     return _weights_of(folder, option)
 
@@ -124,7 +124,7 @@ def _weights_of(folder: Path, option: str) -> Weights:
 
 
 def _sharded_weights(folder: Path) -> Weights:
-    index = _json(folder / INDEX).get("weight_map")
+    index = _json_of(folder / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
         raise InputError(f"{folder / INDEX}: expected a weight_map, of names to files")
     shapes: dict[str, list[int]] = {}
@@ -147,7 +147,7 @@ def _shapes(file: Path) -> dict[str, list[int]]:
         raise InputError(f"{file}: no safetensors can be read from it: {error}") from error
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _json_of(file: Path) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -166,7 +166,7 @@ def _require_same_settings(start: Path, aligned: Path) -> None:
 
     A key that only one of them has is passed over: releases of Transformers write different defaults.
     """
-    first, second = (_json(folder / MODEL_CONFIG) for folder in (start, aligned))
+    first, second = (_json_of(folder / MODEL_CONFIG) for folder in (start, aligned))
     for key, (ours, theirs) in _differences(first, second):
         raise InputError(f"aligned: its {MODEL_CONFIG} has {key} = {theirs!r}, and that of start has {ours!r}; "
                          "expected two trainings of one model")  # fmt: skip
