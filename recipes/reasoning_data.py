@@ -8,7 +8,6 @@ own wherever it was wrong.
 
 from __future__ import annotations
 
-import functools
 import json
 import random
 from collections import Counter
@@ -17,11 +16,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from logitless.rewards import reasoning_gym
+from logitless.rewards.judge import GYM_SIZE, gym_dataset
+
 Row = dict[str, Any]
 Steps = Callable[[dict[str, Any]], list[str]]  # a question's metadata -> the lines that lead to its answer
 
-ANSWER = "Answer:"
-SIZE = 1_000_000  # entries per reasoning-gym data set; each is made when it is asked for
+ANSWER = "Answer:"  # a mark that logitless.rewards.final_answer knows
 
 
 @dataclass(frozen=True)
@@ -56,29 +57,24 @@ class Question:
         """The right answer."""
         return str(self._entry["answer"])
 
+    @property
+    def columns(self) -> Row:
+        """What names the question in a row of data, for the reward `logitless.rewards:reasoning_gym`."""
+        return asdict(self) | {"options": self._options}
+
     def is_right(self, completion: str) -> bool:
         """Whether the completion's answer gets reasoning-gym's full score."""
-        score: float = _dataset(self.task, self.seed).score_answer(answer=final_answer(completion), entry=self._entry)
-        return score >= 1
+        [score] = reasoning_gym([completion], **{name: [value] for name, value in self.columns.items()})
+        return score == 1
+
+    @property
+    def _options(self) -> str:
+        return json.dumps(TASKS[self.task].options)
 
     @property
     def _entry(self) -> dict[str, Any]:
-        entry: dict[str, Any] = _dataset(self.task, self.seed)[self.index]
+        entry: dict[str, Any] = gym_dataset(self.task, self.seed, self._options)[self.index]
         return entry
-
-
-@functools.cache
-def _dataset(task: str, seed: int) -> Any:
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(task, size=SIZE, seed=seed, **TASKS[task].options)
-
-
-def final_answer(completion: str) -> str:
-    """What follows the last "Answer:", or without one the last line."""
-    lines = [line.strip() for line in completion.splitlines() if line.strip()]
-    marked = [line for line in lines if line.startswith(ANSWER)]
-    return (marked or lines or [""])[-1].removeprefix(ANSWER).strip()
 
 
 # Worked solutions
@@ -154,7 +150,7 @@ def make_questions(seed: int, count: int, *, held_out: Iterable[Question] = ()) 
     """`count` different questions, the tasks in turn, none of them worded as one of `held_out`."""
     seen = {question.prompt for question in held_out}
     found: list[Question] = []
-    for number in range(SIZE):
+    for number in range(GYM_SIZE):
         if len(found) == count:
             break
         index, turn = divmod(number, len(TASKS))
@@ -166,10 +162,9 @@ def make_questions(seed: int, count: int, *, held_out: Iterable[Question] = ()) 
 
 
 def sft_row(question: Question) -> Row:
-    """A prompt-completion row, with the question's identity beside it."""
-    return {"prompt": _turn("user", question.prompt), "completion": _turn("assistant", question.solution)} | asdict(
-        question
-    )
+    """A prompt-completion row, with what names the question beside it."""
+    completion = _turn("assistant", question.solution)
+    return {"prompt": _turn("user", question.prompt), "completion": completion} | question.columns
 
 
 def preference_rows(
@@ -189,8 +184,7 @@ def preference_rows(
         source = "model" if own else "corruption"
         rejected = sample.strip() if own else corrupted(question, draw)
         sources[source] += 1
-        pair = {"chosen": _turn("assistant", question.solution), "rejected": _turn("assistant", rejected)}
-        rows.append({"prompt": _turn("user", question.prompt)} | pair | asdict(question) | {"rejected_by": source})
+        rows.append(pair_row(question, rejected) | {"rejected_by": source})
     return rows, sources
 
 
@@ -204,6 +198,26 @@ def corrupted(question: Question, draw: random.Random) -> str:
         completion = question.solution.removesuffix(answer) + answer[:place] + character + answer[place + 1 :]
         if not question.is_right(completion):
             return completion
+
+
+def mistaken(question: Question, draw: random.Random) -> str:
+    """The worked solution with one character of a step replaced, and one of the answer, so that both are wrong.
+
+    What stands before the step is right, so the states of the answer become worse in the middle of it.
+    """
+    steps, answer = corrupted(question, draw).rsplit("\n", 1)
+    places = [place for place, character in enumerate(steps) if character.isdigit()]
+    places = places or [place for place in range(steps.rindex(":"), len(steps)) if steps[place].isalpha()]
+    place = draw.choice(places)
+    others = "0123456789" if steps[place].isdigit() else "aeionrst"
+    character = draw.choice([other for other in others if other != steps[place]])
+    return steps[:place] + character + steps[place + 1 :] + "\n" + answer
+
+
+def pair_row(question: Question, wrong: str) -> Row:
+    """A preference row of the worked solution against a wrong one, with the question's identity beside it."""
+    pair = {"chosen": _turn("assistant", question.solution), "rejected": _turn("assistant", wrong)}
+    return {"prompt": _turn("user", question.prompt)} | pair | question.columns
 
 
 def _turn(role: str, content: str) -> list[dict[str, str]]:

@@ -1,4 +1,4 @@
-"""The command line: `logitless train`, `teach`, `evaluate`, `mask-critical`, `info` and `losses`.
+"""The command line: `logitless train` and the other commands; each is a function here that calls what does the work.
 
 The options of `train` are those of `TrainOptions`, which is their single statement: the flags are generated from it, a
 YAML file given with `--config` may hold the same names, and a flag wins over the file. Names that no flag has are read
@@ -12,7 +12,8 @@ import dataclasses
 import inspect
 import typing
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -20,6 +21,7 @@ from typer.core import TyperCommand
 
 from logitless import commands
 from logitless.training.config import (
+    GROUPS,
     TEACHER_IDS,
     TRUTH,
     TrainOptions,
@@ -42,17 +44,35 @@ TEACHER_OPTIONS = (
     *("dataset_name", "dataset_config", "dataset_train_split", "dataset_text_field", "max_length", "truncation_mode"),
     *("column_map", "chat_template_path", "assistant_only_loss", "completion_only_loss", "per_device_eval_batch_size"),
 )
+#: Those that `reward` needs: it compares with a reference in the unit of beta, and resamples.
+REWARD_OPTIONS = (*TEACHER_OPTIONS, "beta", "seed")
+#: Shorter flags of `reward` for some of them, and what they mean there.
+REWARD_FLAGS = {
+    "model_name_or_path": ("--model", "The model whose reward is asked for: hub id, folder, or .gguf file. Required."),
+    "teacher_model_name_or_path": (
+        "--reference",
+        "The model that it is compared with, for a fine-tuned one the model before that. Default: none, which gives "
+        "the endogenous reward.",
+    ),
+    "dataset_name": ("--dataset_name", "The rows, where they are not named without a flag. Files as for train."),
+    "beta": ("--beta", "Unit of the rewards. Default: 1."),
+    "seed": ("--seed", "Seed of the intervals' resampling."),
+}
 
-#: Options of `mask-critical`: the model, its rows, how completions are drawn and rewarded.
+#: Those that say how completions are drawn and rewarded.
+_DRAWN = (
+    *("reward_funcs", "reward_weights", "max_completion_length", "temperature", "top_p", "top_k", "min_p", "seed"),
+    "per_device_generation_batch_size",
+)
+#: Those of `evaluate`, which compares with a reference.
+EVALUATE_OPTIONS = (
+    *(name for name in TEACHER_OPTIONS if name != "dataset_train_split"),
+    *("dataset_test_split", *_DRAWN, "on_policy", "num_generations", "beta"),
+)
+#: Those of `mask-critical`, which has a form of rows of its own, where the answer counts.
 CRITICAL_OPTIONS = (
     *(name for name in TEACHER_OPTIONS if name not in ("teacher_model_name_or_path", *_MASKS)),
-    *("reward_funcs", "reward_weights", "max_completion_length", "temperature", "top_p", "top_k", "min_p"),
-    *("per_device_generation_batch_size", "seed"),
-)
-#: Options of `evaluate`: these, a reference, and the split that is evaluated on.
-EVALUATE_OPTIONS = (
-    *(name for name in CRITICAL_OPTIONS if name != "dataset_train_split"),
-    *("dataset_test_split", "teacher_model_name_or_path", "beta", "on_policy", "num_generations", *_MASKS),
+    *_DRAWN,
 )
 
 app = typer.Typer(
@@ -106,6 +126,25 @@ def teach(context: typer.Context, config: str | None, output: str, k: int, serve
     _run(config, flags, context.args, TEACHER_OPTIONS, run)
 
 
+def reward(
+    context: typer.Context,
+    config: str | None,
+    output: str,
+    labels: str | None,
+    html: str | None,
+    png: str | None,
+    **flags: Any,
+) -> None:
+    """Write the reward that a model implies for every token of the rows' answers: reward --model ... ROWS."""
+
+    def run(options: TrainOptions) -> None:
+        from logitless.training.implicit_reward.command import write_rewards
+
+        write_rewards(options, output, labels=labels, html=html, png=png)
+
+    _run(config, flags, context.args, REWARD_OPTIONS, run, word="dataset_name")
+
+
 def evaluate_rows(
     context: typer.Context,
     config: str | None,
@@ -115,7 +154,7 @@ def evaluate_rows(
     threshold_func: str | None,
     **flags: Any,
 ) -> None:
-    """Measure a model on rows: rewards of its samples, pass@k, divergence from a reference, preferences, likelihood."""
+    """Measure a model on rows: rewards of its samples, pass@k, distance from a reference, preferences, likelihood."""
 
     def run(options: TrainOptions) -> None:
         from logitless.training.evaluate.command import evaluate_model
@@ -137,7 +176,7 @@ def mask_critical(
     threshold_func: str | None,
     **flags: Any,
 ) -> None:
-    """Write rows with a column token_weight that trains the tokens alone on which a right answer hangs."""
+    """Write rows with a column token_weight, so that only the tokens are trained on which a right answer hangs."""
 
     def run(options: TrainOptions) -> None:
         from logitless.training.critical_tokens import Search, mask_critical_tokens
@@ -155,15 +194,27 @@ def _run(
     further: Sequence[str],
     known: Collection[str],
     command: Callable[[TrainOptions], None],
+    word: str | None = None,
 ) -> None:
-    """Calls a command with the options of a file and of flags; its errors are one line and a status."""
-    try:
+    """Calls a command with the options of a file and of flags.
+
+    `word` is the option that a word without a flag gives, if there is one.
+    """
+    with _reported():
         values = read_yaml(config) if config is not None else {}
-        given = {name: value for name, value in flags.items() if value is not None} | _further(further, known)
+        given = {name: value for name, value in flags.items() if value is not None}
+        given |= _further(further, known, None if word in given else word)
         options, notes = options_from_mapping(_merged(values, given), config or "command line")
         for note in notes:
             typer.echo(f"note: {note}", err=True)
         command(options)
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Makes a command's errors one line and a status."""
+    try:
+        yield
     except (InputError, NonFiniteLossError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1 if isinstance(error, NonFiniteLossError) else 2) from error
@@ -172,16 +223,21 @@ def _run(
         raise typer.Exit(1) from error
 
 
-def _further(arguments: Sequence[str], known: Collection[str]) -> dict[str, Any]:
+def _further(arguments: Sequence[str], known: Collection[str], word: str | None = None) -> dict[str, Any]:
     """Options under names that no flag has: `--name value`, `--name=value`, or `--name` alone for true.
 
     Args:
         known: the options of the command; one that another command has is refused by name.
+        word: the option that one word without a flag may give.
     """
     found: dict[str, Any] = {}
     rest = deque(arguments)
     while rest:
-        first, given, value = rest.popleft().partition("=")
+        argument = rest.popleft()
+        if word is not None and word not in found and not argument.startswith("-"):
+            found[word] = argument
+            continue
+        first, given, value = argument.partition("=")
         name = first[2:].replace("-", "_")
         if not first.startswith("--") or not name:
             raise InputError(f"command line: expected an option (--name), got {first!r}")
@@ -208,19 +264,24 @@ def _merged(values: dict[str, Any], flags: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if ALIASES.get(key, key) not in replaced} | flags
 
 
-def _flags(names: Collection[str]) -> list[inspect.Parameter]:
-    """One parameter per option of these names; None means that the flag was not given."""
+def _flags(names: Collection[str], also: Mapping[str, tuple[str, str]] | None = None) -> list[inspect.Parameter]:
+    """One parameter per option of these names; None means that the flag was not given.
+
+    `also` has a further flag and another help for some of them.
+    """
+    also = also or {}
     hints = field_types()
     config = typer.Option("--config", "-c", help="YAML file of options; flags win over it.", rich_help_panel="Config")
     parameters = [_parameter("config", Annotated[str | None, config])]
-    for spec in dataclasses.fields(TrainOptions):
+    for spec in sorted(dataclasses.fields(TrainOptions), key=lambda spec: GROUPS.index(spec.metadata["group"])):
         if spec.name not in names:
             continue
         switch = hints[spec.name] in (bool, bool | None)
         name = f"--{spec.name}/--no_{spec.name}" if switch else f"--{spec.name}"
+        further, text = also.get(spec.name, (name, _help(spec)))
         flag = typer.Option(
-            name,
-            help=_help(spec),
+            *dict.fromkeys((further, name)),
+            help=text,
             metavar=None if switch else _metavar(hints[spec.name]),
             rich_help_panel=spec.metadata["group"],
             show_default=False,
@@ -234,37 +295,40 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-_REQUIRED = inspect.Parameter.empty
-_RIGHT_FLAGS: tuple[tuple[str, Any, Any, str], ...] = (
+#: The parameters of commands that are no options of a training run: name, type, default, help.
+_TEACHER_FLAGS: list[tuple[str, Any, Any, str]] = [
+    ("output", str, inspect.Parameter.empty, "File to write: .parquet or .jsonl."),
+    ("k", int, TEACHER_IDS, "Ids a token."),
+    ("server", str | None, None, "Address of a server with vLLM's prompt_logprobs, in place of a model."),
+]
+_REWARD_FLAGS: list[tuple[str, Any, Any, str]] = [
+    ("output", str, inspect.Parameter.empty, "File to write: .jsonl. A summary goes beside it."),
+    ("labels", str | None, None, "Column that says which answers are right; pairs need none."),
+    ("html", str | None, None, "Page to write: .html, with the first rows' tokens in colours."),
+    ("png", str | None, None, "Plot to write: .png, of the first few rows."),
+]
+_RIGHT_FLAGS: list[tuple[str, Any, Any, str]] = [
     ("threshold", float, 1.0, "Least reward of a completion that counts as right."),
     ("threshold_func", str | None, None, "Reward function that is compared with it. Default: the weighted sum of all."),
-)
-#: The parameters of commands that are no options of a training run: name, type, default and help.
-_OWN_FLAGS: dict[str, tuple[tuple[str, Any, Any, str], ...]] = {
-    "Teacher": (
-        ("output", str, _REQUIRED, "File to write: .parquet or .jsonl."),
-        ("k", int, TEACHER_IDS, "Ids a token."),
-        ("server", str | None, None, "Address of a server with vLLM's prompt_logprobs, in place of a model."),
-    ),
-    "Evaluation": (
-        ("output", str | None, None, "File for the samples with their rewards: .jsonl or .parquet."),
-        ("json", str | None, None, "File for the metrics: .json."),
-        *_RIGHT_FLAGS,
-    ),
-    "Critical tokens": (
-        ("output", str, _REQUIRED, "File to write: .jsonl."),
-        ("alternatives", int, 2, "Likeliest other tokens that stand in for a token."),
-        ("positions", int | None, None, "Tokens of an answer that are looked at. Default: all."),
-        ("samples", int, 0, "Continuations of each that are sampled; 0: one, of the likeliest tokens."),
-        *_RIGHT_FLAGS,
-    ),
-}
+]
+_EVALUATE_FLAGS: list[tuple[str, Any, Any, str]] = [
+    ("output", str | None, None, "File for the samples with their rewards: .jsonl or .parquet."),
+    ("json", str | None, None, "File for the metrics: .json."),
+    *_RIGHT_FLAGS,
+]
+_CRITICAL_FLAGS: list[tuple[str, Any, Any, str]] = [
+    ("output", str, inspect.Parameter.empty, "File to write: .jsonl."),
+    ("alternatives", int, 2, "Likeliest other tokens that stand in for a token."),
+    ("positions", int | None, None, "Tokens of an answer that are looked at. Default: all."),
+    ("samples", int, 0, "Continuations of each that are sampled; 0: one, of the likeliest tokens."),
+    *_RIGHT_FLAGS,
+]
 
 
-def _own_flags(panel: str) -> list[inspect.Parameter]:
+def _own_flags(flags: Sequence[tuple[str, Any, Any, str]], panel: str) -> list[inspect.Parameter]:
     return [
         _parameter(name, Annotated[kind, typer.Option(f"--{name}", help=text, rich_help_panel=panel)], default)
-        for name, kind, default, text in _OWN_FLAGS[panel]
+        for name, kind, default, text in flags
     ]
 
 
@@ -288,14 +352,38 @@ def _with_context(parameters: list[inspect.Parameter]) -> inspect.Signature:
 
 train.__signature__ = _with_context(_flags(field_types()))  # type: ignore[attr-defined]
 app.command(cls=_Command, context_settings=_FURTHER)(train)
-teach.__signature__ = _with_context(_own_flags("Teacher") + _flags(TEACHER_OPTIONS))  # type: ignore[attr-defined]
+teach.__signature__ = _with_context(  # type: ignore[attr-defined]
+    _own_flags(_TEACHER_FLAGS, "Teacher") + _flags(TEACHER_OPTIONS)
+)
 app.command(cls=_Command, context_settings=_FURTHER)(teach)
-_evaluated = _with_context(_own_flags("Evaluation") + _flags(EVALUATE_OPTIONS))
-evaluate_rows.__signature__ = _evaluated  # type: ignore[attr-defined]
+reward.__signature__ = _with_context(  # type: ignore[attr-defined]
+    _own_flags(_REWARD_FLAGS, "Reward") + _flags(REWARD_OPTIONS, REWARD_FLAGS)
+)
+app.command(cls=_Command, context_settings=_FURTHER, options_metavar="[OPTIONS] ROWS")(reward)
+evaluate_rows.__signature__ = _with_context(  # type: ignore[attr-defined]
+    _own_flags(_EVALUATE_FLAGS, "Evaluation") + _flags(EVALUATE_OPTIONS)
+)
 app.command("evaluate", cls=_Command, context_settings=_FURTHER)(evaluate_rows)
-_masked = _with_context(_own_flags("Critical tokens") + _flags(CRITICAL_OPTIONS))
-mask_critical.__signature__ = _masked  # type: ignore[attr-defined]
+mask_critical.__signature__ = _with_context(  # type: ignore[attr-defined]
+    _own_flags(_CRITICAL_FLAGS, "Critical tokens") + _flags(CRITICAL_OPTIONS)
+)
 app.command("mask-critical", cls=_Command, context_settings=_FURTHER)(mask_critical)
+
+
+@app.command()
+def extrapolate(
+    start: Annotated[str, typer.Option("--start", help="Folder or hub id of the model before its alignment.")],
+    aligned: Annotated[str, typer.Option("--aligned", help="Folder or hub id of the model after it.")],
+    alpha: Annotated[float, typer.Option("--alpha", help="How far beyond, as a share of the way between the two.")],
+    output: Annotated[str, typer.Option("--output", help="Folder to write.")],
+) -> None:
+    """Write the model aligned + alpha (aligned - start), beyond an alignment (ExPO)."""
+    with _reported():
+        from logitless.training.extrapolate import write_extrapolated
+
+        for note in write_extrapolated(start, aligned, output, alpha=alpha):
+            typer.echo(f"note: {note}", err=True)
+        typer.echo(f"model in {output}")
 
 
 @app.command()

@@ -14,7 +14,7 @@ from logitless.losses.policy import advantages as formulas
 from logitless.training.errors import InputError
 
 #: What an option may name; "gae" asks a value function, which is trained beside the policy.
-ESTIMATORS = ("group", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline", "prefix", "signed", "gae")
+ADVANTAGES = ("group", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline", "prefix", "signed", "gae")
 
 #: The estimators of the papers of these losses; "group", GRPO's, is that of all others.
 _OF_LOSSES = {

@@ -20,7 +20,8 @@ from logitless.training.rollouts.inputs import correction_of
 from logitless.training.rollouts.model_generator import ModelTextGenerator, ends_of
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rewards import load_rewards
-from logitless.training.rollouts.rounds import Judge, Rounds, Settings
+from logitless.training.rollouts.rounds import Judge, Rounds, RoundSettings
+from logitless.training.rollouts.server import ServerTextGenerator
 
 
 def check_options(options: TrainOptions, loss: Loss, world: World) -> None:
@@ -105,8 +106,8 @@ def make_rounds(
     critic = None
     if judge is not None and estimator == "gae":
         critic = load_critic(source, options.model_revision, options, world, bf16=bf16)
-    generator = make_generator(options, model, tokenizer, loader.pad_token, answer_end, bf16=bf16)
-    settings = Settings(
+    generator = make_generator(options, world, model, tokenizer, loader.pad_token, answer_end, bf16=bf16)
+    settings = RoundSettings(
         tokenizer=tokenizer,
         generator=generator,
         sampling=sampling,
@@ -114,7 +115,7 @@ def make_rounds(
         schedule=schedule,
         estimator=estimator,
         scale=scale_of(loss.name, options.scale_rewards),
-        correction=correction_of(options, loss, sampling, served=not isinstance(generator, ModelTextGenerator)),
+        correction=correction_of(options, loss, sampling, served=options.use_vllm),
         critic=critic,
         groups=groups,
         updates=updates,
@@ -135,12 +136,12 @@ def sampling_of(options: TrainOptions) -> Sampling:
 
 
 def make_generator(
-    options: TrainOptions, model: Any, tokenizer: Any, pad_token: int, answer_end: str, *, bf16: bool
+    options: TrainOptions, world: World, model: Any, tokenizer: Any, pad_token: int, answer_end: str, *, bf16: bool
 ) -> TextGenerator:
-    """What samples: the model in this process.
+    """What samples: the model in this process, or a server.
 
     Raises:
-        InputError: the model could draw tokens that it cannot read.
+        InputError: the model could draw tokens that it cannot read, or there is no such server.
     """
     if head_rows(model) > embedding_rows(model):
         raise InputError(
@@ -148,6 +149,21 @@ def make_generator(
             f"{embedding_rows(model)}, so that tokens may be drawn that cannot be read"
         )
     ends = ends_of(model, tokenizer, answer_end)
+    if options.use_vllm:
+        folder = (
+            Path(options.output_dir) / "vllm" if options.vllm_weights_dir is None else Path(options.vllm_weights_dir)
+        )
+        return ServerTextGenerator(
+            options.vllm_server_base_url,
+            end_ids=ends,
+            vocabulary=embedding_rows(model),
+            folder=folder.absolute(),
+            world=world,
+            model_name=options.vllm_server_model,
+            start_timeout=options.vllm_server_timeout,
+            timeout=options.vllm_request_timeout,
+            requests=options.vllm_server_requests,
+        )
     return ModelTextGenerator(
         model, pad_token=pad_token, ends=ends, bf16=bf16, batch_size=options.per_device_generation_batch_size
     )
