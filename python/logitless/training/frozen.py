@@ -98,7 +98,7 @@ def load_frozen(
     if Path(source).is_dir():  # a download's bars stay
         hide_progress_bars()
     if read:
-        check_tokenizers(tokenizer, load_tokenizer(source, options), read, name, whole=True)
+        check_tokenizers(tokenizer, load_tokenizer(source, options), read, name, whole=True, role="reference")
     engine = PatchedEngine(loss, world.device, computes_in_bf16(options, world.device))
     model = patched(load_model(source, options, world, frozen=True), options, loss).eval()
     check_finite(model, name)

@@ -144,7 +144,7 @@ def _evaluate(options: TrainOptions, world: World, output: Path | None, right: R
         for line in [*(data.summary() for data in read.data), *(f"note: {note}" for note in [*notes, *more])]:
             progress.say(line)
         if read.prompts is not None:
-            generator = make_generator(options, policy.model, tokenizer, policy.pad_token, renderer.answer_end,
+            generator = make_generator(options, world, policy.model, tokenizer, policy.pad_token, renderer.answer_end,
                                        bf16=policy.engine.bf16)  # fmt: skip
             sampling = sampling_of(options)
             sampled = sample_prompts(options, generator, read.prompts, judge, tokenizer, progress)
