@@ -39,8 +39,9 @@ def measures_of_answers(
         stats = policy.stats(policy.states(batch), batch, ("logprob", "correct"))
         assert stats.logprob is not None and stats.correct is not None
         tokens = batch_layout(batch).mask.sum(1).double().cpu()
-        sums = {"nll": -stats.logprob.double().sum(1), "mean_token_accuracy": stats.correct.double().sum(1)}
-        parts.append({name: measured(total.cpu(), prompt[numbers], tokens) for name, total in sums.items()})
+        nll, right = (x.double().sum(1).cpu() for x in (-stats.logprob, stats.correct))
+        own = {"nll": measured(nll, prompt[numbers], tokens)}
+        parts.append(own | {"mean_token_accuracy": measured(right, prompt[numbers], tokens, share=True)})
         progress.advance(numbers[-1] + 1)
     return all_of(parts)
 

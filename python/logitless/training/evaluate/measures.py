@@ -25,7 +25,7 @@ class Measure(NamedTuple):
     prompt: torch.Tensor
     """Int64: equal numbers are items of one prompt."""
     share: bool = False
-    """Whether it is a mean of numbers from 0 to 1, each of a weight of 1."""
+    """Whether it is a share: each total is from 0 to its weight."""
 
 
 class Figure(NamedTuple):
@@ -49,7 +49,7 @@ def measured(
     """A measure of the items whose total is known, not NaN; `weight` is 1 by default, and the tokens of a sum of them.
 
     Args:
-        share: whether every total is a number from 0 to 1, without weights.
+        share: whether every total is from 0 to its weight.
     """
     known = ~total.isnan()
     weight = torch.ones(total.shape) if weight is None else weight
@@ -83,7 +83,7 @@ def figure(found: Measure, *, seed: int = 0) -> Figure:
     value = float(total.sum() / weight.sum())
     if prompts < 2:
         return Figure(value, Interval(math.nan, math.nan), prompts, items)
-    single = prompts == items and bool(((total == 0) | (total == 1)).all())
+    single = prompts == items and bool((((total == 0) | (total == 1)) & (weight == 1)).all())
     if share and (single or value in (0.0, 1.0)):
         return Figure(value, wilson_interval(round(value * prompts), prompts), prompts, items)
     interval = bootstrap_interval(lambda times: (times @ total) / (times @ weight), prompt, seed=seed)
