@@ -4,10 +4,16 @@ A question is (task, seed, index): from these three reasoning-gym makes the same
 it. What a model learns to write is a worked solution of tens of tokens whose last line, "Answer: ...", is scored; the
 prompt shows the form on a small example. A preference pair sets the worked solution against a wrong one: the model's
 own wherever it was wrong.
+
+    python recipes/reasoning_data.py --output data/reasoning
+
+writes the rows of recipes/papers/small: SFT rows, which are demonstrations and prompts for the reward `reasoning_gym`
+too, and pairs whose wrong answers differ from the right ones in one character.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 from collections import Counter
@@ -228,3 +234,41 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     """One JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+# The command
+
+
+def write_rows(folder: Path, *, train: int, held_out: int, seed: int) -> list[Path]:
+    """Writes rows and pairs to train on and to evaluate on: `rows.jsonl`, `pairs.jsonl`, `held-out-rows.jsonl`, ...
+
+    Args:
+        train, held_out: how many questions each have; none is in both.
+        seed: of the questions.
+    """
+    kept = make_questions(seed + 1, held_out)
+    parts = {"": make_questions(seed, train, held_out=kept), "held-out-": kept}
+    paths = []
+    for part, questions in parts.items():
+        pairs = preference_rows(questions, [""] * len(questions), seed)[0]
+        for name, rows in {"rows": [sft_row(question) for question in questions], "pairs": pairs}.items():
+            write_jsonl(folder / f"{part}{name}.jsonl", rows)
+            paths.append(folder / f"{part}{name}.jsonl")
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Questions with verifiable answers, as rows and preference pairs.")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder of the files")
+    add("--train", type=int, default=512, help="questions to train on (default: %(default)s)")
+    add("--held-out", type=int, default=64, help="questions kept for evaluation (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the questions (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    for path in write_rows(given.output, train=given.train, held_out=given.held_out, seed=given.seed):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from .info import info, version_of
 from .losses import Loss
 
 #: The commands that need the packages of the extra `train`.
-NEEDING = ("train", "teach", "reward", "extrapolate")
+NEEDING = ("train", "teach", "evaluate", "reward", "mask-critical", "extrapolate")
 
 
 def version() -> str:
