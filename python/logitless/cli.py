@@ -104,10 +104,15 @@ class _Command(TyperCommand):
         return super().parse_args(ctx, found)
 
 
-def train(context: typer.Context, config: str | None, **flags: Any) -> None:
+def train(context: typer.Context, config: str | None, seeds: str | None, **flags: Any) -> None:
     """Fine-tune a causal language model: --method sft, dft, f-divergence or dpo."""
 
     def run(options: TrainOptions) -> None:
+        if seeds is not None:
+            from logitless.training.seeds import read_seeds, train_seeds
+
+            train_seeds(options, read_seeds(seeds))
+            return
         from logitless.training import train as run_training
 
         run_training(options)
@@ -296,6 +301,9 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
 
 
 #: The parameters of commands that are no options of a training run: name, type, default, help.
+_TRAIN_FLAGS: list[tuple[str, Any, Any, str]] = [
+    ("seeds", str | None, None, "Seeds of several runs, one after the other, comma-separated; each in its own folder."),
+]
 _TEACHER_FLAGS: list[tuple[str, Any, Any, str]] = [
     ("output", str, inspect.Parameter.empty, "File to write: .parquet or .jsonl."),
     ("k", int, TEACHER_IDS, "Ids a token."),
@@ -350,7 +358,9 @@ def _with_context(parameters: list[inspect.Parameter]) -> inspect.Signature:
     return inspect.Signature([context, *parameters])
 
 
-train.__signature__ = _with_context(_flags(field_types()))  # type: ignore[attr-defined]
+train.__signature__ = _with_context(  # type: ignore[attr-defined]
+    _flags(field_types()) + _own_flags(_TRAIN_FLAGS, "Optimisation")
+)
 app.command(cls=_Command, context_settings=_FURTHER)(train)
 teach.__signature__ = _with_context(  # type: ignore[attr-defined]
     _own_flags(_TEACHER_FLAGS, "Teacher") + _flags(TEACHER_OPTIONS)

@@ -54,7 +54,7 @@ def read_columns(
         value = _value(row, name, side)
         values = _numbers(1.0 if value is None and name == TOKEN_WEIGHT else value, called, row)
         if name == TOKEN_WEIGHT:
-            values = _weights(values, called, row)
+            values = _checked_weights(values, called, row)
         if name in BOOLEANS:
             values = _booleans(values, called, row)
         if name in single and values.shape != (1,):
@@ -128,9 +128,11 @@ def _booleans(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
     return values.bool()
 
 
-def _weights(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
+def _checked_weights(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
     if values.dim() > 1 or (values < 0).any():
-        raise InputError(f"{row.origin}: the column {name} must hold numbers of at least 0, got {values.tolist()!r:.100}")
+        raise InputError(
+            f"{row.origin}: the column {name} must hold numbers of at least 0, got {values.tolist()!r:.100}"
+        )
     return values.float()
 
 

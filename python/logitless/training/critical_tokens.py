@@ -55,6 +55,8 @@ from logitless.types import BackendName
 
 #: Continuations that are sampled together where `per_device_generation_batch_size` does not say it.
 TOGETHER_AT_MOST = 64
+#: Share of wrong continuations from which a token is critical.
+WRONG_SHARE = 0.5
 #: Options that a command that goes on must share with the one that began.
 _SETTINGS = (
     *("model_name_or_path", "model_revision", "dtype", "bf16", "dataset_name", "dataset_config", "dataset_train_split"),
@@ -141,7 +143,8 @@ class _Answer(NamedTuple):
     @property
     def counted(self) -> list[int]:
         """The places of the tokens that count."""
-        return (self.example.labels != IGNORED).nonzero()[:, 0].tolist()  # type: ignore[no-any-return]
+        places: list[int] = (self.example.labels != IGNORED).nonzero()[:, 0].tolist()
+        return places
 
 
 def _read_answers(options: TrainOptions, renderer: Renderer) -> tuple[list[_Answer], int]:
@@ -153,7 +156,7 @@ def _read_answers(options: TrainOptions, renderer: Renderer) -> tuple[list[_Answ
     name, room = options.dataset_name, options.max_completion_length
     rows = renamed(read_rows(name, split=options.dataset_train_split, config=options.dataset_config),
                    options.column_map)  # fmt: skip
-    found = [_answer_of(row, renderer) for row in rows]
+    found = [_whole_answer(row, renderer) for row in rows]
     usable = [each for each in found if each is not None and len(each.counted) <= room
               and len(each.prompt.ids) + room <= options.max_length]  # fmt: skip
     if not usable:
@@ -162,7 +165,7 @@ def _read_answers(options: TrainOptions, renderer: Renderer) -> tuple[list[_Answ
     return usable, len(rows)
 
 
-def _answer_of(row: Row, renderer: Renderer) -> _Answer | None:
+def _whole_answer(row: Row, renderer: Renderer) -> _Answer | None:
     asked = canonical_prompt(row, chat=bool(renderer.tokenizer.chat_template)).values
     if "completion" not in asked:
         return None
@@ -210,7 +213,7 @@ class _Searcher:
             if verdict == verdict:  # not NaN: known
                 verdicts.setdefault(len(slot.start) - 1, []).append(verdict)
         wrong = {place: 1 - sum(own) / len(own) for place, own in verdicts.items()}
-        return [int(wrong.get(place, 0.0) >= 0.5) for place in places]
+        return [int(wrong.get(place, 0.0) >= WRONG_SHARE) for place in places]
 
     def _slots(self, answer: _Answer) -> list[Slot]:
         """The beginnings of the answer with another token at their end."""
@@ -238,13 +241,12 @@ class _Searcher:
         room = self.sampling.max_tokens
         for numbers in consecutive(len(slots), self.together):
             own = [slots[number] for number in numbers]
-            open_ones = [slot for slot in own if slot.sampled]
-            completions = iter(())
-            if open_ones:
-                longest = room - min(slot.shown for slot in open_ones)
-                sampling = dataclasses.replace(self.sampling, max_tokens=longest)
-                starts = [slot.start for slot in open_ones]
-                completions = iter(self.generator.generate(starts, sampling, self.seed + numbers[0]))
+            sampled = [slot for slot in own if slot.sampled]
+            longest = room - min((slot.shown for slot in sampled), default=0)
+            sampling = dataclasses.replace(self.sampling, max_tokens=longest)
+            starts = [slot.start for slot in sampled]
+            found = self.generator.generate(starts, sampling, self.seed + numbers[0]) if starts else []
+            completions = iter(found)
             yield from (rollout_of(slot, next(completions) if slot.sampled else None, room) for slot in own)
 
 

@@ -38,7 +38,7 @@ _READ = frozenset((
 ))  # fmt: skip
 
 #: Columns whose words a row of prompt and completion has in its prompt, and those of other forms.
-_REPLACED = frozenset((*CONVERSATIONS, *TALKS, *_SYSTEM, "text", "chosen", "rejected"))
+_REDUNDANT = frozenset((*CONVERSATIONS, *TALKS, *_SYSTEM, "text", "chosen", "rejected"))
 
 # The text on which the authors of Stanford's Alpaca trained.
 _ALPACA = (
@@ -169,7 +169,7 @@ def with_completion(columns: Mapping[str, Any], prompt: Text, completion: Text) 
         prompt: of `canonical_prompt`.
         completion: a string behind a string, turns behind turns.
     """
-    kept = {name: value for name, value in columns.items() if name not in _REPLACED}
+    kept = {name: value for name, value in columns.items() if name not in _REDUNDANT}
     return {**kept, "prompt": prompt, "completion": completion}
 
 

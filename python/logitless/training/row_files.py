@@ -10,7 +10,7 @@ from typing import Any
 from logitless.training import files
 from logitless.training.errors import InputError
 
-Rows = Sequence[Mapping[str, Any]]
+PlainRows = Sequence[Mapping[str, Any]]
 
 
 def require_file(name: str, option: str, *endings: str) -> Path:
@@ -34,7 +34,7 @@ def require_file(name: str, option: str, *endings: str) -> Path:
     return path
 
 
-def write_rows(path: Path, rows: Rows) -> None:
+def write_rows(path: Path, rows: PlainRows) -> None:
     """Writes the rows in the form that the path's ending says.
 
     Raises:
@@ -56,11 +56,11 @@ def json_line(row: Mapping[str, Any]) -> str:
         raise InputError(f"a row has a value that JSONL cannot hold: {error}; write .parquet") from error
 
 
-def _write_lines(path: Path, rows: Rows) -> None:
+def _write_lines(path: Path, rows: PlainRows) -> None:
     path.write_text("".join(map(json_line, rows)), encoding="utf-8")
 
 
-def _write_table(path: Path, rows: Rows) -> None:
+def _write_table(path: Path, rows: PlainRows) -> None:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -74,4 +74,4 @@ def _write_table(path: Path, rows: Rows) -> None:
     parquet.write_table(table, path)
 
 
-_WRITE: dict[str, Callable[[Path, Rows], None]] = {".jsonl": _write_lines, ".parquet": _write_table}
+_WRITE: dict[str, Callable[[Path, PlainRows], None]] = {".jsonl": _write_lines, ".parquet": _write_table}

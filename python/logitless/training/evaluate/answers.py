@@ -14,7 +14,7 @@ from logitless.losses.whole_sequence import PreferenceResult
 from logitless.training.collate import Batch, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row
-from logitless.training.evaluate.measures import Measure, joined, measure, numbered
+from logitless.training.evaluate.measures import Measure, all_of, measured, numbered
 from logitless.training.examples import TokenizedData
 from logitless.training.forms import canonical, canonical_pair, canonical_prompt
 from logitless.training.frozen import Frozen
@@ -39,10 +39,11 @@ def measures_of_answers(
         stats = policy.stats(policy.states(batch), batch, ("logprob", "correct"))
         assert stats.logprob is not None and stats.correct is not None
         tokens = batch_layout(batch).mask.sum(1).double().cpu()
-        sums = {"nll": -stats.logprob.double().sum(1), "mean_token_accuracy": stats.correct.double().sum(1)}
-        parts.append({name: measure(total.cpu(), prompt[numbers], tokens) for name, total in sums.items()})
+        nll, right = (x.double().sum(1).cpu() for x in (-stats.logprob, stats.correct))
+        own = {"nll": measured(nll, prompt[numbers], tokens)}
+        parts.append(own | {"mean_token_accuracy": measured(right, prompt[numbers], tokens, share=True)})
         progress.advance(numbers[-1] + 1)
-    return joined(parts)
+    return all_of(parts)
 
 
 def measures_of_pairs(
@@ -59,12 +60,10 @@ def measures_of_pairs(
         batch = loader.batch(numbers).to(policy.engine.device)
         parts.append(_of_pairs(batch, prompt[numbers], policy, reference))
         progress.advance(numbers[-1] + 1)
-    return joined(parts)
+    return all_of(parts)
 
 
-def _of_pairs(
-    batch: Batch, prompt: torch.Tensor, policy: Frozen, reference: Frozen | None
-) -> dict[str, Measure]:
+def _of_pairs(batch: Batch, prompt: torch.Tensor, policy: Frozen, reference: Frozen | None) -> dict[str, Measure]:
     stats = policy.stats(policy.states(batch), batch, ("logprob",))
     assert stats.logprob is not None
     found: dict[str, Measure] = {}
@@ -73,7 +72,7 @@ def _of_pairs(
         loss = preference_of(policy.options)
         result = objective_of_stats(loss, stats, batch.with_inputs(ref_logprob=ref_logprob)).result
         found |= _preferences("rewards", result, prompt)
-        found |= {f"rewards/{side}": measure(getattr(result, f"{side}_reward").double().cpu(), prompt)
+        found |= {f"rewards/{side}": measured(getattr(result, f"{side}_reward").double().cpu(), prompt)
                   for side in ("chosen", "rejected")}  # fmt: skip
     mask = batch_layout(batch).mask
     for name, average in (("logps", False), ("mean_logps", True)):
@@ -85,8 +84,8 @@ def _of_pairs(
 
 def _preferences(name: str, result: PreferenceResult, prompt: torch.Tensor) -> dict[str, Measure]:
     return {
-        f"{name}/accuracies": measure(result.accuracy.double().cpu(), prompt, share=True),
-        f"{name}/margins": measure(result.margin.double().cpu(), prompt),
+        f"{name}/accuracies": measured(result.accuracy.double().cpu(), prompt, share=True),
+        f"{name}/margins": measured(result.margin.double().cpu(), prompt),
     }
 
 

@@ -78,15 +78,15 @@ def evaluate_model(
     try:
         start_alone(world, "an evaluation")
         require_places(options)
-        figures = _evaluate(options, world, path, Right() if right is None else right)
+        figures = _measured_all(options, world, path, Right() if right is None else right)
     finally:
         parallel.stop(world)
     if json_path is not None:
-        files.write_json(json_path, _content(options, figures))
+        files.write_json(json_path, _as_json(options, figures))
     return figures
 
 
-class _Read(NamedTuple):
+class _Tokens(NamedTuple):
     """The rows of an evaluation, tokenised for everything that is measured of them."""
 
     prompts: Prompts | None  # to be sampled
@@ -100,7 +100,7 @@ class _Read(NamedTuple):
         return [each for each in (self.prompts, self.answers, self.pairs) if each is not None]
 
 
-def _read(options: TrainOptions, renderer: Renderer) -> _Read:
+def _read_for(options: TrainOptions, renderer: Renderer) -> _Tokens:
     name, chat = options.dataset_name, bool(renderer.tokenizer.chat_template)
     rows = read_rows(name, split=options.dataset_test_split, config=options.dataset_config)
     rows = renamed(rows, options.column_map)
@@ -112,16 +112,16 @@ def _read(options: TrainOptions, renderer: Renderer) -> _Read:
     if has_pairs(rows):
         pairs = renderer.pairs(rows, name)
         number = prompts_of_pairs([rows[i] for i in pairs.kept], chat)
-        return _Read(prompts, None, pairs, number, [*reach, reach_of(pairs, rows)])
+        return _Tokens(prompts, None, pairs, number, [*reach, reach_of(pairs, rows)])
     answered = [row for row in rows if _is_answered(row, options, chat)]
     if not answered:
         if prompts is None:
             raise InputError(f"{name}: no row has an answer, or chosen and rejected; name reward_funcs, so that the "
                              "model answers the prompts itself")  # fmt: skip
-        return _Read(prompts, None, None, torch.zeros(0), reach)
+        return _Tokens(prompts, None, None, torch.zeros(0), reach)
     answers = renderer.sequences(answered, name)
     number = prompts_of_answers([answered[i] for i in answers.kept], renderer)
-    return _Read(prompts, answers, None, number, [*reach, reach_of(answers, answered)])
+    return _Tokens(prompts, answers, None, number, [*reach, reach_of(answers, answered)])
 
 
 def _is_answered(row: Row, options: TrainOptions, chat: bool) -> bool:
@@ -131,11 +131,11 @@ def _is_answered(row: Row, options: TrainOptions, chat: bool) -> bool:
     return "completion" in canonical_prompt(row, chat=chat).values
 
 
-def _evaluate(options: TrainOptions, world: World, output: Path | None, right: Right) -> dict[str, Figure]:
+def _measured_all(options: TrainOptions, world: World, output: Path | None, right: Right) -> dict[str, Figure]:
     judge = make_judge(options, right)  # before time is spent on models
     tokenizer = load_tokenizer(locate(options), options)
     renderer = row_renderer(options, with_date(tokenizer, datetime.now()))
-    read = _read(options, renderer)
+    read = _read_for(options, renderer)
     policy, notes = load_frozen(options, world, tokenizer, read.reach)
     reference, more = load_reference_of(policy, world, tokenizer, read.reach, read.data)
     measures: dict[str, Measure] = {}
@@ -170,7 +170,7 @@ def _cells(figures: Mapping[str, Figure]) -> Sequence[Sequence[str]]:
     ]
 
 
-def _content(options: TrainOptions, figures: Mapping[str, Figure]) -> dict[str, Any]:
+def _as_json(options: TrainOptions, figures: Mapping[str, Figure]) -> dict[str, Any]:
     """What the file of metrics holds."""
     content: dict[str, Any] = {
         "model_name_or_path": options.model_name_or_path,

@@ -1,6 +1,6 @@
 """From numbers of single items to a mean and its confidence interval.
 
-    value = sum of totals / sum of counts
+    value = sum of totals / sum of weights
 
 An item is a completion, an answer or a pair. Items of one prompt are no independent draws, so intervals resample whole
 prompts.
@@ -21,11 +21,11 @@ class Measure(NamedTuple):
     """The items of one metric, `[N]` each."""
 
     total: torch.Tensor
-    count: torch.Tensor
+    weight: torch.Tensor
     prompt: torch.Tensor
     """Int64: equal numbers are items of one prompt."""
     share: bool = False
-    """Whether it is a mean of numbers from 0 to 1, each of a count of 1."""
+    """Whether it is a share: each total is from 0 to its weight."""
 
 
 class Figure(NamedTuple):
@@ -43,19 +43,27 @@ class Figure(NamedTuple):
         return {name: None if isinstance(x, float) and math.isnan(x) else x for name, x in found.items()}
 
 
-def measure(total: torch.Tensor, prompt: torch.Tensor, count: torch.Tensor | None = None, *, share: bool = False) -> Measure:
-    """A measure of the items whose total is known, not NaN; `count` is 1 by default."""
+def measured(
+    total: torch.Tensor, prompt: torch.Tensor, weight: torch.Tensor | None = None, *, share: bool = False
+) -> Measure:
+    """A measure of the items whose total is known, not NaN; `weight` is 1 by default, and the tokens of a sum of them.
+
+    Args:
+        share: whether every total is from 0 to its weight.
+    """
     known = ~total.isnan()
-    count = torch.ones(total.shape) if count is None else count
-    return Measure(total[known].double(), count[known].double(), prompt[known], share)
+    weight = torch.ones(total.shape) if weight is None else weight
+    return Measure(total[known].double(), weight[known].double(), prompt[known], share)
 
 
-def joined(parts: Sequence[dict[str, Measure]]) -> dict[str, Measure]:
+def all_of(parts: Sequence[dict[str, Measure]]) -> dict[str, Measure]:
     """The measures of several batches as those of all of their items."""
-    return {
-        name: Measure(*(torch.cat([part[name][i] for part in parts]) for i in range(3)), share=parts[0][name].share)
-        for name in parts[0]
-    }
+    return {name: _concatenated([part[name] for part in parts]) for name in parts[0]}
+
+
+def _concatenated(parts: Sequence[Measure]) -> Measure:
+    totals, weights, prompts, shares = zip(*parts, strict=True)
+    return Measure(torch.cat(totals), torch.cat(weights), torch.cat(prompts), shares[0])
 
 
 def figure(found: Measure, *, seed: int = 0) -> Figure:
@@ -68,17 +76,17 @@ def figure(found: Measure, *, seed: int = 0) -> Figure:
     Args:
         seed: of the resamples.
     """
-    total, count, prompt, share = found
+    total, weight, prompt, share = found
     prompts, items = len(prompt.unique()), len(prompt)
-    if not items or not count.sum():
+    if not items or not weight.sum():
         return Figure(math.nan, Interval(math.nan, math.nan), prompts, items)
-    value = float(total.sum() / count.sum())
+    value = float(total.sum() / weight.sum())
     if prompts < 2:
         return Figure(value, Interval(math.nan, math.nan), prompts, items)
-    single = prompts == items and bool(((total == 0) | (total == 1)).all())
+    single = prompts == items and bool((((total == 0) | (total == 1)) & (weight == 1)).all())
     if share and (single or value in (0.0, 1.0)):
         return Figure(value, wilson_interval(round(value * prompts), prompts), prompts, items)
-    interval = bootstrap_interval(lambda times: (times @ total) / (times @ count), prompt, seed=seed)
+    interval = bootstrap_interval(lambda times: (times @ total) / (times @ weight), prompt, seed=seed)
     return Figure(value, interval, prompts, items)
 
 

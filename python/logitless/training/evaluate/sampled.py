@@ -19,7 +19,7 @@ from logitless.training.checks import head_rows
 from logitless.training.collate import Piece, by_sequence, consecutive, padded
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
-from logitless.training.evaluate.measures import Measure, measure, numbered
+from logitless.training.evaluate.measures import Measure, measured, numbered
 from logitless.training.forms import with_completion
 from logitless.training.frozen import Frozen
 from logitless.training.metrics import Progress
@@ -34,7 +34,7 @@ from logitless.training.rollouts.setup import sampling_of
 from logitless.training.statistics import pass_at_k
 
 
-class Sampled(NamedTuple):
+class Drawn(NamedTuple):
     """Completions of a dataset's prompts, `num_generations` of each behind one another."""
 
     prompts: list[Prompt]
@@ -62,8 +62,8 @@ def make_judge(options: TrainOptions, right: Right) -> Judge | None:
 def sample_prompts(
     options: TrainOptions, generator: TextGenerator, prompts: Prompts, judge: Judge | None, tokenizer: Any,
     progress: Progress,
-) -> Sampled:  # fmt: skip
-    """Samples and rewards completions, `per_device_eval_batch_size` prompts at a time; equal options draw alike."""
+) -> Drawn:  # fmt: skip
+    """Drawn and rewards completions, `per_device_eval_batch_size` prompts at a time; equal options draw alike."""
     sampling, group = sampling_of(options), options.num_generations
     if group < 1 or (sampling.temperature == 0 and group > 1):
         expected = "at least 1" if group < 1 else "1 at temperature 0, where all completions of a prompt are alike"
@@ -82,7 +82,7 @@ def sample_prompts(
         asked += of_slots
         rollouts += found
         progress.advance(batch[-1] + 1)
-    return Sampled(asked, rollouts, _joined_scores(scores) if scores else None)
+    return Drawn(asked, rollouts, _joined_scores(scores) if scores else None)
 
 
 def _joined_scores(scores: Sequence[Scores]) -> Scores:
@@ -95,7 +95,7 @@ def _joined_scores(scores: Sequence[Scores]) -> Scores:
 
 
 def measures_of_samples(
-    sampled: Sampled, right: Right, policy: Frozen, reference: Frozen | None, temperature: float, *, cuts: bool
+    sampled: Drawn, right: Right, policy: Frozen, reference: Frozen | None, temperature: float, *, cuts: bool
 ) -> dict[str, Measure]:
     """All measures of completions.
 
@@ -107,21 +107,21 @@ def measures_of_samples(
     found = {} if sampled.scores is None else _of_rewards(sampled.scores, right, prompt)
     length = torch.tensor([float(len(each.completion)) for each in sampled.rollouts])
     cut = torch.tensor([float(not each.ended) for each in sampled.rollouts])
-    found["completions/mean_length"] = measure(length, prompt)
-    found["completions/clipped_ratio"] = measure(cut, prompt, share=True)
+    found["completions/mean_length"] = measured(length, prompt)
+    found["completions/clipped_ratio"] = measured(cut, prompt, share=True)
     sums = _token_sums(sampled.rollouts, policy, reference, temperature)
     tokens = torch.tensor([float(each.sampled) for each in sampled.rollouts])
     for name, total in sums.items():
         if not (cuts and name in ("kl/k1", "kl/k3")):
-            found[name] = measure(total, prompt, tokens)
+            found[name] = measured(total, prompt, tokens)
     return found
 
 
 def _of_rewards(scores: Scores, right: Right, prompt: torch.Tensor) -> dict[str, Measure]:
     is_right = right(scores)
-    found = {"reward": measure(scores.total, prompt)}
-    found |= {f"rewards/{name}/mean": measure(part, prompt) for name, part in scores.parts.items()}
-    found["accuracy"] = measure(is_right, prompt, share=True)
+    found = {"reward": measured(scores.total, prompt)}
+    found |= {f"rewards/{name}/mean": measured(part, prompt) for name, part in scores.parts.items()}
+    found["accuracy"] = measured(is_right, prompt, share=True)
     return found | pass_rates(is_right, prompt)
 
 
@@ -141,7 +141,7 @@ def pass_rates(right: torch.Tensor, prompt: torch.Tensor) -> dict[str, Measure]:
     found = {}
     for k in sorted({*powers, most} - {0}):
         rates = [pass_at_k(int(own.sum()), len(own), k) if len(own) >= k else math.nan for own in known]
-        found[f"pass@{k}"] = measure(torch.tensor(rates, dtype=torch.float64), numbers, share=True)
+        found[f"pass@{k}"] = measured(torch.tensor(rates, dtype=torch.float64), numbers, share=True)
     return found
 
 
@@ -180,7 +180,7 @@ def _token_values(
 # Rows
 
 
-def rows_of_samples(sampled: Sampled, tokenizer: Any) -> list[dict[str, Any]]:
+def rows_of_samples(sampled: Drawn, tokenizer: Any) -> list[dict[str, Any]]:
     """A row of prompt and completion for every sample, with the columns of the row that it answers.
 
     Beside them stand `reward` (null where it is unknown), `rewards` by function, `ended`, whether it was not cut off,
