@@ -60,6 +60,7 @@ class Study:
     title: str
     claim: str
     cases: Sequence[Case]
+    finding: str = ""
     lengths: Sequence[int] = (task.HARD,)
 
 

@@ -3,7 +3,8 @@
     prompt "3+1+4+2=", right answer "3430": after each number the sum so far, modulo 5
 
 Answers are of several parts that depend on one another, as worked solutions are, and a wrong part makes all that follow
-wrong. Demonstrations may come from a teacher that makes one mistake: it takes every 3 for a 1.
+wrong. Demonstrations may come from a teacher that makes one mistake: it takes a 3 behind a 4 for a 1, so that a fifth
+of its answers to six numbers are wrong.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 MODULUS = 5
-MISTAKEN, TAKEN_FOR = 3, 1  # the teacher's mistake
-HARD = 8  # numbers of a question in the studies; the base model has seen few of these
-HARDER = 9  # none of these
+BEHIND, MISTAKEN, TAKEN_FOR = 4, 3, 1  # the teacher's mistake
+HARD = 6  # numbers of a question in the studies; the base model has seen few of these
+HARDER = 7  # and as few of these, which the studies do not train on
 
 Row = dict[str, Any]
 Teacher = Callable[[Sequence[int]], str]
@@ -30,7 +31,9 @@ def right(numbers: Sequence[int]) -> str:
 
 def mistaken(numbers: Sequence[int]) -> str:
     """The answer of the teacher that makes a mistake."""
-    return _sums([TAKEN_FOR if number == MISTAKEN else number for number in numbers])
+    before = [-1, *numbers]
+    wrong = [(first, number) == (BEHIND, MISTAKEN) for first, number in zip(before, numbers, strict=False)]
+    return _sums([TAKEN_FOR if each else number for each, number in zip(wrong, numbers, strict=True)])
 
 
 def _sums(numbers: Iterable[int]) -> str:
