@@ -27,7 +27,7 @@ from reasoning_data import write_jsonl
 
 Row = dict[str, Any]
 
-#: What DeepSeek-Math and Qwen2.5-Math ask their models with.
+#: Asks for the box in which rewards find an answer.
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 _MARKS = re.compile(r"<<.*?>>")  # <<48/2=24>>, for a calculator
 

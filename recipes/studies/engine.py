@@ -22,7 +22,7 @@ from typing import Any
 import task
 import torch
 
-from logitless.training import TrainOptions, train
+from logitless.training import train
 from logitless.training.config import options_from_mapping, read_yaml
 from logitless.training.rollouts.generation import Sampling
 from logitless.training.rollouts.model_generator import ModelTextGenerator, ends_of
