@@ -224,7 +224,7 @@ def test_sampled_continuations(places: Places, tmp_path: Path) -> None:
 
 
 def test_rows_of_other_forms_train_on_what_is_critical(places: Places, tmp_path: Path) -> None:
-    """Of a conversation the last answer is looked at; the row trains, and its zeros do not count."""
+    """The last answer of a conversation is looked at; its row trains, and zeros do not count."""
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "b"},
              {"role": "user", "content": "and?"}, {"role": "assistant", "content": "ab"}]  # fmt: skip
     rows = [{"messages": turns, "gold": 7}, {"question": "q", "answer": "e"}, {"prompt": "no answer"},

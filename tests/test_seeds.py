@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from logitless.cli import app
 from logitless.training import InputError, NonFiniteLossError, TrainOptions, seeds
 from logitless.training.metrics import read_metrics
-from logitless.training.seeds import read_seeds, spread, student_t, train_seeds
+from logitless.training.seeds import over_seeds, read_seeds, student_t, train_seeds
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +40,12 @@ def test_students_quantile_is_that_of_the_tables(degrees: int, t: float) -> None
 
 def test_the_spread_of_worked_values() -> None:
     """Mean 2, deviation 1, t of two degrees 4.3027: 2 -+ 4.3027 / sqrt 3."""
-    found = spread([1.0, 2.0, 3.0])
+    found = over_seeds([1.0, 2.0, 3.0])
     assert (found.mean, found.std, found.runs) == (2.0, 1.0, 3)
     assert found.interval == pytest.approx((2 - 4.30265 / math.sqrt(3), 2 + 4.30265 / math.sqrt(3)), abs=1e-4)
-    one = spread([5.0])
+    one = over_seeds([5.0])
     assert one.mean == 5.0 and math.isnan(one.std) and math.isnan(one.interval.low)
-    assert math.isnan(spread([1.0, math.nan]).mean)
+    assert math.isnan(over_seeds([1.0, math.nan]).mean)
 
 
 def test_each_seed_is_the_run_that_it_would_be_alone(tmp_path: Path, places: tuple[str, str]) -> None:
@@ -59,7 +59,7 @@ def test_each_seed_is_the_run_that_it_would_be_alone(tmp_path: Path, places: tup
         assert alone.get("loss") == among.get("loss") and alone.get("eval_loss") == among.get("eval_loss")
     losses = [read_metrics(tmp_path / "run" / f"seed-{seed}")[-1]["eval_loss"] for seed in (3, 7)]
     assert losses[0] != losses[1]
-    assert found["eval_loss"] == spread(losses)
+    assert found["eval_loss"] == over_seeds(losses)
     written = content(tmp_path)
     assert [written["runs"][name]["eval_loss"] for name in ("3", "7")] == losses
     assert written["metrics"]["eval_loss"]["mean"] == pytest.approx(sum(losses) / 2)

@@ -17,6 +17,8 @@
                 prompts, groups, rollout, rewards, inputs, advantages, critic   of a round
                 rounds, setup, evaluation, summary, log   rounds, made from options, and what is said of them
     reward      implicit_reward (its __init__ lists its files), statistics
+    evaluate/   (its __init__ lists its files); frozen, right, row_files, tables   what commands that only ask share
+    critical_tokens, seeds                         rows of which critical tokens count; one run a seed
 
 `render` is the way from a row to its tokens, `run` the one from options to the first step.
 """

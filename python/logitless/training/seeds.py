@@ -36,7 +36,7 @@ _NO_RESULTS = ("step", "epoch", "learning_rate", "num_tokens", "tokens_per_secon
 _OWN_OF_RUN = ("seed", "output_dir", "resume")
 
 
-class Spread(NamedTuple):
+class OverSeeds(NamedTuple):
     """A metric over runs."""
 
     mean: float
@@ -62,7 +62,7 @@ def read_seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
-def train_seeds(options: TrainOptions, seeds: Sequence[int]) -> dict[str, Spread]:
+def train_seeds(options: TrainOptions, seeds: Sequence[int]) -> dict[str, OverSeeds]:
     """Runs a training once for each seed, as `logitless train --seeds` does.
 
     With `resume` the runs that ended are not run again, and one that was interrupted goes on from its checkpoint.
@@ -94,7 +94,7 @@ def train_seeds(options: TrainOptions, seeds: Sequence[int]) -> dict[str, Spread
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     files.write_json(path, _as_json_of_runs(shared, done))
-    found = spreads(list(done.values()))
+    found = of_all_metrics(list(done.values()))
     print_table(f"{len(done)} seeds: {', '.join(map(str, done))}", ("metric", "mean", "std", "95% interval"),
                 [(name, f"{own.mean:.4g}", f"{own.std:.4g}", "{:.4g} to {:.4g}".format(*own.interval))
                  for name, own in found.items()])  # fmt: skip
@@ -133,13 +133,13 @@ def final_metrics(output_dir: Path) -> dict[str, float]:
     return {name: float(value) for name, value in last.items() if name not in _NO_RESULTS}
 
 
-def spreads(runs: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+def of_all_metrics(runs: Sequence[Mapping[str, float]]) -> dict[str, OverSeeds]:
     """Every metric that all runs have, over them."""
     names = [name for name in runs[0] if all(name in run for run in runs)]
-    return {name: spread([run[name] for run in runs]) for name in names}
+    return {name: over_seeds([run[name] for run in runs]) for name in names}
 
 
-def spread(values: Sequence[float]) -> Spread:
+def over_seeds(values: Sequence[float]) -> OverSeeds:
     """Mean and standard deviation of runs, and the interval `mean -+ t std / sqrt(n)` of the mean.
 
     t is the quantile of Student's distribution with n - 1 degrees of freedom. Deviation and interval are NaN for one
@@ -147,13 +147,13 @@ def spread(values: Sequence[float]) -> Spread:
     """
     count, nothing = len(values), Interval(math.nan, math.nan)
     if not all(map(math.isfinite, values)):
-        return Spread(math.nan, math.nan, nothing, count)
+        return OverSeeds(math.nan, math.nan, nothing, count)
     mean = fmean(values)
     if count < 2:
-        return Spread(mean, math.nan, nothing, count)
+        return OverSeeds(mean, math.nan, nothing, count)
     std = stdev(values)
     half = student_t(count - 1) * std / math.sqrt(count)
-    return Spread(mean, std, Interval(mean - half, mean + half), count)
+    return OverSeeds(mean, std, Interval(mean - half, mean + half), count)
 
 
 def student_t(degrees: int, level: float = LEVEL) -> float:
@@ -187,6 +187,6 @@ def _as_json_of_runs(shared: Mapping[str, Any], done: Mapping[int, Mapping[str, 
     over = {
         name: {"mean": known(own.mean), "std": known(own.std), "low": known(own.interval.low),
                "high": known(own.interval.high), "runs": own.runs}
-        for name, own in spreads(list(done.values())).items()
+        for name, own in of_all_metrics(list(done.values())).items()
     }  # fmt: skip
     return {"options": shared, "runs": {str(seed): dict(metrics) for seed, metrics in done.items()}, "metrics": over}
