@@ -302,6 +302,15 @@ class TrainOptions(RolloutOptions):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("adam_beta1", "adam_beta2", "eval_fraction", "warmup_ratio"):
             self._require(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        for name in ("num_generations", "num_iterations", "num_generations_eval", "max_completion_length"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("steps_per_generation", "per_device_generation_batch_size"):
+            self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
+        for name in ("gamma", "lam"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "in [0, 1]")
+        for name in ("cliprange_value", "importance_sampling_cap"):
+            self._require(name, 0 < getattr(self, name) < math.inf, "finite and above 0")
+        self._require("critic_learning_rate", 0 <= self.critic_learning_rate < math.inf, "finite and at least 0")
         self._require("lora_dropout", self.lora_dropout is None or 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
         self._require("update_ratio", self.update_ratio is None or 0 < self.update_ratio <= 1, "in (0, 1]")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -73,7 +73,8 @@ def _prompt_reader(
 ) -> tuple[Callable[[list[Row], str], TokenizedData], Callable[[Any, list[Row]], Reach]]:
     """What reads rows as prompts, and what tells their reach."""
     room, shown = options.max_completion_length, shows(loss) != "nothing"
-    renderer = row_renderer(options, tokenizer)
+    # a demonstration is the completion, whatever an SFT component beside this one learns
+    renderer = replace(row_renderer(options, tokenizer), completion_only=None)
 
     def read(rows: list[Row], origin: str) -> Prompts:
         return read_prompts(

@@ -35,7 +35,8 @@ FIXED = (
     TEACHER,
 )
 #: Those of a run that samples, whose rounds are numbered by them.
-FIXED_ROUNDS = ("num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature")
+FIXED_ROUNDS = ("num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature",
+          "advantage_estimator")  # fmt: skip
 #: Options of other groups that decide which tokens the rows have.
 _OF_TOKENS = ("model_name_or_path", "model_revision", "gguf_file", "method", "loss", "mixture")
 #: Settings of a model's config.json that change none of its values.

@@ -67,7 +67,7 @@ from logitless.training.resume import (
 )
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rounds import Rounds
-from logitless.training.rollouts.setup import make_rounds
+from logitless.training.rollouts.setup import check_options, make_rounds, require_sampled
 from logitless.training.sampler import Sampler
 from logitless.training.settings import Settings, read_settings
 from logitless.training.sharding import shape_of
@@ -273,7 +273,12 @@ def prepare(options: TrainOptions, world: World) -> Run:
 def _plan(options: TrainOptions, world: World) -> Plan:
     """The plan of a run, whose folders are looked at before anything is read."""
     components, resumed = components_of(options), find_checkpoint(options)
+    require_sampled(options, components)
     losses = [_make_loss(component) for component in components]
+    for component, loss in zip(components, losses, strict=True):
+        if component.options.samples:
+            with component.blamed():
+                check_options(component.options, loss, world)
     require_output(options, world)
     for component in components:
         with component.blamed():

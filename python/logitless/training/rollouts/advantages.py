@@ -23,6 +23,12 @@ _OF_LOSSES = {
     "prefix_rft": "prefix",
     "srft": "signed",
 }
+#: The deviations that an estimator can divide by; others have none, or one of their own.
+SCALES_OF = {
+    "group": formulas.SCALES,
+    "signed": formulas.SCALES,
+    "prefix": ("group", "none"),
+}
 #: Losses of which the papers do not divide by the deviation.
 _UNSCALED = ("dr_grpo", "luffy", "prefix_rft", "gvpo", "dro")
 
@@ -66,9 +72,7 @@ def estimate(estimator: str, scale: str, sampled: Sampled) -> Advantages:
         InputError: rewards that the estimator cannot read.
     """
     if estimator == "prefix":
-        found = formulas.prefix_rft_advantages(
-            sampled.rewards, sampled.group, _number_of_prefix(sampled), scale=scale if scale != "batch" else "group"
-        )
+        found = formulas.prefix_rft_advantages(sampled.rewards, sampled.group, _number_of_prefix(sampled), scale=scale)
         return Advantages(found.continuation, found.prefix)
     if estimator == "signed":
         return Advantages(_signed(sampled.rewards), _ESTIMATES["group"](sampled, scale))

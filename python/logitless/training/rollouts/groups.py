@@ -63,7 +63,8 @@ class Schedule(NamedTuple):
             if self.kind == "prefix":
                 return prefix_rft_length(tokens, step, **{"total_steps": total_steps, **self.settings},
                                          generator=generator)  # fmt: skip
-            return uft_hint_length(tokens, step, **self.settings, generator=generator)
+            hint = uft_hint_length(tokens, step, **self.settings, generator=generator)
+            return min(hint, tokens - 1)  # behind its end nothing is left to sample
         except (TypeError, ValueError) as error:
             raise InputError(f"demonstration_schedule: {error}") from error
 

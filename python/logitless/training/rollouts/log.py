@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def write(
         line |= {"completion": tokenizer.decode(rollout.ids[own:]), "ended": rollout.ended, "tokens": rollout.sampled}
         if scores is not None:
             parts = {name: float(part[number]) for name, part in scores.parts.items() if part[number].isfinite()}
-            line |= {"reward": float(scores.total[number]), "rewards": parts}
+            total = float(scores.total[number])
+            line |= {"reward": total if math.isfinite(total) else None, "rewards": parts}
         if "advantages" in values[number] and rollout.sampled:
             line["advantage"] = float(values[number]["advantages"][own - 1])  # of the first token that was sampled
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 
+from logitless.training.checks import learned_positions
 from logitless.training.objective import autocast
 from logitless.training.rollouts.generation import Completion, Sampling
+from logitless.training.rollouts.prompts import written_ends
 
 
 class ModelTextGenerator:
@@ -39,21 +41,32 @@ class ModelTextGenerator:
     @torch.no_grad()
     def generate(self, prompts: Sequence[torch.Tensor], sampling: Sampling, seed: int) -> list[Completion]:
         """A completion of every prompt; see `TextGenerator`."""
-        # neighbours of like lengths need little padding; the sort is stable, so that equal calls batch equally
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        size = self.batch_size or max(len(prompts), 1)
         found: dict[int, Completion] = {}
         device = self.model.get_input_embeddings().weight.device
         with _evaluating(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
-            for start in range(0, len(order), size):
-                batch = order[start : start + size]
+            for batch, limit in self._batches(list(map(len, prompts)), sampling.max_tokens):
                 with autocast(device, self.bf16):
-                    sampled = self._sample([prompts[index].to(device) for index in batch], sampling)
+                    sampled = self._sample([prompts[index].to(device) for index in batch], sampling, limit)
                 found |= dict(zip(batch, sampled, strict=True))
         return [found[index] for index in range(len(prompts))]
 
-    def _sample(self, prompts: list[torch.Tensor], sampling: Sampling) -> list[Completion]:
+    def _batches(self, lengths: Sequence[int], max_tokens: int) -> list[tuple[list[int], int]]:
+        """Indices of prompts that are sampled together, and how many tokens at most.
+
+        A prompt so long, by what it shows of a demonstration, that the model's table of positions would not do for its
+        neighbours' tokens is sampled alone, up to the table's end.
+        """
+        # neighbours of like lengths need little padding; the sort is stable, so that equal calls batch equally
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        most = learned_positions(self.model)
+        long = [index for index in order if most is not None and lengths[index] + max_tokens > most]
+        order = order[: len(order) - len(long)]
+        size = self.batch_size or max(len(order), 1)
+        batches = [(order[start : start + size], max_tokens) for start in range(0, len(order), size)]
+        return batches + [([index], most - lengths[index]) for index in long if most is not None]
+
+    def _sample(self, prompts: list[torch.Tensor], sampling: Sampling, limit: int) -> list[Completion]:
         from transformers import LogitsProcessorList
 
         width = max(map(len, prompts))
@@ -63,7 +76,7 @@ class ModelTextGenerator:
             sequences = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=sampling.max_tokens,
+                max_new_tokens=limit,
                 do_sample=sampling.temperature > 0,
                 logits_processor=LogitsProcessorList([recorder]),
             )
@@ -155,7 +168,7 @@ def _plain_generation(model: Any, pad_token: int, ends: Sequence[int]) -> Iterat
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = inner.generation_config
     inner.generation_config = GenerationConfig(
-        pad_token_id=pad_token, eos_token_id=list(ends) or None, top_k=0, top_p=1.0, temperature=1.0, use_cache=True
+        pad_token_id=pad_token, eos_token_id=list(ends) or None, do_sample=True, top_k=0, use_cache=True
     )
     try:
         yield
@@ -167,7 +180,5 @@ def ends_of(model: Any, tokenizer: Any, template_end: str) -> tuple[int, ...]:
     """The ids that end a completion: the model's, the tokenizer's, and what its chat template ends an answer with."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     own = getattr(inner.generation_config, "eos_token_id", None)
-    found = set(own if isinstance(own, (list, tuple)) else [own]) | {tokenizer.eos_token_id}
-    if template_end:
-        found.add(tokenizer.convert_tokens_to_ids(template_end))
-    return tuple(sorted(each for each in found if each is not None))
+    found = {*(own if isinstance(own, (list, tuple)) else [own]), *written_ends(tokenizer, template_end)}
+    return tuple(sorted(found - {None}))

@@ -66,7 +66,8 @@ def read_prompts(
         renderer: of the tokenizer; its `max_length` bounds a prompt and a completion together.
         origin: of the rows, for messages.
         room: longest completion, in tokens. A prompt that leaves less is dropped: cut, it would ask something else.
-        demonstrations: whether the rows' own answers are read, of which the first `room` tokens are shown.
+        demonstrations: whether the rows' own answers are read, of which the first `room` tokens are shown, up to their
+            end token.
         required: the loss that needs one of them at least; none by default.
 
     Raises:
@@ -110,7 +111,16 @@ def _answer_of(row: Row, renderer: Renderer, room: int) -> Demonstration | None:
     if not len(counted):
         return None
     start, end = int(counted[0]), int(counted[-1]) + 1
-    return Demonstration(example.input_ids[:start], example.input_ids[start : min(end, start + room)])
+    ids = example.input_ids[start : min(end, start + room)]
+    ends = torch.isin(ids, torch.tensor(written_ends(renderer.tokenizer, renderer.answer_end), dtype=ids.dtype))
+    # what a template writes behind the end token no policy comes to
+    return Demonstration(example.input_ids[:start], ids[: int(ends.nonzero()[0]) + 1] if ends.any() else ids)
+
+
+def written_ends(tokenizer: Any, template_end: str) -> list[int]:
+    """The ids that end an answer in text: the tokenizer's, and what its chat template ends one with, if not ""."""
+    found = {tokenizer.eos_token_id} | ({tokenizer.convert_tokens_to_ids(template_end)} if template_end else set())
+    return sorted(found - {None})
 
 
 def _whole(prompt: Prompt) -> Example:

@@ -150,8 +150,8 @@ class Rounds:
         asked, sampled = [prompts[slot.prompt] for slot in slots], perf_counter() - started
         scores = None if settings.judge is None else settings.judge(asked, rollouts, settings.tokenizer)
         group = torch.tensor([slot.prompt for slot in slots])
+        values = policy_statistics(run, self.loader, [each.example() for each in rollouts])
         examples = [each.example(masked=options.mask_truncated_completions and not each.ended) for each in rollouts]
-        values = policy_statistics(run, self.loader, examples)
         everyone = summary.of_everyone(rollouts, values, group, scores, world)
         share = advantages.share_of_right(everyone.get(summary.TOTAL), everyone["sampled"])
         right = torch.zeros(len(slots)) if scores is None else (scores.total > 0).float()
@@ -219,7 +219,9 @@ class Rounds:
             own |= {name: torch.cat([getattr(e, name) for e in examples]) for name in ("input_ids", "labels")}
             names = examples[0].inputs
             own |= prefixed("input", {name: torch.cat([e.inputs[name] for e in examples]) for name in names})
-            own |= prefixed("metric", {name: torch.tensor(value) for name, value in self.metrics.items()})
+            own |= prefixed(
+                "metric", {name: torch.tensor(value, dtype=torch.float64) for name, value in self.metrics.items()}
+            )
             for rank, each in enumerate(world.gather(own)):
                 found |= prefixed(str(rank), each)
         if self.settings.critic is not None:
@@ -265,5 +267,5 @@ def _data_of(items: list[Item]) -> TokenizedData:
 
 
 def _seed_of_round(seed: int, number: int, world: World) -> int:
-    """The seed of a round's draws in this process."""
-    return (seed * 1_000_003 + number) * 1_009 + world.rank & (2**63 - 1)
+    """The seed of a round's draws in this process; small, since a sampler multiplies it."""
+    return ((seed * 1_000_003 + number) * 1_009 + world.rank) % 2**40

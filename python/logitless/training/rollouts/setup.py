@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,23 @@ from logitless.training.checks import embedding_rows, head_rows
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.loader import TOGETHER, Loader
+from logitless.training.mixture import ComponentOptions
 from logitless.training.objective import computes_in_bf16
 from logitless.training.parallel import World
-from logitless.training.rollouts.advantages import estimator_of, scale_of
+from logitless.training.rollouts.advantages import SCALES_OF, estimator_of, scale_of
 from logitless.training.rollouts.critic import load_critic
 from logitless.training.rollouts.generation import Sampling, TextGenerator
 from logitless.training.rollouts.groups import Schedule, shows
 from logitless.training.rollouts.inputs import correction_of
 from logitless.training.rollouts.model_generator import ModelTextGenerator, ends_of
+from logitless.training.rollouts.options import RolloutOptions
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rewards import load_rewards
 from logitless.training.rollouts.rounds import Judge, Rounds, RoundSettings
 from logitless.training.rollouts.server import ServerTextGenerator
+
+#: Options of a value function.
+OF_CRITIC = ("gamma", "lam", "cliprange_value", "critic_learning_rate")
 
 
 def check_options(options: TrainOptions, loss: Loss, world: World) -> None:
@@ -42,8 +49,53 @@ def check_options(options: TrainOptions, loss: Loss, world: World) -> None:
         raise InputError(f"num_demonstrations must be from 1 to num_generations={options.num_generations}, got {shown}")
     if kind == "prefix" and options.max_completion_length < 2:
         raise InputError("max_completion_length must be at least 2: a prefix and a token behind it")
-    if options.reward_weights is not None and options.reward_funcs is None:
-        raise InputError("reward_weights: no reward_funcs are named")
+    _check_rewards(options, loss)
+    round_sizes(options, loss)
+    sampling_of(options)
+
+
+def _check_rewards(options: TrainOptions, loss: Loss) -> None:
+    """Raises InputError for options of rewards and advantages that the run would not read."""
+    asked = [name for name in ("reward_weights", "advantage_estimator", "scale_rewards") if getattr(options, name)]
+    if options.reward_funcs is None:
+        if asked:
+            raise InputError(f"{asked[0]}: no reward_funcs are named")
+        return
+    estimator = estimator_of(loss.name, options.advantage_estimator)
+    known = SCALES_OF.get(estimator, ())
+    if options.scale_rewards is not None and options.scale_rewards not in known:
+        expected = f"expected one of {', '.join(known)}" if known else "it divides by no deviation of rewards"
+        raise InputError(f"scale_rewards: the advantages are {estimator}'s, {expected}, got {options.scale_rewards}")
+    if estimator != "gae":
+        for spec in dataclasses.fields(RolloutOptions):
+            if spec.name in OF_CRITIC and getattr(options, spec.name) != spec.default:
+                raise InputError(f"{spec.name}: the advantages are {estimator}'s, without a value function; expected "
+                                 "advantage_estimator gae beside it")  # fmt: skip
+
+
+def require_sampled(options: TrainOptions, components: Sequence[ComponentOptions]) -> None:
+    """Raises InputError for options of rollouts that no component, or not the one that has them, would read.
+
+    Args:
+        options: the run's, which components that sample may share with others.
+        components: of the run.
+    """
+    shared = any(component.options.samples for component in components)
+    for component in components:
+        if component.options.samples:
+            continue
+        for spec in dataclasses.fields(RolloutOptions):
+            value = getattr(component.options, spec.name)
+            if spec.name == "on_policy" or value == spec.default or (shared and value == getattr(options, spec.name)):
+                continue
+            with component.blamed():
+                why = "on_policy is false" if component.options.on_policy is False else "reward_funcs are not named"
+                raise InputError(f"{spec.name}: nothing is sampled, as {why}")
+
+
+def micro_batches(options: TrainOptions) -> int:
+    """Micro-batches of a round in a process."""
+    return options.steps_per_generation or options.gradient_accumulation_steps
 
 
 def round_sizes(options: TrainOptions, loss: Loss) -> tuple[int, int]:
@@ -53,8 +105,7 @@ def round_sizes(options: TrainOptions, loss: Loss) -> tuple[int, int]:
         InputError: sizes that do not divide one another, so that a group, or an update, would be cut.
     """
     batch, group = options.per_device_train_batch_size, options.num_generations
-    accumulation = options.gradient_accumulation_steps
-    sampled = options.steps_per_generation or accumulation
+    accumulation, sampled = options.gradient_accumulation_steps, micro_batches(options)
     if sampled % accumulation:
         raise InputError(f"steps_per_generation must be a multiple of gradient_accumulation_steps={accumulation}, got "
                          f"{sampled}")  # fmt: skip
@@ -81,7 +132,7 @@ def make_rounds(
     loader: Loader,
     answer_end: str,
 ) -> Rounds:
-    """The rounds of one component.
+    """The rounds of one component, of which `check_options` takes the options.
 
     Args:
         model: the trained model.
@@ -91,9 +142,8 @@ def make_rounds(
         answer_end: the token with which the chat template ends an answer, or "".
 
     Raises:
-        InputError: options that cannot be used, or a reward function that cannot be loaded.
+        InputError: a reward function or a value function that cannot be loaded, or a model that cannot sample.
     """
-    check_options(options, loss, world)
     groups, updates = round_sizes(options, loss)
     bf16 = computes_in_bf16(options, world.device)
     sampling = sampling_of(options)
@@ -164,6 +214,6 @@ def make_generator(
             timeout=options.vllm_request_timeout,
             requests=options.vllm_server_requests,
         )
-    return ModelTextGenerator(
-        model, pad_token=pad_token, ends=ends, bf16=bf16, batch_size=options.per_device_generation_batch_size
-    )
+    # evaluation may ask for any number of completions, and gets no more memory than a round
+    size = options.per_device_generation_batch_size or options.per_device_train_batch_size * micro_batches(options)
+    return ModelTextGenerator(model, pad_token=pad_token, ends=ends, bf16=bf16, batch_size=size)

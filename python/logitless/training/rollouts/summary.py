@@ -8,6 +8,7 @@ import torch
 
 from logitless.training.metrics import Record
 from logitless.training.parallel import World
+from logitless.training.rollouts.advantages import filled
 from logitless.training.rollouts.inputs import Values
 from logitless.training.rollouts.rewards import Scores
 from logitless.training.rollouts.rollout import Rollout
@@ -64,7 +65,8 @@ def _most(values: torch.Tensor) -> torch.Tensor:
 def metrics(found: Mapping[str, torch.Tensor]) -> Record:
     """The round's metrics, of `of_everyone` numbers.
 
-    Rewards are of sampled completions; those that are demonstrations from end to end say nothing about the policy.
+    Rewards are of sampled completions; those that are demonstrations from end to end say nothing about the policy. A
+    mean over no known reward is left out.
     """
     own = found["sampled"] > 0
     length, tokens = found["length"].double(), found["sampled"].sum().clamp(min=1)
@@ -80,14 +82,18 @@ def metrics(found: Mapping[str, torch.Tensor]) -> Record:
         record["completions/shown_length"] = float(found["shown"][found["shown"] > 0].double().mean())
     if TOTAL not in found:
         return record
-    total = found[TOTAL].double()
-    record |= {"reward": float(total[own].mean()), "reward_std": float(total[own].std()) if own.sum() > 1 else 0.0}
-    record["frac_reward_zero_std"] = _equal_groups(total, found["group"])
+    total = _known(found[TOTAL], own)
+    if len(total):
+        record |= {"reward": float(total.mean()), "reward_std": float(total.std()) if len(total) > 1 else 0.0}
+    record["frac_reward_zero_std"] = _equal_groups(filled(found[TOTAL], found["group"])[0], found["group"])
     for name, part in found.items():
-        if name.startswith("rewards/"):
-            known = part[own & part.isfinite()].double()
-            record[f"{name}/mean"] = float(known.mean()) if len(known) else float("nan")
+        if name.startswith("rewards/") and len(known := _known(part, own)):
+            record[f"{name}/mean"] = float(known.mean())
     return record
+
+
+def _known(rewards: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    return rewards[own & rewards.isfinite()].double()
 
 
 def _equal_groups(rewards: torch.Tensor, group: torch.Tensor) -> float:
