@@ -30,7 +30,7 @@ def reward_of(ids: list[int]) -> float:
 
 
 def equal(completions: list[Any], **_: Any) -> list[float]:
-    """The same for all."""
+    """One reward for all."""
     return [1.0] * len(completions)
 
 

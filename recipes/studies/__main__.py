@@ -20,7 +20,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parents[1] / "docs"
-BASE_STEPS = 700
+BASE_STEPS, SHORT_STEPS = 700, 400
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     studies = [study for study in STUDIES if options.only in ("", study.name)]
     if options.short:
         studies = [_shortened(study) for study in studies]
-    model = base.make(options.output, 20 if options.short else BASE_STEPS)
+    model = base.make(options.output, SHORT_STEPS if options.short else BASE_STEPS)
     first = engine.accuracies(model, (task.HARD,), 20 if options.short else 200)
     found = {each.name: engine.run(each, model, options.output, range(options.seeds), print) for each in studies}
     if options.short or options.only:
