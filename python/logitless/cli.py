@@ -105,7 +105,7 @@ class _Command(TyperCommand):
 
 
 def train(context: typer.Context, config: str | None, seeds: str | None, **flags: Any) -> None:
-    """Fine-tune a causal language model: --method sft, dft, f-divergence or dpo."""
+    """Fine-tune a causal language model: --method sft, dft, dpo, grpo, prefix-rft or any loss of the registry."""
 
     def run(options: TrainOptions) -> None:
         if seeds is not None:
