@@ -291,7 +291,7 @@ def test_a_group_of_one_teaches_nothing(folder: Folder) -> None:
 
 
 def test_rewards_of_none(folder: Folder) -> None:
-    """Without any known reward nothing counts; an unknown one among others does not count, nor moves theirs."""
+    """None of all counts nothing and leaves the means out; None of some counts not, and moves no others."""
     records = records_of(folder, "none", reward_funcs=(f"{HERE}:unknown",), **LR)
     assert all(each["grad_norm"] == 0 and each["loss"] == 0 for each in records)
     assert all("reward" not in each and "rewards/unknown/mean" not in each for each in records)
@@ -347,7 +347,10 @@ def test_empty_completions_do_not_count(folder: Folder, monkeypatch: pytest.Monk
     examples = sampled_round(run)
     assert not counted(examples[0]).any() and all(counted(each).any() for each in examples[1:])
     assert math.isfinite(update(run, component))
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in (each for each in run.model.parameters() if each.requires_grad))
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all()
+        for parameter in (each for each in run.model.parameters() if each.requires_grad)
+    )
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo", "prefix_rft"])

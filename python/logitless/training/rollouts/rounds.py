@@ -133,20 +133,9 @@ class Rounds:
     def _sample(self, run: Running, number: int, step: int) -> None:
         """Makes round `number`, before update `step`."""
         started, options, world, settings = perf_counter(), run.options, run.world, self.settings
-        seed = _seed_of_round(options.seed, number, world)
-        generator = torch.Generator().manual_seed(seed)
+        draws = torch.Generator().manual_seed(_seed_of_round(options.seed, number, world))
         prompts = self._drawn(number, world, options.seed)
-        slots = slots_of(
-            prompts,
-            settings.schedule,
-            group=options.num_generations,
-            demonstrations=options.num_demonstrations,
-            step=step,
-            total_steps=run.total_steps,
-            generator=generator,
-        )
-        settings.generator.follow(run.model, step)
-        rollouts = answered(settings.generator, slots, settings.sampling, seed)
+        slots, rollouts = self._answers(run, number, step, prompts, draws)
         asked, sampled = [prompts[slot.prompt] for slot in slots], perf_counter() - started
         scores = None if settings.judge is None else settings.judge(asked, rollouts, settings.tokenizer)
         group = torch.tensor([slot.prompt for slot in slots])
@@ -155,17 +144,34 @@ class Rounds:
         everyone = summary.of_everyone(rollouts, values, group, scores, world)
         share = advantages.share_of_right(everyone.get(summary.TOTAL), everyone["sampled"])
         right = torch.zeros(len(slots)) if scores is None else (scores.total > 0).float()
-        add_inputs(values, rollouts, group, right * share, generator)
+        add_inputs(values, rollouts, group, right * share, draws)
         if settings.correction != "none":
             add_weights(values, rollouts, settings.correction, options.importance_sampling_cap)
-        if scores is not None:
-            self._add_advantages(values, rollouts, examples, everyone, world)
-        self.number, self.data = number, _as_data(examples, values, self._names(run))
         self.metrics = summary.metrics(everyone) | {"sampling/seconds": sampled}
         if scores is not None:
+            self._add_advantages(values, rollouts, examples, everyone, world)
             self.metrics |= scores.metrics
+        self.number, self.data = number, _as_data(examples, values, self._names(run))
         if options.log_completions:
             log.write(options.output_dir, step, asked, rollouts, scores, values, settings.tokenizer, world)
+
+    def _answers(
+        self, run: Running, number: int, step: int, prompts: Sequence[Prompt], draws: torch.Generator
+    ) -> tuple[list[Slot], list[Rollout]]:
+        """The slots of a round's prompts, and what was sampled behind them by the model of today."""
+        options, settings = run.options, self.settings
+        slots = slots_of(
+            prompts,
+            settings.schedule,
+            group=options.num_generations,
+            demonstrations=options.num_demonstrations,
+            step=step,
+            total_steps=run.total_steps,
+            generator=draws,
+        )
+        settings.generator.follow(run.model, step)
+        seed = _seed_of_round(options.seed, number, run.world)
+        return slots, answered(settings.generator, slots, settings.sampling, seed)
 
     def _add_advantages(
         self,

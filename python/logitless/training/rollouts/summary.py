@@ -82,17 +82,17 @@ def metrics(found: Mapping[str, torch.Tensor]) -> Record:
         record["completions/shown_length"] = float(found["shown"][found["shown"] > 0].double().mean())
     if TOTAL not in found:
         return record
-    total = _finite_values(found[TOTAL], own)
+    total = _told(found[TOTAL], own)
     if len(total):
         record |= {"reward": float(total.mean()), "reward_std": float(total.std()) if len(total) > 1 else 0.0}
     record["frac_reward_zero_std"] = _equal_groups(filled(found[TOTAL], found["group"])[0], found["group"])
     for name, part in found.items():
-        if name.startswith("rewards/") and len(known := _finite_values(part, own)):
+        if name.startswith("rewards/") and len(known := _told(part, own)):
             record[f"{name}/mean"] = float(known.mean())
     return record
 
 
-def _finite_values(rewards: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+def _told(rewards: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return rewards[own & rewards.isfinite()].double()
 
 
