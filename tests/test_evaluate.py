@@ -45,6 +45,10 @@ def even(completion_ids, **columns):
 TOKENIZER = make_tokenizer()
 
 
+#: The defaults of options that only a run that samples reads.
+NOT_SAMPLED = {"num_generations": 8, "max_completion_length": 256}
+
+
 class Places:
     """A model that is far from uniform, another one, rewards and rows."""
 
@@ -210,7 +214,7 @@ def test_what_is_written_is_trained_on(places: Places, tmp_path: Path, ending: s
     assert written[0]["completion"][0]["role"] == "assistant" and "messages" not in written[0]
     least = sorted(row["reward"] for row in written)[6]
     kept = write_jsonl(tmp_path / "kept.jsonl", [row for row in written if row["reward"] >= least])
-    result = train(places.options(kept, method="dft", output_dir=str(tmp_path / "run"), max_steps=1))
+    result = train(places.options(kept, method="dft", output_dir=str(tmp_path / "run"), max_steps=1, **NOT_SAMPLED))
     assert math.isfinite(result.train_loss)
     again = evaluate_model(places.options(str(output), reward_funcs=places.rewards[:1]))
     assert again["nll"].items == len(written) and again["nll"].prompts == 4
@@ -358,7 +362,7 @@ def test_a_reference_with_other_tokens_or_a_shorter_head(places: Places, tmp_pat
 def test_a_run_is_evaluated_where_it_stands(places: Places, tmp_path: Path) -> None:
     """Evaluation of the model that a run wrote gives what the run's own last evaluation gave."""
     run = tmp_path / "run"
-    train(places.options(eval_dataset_name=places.rows, output_dir=str(run), max_steps=2))
+    train(places.options(eval_dataset_name=places.rows, output_dir=str(run), max_steps=2, **NOT_SAMPLED))
     before = read_metrics(run)[-1]
     found = evaluate_model(places.options(model_name_or_path=str(run)))
     assert found["nll"].value == pytest.approx(before["eval_nll"], rel=1e-5)
