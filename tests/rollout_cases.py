@@ -15,45 +15,9 @@ from logitless.training.rollouts.generation import Sampling
 from logitless.training.rollouts.rounds import Rounds
 from logitless.training.run import Component, Run, prepare
 
-#: This file, as `reward_funcs` names it also in other processes.
-HERE = str(Path(__file__).resolve())
+#: The reward functions, as `reward_funcs` names them also in other processes.
+HERE = str(Path(__file__).with_name("rollout_rewards.py").resolve())
 VARIED = f"{HERE}:varied"
-
-
-def varied(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """A number in [0, 1] that hardly two completions share."""
-    return [reward_of(ids) for ids in completion_ids]
-
-
-def reward_of(ids: list[int]) -> float:
-    return sum(ids) % 17 / 16
-
-
-def equal(completions: list[Any], **_: Any) -> list[float]:
-    """One reward for all."""
-    return [1.0] * len(completions)
-
-
-def huge(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Far apart, and below 0."""
-    return [-1e9 * (1 + sum(ids) % 3) for ids in completion_ids]
-
-
-def some_unknown(completion_ids: list[list[int]], **_: Any) -> list[float | None]:
-    """None for about half of them."""
-    return [None if sum(ids) % 2 else reward_of(ids) for ids in completion_ids]
-
-
-def unknown(completions: list[Any], **_: Any) -> list[float | None]:
-    """None for all of them."""
-    return [None] * len(completions)
-
-
-def failing(prompts: list[Any], completions: list[Any], **_: Any) -> list[float]:
-    """An error on one prompt."""
-    if any(prompt.startswith("3 ") for prompt in prompts):
-        raise RuntimeError("no 3, please")
-    return [0.0] * len(completions)
 
 
 def sampling_options(folder: Path, model: str, data: str, **changes: Any) -> TrainOptions:

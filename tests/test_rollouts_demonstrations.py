@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_cases import HERE, Folder, Twin, make_folder, reward_of, rounds_of, sampled_round
+from rollout_cases import HERE, Folder, Twin, make_folder, rounds_of, sampled_round
+from rollout_rewards import reward_of
 from training_fixtures import CHATML, make_tokenizer, write_jsonl
 
 from logitless import losses

@@ -16,11 +16,11 @@ from rollout_cases import (
     Twin,
     cut,
     make_folder,
-    reward_of,
     rounds_of,
     sampled_round,
     taken,
 )
+from rollout_rewards import reward_of
 from training_fixtures import write_jsonl
 
 from logitless.training import InputError, train
