@@ -18,14 +18,15 @@ def digits(completions, **columns):
 """
 
 
-def run(tmp_path: Path, **changes: Any) -> list[dict[str, Any]]:
+def run(tmp_path: Path, mode: str = "processed_logprobs", **changes: Any) -> list[dict[str, Any]]:
     """The records of a run of two rounds, of two updates each, against a server of the model it starts from."""
     folder = tmp_path / "model"
+    folder.mkdir(parents=True)
     make_model(folder)
     reward = tmp_path / "reward.py"
     reward.write_text(REWARD)
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{i} + {i} = "} for i in range(6)])
-    server = VllmServer(str(folder))
+    server = VllmServer(str(folder), mode=mode)
     try:
         sampled: dict[str, Any] = {
             "reward_funcs": (f"{reward}:digits",), "use_vllm": True, "vllm_server_base_url": server.url,
@@ -51,6 +52,13 @@ def test_a_server_samples_what_the_run_trains_on(tmp_path: Path, changes: dict[s
         assert records[-1]["sampling/sampling_logp_difference/mean"] > 1e-3
     else:
         assert all(record["sampling/sampling_logp_difference/max"] < 1e-4 for record in records)
+
+
+def test_a_server_that_does_not_say_what_it_draws_from_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"processed_logprobs, or set importance_sampling to none"):
+        run(tmp_path, mode="raw_logprobs", temperature=0.7)
+    records = run(tmp_path / "uncorrected", mode="raw_logprobs", temperature=0.7, importance_sampling="none")
+    assert len(records) == 4
 
 
 def test_no_server_is_named(tmp_path: Path) -> None:

@@ -157,6 +157,9 @@ def make_rounds(
     if judge is not None and estimator == "gae":
         critic = load_critic(source, options.model_revision, options, world, bf16=bf16)
     generator = make_generator(options, world, model, tokenizer, loader.pad_token, answer_end, bf16=bf16)
+    correction = correction_of(options, loss, sampling, served=options.use_vllm)
+    if correction != "none":
+        _require_known_draws(generator, sampling)
     settings = RoundSettings(
         tokenizer=tokenizer,
         generator=generator,
@@ -165,13 +168,24 @@ def make_rounds(
         schedule=schedule,
         estimator=estimator,
         scale=scale_of(loss.name, options.scale_rewards),
-        correction=correction_of(options, loss, sampling, served=options.use_vllm),
+        correction=correction,
         critic=critic,
         groups=groups,
         updates=updates,
         passes=options.num_iterations,
     )
     return Rounds(prompts, loader, settings)
+
+
+def _require_known_draws(generator: TextGenerator, sampling: Sampling) -> None:
+    """Raises InputError for a server that does not say what its tokens were drawn from, which is to be corrected."""
+    told = getattr(generator, "processed", True) or (sampling.temperature == 1 and not sampling.cuts)
+    if not told:
+        raise InputError(
+            "use_vllm: the server gives log-probabilities of undivided logits, and not of what it draws from at this "
+            "temperature, top_p, top_k and min_p; start it with --logprobs-mode processed_logprobs, or set "
+            "importance_sampling to none"
+        )
 
 
 def sampling_of(options: TrainOptions) -> Sampling:
