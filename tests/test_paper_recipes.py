@@ -124,7 +124,7 @@ def test_rounds_could_be_made(name: str) -> None:
         assert own.max_completion_length < own.max_length
         Schedule(shows(loss), own.demonstration_schedule or {}).confirm()
         assert correction_of(own, loss, sampling_of(own), served=False) == "none"
-        assert own.advantage_estimator in (None, estimator_of(loss.name, own.advantage_estimator))
+        assert own.advantage_estimator in (None, estimator_of(loss, own.advantage_estimator))
 
 
 @pytest.mark.parametrize("line", re.findall(r"^#   ((?:loss|advantage_estimator|demonstration_schedule): .*)$",

@@ -23,6 +23,7 @@ from rollout_cases import (
 from rollout_rewards import reward_of
 from training_fixtures import write_jsonl
 
+from logitless import losses
 from logitless.training import InputError, train
 from logitless.training.examples import IGNORED, Example
 from logitless.training.metrics import read_metrics
@@ -233,14 +234,15 @@ def test_estimators_by_hand() -> None:
 
 
 def test_the_paper_of_a_loss_names_estimator_and_scale() -> None:
-    assert [advantages.estimator_of(name, None) for name in ("grpo", "rloo", "ppo", "prefix_rft", "srft", "luffy")] == [
-        *("group", "rloo", "gae", "prefix", "signed", "group")
-    ]
-    assert advantages.estimator_of("ppo", "group") == "group"
-    assert [advantages.scale_of(name, None) for name in ("grpo", "dr_grpo", "luffy", "prefix_rft")] == [
+    assert [
+        advantages.estimator_of(losses.get(name), None)
+        for name in ("grpo", "rloo", "ppo", "prefix_rft", "srft", "luffy")
+    ] == [*("group", "rloo", "gae", "prefix", "signed", "group")]
+    assert advantages.estimator_of(losses.get("ppo"), "group") == "group"
+    assert [advantages.scale_of(losses.get(name), None) for name in ("grpo", "dr_grpo", "luffy", "prefix_rft")] == [
         *("group", "none", "none", "none")
     ]
-    assert advantages.scale_of("dr_grpo", "batch") == "batch"
+    assert advantages.scale_of(losses.get("dr_grpo"), "batch") == "batch"
 
 
 def test_unknown_rewards_move_no_others() -> None:

@@ -61,7 +61,7 @@ def _check_rewards(options: TrainOptions, loss: Loss) -> None:
         if asked:
             raise InputError(f"{asked[0]}: no reward_funcs are named")
         return
-    estimator = estimator_of(loss.name, options.advantage_estimator)
+    estimator = estimator_of(loss, options.advantage_estimator)
     known = SCALES_OF.get(estimator, ())
     if options.scale_rewards is not None and options.scale_rewards not in known:
         expected = f"expected one of {', '.join(known)}" if known else "it divides by no deviation of rewards"
@@ -147,7 +147,7 @@ def make_rounds(
     groups, updates = round_sizes(options, loss)
     bf16 = computes_in_bf16(options, world.device)
     sampling = sampling_of(options)
-    estimator = estimator_of(loss.name, options.advantage_estimator)
+    estimator = estimator_of(loss, options.advantage_estimator)
     schedule = Schedule(shows(loss), options.demonstration_schedule or {})
     schedule.confirm()
     judge = None
@@ -167,7 +167,7 @@ def make_rounds(
         judge=judge,
         schedule=schedule,
         estimator=estimator,
-        scale=scale_of(loss.name, options.scale_rewards),
+        scale=scale_of(loss, options.scale_rewards),
         correction=correction,
         critic=critic,
         groups=groups,
