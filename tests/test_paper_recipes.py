@@ -14,6 +14,7 @@ import torch
 from training_fixtures import make_model
 
 from logitless.losses import PairLoss
+from logitless.rewards import final_answer
 from logitless.training import TrainOptions, train
 from logitless.training.config import options_from_mapping, read_yaml
 from logitless.training.data import Row
@@ -268,7 +269,7 @@ def test_rows_of_reasoning_name_their_questions(tmp_path: Path) -> None:
     for row in rows:
         data = gym.create_dataset(row["task"], size=row["index"] + 1, seed=row["seed"], **json.loads(row["options"]))
         assert row["prompt"][0]["content"].startswith(data[row["index"]]["question"].strip())
-        answer = reasoning_data.final_answer(row["completion"][0]["content"])
+        answer = final_answer(row["completion"][0]["content"])
         assert data.score_answer(answer=answer, entry=data[row["index"]]) == 1
 
 
