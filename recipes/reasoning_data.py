@@ -4,11 +4,16 @@ A question is (task, seed, index): from these three reasoning-gym makes the same
 it. What a model learns to write is a worked solution of tens of tokens whose last line, "Answer: ...", is scored; the
 prompt shows the form on a small example. A preference pair sets the worked solution against a wrong one: the model's
 own wherever it was wrong.
+
+    python recipes/reasoning_data.py --output data/reasoning
+
+writes the rows of recipes/papers/small: SFT rows, which are demonstrations and prompts for the reward `reasoning_gym`
+too, and pairs whose wrong answers differ from the right ones in one character.
 """
 
 from __future__ import annotations
 
-import functools
+import argparse
 import json
 import random
 from collections import Counter
@@ -17,11 +22,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from logitless.rewards import reasoning_gym
+from logitless.rewards.judge import GYM_SIZE, gym_dataset
+
 Row = dict[str, Any]
 Steps = Callable[[dict[str, Any]], list[str]]  # a question's metadata -> the lines that lead to its answer
 
-ANSWER = "Answer:"
-SIZE = 1_000_000  # entries per reasoning-gym data set; each is made when it is asked for
+ANSWER = "Answer:"  # a mark that logitless.rewards.final_answer knows
 
 
 @dataclass(frozen=True)
@@ -56,29 +63,24 @@ class Question:
         """The right answer."""
         return str(self._entry["answer"])
 
+    @property
+    def columns(self) -> Row:
+        """What names the question in a row of data, for the reward `logitless.rewards:reasoning_gym`."""
+        return asdict(self) | {"options": self._options}
+
     def is_right(self, completion: str) -> bool:
         """Whether the completion's answer gets reasoning-gym's full score."""
-        score: float = _dataset(self.task, self.seed).score_answer(answer=final_answer(completion), entry=self._entry)
-        return score >= 1
+        [score] = reasoning_gym([completion], **{name: [value] for name, value in self.columns.items()})
+        return score == 1
+
+    @property
+    def _options(self) -> str:
+        return json.dumps(TASKS[self.task].options)
 
     @property
     def _entry(self) -> dict[str, Any]:
-        entry: dict[str, Any] = _dataset(self.task, self.seed)[self.index]
+        entry: dict[str, Any] = gym_dataset(self.task, self.seed, self._options)[self.index]
         return entry
-
-
-@functools.cache
-def _dataset(task: str, seed: int) -> Any:
-    import reasoning_gym
-
-    return reasoning_gym.create_dataset(task, size=SIZE, seed=seed, **TASKS[task].options)
-
-
-def final_answer(completion: str) -> str:
-    """What follows the last "Answer:", or without one the last line."""
-    lines = [line.strip() for line in completion.splitlines() if line.strip()]
-    marked = [line for line in lines if line.startswith(ANSWER)]
-    return (marked or lines or [""])[-1].removeprefix(ANSWER).strip()
 
 
 # Worked solutions
@@ -154,7 +156,7 @@ def make_questions(seed: int, count: int, *, held_out: Iterable[Question] = ()) 
     """`count` different questions, the tasks in turn, none of them worded as one of `held_out`."""
     seen = {question.prompt for question in held_out}
     found: list[Question] = []
-    for number in range(SIZE):
+    for number in range(GYM_SIZE):
         if len(found) == count:
             break
         index, turn = divmod(number, len(TASKS))
@@ -166,10 +168,9 @@ def make_questions(seed: int, count: int, *, held_out: Iterable[Question] = ()) 
 
 
 def sft_row(question: Question) -> Row:
-    """A prompt-completion row, with the question's identity beside it."""
-    return {"prompt": _turn("user", question.prompt), "completion": _turn("assistant", question.solution)} | asdict(
-        question
-    )
+    """A prompt-completion row, with what names the question beside it."""
+    completion = _turn("assistant", question.solution)
+    return {"prompt": _turn("user", question.prompt), "completion": completion} | question.columns
 
 
 def preference_rows(
@@ -189,8 +190,7 @@ def preference_rows(
         source = "model" if own else "corruption"
         rejected = sample.strip() if own else corrupted(question, draw)
         sources[source] += 1
-        pair = {"chosen": _turn("assistant", question.solution), "rejected": _turn("assistant", rejected)}
-        rows.append({"prompt": _turn("user", question.prompt)} | pair | asdict(question) | {"rejected_by": source})
+        rows.append(pair_row(question, rejected) | {"rejected_by": source})
     return rows, sources
 
 
@@ -206,6 +206,26 @@ def corrupted(question: Question, draw: random.Random) -> str:
             return completion
 
 
+def mistaken(question: Question, draw: random.Random) -> str:
+    """The worked solution with one character of a step replaced, and one of the answer, so that both are wrong.
+
+    What stands before the step is right, so the states of the answer become worse in the middle of it.
+    """
+    steps, answer = corrupted(question, draw).rsplit("\n", 1)
+    places = [place for place, character in enumerate(steps) if character.isdigit()]
+    places = places or [place for place in range(steps.rindex(":"), len(steps)) if steps[place].isalpha()]
+    place = draw.choice(places)
+    others = "0123456789" if steps[place].isdigit() else "aeionrst"
+    character = draw.choice([other for other in others if other != steps[place]])
+    return steps[:place] + character + steps[place + 1 :] + "\n" + answer
+
+
+def pair_row(question: Question, wrong: str) -> Row:
+    """A preference row of the worked solution against a wrong one, with the question's identity beside it."""
+    pair = {"chosen": _turn("assistant", question.solution), "rejected": _turn("assistant", wrong)}
+    return {"prompt": _turn("user", question.prompt)} | pair | question.columns
+
+
 def _turn(role: str, content: str) -> list[dict[str, str]]:
     return [{"role": role, "content": content}]
 
@@ -214,3 +234,41 @@ def write_jsonl(path: Path, rows: Iterable[Row]) -> None:
     """One JSON object per line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+# The command
+
+
+def write_rows(folder: Path, *, train: int, held_out: int, seed: int) -> list[Path]:
+    """Writes rows and pairs to train on and to evaluate on: `rows.jsonl`, `pairs.jsonl`, `held-out-rows.jsonl`, ...
+
+    Args:
+        train, held_out: how many questions each have; none is in both.
+        seed: of the questions.
+    """
+    kept = make_questions(seed + 1, held_out)
+    parts = {"": make_questions(seed, train, held_out=kept), "held-out-": kept}
+    paths = []
+    for part, questions in parts.items():
+        pairs = preference_rows(questions, [""] * len(questions), seed)[0]
+        for name, rows in {"rows": [sft_row(question) for question in questions], "pairs": pairs}.items():
+            write_jsonl(folder / f"{part}{name}.jsonl", rows)
+            paths.append(folder / f"{part}{name}.jsonl")
+    return paths
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Questions with verifiable answers, as rows and preference pairs.")
+    add = parser.add_argument
+    add("--output", type=Path, required=True, help="folder of the files")
+    add("--train", type=int, default=512, help="questions to train on (default: %(default)s)")
+    add("--held-out", type=int, default=64, help="questions kept for evaluation (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of the questions (default: %(default)s)")
+    given = parser.parse_args(arguments)
+    for path in write_rows(given.output, train=given.train, held_out=given.held_out, seed=given.seed):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

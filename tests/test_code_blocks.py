@@ -1,9 +1,9 @@
 """Every code block of the documents runs as it stands.
 
 The Python blocks of a file run one after another in one namespace, as a reader would paste them into one session. They
-run in a folder that holds a tiny random model, `model`, and small data files, `rows.jsonl`, `pairs.jsonl` and
-`run.yaml`, where a reader has a real model and real data. Lines of shell blocks that call the command line run through
-it in this process. A YAML block is the configuration of one training step.
+run in a folder that holds a tiny random model, `model`, and small files, `rows.jsonl`, `prompts.jsonl`, `pairs.jsonl`,
+`rewards.py` and `run.yaml`, where a reader has a real model and real data. Lines of shell blocks that call the command
+line run through it in this process. A YAML block is the configuration of one training step.
 
 The page about hosts is about packages that may not be installed. A block that imports one runs where it is. Its YAML
 blocks are those of the hosts, of which every key and path of ours is looked up.
@@ -33,6 +33,11 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: Sections whose blocks are files to write, not sessions; tests of their own hold them.
 WALKS = re.compile(r"^(?:#+ |\*\*)A new (?:loss|backend)\b.*?(?=^## |^\*\*A new |\Z)", re.MULTILINE | re.DOTALL)
 RUN_YAML = {"method": "sft", "model_name_or_path": "model", "dataset_name": "rows.jsonl", "output_dir": "run-yaml"}
+#: The file that docs/on-policy.md has a reader write.
+REWARDS_FILE = """
+def is_right(completions, answer, **columns):
+    return [float(text.strip().endswith(right)) for text, right in zip(completions, answer)]
+"""
 HOSTS_PAGE = ROOT / "docs" / "hosts.md"
 #: What a block's imports need beside the packages that they name: what a host imports in turn.
 HOSTS = {
@@ -92,7 +97,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     make_model(folder / "model")
     write_jsonl(folder / "rows.jsonl", completion_rows())
+    write_jsonl(folder / "prompts.jsonl", [{**row, "answer": row["completion"]} for row in completion_rows()])
     write_jsonl(folder / "pairs.jsonl", preference_rows())
+    (folder / "rewards.py").write_text(REWARDS_FILE)
     (folder / "run.yaml").write_text(yaml.safe_dump(RUN_YAML))
     columns = {"prompt": "prompt", "response": "completion"}
     (folder / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.jsonl", "columns": columns}}))

@@ -36,6 +36,7 @@ LAYERS = (
     ("testing",),
     ("commands",),
     ("integrations",),
+    ("rewards",),
     ("training",),
     ("cli",),
     ("__main__",),
@@ -201,7 +202,7 @@ def bare(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", [(), ("train", "--config", "a.yaml"), ("teach",)])
+@pytest.mark.parametrize("command", [(), ("train", "--config", "a.yaml"), *((name,) for name in commands.NEEDING[1:])])
 def test_command_line_names_the_package_that_it_lacks(command: tuple[str, ...]) -> None:
     done = bare(*command)
     assert done.returncode == 1 and not done.stdout
@@ -218,7 +219,7 @@ def test_commands_that_need_torch_alone_work_without_the_extras() -> None:
     assert [line.split()[0] for line in shown["losses"].stdout.splitlines()] == logitless.losses.names()
     assert "Dynamic fine-tuning: `-sg(p^power) logprob`" in shown["losses dft"].stdout
     assert shown["--version"].stdout == f"{commands.version()}\n"
-    assert "train and teach need typer" in shown["--help"].stdout
+    assert f"{commands.NEEDING[-1]} need typer" in shown["--help"].stdout
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("transformers")
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-MODULES = ("answers", "compare", "first_run", "reasoning_data", "smollm2")
+MODULES = ("answers", "compare", "first_run", "implicit_reward", "reasoning_data", "smollm2")
 
 
 @pytest.fixture(autouse=True)
@@ -52,11 +52,13 @@ def last_step(question: Any) -> str:
 def test_worked_solutions_lead_to_the_right_answer() -> None:
     import reasoning_data
 
+    from logitless.rewards import final_answer
+
     questions = reasoning_data.make_questions(5, 100)
     assert {question.task for question in questions} == set(reasoning_data.TASKS)
     for question in questions:
         assert last_step(question) == question.answer
-        assert reasoning_data.final_answer(question.solution) == question.answer
+        assert final_answer(question.solution) == question.answer
         assert question.is_right(question.solution)
         assert reasoning_data.TASKS[question.task].example in question.prompt
 
@@ -72,23 +74,6 @@ def test_questions_are_deterministic_and_kept_apart() -> None:
     assert held_out == reasoning_data.make_questions(1, 40)
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("1 + 2 = 3\nAnswer: 3", "3"),
-        ("Answer: 1\nno, wait\n  Answer:  4 \n", "4"),
-        ("It is 7.", "It is 7."),
-        ("first\n\nlast\n", "last"),
-        ("", ""),
-        (" \n ", ""),
-    ],
-)
-def test_final_answer(completion: str, answer: str) -> None:
-    import reasoning_data
-
-    assert reasoning_data.final_answer(completion) == answer
-
-
 def test_corrupted_solutions_are_wrong_and_differ_in_one_character() -> None:
     import reasoning_data
 
@@ -97,6 +82,17 @@ def test_corrupted_solutions_are_wrong_and_differ_in_one_character() -> None:
         wrong = reasoning_data.corrupted(question, draw)
         assert not question.is_right(wrong)
         assert sum(a != b for a, b in zip(wrong, question.solution, strict=True)) == 1
+
+
+def test_mistaken_solutions_are_wrong_in_a_step_too() -> None:
+    import reasoning_data
+
+    draw = random.Random(0)
+    for question in reasoning_data.make_questions(7, 100):
+        wrong, right = reasoning_data.mistaken(question, draw), question.solution
+        assert not question.is_right(wrong)
+        places = [place for place, (a, b) in enumerate(zip(wrong, right, strict=True)) if a != b]
+        assert len(places) == 2 and places[0] < right.rindex("\n") < places[1]
 
 
 def test_preference_rows_prefer_the_models_own_wrong_answers() -> None:
@@ -302,3 +298,55 @@ def test_command_line(tmp_path: Path) -> None:
 
     settings = first_run.parse(["--output", str(tmp_path), "--steps", "3", "--setup-seconds", "12"])
     assert settings == first_run.Settings(output=tmp_path, steps=3, setup_seconds=12.0)
+
+
+# The implicit reward
+
+
+def score_here(options: dict[str, str]) -> None:
+    """`logitless reward` without a new process."""
+    from logitless.training.config import options_from_mapping
+    from logitless.training.implicit_reward.command import write_rewards
+
+    given = dict(options)
+    given["model_name_or_path"] = given.pop("model")
+    if "reference" in given:
+        given["teacher_model_name_or_path"] = given.pop("reference")
+    output, html = given.pop("output"), given.pop("html")
+    write_rewards(options_from_mapping(given | {"use_cpu": "true"}, "recipe")[0], output, html=html)
+
+
+def test_reward_check_end_to_end(tmp_path: Path, tiny_model: Path) -> None:
+    import implicit_reward
+    from rich.console import Console
+
+    settings = implicit_reward.Settings(output=tmp_path / "out", model=tiny_model, steps=2, pairs=5)
+    console = Console(record=True, width=160)
+    results = implicit_reward.RewardCheck(settings, train_here, score_here, console).run()
+    assert json.loads((settings.output / "results.json").read_text()) == results
+    for wrong, way in itertools.product(("answer", "step"), ("base", "tuned", "log-odds")):
+        summary = results[wrong][way]
+        assert summary["rows"] == summary["ranking"]["prompts"] == 5
+        assert (summary["reference"] is None) == (way != "log-odds")
+        first, *_, early, _, _, _ = summary["ranking"]["measures"]
+        assert first["auc_within_prompts"] == summary["preference"]["accuracy"]
+        if wrong == "answer":  # nothing is wrong before the answer
+            assert early["measure"] == "value_at_25%" and early["auc_within_prompts"] == 0.5
+        assert (settings.output / "rewards" / f"{wrong}-{way}.html").is_file()
+    assert "wrong step" in console.export_text()
+    given = implicit_reward.Settings(
+        output=tmp_path / "given", model=tiny_model, tuned=settings.output / "tuned", pairs=5
+    )
+    again = implicit_reward.RewardCheck(given, lambda *_: pytest.fail("trained"), score_here, Console(quiet=True)).run()
+    assert again["step"]["log-odds"]["ranking"] == results["step"]["log-odds"]["ranking"]
+
+
+def test_reward_process_gets_the_options_and_its_failure_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    import implicit_reward
+
+    seen: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command: (seen.append(command), SimpleNamespace(returncode=2))[1])
+    with pytest.raises(SystemExit, match="logitless reward ended with status 2"):
+        implicit_reward.score_in_process_of_its_own({"model": "a", "output": "b.jsonl"})
+    assert seen[0][1:] == ["-m", "logitless", "reward", "--model", "a", "--output", "b.jsonl"]
+    assert implicit_reward.parse(["--pairs", "3"]).pairs == 3

@@ -327,7 +327,7 @@ def gradient_of(run: Run) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("keep", [0.2, 1.0])
 def test_prefix_rft_against_full_logits(folder: Folder, keep: float) -> None:
-    """Of a batch's prefix tokens those of highest entropy have a gradient, all others of it stay in the normaliser."""
+    """The prefix tokens of highest entropy in a batch have a gradient, all others of it stay in the normaliser."""
     run = folder.prepared(method="prefix_rft", loss={"keep": keep}, **LONG)
     examples = sampled_round(run)
     twin = Twin(folder.model)
@@ -408,7 +408,7 @@ def test_uft_shows_a_group_one_hint_of_which_nothing_is_reinforced(folder: Folde
 
 @pytest.mark.parametrize("method", ["luffy", "srft", "chord"])
 def test_whole_demonstrations_stand_in_the_group(folder: Folder, method: str) -> None:
-    """They are rewarded as the other completions are, and share in the group's mean."""
+    """Whole demonstrations are rewarded as the other completions are, and share in the group's mean."""
     run = folder.prepared(method=method, num_demonstrations=2, **LONG)
     examples = sampled_round(run)
     _, rounds = rounds_of(run)

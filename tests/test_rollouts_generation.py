@@ -198,7 +198,7 @@ def _always(model: Any, token: int) -> None:
 
 @pytest.mark.parametrize("end", ENDS)
 def test_a_completion_ends_at_its_first_end_token(end: int) -> None:
-    """That may be its first token, and it stands in the completion."""
+    """An end token may be the first, and it stands in the completion."""
     model = make_llama()
     _always(model, end)
     for completion in generator_of(model).generate(prompts_of(3, 5), Sampling(max_tokens=6), 0):

@@ -23,6 +23,7 @@ from rollout_cases import (
 from rollout_rewards import reward_of
 from training_fixtures import write_jsonl
 
+from logitless import losses
 from logitless.training import InputError, train
 from logitless.training.examples import IGNORED, Example
 from logitless.training.metrics import read_metrics
@@ -46,7 +47,7 @@ def perturb(run: Run) -> None:
     """Moves the weights off the policy that sampled, so that no ratio is 1."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in run.trainable():
+        for parameter in (each for each in run.model.parameters() if each.requires_grad):
             parameter += 0.03 * torch.randn(parameter.shape, generator=generator)
 
 
@@ -233,14 +234,15 @@ def test_estimators_by_hand() -> None:
 
 
 def test_the_paper_of_a_loss_names_estimator_and_scale() -> None:
-    assert [advantages.estimator_of(name, None) for name in ("grpo", "rloo", "ppo", "prefix_rft", "srft", "luffy")] == [
-        *("group", "rloo", "gae", "prefix", "signed", "group")
-    ]
-    assert advantages.estimator_of("ppo", "group") == "group"
-    assert [advantages.scale_of(name, None) for name in ("grpo", "dr_grpo", "luffy", "prefix_rft")] == [
+    assert [
+        advantages.estimator_of(losses.get(name), None)
+        for name in ("grpo", "rloo", "ppo", "prefix_rft", "srft", "luffy")
+    ] == [*("group", "rloo", "gae", "prefix", "signed", "group")]
+    assert advantages.estimator_of(losses.get("ppo"), "group") == "group"
+    assert [advantages.scale_of(losses.get(name), None) for name in ("grpo", "dr_grpo", "luffy", "prefix_rft")] == [
         *("group", "none", "none", "none")
     ]
-    assert advantages.scale_of("dr_grpo", "batch") == "batch"
+    assert advantages.scale_of(losses.get("dr_grpo"), "batch") == "batch"
 
 
 def test_unknown_rewards_move_no_others() -> None:
@@ -347,7 +349,10 @@ def test_empty_completions_do_not_count(folder: Folder, monkeypatch: pytest.Monk
     examples = sampled_round(run)
     assert not counted(examples[0]).any() and all(counted(each).any() for each in examples[1:])
     assert math.isfinite(update(run, component))
-    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in run.trainable())
+    assert all(
+        parameter.grad is None or parameter.grad.isfinite().all()
+        for parameter in (each for each in run.model.parameters() if each.requires_grad)
+    )
 
 
 @pytest.mark.parametrize("method", ["grpo", "ppo", "prefix_rft"])

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from logitless import linear_loss, losses
 from logitless.cli import TEACHER_OPTIONS, app
-from logitless.training import InputError, TrainOptions, teachers
+from logitless.training import InputError, TrainOptions, openai_server, teachers
 from logitless.training.data import read_rows
 from logitless.training.parallel import World
 from logitless.training.run import prepare
@@ -273,14 +273,15 @@ def test_a_server_gives_the_file_of_the_model(teacher: str, data: str, server: S
 
 def test_a_busy_server_is_asked_again(teacher: str, data: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("logitless.training.teachers.time.sleep", waits.append)
+    monkeypatch.setattr("logitless.training.openai_server.time.sleep", waits.append)
     server.statuses = [503, 429, 500]
     assert taught(teacher, data, "served.jsonl", server.url, per_device_eval_batch_size=1)
     assert server.requests == 6 + 3 and sum(waits) == 1 + 2 + 4
-    server.statuses, server.requests = [503] * teachers.TRIES, 0
+    tries = 1 + len(openai_server.WAITS)
+    server.statuses, server.requests = [503] * tries, 0
     with pytest.raises(InputError, match=r"rows.jsonl, line 1: http.*/v1/completions: status 503: .*not now"):
         taught(teacher, data, "served.jsonl", server.url, per_device_eval_batch_size=1)
-    assert server.requests == teachers.TRIES
+    assert server.requests == tries
 
 
 def all_with(entries: list[Any], logprob: Callable[[int], float]) -> Any:
@@ -315,7 +316,7 @@ def test_an_answer_that_cannot_be_used_is_named(teacher: str, data: str, server:
 
 
 def test_a_server_that_is_none(teacher: str, data: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("logitless.training.teachers.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("logitless.training.openai_server.time.sleep", lambda seconds: None)
     with pytest.raises(InputError, match=r"server: http.*/v1/other/v1/models lists no model"):
         taught(teacher, data, server=server.url + "/v1/other")
     with pytest.raises(InputError, match=r"server: http://127.0.0.1:1/v1/models: no answer"):

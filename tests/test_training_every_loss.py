@@ -113,7 +113,7 @@ def make_taught(folder: Path, steps: int) -> str:
 def trained(models: tuple[str, str], folder: Path, loss: Loss, rows: list[dict[str, Any]], /, **changes: Any) -> Any:
     """The run of these rows, at its first step."""
     data = write_jsonl(folder / "rows.jsonl", rows)
-    same = {"method": loss.name, "per_device_train_batch_size": ROWS, "max_grad_norm": 0.0}
+    same = {"method": loss.name, "per_device_train_batch_size": ROWS, "max_grad_norm": 0.0, "on_policy": False}
     return prepare(make_options(folder / "run", models[0], data, **same | changes), WORLD)
 
 

@@ -327,7 +327,7 @@ def test_distillation_samples_by_itself(folder: Folder) -> None:
 
 
 def test_evaluation_answers_held_out_prompts(folder: Folder) -> None:
-    """The same draws at every evaluation, before and after resuming, in batches no larger than a round's."""
+    """Every evaluation has the same draws, before and after resuming, in batches no larger than a round's."""
     held_out = write_jsonl(folder.path / "eval.jsonl", rows_with_answers(23))
     settings = {**ROUND, "max_steps": 6, "eval_dataset_name": held_out, "eval_strategy": "steps", "eval_steps": 2,
                 "eval_on_start": True, "num_generations_eval": 2, "lr_scheduler_type": "constant"}  # fmt: skip

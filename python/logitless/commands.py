@@ -1,7 +1,7 @@
 """The commands that need PyTorch alone: `info`, `losses` and `--version`.
 
-The command line has them beside `train` and `teach`, whose packages it imports. Where one of these is missing, `main`
-is a command line of what is left.
+The command line has them beside those of `NEEDING`, whose packages it imports. Where one of these is missing, `main` is
+a command line of what is left.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ import sys
 from . import losses
 from .info import info, version_of
 from .losses import Loss
+
+#: The commands that need the packages of the extra `train`.
+NEEDING = ("train", "teach", "evaluate", "reward", "mask-critical", "extrapolate")
 
 
 def version() -> str:
@@ -63,11 +66,12 @@ def _columns_of(rows: list[tuple[str, ...]]) -> list[str]:
 
 def main(missing: str | None) -> None:
     """The command line without the packages of `train`, the first of which to be missing is given."""
-    if not sys.argv[1:] or sys.argv[1] in ("train", "teach"):
+    if not sys.argv[1:] or sys.argv[1] in NEEDING:
         what = " ".join(("logitless", *sys.argv[1:2]))
         sys.exit(f"{what} needs {missing}: pip install 'logitless[train]'; info, losses and --version work without it")
+    needing = f"{', '.join(NEEDING[:-1])} and {NEEDING[-1]}"
     parser = argparse.ArgumentParser(
-        "logitless", epilog=f"train and teach need {missing}, which pip install 'logitless[train]' brings."
+        "logitless", epilog=f"{needing} need {missing}, which pip install 'logitless[train]' brings."
     )
     parser.add_argument("--version", action="version", version=version())
     commands = parser.add_subparsers(dest="command", metavar="info | losses [NAME]", required=True)

@@ -7,11 +7,18 @@
                 marks, conversation                where answers stand in what it writes
                 tokens, columns, examples, render  tokens, labels, inputs of the loss
     batches     collate, loader, sampler
-    model       places, settings, model, adapters, optimizer, checks
+    model       places, settings, model, adapters, subsets, optimizer, checks
     loss        inputs, estimates, reference_model, objective, evaluation
     run         run (everything put together), trainer (the loop), resume, checkpoint, files, metrics
     processes   parallel, sharding                 this one among others, and its part of the model
-    teach       teachers, teach
+    teach       teachers, teach, openai_server
+    extrapolate                                    a model from two others
+    rollouts/   generation, model_generator, server       what samples completions
+                prompts, groups, rollout, rewards, inputs, advantages, critic   of a round
+                rounds, setup, evaluation, summary, log   rounds, made from options, and what is said of them
+    reward      implicit_reward (its __init__ lists its files), statistics
+    evaluate/   (its __init__ lists its files); frozen, right, row_files, tables   what commands that only ask share
+    critical_tokens, seeds                         rows of which critical tokens count; one run a seed
 
 `render` is the way from a row to its tokens, `run` the one from options to the first step.
 """

@@ -5,7 +5,8 @@
         optimizer.safetensors                  AdamW's moments, named "<moment>.<parameter>"
         rng_state.safetensors                  generator states: torch's CPU and GPU generators of every process
         rng_state.json                         generator states: Python's and NumPy's
-        estimated.safetensors                  inputs of the loss that the run estimates (`estimates.py`), if any
+        entries.safetensors                    places of the entries that updates move, where they are chosen (SIFT)
+    estimated.safetensors                  inputs of the loss that the run estimates (`estimates.py`), if any
         reference.safetensors                  the reference model's parameters, where it follows the trained model
         trainer_state.json                     step, counters, open log window, hashes of data and options
 
@@ -18,6 +19,7 @@ import json
 import random
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +34,11 @@ from logitless.training import files
 from logitless.training.errors import InputError
 from logitless.training.parallel import World
 from logitless.training.settings import Settings
-from logitless.training.sharding import gathered_state, like, parameters_of, shape_of, whole_weight
+from logitless.training.sharding import gathered_state, like, shape_of, whole_weight
+from logitless.training.subsets import Everything
 
 STATE = "trainer_state.json"
-ESTIMATED = "estimated.safetensors"
+ENTRIES, ESTIMATED = "entries.safetensors", "estimated.safetensors"
 REFERENCE = "reference.safetensors"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -54,6 +57,7 @@ def save(
     tokenizer: Any,
     settings: Settings,
     optimizer: torch.optim.Optimizer,
+    subset: Everything,
     estimated: dict[str, torch.Tensor],
     reference: dict[str, torch.Tensor],
     state: dict[str, Any],
@@ -64,13 +68,16 @@ def save(
     folder = output_dir / f"checkpoint-{step}"
     generators = generator_states(world)
     weights = gathered_state(model, keep=world.is_main)
-    moments = optimizer_state(model, optimizer, world)
+    moments = optimizer_state(subset.held(), optimizer, world)
+    entries = subset.state()
     reference = {name: whole_weight(tensor).cpu() for name, tensor in reference.items()}
     if world.is_main:
         with files.new_folder(folder) as unfinished:
             settings.save(unfinished, model, tokenizer, weights)
             save_file(moments, unfinished / "optimizer.safetensors")
             save_file(generators, unfinished / "rng_state.safetensors")
+            if entries:
+                save_file(entries, unfinished / ENTRIES)
             if estimated:
                 save_file(estimated, unfinished / ESTIMATED)
             if reference:
@@ -114,9 +121,10 @@ def load_estimated(folder: Path) -> dict[str, torch.Tensor]:
     return _load(path) if path.is_file() else {}
 
 
-def restore(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> None:
-    """Puts back the optimizer's and the generators' states."""
-    load_optimizer_state(model, optimizer, _load(folder / "optimizer.safetensors"), folder, world)
+def restore(folder: Path, subset: Everything, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Puts back what updates move, and the optimizer's and the generators' states."""
+    subset.restore(_load(folder / ENTRIES) if (folder / ENTRIES).is_file() else {})
+    load_optimizer_state(subset.held(), optimizer, _load(folder / "optimizer.safetensors"), folder, world)
     set_generator_states(_load(folder / "rng_state.safetensors"), world)
     set_python_generators(_load(folder / "rng_state.json"))
 
@@ -137,10 +145,12 @@ def restore_reference(folder: Path, reference: dict[str, torch.Tensor]) -> None:
         tensor.copy_(like(saved[name], tensor))
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors by moment and parameter name, of the main process; the others take part in it."""
+def optimizer_state(
+    held: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, world: World
+) -> dict[str, torch.Tensor]:
+    """The optimizer's tensors by moment and name of what it moves, of the main process; the others take part in it."""
     found = {}
-    for name, parameter in parameters_of(model).items():
+    for name, parameter in held.items():
         for moment, tensor in world.strategy.moments(optimizer, parameter).items():
             if world.is_main:
                 found[f"{moment}.{name}"] = tensor.cpu().contiguous()
@@ -148,13 +158,16 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, world: W
 
 
 def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], source: Path, world: World
+    held: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, torch.Tensor],
+    source: Path,
+    world: World,
 ) -> None:
     """The inverse of `optimizer_state`. Raises InputError where the two models' parameters differ."""
-    parameters = {name: parameter for name, parameter in parameters_of(model).items() if parameter.requires_grad}
     for key, tensor in tensors.items():
         moment, _, name = key.partition(".")
-        parameter = parameters.get(name)
+        parameter = held.get(name)
         if parameter is None or (moment != "step" and tensor.shape != shape_of(parameter)):
             raise InputError(f"{source}: its optimizer state {key} fits no trainable parameter of this model")
         world.strategy.set_moment(optimizer, parameter, moment, tensor)

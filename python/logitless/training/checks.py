@@ -110,8 +110,10 @@ def check_vocabulary(model: Any, tokenizer: Any, reach: Reach, name: str) -> Non
         )
 
 
-def check_tokenizers(ours: Any, theirs: Any, data: Sequence[TokenizedData], name: str, *, whole: bool) -> None:
-    """Raises InputError where a teacher reads other tokens than the rows were made of.
+def check_tokenizers(
+    ours: Any, theirs: Any, data: Sequence[TokenizedData], name: str, *, whole: bool, role: str = "teacher"
+) -> None:
+    """Raises InputError where a teacher, or another model of a role, reads other tokens than the rows were made of.
 
     Every id of the rows must be the same token to both tokenizers. Added tokens that no row uses may differ.
 
@@ -121,8 +123,9 @@ def check_tokenizers(ours: Any, theirs: Any, data: Sequence[TokenizedData], name
         data: the rows.
         name: the teacher's, for the message.
         whole: whether the teacher's distributions are compared, so that the ids that no row has mean something too.
+        role: what the other model is, for the message; "teacher" by default.
     """
-    known, taught = _by_id(ours.get_vocab()), _by_id(theirs.get_vocab())
+    known, taught = tokens_by_id(ours.get_vocab()), tokens_by_id(theirs.get_vocab())
     used = _used_ids([example for each in data for item in each.items for example in item])
     if whole:
         added = {*ours.get_added_vocab().values(), *theirs.get_added_vocab().values()}
@@ -131,8 +134,8 @@ def check_tokenizers(ours: Any, theirs: Any, data: Sequence[TokenizedData], name
         if known.get(number) != taught.get(number):
             there = f"{taught[number]!r} to" if number in taught else "no token of"
             raise InputError(
-                f"{name}: the teacher has another tokenizer: the id {number} is {known.get(number)!r} to the data's "
-                f"tokenizer and {there} the teacher's; expected a teacher with the same tokens"
+                f"{name}: the {role} has another tokenizer: the id {number} is {known.get(number)!r} to the data's "
+                f"tokenizer and {there} the {role}'s; expected a {role} with the same tokens"
             )
 
 
@@ -143,7 +146,8 @@ def _used_ids(examples: Sequence[Example]) -> set[int]:
     return set(used.nonzero()[:, 0].tolist())
 
 
-def _by_id(vocabulary: dict[str, int]) -> dict[int, str]:
+def tokens_by_id(vocabulary: dict[str, int]) -> dict[int, str]:
+    """A tokenizer's tokens by their ids."""
     return {number: token for token, number in vocabulary.items()}
 
 

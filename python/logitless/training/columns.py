@@ -21,6 +21,8 @@ OTHER_NAMES = {"desirable": "label"}  # names of columns in TRL's rows
 BOOLEANS = ("desirable", "from_reference")
 #: The column of the ids that each token lists, for a loss that reads lists of them.
 TARGET_IDS = "target_ids"
+#: The column that multiplies the losses of tokens, whatever the loss. A token of weight 0 does not count.
+TOKEN_WEIGHT = "token_weight"
 _INTEGER_TEXT = re.compile(r"[+-]?[0-9]+")
 _NUMBER_TEXT = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?|[+-]?(nan|inf(inity)?)", re.IGNORECASE)
 
@@ -35,6 +37,8 @@ def read_columns(
 ) -> dict[str, torch.Tensor]:
     """The row's values of these columns, `[T]` each, or `[T, K]` where the row has a list a token; else 0.
 
+    A row without a `token_weight` has 1 for every token.
+
     Args:
         counts: `[T]` bool, the tokens that count.
         single: those of the names that belong to a whole row, so that they have one value.
@@ -47,7 +51,10 @@ def read_columns(
     found = {}
     for name in names:
         called = f"{side}_{name}" if side else _called(name, row)
-        values = _numbers(_value(row, name, side), called, row)
+        value = _value(row, name, side)
+        values = _numbers(1.0 if value is None and name == TOKEN_WEIGHT else value, called, row)
+        if name == TOKEN_WEIGHT:
+            values = _checked_weights(values, called, row)
         if name in BOOLEANS:
             values = _booleans(values, called, row)
         if name in single and values.shape != (1,):
@@ -119,6 +126,14 @@ def _booleans(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
     if not ((values == 0) | (values == 1)).all():
         raise InputError(f"{row.origin}: the column {name} must be true or false, or 1 or 0, got {values.tolist()}")
     return values.bool()
+
+
+def _checked_weights(values: torch.Tensor, name: str, row: Row) -> torch.Tensor:
+    if values.dim() > 1 or (values < 0).any():
+        raise InputError(
+            f"{row.origin}: the column {name} must hold numbers of at least 0, got {values.tolist()!r:.100}"
+        )
+    return values.float()
 
 
 def _at_predictions(values: torch.Tensor, name: str, row: Row, counts: torch.Tensor) -> torch.Tensor:

@@ -27,6 +27,7 @@ from logitless.training.other_names import (
     notes_of,
     require_unused,
 )
+from logitless.training.rollouts.options import GROUP as ROLLOUTS
 from logitless.training.rollouts.options import RolloutOptions, option
 from logitless.types import BackwardName
 
@@ -36,9 +37,13 @@ if TYPE_CHECKING:
 #: Losses of which the samples are the model's own, so that a run draws them unless it is told not to.
 _SAMPLED = ("on_policy_distillation",)
 METHODS = {"sft": "nll", "dft": "dft", "f-divergence": "f_divergence_sft", "dpo": "dpo"}
+UPDATED_SHARES = {"full": 1.0, "hft": 0.5, "sift": 0.05}  # the papers'; SIFT's is of its authors' runs of Llama
 TEACHER_IDS = 64  # ids a token that `logitless teach` writes
 LEARNING_RATE = 5e-6  # a quarter of the usual 2e-5, for the sake of a later DPO: docs/training.md, "Learning rate"
 PREFERENCE_LEARNING_RATE = 1e-6  # TRL's default for DPO: its gradients move two sequences against each other
+
+#: The groups of options, in the order in which help and documentation show them.
+GROUPS = ("Method", "Model", "LoRA", "Data", "Optimisation", "Reference", ROLLOUTS, "Output")
 
 #: Words for a switch.
 TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -47,7 +52,7 @@ DIVERGENCE_ALIASES = {"js_divergence": "js", "alpha_divergence": "alpha"}
 # Options that may name a file or folder.
 PATHS = (
     *("model_name_or_path", "teacher_model_name_or_path", "chat_template_path", "dataset_name", "eval_dataset_name"),
-    *("cache_dir", "output_dir", "resume_from_checkpoint"),
+    *("cache_dir", "output_dir", "resume_from_checkpoint", "vllm_weights_dir"),
 )
 
 
@@ -202,6 +207,24 @@ class TrainOptions(RolloutOptions):
     warmup_steps: float = option(0.0, "Steps of linear warm-up; below 1: share of all steps.", group="Optimisation")
     warmup_ratio: float = option(0.0, "Older name for warmup_steps below 1.", group="Optimisation")
     optim: str = option("adamw_torch", "Optimizer.", group="Optimisation", choices=("adamw_torch", "adamw_torch_fused"))
+    finetuning_type: str = option(
+        "full",
+        "What an update moves: everything; hft (arXiv 2404.18466), half of the layers' matrices, the others frozen; "
+        "sift (arXiv 2312.11875), the entries of the layers' matrices whose first gradients are largest.",
+        group="Optimisation",
+        choices=tuple(UPDATED_SHARES),
+    )
+    update_ratio: float | None = option(
+        None,
+        f"Share of the matrices (hft) or of each one's entries (sift). Default: {UPDATED_SHARES['hft']} with hft, "
+        f"{UPDATED_SHARES['sift']} with sift.",
+        group="Optimisation",
+    )
+    hft_round_steps: int | None = option(
+        None,
+        "Steps after which hft draws the matrices anew. Default: one draw a run.",
+        group="Optimisation",
+    )
     weight_decay: float = option(0.0, "Decay of matrices; vectors are exempt.", group="Optimisation")
     adam_beta1: float = option(0.9, "AdamW's beta1.", group="Optimisation")
     adam_beta2: float = option(0.999, "AdamW's beta2.", group="Optimisation")
@@ -267,12 +290,13 @@ class TrainOptions(RolloutOptions):
             raise InputError("warmup_steps and warmup_ratio are two names of one setting: give one of them")
         if self.eval_fraction and self.eval_dataset_name:
             raise InputError("eval_fraction and eval_dataset_name both name evaluation data: give one of them")
+        self._require_subset()
 
     def _require_ranges(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                      "logging_steps", "save_steps", "old_policy_steps", "ref_model_sync_steps"):  # fmt: skip
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("eval_steps", "save_total_limit", "lora_r", "lora_alpha"):
+        for name in ("eval_steps", "save_total_limit", "lora_r", "lora_alpha", "hft_round_steps"):
             self._require(name, getattr(self, name) is None or getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "weight_decay", "max_grad_norm", "adam_epsilon"):
             self._require(name, getattr(self, name) >= 0, "at least 0")
@@ -289,12 +313,24 @@ class TrainOptions(RolloutOptions):
         self._require("critic_learning_rate", 0 <= self.critic_learning_rate < math.inf, "finite and at least 0")
         self._require("lora_dropout", self.lora_dropout is None or 0 <= self.lora_dropout < 1, "in [0, 1)")
         self._require("ref_model_mixup_alpha", 0 < self.ref_model_mixup_alpha <= 1, "in (0, 1]")
+        self._require("update_ratio", self.update_ratio is None or 0 < self.update_ratio <= 1, "in (0, 1]")
         self._require("learning_rate", self.learning_rate is None or self.learning_rate >= 0, "at least 0")
         self._require("num_train_epochs", self.num_train_epochs > 0, "above 0")
         for name in ("learning_rate", "num_train_epochs", "warmup_steps", "weight_decay", "adam_epsilon"):
             self._require(name, getattr(self, name) != math.inf, "finite")
         self._require("seed", abs(self.seed) < 2**32, "a number of at most 32 bits")
         self._require("max_length", self.max_length >= 2, "at least 2 (one token to read, one to predict)")
+
+    def _require_subset(self) -> None:
+        """Raises InputError for an option of a subset that is not there."""
+        kind = self.finetuning_type
+        if kind != "full" and self.use_peft:
+            raise InputError(f"finetuning_type: {kind} trains a part of the model's own weights, and use_peft trains "
+                             "an adapter; give one of them")  # fmt: skip
+        if kind == "full" and self.update_ratio is not None:
+            raise InputError("update_ratio has no effect with finetuning_type=full; expected hft or sift")
+        if kind != "hft" and self.hft_round_steps is not None:
+            raise InputError(f"hft_round_steps has no effect with finetuning_type={kind}; expected hft")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
@@ -334,6 +370,8 @@ class TrainOptions(RolloutOptions):
         settings |= {key: value for key in flags if (value := getattr(self, key)) is not None}
         if name in ("nll", settings.get("loss_type")) and settings.get("loss_type") in ("nll", "dft"):
             name = settings.pop("loss_type")  # how TRL's SFT names its two losses
+        if name == "grpo" and settings.get("loss_type") in losses.names():
+            name = settings.pop("loss_type")  # and its GRPO the losses of sampled completions
         if "divergence" in settings:
             settings["divergence"] = DIVERGENCE_ALIASES.get(settings["divergence"], settings["divergence"])
         try:
@@ -352,6 +390,10 @@ class TrainOptions(RolloutOptions):
         """Warm-up steps in a run of `total_steps`."""
         share = self.warmup_ratio or self.warmup_steps
         return math.ceil(share * total_steps) if share < 1 else int(share)
+
+    def updated_share(self) -> float:
+        """The share that an update moves: of all parameters, of the layers' matrices, or of each one's entries."""
+        return UPDATED_SHARES[self.finetuning_type] if self.update_ratio is None else self.update_ratio
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as saved beside the metrics and taken back by `options_from_mapping`."""

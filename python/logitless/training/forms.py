@@ -37,6 +37,9 @@ _READ = frozenset((
     "chosen", "rejected", "tools", "functions",
 ))  # fmt: skip
 
+#: Columns whose words a row of prompt and completion has in its prompt, and those of other forms.
+_REDUNDANT = frozenset((*CONVERSATIONS, *TALKS, *_SYSTEM, "text", "chosen", "rejected"))
+
 # The text on which the authors of Stanford's Alpaca trained.
 _ALPACA = (
     "Below is an instruction that describes a task{paired}. Write a response that appropriately completes the request."
@@ -153,6 +156,21 @@ def canonical_prompt(row: Row, *, chat: bool = True) -> Row:
     form = {"prompt": turns[:-1], "completion": turns[-1:]} if answered and len(turns) > 1 else {"prompt": turns}
     return Row(ReadColumns(row.values, {n: n for n in made.values if n not in ("messages", "tools")},
                            form | {n: v for n, v in made.values.items() if n == "tools"}), row.origin)  # fmt: skip
+
+
+def with_completion(columns: Mapping[str, Any], prompt: Text, completion: Text) -> dict[str, Any]:
+    """A row's columns as those of a row of prompt and completion, which training reads as it stands.
+
+    Columns that hold a conversation or a system text are left out: the prompt has their words, and a row may have one
+    form only. Others stay, such as an answer that a reward compares with.
+
+    Args:
+        columns: of the row as its file has it.
+        prompt: of `canonical_prompt`.
+        completion: a string behind a string, turns behind turns.
+    """
+    kept = {name: value for name, value in columns.items() if name not in _REDUNDANT}
+    return {**kept, "prompt": prompt, "completion": completion}
 
 
 def _lone_question(row: Row) -> str | None:

@@ -10,7 +10,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from logitless.losses import Loss, PairLoss
-from logitless.training.columns import OTHER_NAMES, TARGET_IDS, present_columns
+from logitless.losses.whole_sequence import WholeSequenceLoss
+from logitless.training.columns import OTHER_NAMES, TARGET_IDS, TOKEN_WEIGHT, present_columns
 from logitless.training.data import Row
 from logitless.training.errors import InputError
 
@@ -56,7 +57,10 @@ def input_sources(loss: Loss, rows: Sequence[Row], origin: str, estimated: Colle
     reference = tuple(name for name in missing if name in REFERENCE_FIELDS)
     estimates = tuple(name for name in missing if name in estimated)
     if loss.own_means:
-        estimates = (*estimates, "token_weight")
+        estimates = (*estimates, TOKEN_WEIGHT)
+    if present_columns((TOKEN_WEIGHT,), rows, ("", *sides)):
+        _require_weightless(loss, origin)
+        columns = (*columns, TOKEN_WEIGHT)
     _require(loss, missing, (*reference, *estimates), origin)
     if OFF_POLICY in loss.optional_inputs and OFF_POLICY not in columns:
         raise InputError(
@@ -87,8 +91,18 @@ def sampled_sources(loss: Loss, *, rewarded: bool) -> InputSources:
         raise InputError(f"reward_funcs: {loss.name} reads no advantages, so that rewards would train nothing")
     reference = tuple(name for name in loss.inputs if name in REFERENCE_FIELDS)
     read = (*loss.inputs, *loss.optional_inputs)
-    estimates = ("token_weight",) if loss.own_means else ()
+    estimates = (TOKEN_WEIGHT,) if loss.own_means else ()
     return InputSources(tuple(name for name in SAMPLED if name in read), reference, estimates)
+
+
+def _require_weightless(loss: Loss, origin: str) -> None:
+    """Raises InputError for a loss whose tokens a column cannot weight."""
+    if isinstance(loss, WholeSequenceLoss):
+        raise InputError(f"{origin}: the column {TOKEN_WEIGHT} multiplies losses of tokens, and {loss.name} has one of "
+                         "whole sequences; leave the column out")  # fmt: skip
+    if loss.own_means:
+        raise InputError(f"{origin}: {loss.name} weights demonstrations and own tokens itself; leave the column "
+                         f"{TOKEN_WEIGHT} out")  # fmt: skip
 
 
 def _require(loss: Loss, missing: Collection[str], given: Collection[str], origin: str) -> None:

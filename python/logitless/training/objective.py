@@ -24,7 +24,7 @@ from logitless.losses import NLL, Loss
 from logitless.losses.layout import TokenLayout, token_layout
 from logitless.losses.whole_sequence import WholeSequenceLoss
 from logitless.training.collate import Batch
-from logitless.training.columns import TARGET_IDS
+from logitless.training.columns import TARGET_IDS, TOKEN_WEIGHT
 from logitless.training.config import TrainOptions
 from logitless.training.examples import IGNORED
 from logitless.training.sharding import gathered_weights, is_sharded, whole_weight
@@ -142,7 +142,8 @@ class MaterialisedEngine:
     temperature: float = 1.0
 
     def objective(self, model: Any, batch: Batch, normalizer: float) -> Objective:
-        if self.loss == NLL() and self.temperature == 1:  # the loss that comes with the model
+        plain = self.temperature == 1 and TOKEN_WEIGHT not in batch.loss_inputs
+        if self.loss == NLL() and plain:  # the loss that comes with the model
             count = torch.tensor(normalizer, device=self.device)
             with autocast(self.device, self.bf16):
                 output = model(**forward_inputs(model, batch), labels=batch.labels, num_items_in_batch=count)
@@ -197,7 +198,7 @@ def objective_of_stats(
 def batch_inputs(loss: Loss, batch: Batch, max_length: int = 1) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The loss's inputs as `loss.evaluate` takes them, and the settings that it takes beside them."""
     given = _inputs(loss, batch, max_length)
-    settings: dict[str, Any] = {name: given.pop(name, None) for name in ("token_weight", "max_length")}
+    settings: dict[str, Any] = {name: given.pop(name, None) for name in (TOKEN_WEIGHT, "max_length")}
     return loss_inputs(loss, given, batch_layout(batch), batch.labels.device), settings
 
 

@@ -7,19 +7,18 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
 
 from logitless.losses import Loss, PairLoss
 from logitless.training.config import LEARNING_RATE, PREFERENCE_LEARNING_RATE, TrainOptions
-from logitless.training.sharding import shape_of
+from logitless.training.subsets import Everything
 
 
-def make_optimizer(model: nn.Module, options: TrainOptions) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices only, as is usual for norms and biases."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def make_optimizer(subset: Everything, options: TrainOptions) -> torch.optim.AdamW:
+    """AdamW over what the updates move; weight decay on matrices only, as is usual for norms and biases."""
+    matrices, vectors = subset.groups()
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if len(shape_of(p)) >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trainable if len(shape_of(p)) < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],

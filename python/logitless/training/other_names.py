@@ -31,10 +31,16 @@ LOSS_SETTINGS: dict[str, tuple[str, Any]] = {
     "discopop_tau": ("discopop_tau", 0.05),
     "use_weighting": ("use_weighting", False),
     "ld_alpha": ("tail_weight", None),
+    "epsilon": ("epsilon_low", 0.2),
+    "epsilon_high": ("epsilon_high", None),
+    "delta": ("delta", None),
 }
 
 # Options that TRL leaves null for "not given"; null elsewhere has a meaning of its own there, or none.
-NULLABLE = ("model_name_or_path", "dataset_name", "attn_implementation", "gradient_checkpointing", "warmup_ratio")
+NULLABLE = (
+    *("model_name_or_path", "dataset_name", "attn_implementation", "gradient_checkpointing", "warmup_ratio"),
+    *("max_completion_length", "top_k", "min_p"),
+)
 
 _INERT = {
     "rows are tokenised in one process": ("dataset_num_proc",),
@@ -112,8 +118,9 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("lr_scheduler_kwargs", "optim_args", "optim_target_modules", "neftune_noise_alpha"), ()),
     **dict.fromkeys(("model_init_kwargs", "router_aux_loss_coef", "liger_kernel_config", "eval_packing"), ()),
     **dict.fromkeys(("lora_modules_to_save", "lora_target_parameters", "loss_weights"), ()),
-    **dict.fromkeys(("rpo_alpha", "max_prompt_length", "max_completion_length"), ()),
+    **dict.fromkeys(("rpo_alpha", "max_prompt_length"), ()),
     "past_index": (-1,),
+    "vllm_mode": ("server",),
     "logging_strategy": ("steps",),
     "eos_token": ("<EOS_TOKEN>",),  # what a saved configuration has in place of every token, null or not
     "pad_token": ("<PAD_TOKEN>",),
@@ -130,6 +137,7 @@ UNSUPPORTED_KEYS: dict[str, tuple[Any, ...]] = {
 }
 # What to give in place of some of these.
 _INSTEAD = {
+    "vllm_mode": "a server of its own samples, or the model in this process (use_vllm: false)",
     "label_smoothing_factor": "label_smoothing is the loss's",
     "data_seed": "seed is that of the data too",
     "eos_token": "chat_template_path names a tokenizer with another template",
@@ -137,14 +145,16 @@ _INSTEAD = {
     "fsdp": "accelerate launch --config_file says how the model is sharded",
     "bf16_full_eval": "bf16 is evaluation's too",
     "max_prompt_length": "max_length and truncation_mode cut a whole row",
-    "max_completion_length": "max_length and truncation_mode cut a whole row",
 }
 
 
 def loss_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the loss that stand beside the options, under the loss's own names, unless at TRL's default."""
     given = [(*LOSS_SETTINGS[name], _plain(value)) for name, value in values.items() if name in LOSS_SETTINGS]
-    return {own: value for own, default, value in given if value not in (None, default)}
+    found = {own: value for own, default, value in given if value not in (None, default)}
+    if "epsilon_low" in found:  # TRL's epsilon is both bounds, unless epsilon_high is given
+        found.setdefault("epsilon_high", found["epsilon_low"])
+    return found
 
 
 def _plain(value: Any) -> Any:

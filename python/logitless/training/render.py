@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from logitless.training.chat import ChatTemplate
-from logitless.training.columns import ABSENT, TARGET_IDS, read_columns
+from logitless.training.columns import ABSENT, TARGET_IDS, TOKEN_WEIGHT, read_columns
 from logitless.training.conversation import Conversation
 from logitless.training.data import Row, require_text
 from logitless.training.errors import InputError
@@ -126,7 +126,12 @@ class Renderer:
 
     def _with_columns(self, example: Example, row: Row, side: str = "") -> Example:
         counts = example.labels != IGNORED
-        return example._replace(inputs=read_columns(self.columns, row, counts, single=self.single, side=side))
+        inputs = read_columns(self.columns, row, counts, single=self.single, side=side)
+        labels = example.labels
+        if TOKEN_WEIGHT in inputs:
+            labels = labels.clone()
+            labels[1:][inputs[TOKEN_WEIGHT][:-1] == 0] = IGNORED
+        return example._replace(labels=labels, inputs=inputs)
 
     def whole(self, row: Row) -> Example:
         """A row of text, prompt-completion or messages, before it is cut to `max_length`."""

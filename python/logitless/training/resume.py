@@ -16,7 +16,7 @@ import torch
 
 from logitless.training import checkpoint
 from logitless.training.adapters import Adapter
-from logitless.training.config import TrainOptions
+from logitless.training.config import UPDATED_SHARES, TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.mixture import ComponentOptions
 from logitless.training.parallel import World
@@ -35,7 +35,7 @@ FIXED = (
     TEACHER,
 )
 #: Those of a run that samples, whose rounds are numbered by them.
-ROUNDS = ("num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature",
+FIXED_ROUNDS = ("num_generations", "steps_per_generation", "num_iterations", "max_completion_length", "temperature",
           "advantage_estimator")  # fmt: skip
 #: Options of other groups that decide which tokens the rows have.
 _OF_TOKENS = ("model_name_or_path", "model_revision", "gguf_file", "method", "loss", "mixture")
@@ -95,7 +95,7 @@ def identity_of(components: Sequence[ComponentOptions], fingerprints: Sequence[s
     names = [component.name for component in components if component.name]
     identity: dict[str, Any] = {"processes": world.size, "mixture": names or None}
     for component, fingerprint in zip(components, fingerprints, strict=True):
-        fixed = (*FIXED, *ROUNDS) if component.options.samples else FIXED
+        fixed = (*FIXED, *FIXED_ROUNDS) if component.options.samples else FIXED
         own = {name: getattr(component.options, name) for name in fixed}
         identity |= component.named(own | {"data": fingerprint})
     return identity
@@ -196,6 +196,32 @@ def require_same(
     if any(name.rpartition("/")[2] == "data" for name in changed):
         named += _other_tokens(state, options, tokenizer, changed)
     raise InputError(f"{source} cannot be continued, its data position would mean nothing: {'; '.join(named)}")
+
+
+def require_same_subset(state: dict[str, Any], options: TrainOptions, source: Path) -> None:
+    """Raises InputError where the checkpoint's run moved another part of the model, whose moments it has.
+
+    Args:
+        state: the checkpoint's.
+        options: the run's own.
+        source: the checkpoint's folder.
+    """
+    was, now = _subset_of(state.get("options", {})), _subset_of(options.to_dict())
+    for name, before in was.items():
+        if before != now[name]:
+            raise InputError(f"{source} cannot be continued: {name} was {before!r} and is {now[name]!r}, so that other "
+                             "weights would be trained than it has moments of")  # fmt: skip
+
+
+def _subset_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that say what an update moves, with the default of a share that is left open."""
+    kind = values.get("finetuning_type", "full")
+    ratio = values.get("update_ratio")
+    return {
+        "finetuning_type": kind,
+        "update_ratio": UPDATED_SHARES[kind] if ratio is None else ratio,
+        "hft_round_steps": values.get("hft_round_steps"),
+    }
 
 
 def _rows_of_step(identity: Mapping[str, Any]) -> dict[str, int]:

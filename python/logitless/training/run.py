@@ -42,7 +42,6 @@ from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import ESTIMATED_INPUTS, Estimate, current_stats
-from logitless.training.evaluation import evaluate_loss
 from logitless.training.inputs import InputSources
 from logitless.training.loader import Loaded, Loader, load_data, make_loaders, row_renderer
 from logitless.training.metrics import Reporter
@@ -62,16 +61,17 @@ from logitless.training.resume import (
     parts_of,
     require_same,
     require_same_models,
+    require_same_subset,
     seed_generators,
     tokenizer_parts,
 )
-from logitless.training.rollouts.evaluation import evaluate_prompts
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rounds import Rounds
 from logitless.training.rollouts.setup import check_options, make_rounds, require_sampled
 from logitless.training.sampler import Sampler
 from logitless.training.settings import Settings, read_settings
 from logitless.training.sharding import shape_of
+from logitless.training.subsets import Everything, make_subset, require_subset
 from logitless.training.template_date import with_date
 
 #: The prefix of what rounds keep in a checkpoint.
@@ -110,14 +110,6 @@ class Component:
         if self.rounds is not None:
             return self.rounds.batches(self, step)
         return [self.loader.batch(units) for units in self.sampler.micro_batches(step)]
-
-    def evaluation(self, step: int) -> dict[str, float] | None:
-        """Metrics of the held-out data after `step` updates; None where there are none."""
-        if self.eval_loader is None:
-            return None
-        if self.rounds is None:
-            return evaluate_loss(self, self.eval_loader)
-        return evaluate_prompts(self, self.rounds, cast(Prompts, self.eval_loader.data), step)
 
     def complete(self, step: int, batches: list[Batch]) -> Iterable[Batch]:
         """The micro-batches of a step on the device, with all inputs of the loss."""
@@ -172,6 +164,7 @@ class Run:
     settings: Settings  # of model and tokenizer, to be saved as they came
     model: Any
     parallel: Any  # what is called for a gradient: the model, in what its strategy puts around it
+    subset: Everything  # what an update may move
     optimizer: torch.optim.Optimizer
     steps_per_epoch: int  # until the component of the most steps has read its data; the others begin again meanwhile
     total_steps: int
@@ -211,10 +204,6 @@ class Run:
             if component.reference is not None
             for name, parameter in component.made_from.named(component.reference.moved()).items()
         }
-
-    def trainable(self) -> Iterable[torch.nn.Parameter]:
-        """The parameters that are trained."""
-        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
 
 class Base(NamedTuple):
@@ -260,11 +249,11 @@ def prepare(options: TrainOptions, world: World) -> Run:
     seed_generators(options.seed)
     read = _read_data(plan)
     identity = _identify(plan, read)
-    model, notes = _load_model(plan, read)
+    model, subset, notes = _load_model(plan, read)
     settings = read_settings(model, read.tokenizer, options)
     notes += [*world.strategy.notes, *_notes_on_text(plan, read)]
     given = _given(plan, read, model)
-    parallel, optimizer = world.strategy.trained(model, options, partial(make_optimizer, model, options))
+    parallel, optimizer = world.strategy.trained(model, options, partial(make_optimizer, subset, options))
     confirm_patch(engine_of(options, plan.losses[0], world.device), model, options, world.device)
     base = Base(world, read.source, read.tokenizer, model, given, {}, notes)
     components = tuple(_prepared(base, *each) for each in zip(plan.components, plan.losses, read.data, strict=True))
@@ -272,8 +261,8 @@ def prepare(options: TrainOptions, world: World) -> Run:
     steps_per_epoch, total_steps = _count_steps(plan, components)
     reporter = _reporter(options, world, plan.state["step"], total_steps)
     run = Run(
-        options, world, components, read.tokenizer, settings, model, parallel, optimizer, steps_per_epoch, total_steps,
-        identity, plan.state, reporter,
+        options, world, components, read.tokenizer, settings, model, parallel, subset, optimizer, steps_per_epoch,
+        total_steps, identity, plan.state, reporter,
     )  # fmt: skip
     _describe(run, notes)
     if plan.resumed is not None:
@@ -301,6 +290,7 @@ def _plan(options: TrainOptions, world: World) -> Plan:
 def _require_launch(options: TrainOptions, world: World) -> None:
     """Raises InputError where the launcher asks for what is not served, or for another precision than the options."""
     world.strategy.require(options)
+    require_subset(options, world)
     if options.sync_ref_model and not world.strategy.writes:
         raise InputError(f"sync_ref_model: {world.strategy.name} cannot write the reference's weights; use FSDP2")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -333,6 +323,7 @@ def _identify(plan: Plan, read: Read) -> dict[str, Any]:
         keeps |= any(component.options.samples for component in plan.components)
         options = plan.components[0].options
         require_same(state, identity, options, read.tokenizer, resumed, same_split=keeps)
+        require_same_subset(state, plan.options, resumed)
         require_same_models(state, models, resumed)
     state |= {"tokenizer": tokenizer_parts(read.tokenizer), "models": {name: own.parts for name, own in models.items()}}
     return identity
@@ -355,20 +346,21 @@ def _origins(plan: Plan, read: Read) -> dict[str, Origin]:
     return found
 
 
-def _load_model(plan: Plan, read: Read) -> tuple[Any, list[str]]:
-    """The model to train, which can read the rows, and notes on it."""
+def _load_model(plan: Plan, read: Read) -> tuple[Any, Everything, list[str]]:
+    """The model to train, which can read the rows, what updates may move of it, and notes on it."""
     options, (loss, *_) = plan.options, plan.losses
     compares = _any_compares(plan.losses, read.data)
     compares |= any(component.options.samples for component in plan.components)
     dropout = not (compares if options.disable_dropout is None else options.disable_dropout)
     model = load_trained(options, read.source, plan.resumed, loss, plan.world, dropout=dropout)
+    subset = make_subset(model, options, plan.world, plan.state["step"])
     notes = [*idle_options(options), *check_weights(model, options, peak_learning_rate(options, plan.losses))]
     check_finite(model, options.model_name_or_path + (f" in {plan.resumed}" if plan.resumed is not None else ""))
     notes += _check_model(plan, read, model)
     if read.adapter is not None:
         use = "trained on" if options.use_peft else "merged into it"
         notes.append(f"{read.source} holds an adapter of {read.adapter.base}: it is {use}")
-    return model, notes
+    return model, subset, notes
 
 
 def _given(plan: Plan, read: Read, model: Any) -> Mapping[str, torch.Tensor] | None:
@@ -397,7 +389,7 @@ def _count_steps(plan: Plan, components: Sequence[Component]) -> tuple[int, int]
 
 def _go_on(run: Run, checkpoint_folder: Path) -> None:
     """Brings the run to where the checkpoint was written."""
-    checkpoint.restore(checkpoint_folder, run.model, run.optimizer, run.world)
+    checkpoint.restore(checkpoint_folder, run.subset, run.optimizer, run.world)
     run.restore_estimated(checkpoint.load_estimated(checkpoint_folder))
     checkpoint.restore_reference(checkpoint_folder, run.moved_references())
     run.reporter.say(f"resumed from {checkpoint_folder}")
@@ -595,7 +587,7 @@ def _describe(run: Run, notes: Sequence[str]) -> None:
     """Tells the reader of the terminal what is trained, how, and with what."""
     options, model, device = run.options, run.model, run.world.device
     loss = " + ".join(_weighted(component) for component in run.components)
-    trainable = sum(shape_of(parameter).numel() for parameter in run.trainable())
+    trainable = sum(shape_of(parameter).numel() for parameter in run.subset.held().values())
     total = sum(shape_of(parameter).numel() for parameter in model.parameters())
     precision = "bfloat16 autocast" if computes_in_bf16(options, device) else str(model.dtype).split(".")[-1]
     name, size = run.world.strategy.name, run.world.size

@@ -30,7 +30,7 @@ TOKENIZER_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
 #: Keys of config.json for the precision of the weights, and those that merging an adapter may change.
-_PRECISION = ("dtype", "torch_dtype")
+PRECISION = ("dtype", "torch_dtype")
 _SHAPE = ("vocab_size", "tie_word_embeddings")
 
 
@@ -54,7 +54,7 @@ class Settings:
         Args:
             weights: the model's tensors by name, where the model holds a part of each only; by default its own.
         """
-        with _without_generation(model):
+        with without_generation(model):
             model.save_pretrained(folder, **({} if weights is None else {"state_dict": weights}))
         tokenizer.save_pretrained(folder)
         for name, content in self.tokenizer.items():
@@ -141,7 +141,7 @@ def _as_trained(came: Mapping[str, Any], written: Mapping[str, Any]) -> dict[str
 
 def _in_precision(came: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """The configuration, and those of its parts, with another precision wherever it names one."""
-    kept = {key: dtype if key in _PRECISION else value for key, value in came.items()}
+    kept = {key: dtype if key in PRECISION else value for key, value in came.items()}
     for key, part in came.items():
         if key.endswith("_config") and key != "quantization_config" and isinstance(part, Mapping):
             kept[key] = _in_precision(part, dtype)
@@ -149,7 +149,7 @@ def _in_precision(came: Mapping[str, Any], dtype: str) -> dict[str, Any]:
 
 
 @contextmanager
-def _without_generation(model: Any) -> Iterator[None]:
+def without_generation(model: Any) -> Iterator[None]:
     """Holds back what is about generation while the model is saved: a refusal of it would end a run at its end."""
     from transformers import GenerationConfig
 

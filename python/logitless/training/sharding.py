@@ -1,6 +1,6 @@
 """How the processes of a run share one model: a copy each, or a part of every weight each (FSDP2, ZeRO-3).
 
-    Copies     one process, or DistributedDataParallel: what torchrun starts
+    Copies     one process, or several that average their gradients: what torchrun starts
     FSDP2      PyTorch's `fully_shard`, applied by Accelerate as its plugin says
     ZeRO3      DeepSpeed's stage 3, started by Accelerate as its plugin says
 
@@ -132,7 +132,7 @@ def gathered_state(model: Any, *, keep: bool) -> dict[str, Tensor] | None:
 
 
 class Copies:
-    """Every process holds the whole model; several of them exchange gradients by DistributedDataParallel."""
+    """Every process holds the whole model; several of them average gradients, of all weights by DDP."""
 
     #: Whether a process holds a part of the weights only.
     shards: ClassVar[bool] = False
@@ -161,7 +161,8 @@ class Copies:
         Returns:
             What is called for a forward pass with a gradient, and the optimizer.
         """
-        several = dist.is_initialized() and dist.get_world_size() > 1
+        # the gradients of a subset are fewer, and are averaged where they are collected (subsets.py)
+        several = dist.is_initialized() and dist.get_world_size() > 1 and options.finetuning_type == "full"
         return DistributedDataParallel(model) if several else model, make()
 
     def exchange(self, parallel: Any, last: bool) -> AbstractContextManager[Any]:
@@ -180,8 +181,8 @@ class Copies:
             max_norm: their norm is clipped to it; 0 is no limit.
             check: looks at the norm before the step, and raises where it must not be taken.
         """
-        trainable = [parameter for parameter in parallel.parameters() if parameter.requires_grad]
-        norm = float(whole_weight(torch.nn.utils.clip_grad_norm_(trainable, max_norm or math.inf)))
+        moved = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        norm = float(whole_weight(torch.nn.utils.clip_grad_norm_(moved, max_norm or math.inf)))
         check(norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

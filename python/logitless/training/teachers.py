@@ -8,11 +8,6 @@ dropped, as in verl, so that every list holds the K likeliest and a server's fil
 
 from __future__ import annotations
 
-import http.client
-import json
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,13 +21,11 @@ from logitless.training.collate import Piece, padded
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example
 from logitless.training.objective import PatchedEngine, autocast, shifted
+from logitless.training.openai_server import OpenAIServer
 from logitless.training.reference_model import first_rows
 from logitless.types import BackendName
 
-TRIES = 4  # of a request, after waits of 1, 2 and 4 seconds
-TIMEOUT = 600.0  # seconds for one answer
 MOST_MASS = 0.02  # the logarithm of a list's mass is 0 at most, but for log-probabilities rounded to bfloat16
-BUSY = (408, 429, 500, 502, 503, 504)  # statuses after which the same request may succeed
 
 
 class Listed(NamedTuple):
@@ -101,26 +94,21 @@ class ServerTeacher:
     model: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise InputError(f"server: expected an address that begins with http:// or https://, got {self.url!r}")
-        object.__setattr__(self, "model", self.model or self._first_model())
+        object.__setattr__(self, "model", self.model or str(self._server.models()[0]["id"]))
 
     def __call__(self, examples: Sequence[Example], origins: Sequence[str]) -> list[Listed]:
         with ThreadPoolExecutor(self.requests) as pool:
             return list(pool.map(self._listed, examples, origins))
 
-    def _first_model(self) -> str:
-        answer = self._ask("models", None, "server")
-        try:
-            return str(answer["data"][0]["id"])
-        except (KeyError, IndexError, TypeError) as error:
-            raise InputError(f"server: {self._address('models')} lists no model") from error
+    @property
+    def _server(self) -> OpenAIServer:
+        return OpenAIServer(self.url)
 
     def _listed(self, example: Example, origin: str) -> Listed:
         ids = example.input_ids.tolist()
         body = {"model": self.model, "prompt": ids, "max_tokens": 1, "prompt_logprobs": self.k}
-        answer = self._ask("completions", body, origin)
-        wrong = f"{origin}: {self._address('completions')}: "
+        answer = self._server.ask("v1/completions", body, origin)
+        wrong = f"{origin}: {self._server.address('v1/completions')}: "
         try:
             given = answer["choices"][0]["prompt_logprobs"]
         except (KeyError, IndexError, TypeError) as error:
@@ -149,31 +137,3 @@ class ServerTeacher:
         if len(found) < self.k:
             raise InputError(f"{wrong}expected k={self.k} ids at least, got {len(found)}")
         return sorted(((value, key) for key, value in found.items()), key=lambda pair: -pair[0])[: self.k]
-
-    def _address(self, name: str) -> str:
-        return f"{self.url.rstrip('/').removesuffix('/v1')}/v1/{name}"
-
-    def _ask(self, name: str, body: Any, origin: str) -> Any:
-        """The server's answer to a request, which is repeated while the server is busy or does not answer.
-
-        Raises:
-            InputError: a status that repeating does not change, no answer after `TRIES`, or an answer that is not JSON.
-        """
-        url = self._address(name)
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        for attempt in range(TRIES):
-            time.sleep(2 ** (attempt - 1) if attempt else 0)
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
-                    return json.load(response)
-            except urllib.error.HTTPError as error:
-                reason = f"status {error.code}: {error.read(500).decode(errors='replace').strip()}"
-                if error.code not in BUSY:
-                    break
-            except ValueError as error:
-                reason = f"the answer is not JSON: {error}"
-                break
-            except (OSError, http.client.HTTPException) as error:
-                reason = f"no answer: {error}"
-        raise InputError(f"{origin}: {url}: {reason}")

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -24,11 +24,13 @@ from logitless.training import checkpoint, files, parallel
 from logitless.training.collate import Batch
 from logitless.training.config import TrainOptions
 from logitless.training.errors import NonFiniteLossError
-from logitless.training.evaluation import PREFERENCE_METRICS
+from logitless.training.evaluation import PREFERENCE_METRICS, evaluate_loss
 from logitless.training.metrics import Record, peak_memory, reset_peak_memory
 from logitless.training.model import hide_progress_bars
 from logitless.training.objective import Objective
-from logitless.training.optimizer import learning_rate, peak_learning_rate, set_learning_rate
+from logitless.training.optimizer import learning_rate, make_optimizer, peak_learning_rate, set_learning_rate
+from logitless.training.rollouts.evaluation import evaluate_prompts
+from logitless.training.rollouts.prompts import Prompts
 from logitless.training.run import Component, Run, prepare
 from logitless.training.sharding import gathered_state
 
@@ -94,13 +96,17 @@ def take_step(run: Run, step: int) -> Record:
     warmup = options.warmup(run.total_steps)
     peak = peak_learning_rate(options, (component.loss for component in run.components))
     rate = learning_rate(step, run.total_steps, warmup, peak, options.lr_scheduler_type)
+    if run.subset.begin(step):
+        run.optimizer = make_optimizer(run.subset, options)
     set_learning_rate(run.optimizer, rate)
     run.model.train()
     added = [_add_gradients(run, component, step) for component in run.components]
     loss = weighted_loss(run, [metrics for metrics, _ in added])
     _require_finite(run, step, "loss", loss)
     check = partial(_require_finite, run, step, "gradient norm")
+    run.subset.collect()
     norm = run.world.strategy.step(run.parallel, run.optimizer, options.max_grad_norm, check)
+    run.subset.write()
     record: Record = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
     for component, (metrics, _) in zip(run.components, added, strict=True):
         record |= component.made_from.named(metrics)
@@ -207,7 +213,7 @@ def _log(run: Run, step: int) -> None:
 def evaluate(run: Run, step: int) -> dict[str, float]:
     """Evaluates, records the metrics with `eval_` in front, and returns them; nothing without evaluation data."""
     started = time.perf_counter()
-    found = [(component, own) for component in run.components if (own := component.evaluation(step)) is not None]
+    found = [(component, own) for component in run.components if (own := _evaluated(component, step)) is not None]
     if not found:
         return {}
     every = len(found) == len(run.components) and all("loss" in own for _, own in found)
@@ -217,6 +223,15 @@ def evaluate(run: Run, step: int) -> dict[str, float]:
     metrics["eval_runtime"] = time.perf_counter() - started
     run.reporter.record(_stamp(run, step) | metrics)
     return metrics
+
+
+def _evaluated(component: Component, step: int) -> dict[str, float] | None:
+    """Metrics of a component's held-out data after `step` updates; None where it has none."""
+    if component.eval_loader is None:
+        return None
+    if component.rounds is None:
+        return evaluate_loss(component, component.eval_loader)
+    return evaluate_prompts(component, component.rounds, cast(Prompts, component.eval_loader.data), step)
 
 
 def _stamp(run: Run, step: int) -> Record:
@@ -231,6 +246,7 @@ def _save_checkpoint(run: Run, step: int) -> None:
         tokenizer=run.tokenizer,
         settings=run.settings,
         optimizer=run.optimizer,
+        subset=run.subset,
         estimated=run.estimated(),
         reference=run.moved_references(),
         state=run.state | {"identity": run.identity, "options": run.options.to_dict()},

@@ -86,6 +86,7 @@ class LUFFY(_Imitating):
 
     gamma: float = 0.1
     name: ClassVar[str] = "luffy"
+    rewards_over: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -212,6 +213,7 @@ class SRFT(Mixed):
     entropy_sign: int = -1
     entropy_cap: float = 5.0
     name: ClassVar[str] = "srft"
+    advantages_by: ClassVar[str] = "signed"
     uses_ratio: ClassVar[bool] = False
     outputs: ClassVar[tuple[str, ...]] = ("logprob", "entropy")
 
@@ -265,6 +267,8 @@ class PrefixRFT(Mixed, PPO):
     keep: float = 0.2
     clip_demonstration: bool = True
     name: ClassVar[str] = "prefix_rft"
+    advantages_by: ClassVar[str] = "prefix"
+    rewards_over: ClassVar[str] = "none"
     shows: ClassVar[str] = "prefix"
     reduction: ClassVar[LossReduction] = "constant_length"
 

@@ -107,6 +107,10 @@ class PolicyLoss(SequenceLoss):
     uses_ratio: ClassVar[bool] = True
     #: Its own inputs. (Not by `super().inputs`, which `torch.compile` cannot trace.)
     own_inputs: ClassVar[tuple[str, ...]] = ("advantages",)
+    #: How the paper makes advantages of the rewards of samples, and what deviation it divides them by: names that
+    #: `logitless train` reads of the class itself, since a subclass is another paper's.
+    advantages_by: ClassVar[str] = "group"
+    rewards_over: ClassVar[str] = "group"
     #: The input that the KL is taken to.
     anchor: ClassVar[str] = "ref_logprob"
 

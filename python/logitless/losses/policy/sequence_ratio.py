@@ -52,6 +52,7 @@ class RLOO(PPO):
     """
 
     name: ClassVar[str] = "rloo"
+    advantages_by: ClassVar[str] = "rloo"
     of_sequences: ClassVar[bool] = True
     reduction: ClassVar[LossReduction] = "mean_of_means"
 
@@ -268,6 +269,7 @@ class TOPR(PolicyLoss):
 
     per: str = "sequence"
     name: ClassVar[str] = "topr"
+    advantages_by: ClassVar[str] = "rloo"
     reduction: ClassVar[LossReduction] = "sequence_mean"
 
     def __post_init__(self) -> None:
@@ -317,6 +319,7 @@ class GVPO(PolicyLoss):
 
     ratio_scale: float = 0.1
     name: ClassVar[str] = "gvpo"
+    rewards_over: ClassVar[str] = "none"
     own_inputs: ClassVar[tuple[str, ...]] = ("advantages", "group")
     of_sequences: ClassVar[bool] = True
     batch_wide: ClassVar[bool] = True

@@ -43,6 +43,7 @@ class Reinforce(PolicyLoss):
     """
 
     name: ClassVar[str] = "reinforce"
+    advantages_by: ClassVar[str] = "rloo"
     uses_ratio: ClassVar[bool] = False
 
     def _objective(self, samples: Samples, ratio: Tensor) -> Tensor:
@@ -81,6 +82,7 @@ class PPO(PolicyLoss):
     epsilon_high: float = 0.2
     delta: float | None = None
     name: ClassVar[str] = "ppo"
+    advantages_by: ClassVar[str] = "gae"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -146,6 +148,7 @@ class DrGRPO(PPO):
     """
 
     name: ClassVar[str] = "dr_grpo"
+    rewards_over: ClassVar[str] = "none"
     reduction: ClassVar[LossReduction] = "constant_length"
 
 
@@ -203,6 +206,7 @@ class VAPO(DAPO):
 
     nll_coef: float = 0.1
     name: ClassVar[str] = "vapo"
+    advantages_by: ClassVar[str] = "gae"
     own_inputs: ClassVar[tuple[str, ...]] = ("advantages", "nll_weight")
 
     def __post_init__(self) -> None:
@@ -424,6 +428,7 @@ class DRO(PolicyLoss):
 
     strength: float = 0.1
     name: ClassVar[str] = "dro"
+    rewards_over: ClassVar[str] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

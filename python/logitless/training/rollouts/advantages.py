@@ -10,27 +10,20 @@ from typing import NamedTuple
 
 import torch
 
+from logitless.losses import Loss
 from logitless.losses.policy import advantages as formulas
+from logitless.losses.policy.policy_loss import PolicyLoss
 from logitless.training.errors import InputError
 
 #: What an option may name; "gae" asks a value function, which is trained beside the policy.
-ESTIMATORS = ("group", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline", "prefix", "signed", "gae")
+ADVANTAGES = ("group", "rloo", "opo", "gpg", "reinforce_plus_plus_baseline", "prefix", "signed", "gae")
 
-#: The estimators of the papers of these losses; "group", GRPO's, is that of all others.
-_OF_LOSSES = {
-    **dict.fromkeys(("reinforce", "rloo", "topr"), "rloo"),
-    **dict.fromkeys(("ppo", "vapo"), "gae"),
-    "prefix_rft": "prefix",
-    "srft": "signed",
-}
 #: The deviations that an estimator can divide by; others have none, or one of their own.
 SCALES_OF = {
     "group": formulas.SCALES,
     "signed": formulas.SCALES,
     "prefix": ("group", "none"),
 }
-#: Losses of which the papers do not divide by the deviation.
-_UNSCALED = ("dr_grpo", "luffy", "prefix_rft", "gvpo", "dro")
 
 
 class Sampled(NamedTuple):
@@ -52,14 +45,14 @@ class Advantages(NamedTuple):
     shown: torch.Tensor
 
 
-def estimator_of(loss_name: str, asked: str | None) -> str:
+def estimator_of(loss: Loss, asked: str | None) -> str:
     """The estimator that was asked for, or the one of the loss's paper."""
-    return asked or _OF_LOSSES.get(loss_name, "group")
+    return asked or vars(type(loss)).get("advantages_by", PolicyLoss.advantages_by)
 
 
-def scale_of(loss_name: str, asked: str | None) -> str:
+def scale_of(loss: Loss, asked: str | None) -> str:
     """The scale of rewards that was asked for, or the one of the loss's paper."""
-    return asked or ("none" if loss_name in _UNSCALED else "group")
+    return asked or vars(type(loss)).get("rewards_over", PolicyLoss.rewards_over)
 
 
 def estimate(estimator: str, scale: str, sampled: Sampled) -> Advantages:

@@ -26,7 +26,7 @@ from logitless.training.parallel import World
 from logitless.training.places import unreadable
 
 #: Values that the critic reads of a batch, and the loss does not.
-OWN = ("returns", "old_values")
+VALUE_INPUTS = ("returns", "old_values")
 
 
 class Critic:

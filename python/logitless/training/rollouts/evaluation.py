@@ -8,7 +8,7 @@ import torch
 
 from logitless.training.rollouts import summary
 from logitless.training.rollouts.groups import Schedule, slots_of
-from logitless.training.rollouts.inputs import statistics
+from logitless.training.rollouts.inputs import policy_statistics
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rounds import Rounds, answered
 
@@ -35,7 +35,7 @@ def evaluate_prompts(run: Running, rounds: Rounds, prompts: Prompts, step: int) 
     rollouts = answered(settings.generator, slots, settings.sampling, SEED + world.rank)
     of_slots = [asked[slot.prompt] for slot in slots]
     scores = None if settings.judge is None else settings.judge(of_slots, rollouts, settings.tokenizer)
-    values = statistics(run, rounds.loader, [each.example() for each in rollouts])
+    values = policy_statistics(run, rounds.loader, [each.example() for each in rollouts])
     group = torch.tensor([slot.prompt for slot in slots])
-    everyone = summary.gathered(rollouts, values, group, scores, world, counts=bool(own))
+    everyone = summary.of_everyone(rollouts, values, group, scores, world, counts=bool(own))
     return summary.metrics(everyone)

@@ -103,15 +103,15 @@ def slots_of(
             found += [free] * group
             continue
         if schedule.kind == "hint":
-            found += [_shown(number, prompt, schedule.length(len(own.ids), step, total_steps, generator))] * group
+            found += [_behind(number, prompt, schedule.length(len(own.ids), step, total_steps, generator))] * group
             continue
         found += [free] * (group - demonstrations)
         lengths = [schedule.length(len(own.ids), step, total_steps, generator) for _ in range(demonstrations)]
-        found += [_shown(number, prompt, length, whole=schedule.kind == "whole") for length in lengths]
+        found += [_behind(number, prompt, length, whole=schedule.kind == "whole") for length in lengths]
     return found
 
 
-def _shown(number: int, prompt: Prompt, length: int, *, whole: bool = False) -> Slot:
+def _behind(number: int, prompt: Prompt, length: int, *, whole: bool = False) -> Slot:
     assert prompt.demonstration is not None
     if not length:
         return Slot(number, prompt.ids, 0, True)

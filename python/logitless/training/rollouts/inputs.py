@@ -30,7 +30,7 @@ from logitless.training.rollouts.rollout import Rollout
 Values = dict[str, torch.Tensor]
 
 
-def statistics(run: Running, loader: Loader, examples: Sequence[Example]) -> list[Values]:
+def policy_statistics(run: Running, loader: Loader, examples: Sequence[Example]) -> list[Values]:
     """`old_logprob` and `entropy` of sequences under today's model, without dropout and without a gradient."""
     found: list[Values] = []
     size = run.options.per_device_train_batch_size
@@ -68,7 +68,7 @@ def add_inputs(
     """Adds to each sequence's statistics what a round gives, but for weights and advantages.
 
     Args:
-        values: of `statistics`; they are changed.
+        values: of `policy_statistics`; they are changed.
         group: `[S]`, the prompts.
         nll_weight: `[S]`, that of the sampled tokens.
         generator: of the draws.

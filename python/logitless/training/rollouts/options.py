@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logitless.losses.policy.weights import CORRECTIONS
-from logitless.training.rollouts.advantages import ESTIMATORS
+from logitless.training.rollouts.advantages import ADVANTAGES
 
 GROUP = "Rollouts"
 
@@ -49,7 +49,7 @@ class RolloutOptions:
         None, "Completions that are sampled together. Default: all of a round.", group=GROUP
     )
     advantage_estimator: str | None = option(
-        None, "How rewards become advantages. Default: as the loss's paper has it.", group=GROUP, choices=ESTIMATORS
+        None, "How rewards become advantages. Default: as the loss's paper has it.", group=GROUP, choices=ADVANTAGES
     )
     scale_rewards: str | None = option(
         None,
@@ -78,6 +78,17 @@ class RolloutOptions:
     lam: float = option(0.95, "GAE's lambda.", group=GROUP)
     cliprange_value: float = option(0.2, "How far a value moves in a round before its loss is clipped.", group=GROUP)
     critic_learning_rate: float = option(1e-5, "Of the value function, constant.", group=GROUP)
+    use_vllm: bool = option(False, "Sample from a vLLM server instead of the model in this process.", group=GROUP)
+    vllm_server_base_url: str = option("http://localhost:8000", "The server's address.", group=GROUP)
+    vllm_server_timeout: float = option(240.0, "Seconds to wait until the server is up.", group=GROUP)
+    vllm_request_timeout: float = option(3600.0, "Seconds for the completions of one prompt.", group=GROUP)
+    vllm_server_model: str | None = option(
+        None, "The model's name there. Default: the first that the server lists.", group=GROUP
+    )
+    vllm_server_requests: int = option(64, "Prompts that each process asks at once.", group=GROUP)
+    vllm_weights_dir: str | None = option(
+        None, "Folder in which the server finds the trained weights. Default: vllm in output_dir.", group=GROUP
+    )
     num_generations_eval: int = option(1, "Completions of a prompt in evaluation.", group=GROUP)
     log_completions: bool = option(
         False, "Write what was sampled, with its rewards, to rollouts/ in output_dir.", group=GROUP

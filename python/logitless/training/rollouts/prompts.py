@@ -76,7 +76,7 @@ def read_prompts(
     found, kept, total = [], [], 0
     for row in rows:
         require_text(row)
-        prompt = _read(row, renderer, room if demonstrations else 0)
+        prompt = _prompt_of(row, renderer, room if demonstrations else 0)
         total += 1
         if len(prompt.ids) + room <= renderer.max_length:
             found.append(prompt)
@@ -94,16 +94,16 @@ def read_prompts(
     return Prompts([(_whole(each),) for each in found], total, total - len(found), 0, tuple(kept), 0, tuple(found))
 
 
-def _read(row: Row, renderer: Renderer, room: int) -> Prompt:
+def _prompt_of(row: Row, renderer: Renderer, room: int) -> Prompt:
     asked = canonical_prompt(row, chat=bool(renderer.tokenizer.chat_template))
     ids = renderer.opening(asked)
     if not len(ids):
         raise InputError(f"{row.origin}: the prompt is empty, and the tokenizer has no start token to continue")
-    shown = _demonstration(asked, renderer, room) if room and "completion" in asked.values else None
+    shown = _answer_of(asked, renderer, room) if room and "completion" in asked.values else None
     return Prompt(ids, shown, asked.values["prompt"], row.values, row.origin)
 
 
-def _demonstration(row: Row, renderer: Renderer, room: int) -> Demonstration | None:
+def _answer_of(row: Row, renderer: Renderer, room: int) -> Demonstration | None:
     """What the row answers; None where nothing of it would be learned."""
     example = renderer.whole(row)
     counted = (example.labels != IGNORED).nonzero()[:, 0]

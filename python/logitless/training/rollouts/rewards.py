@@ -90,7 +90,7 @@ def load_reward(spec: str | Mapping[str, Any], folder: Path | None = None) -> Re
             raise InputError(f"reward_funcs: {_EXPECTED}, or a mapping with that under 'function', got {dict(spec)!r}")
         reward = load_reward(spec["function"], folder)
         return Reward(reward.name, functools.partial(reward.function, **arguments)) if arguments else reward
-    where, colon, attribute = str(spec).rpartition(":")
+    where, _, attribute = str(spec).rpartition(":")
     if not isinstance(spec, str) or not where or not attribute.isidentifier():
         raise InputError(f"reward_funcs: {_EXPECTED}, or a mapping with that under 'function', got {spec!r}")
     module = _file_module(Path(where), spec, folder) if where.endswith(".py") else _named_module(where, spec, folder)
@@ -211,7 +211,7 @@ def score_completions(
     results = _results(rewards, batch)
     parts = {name: _as_parts(name, result, batch.origins) for name, result in results.items()}
     means = {name: sum(values) / len(values) for name, values in metrics.items()}
-    return Scores(_weighted_sum(list(parts.values()), factors), parts, means, dict(extra))
+    return Scores(_sum_of_parts(list(parts.values()), factors), parts, means, dict(extra))
 
 
 class _Round(NamedTuple):
@@ -337,7 +337,7 @@ def _as_float(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _weighted_sum(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+def _sum_of_parts(parts: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
     """Weighted sums `[S]` over the parts that are not NaN; NaN where all are."""
     stacked = torch.stack(list(parts))  # [K, S]
     total = (stacked * torch.tensor(weights, dtype=torch.float32)[:, None]).nansum(0)

@@ -27,10 +27,10 @@ from logitless.training.metrics import Record
 from logitless.training.mixture import prefixed, without_prefix
 from logitless.training.parallel import World
 from logitless.training.rollouts import advantages, log, summary
-from logitless.training.rollouts.critic import OWN, Critic
+from logitless.training.rollouts.critic import VALUE_INPUTS, Critic
 from logitless.training.rollouts.generation import Sampling, TextGenerator
 from logitless.training.rollouts.groups import Schedule, Slot, slots_of
-from logitless.training.rollouts.inputs import Values, add_inputs, add_weights, statistics
+from logitless.training.rollouts.inputs import Values, add_inputs, add_weights, policy_statistics
 from logitless.training.rollouts.prompts import Prompt, Prompts
 from logitless.training.rollouts.rewards import PASSED, Reward, Scores, score_completions
 from logitless.training.rollouts.rollout import Rollout, rollout_of
@@ -51,19 +51,19 @@ class Judge(NamedTuple):
             self.rewards,
             self.weights,
             [prompt.asked for prompt in prompts],
-            [_like(prompt.asked, text) for text, prompt in zip(texts, prompts, strict=True)],
+            [as_answer(prompt.asked, text) for text, prompt in zip(texts, prompts, strict=True)],
             [each.completion.tolist() for each in rollouts],
             {name: [prompt.columns.get(name) for prompt in prompts] for name in names},
             [prompt.origin for prompt in prompts],
         )
 
 
-def _like(asked: Any, text: str) -> Any:
+def as_answer(asked: Any, text: str) -> Any:
     """A completion as TRL gives it to reward functions: a string behind a string, an assistant's turn behind turns."""
     return text if isinstance(asked, str) else [{"role": "assistant", "content": text}]
 
 
-class Settings(NamedTuple):
+class RoundSettings(NamedTuple):
     """How a component's rounds are sampled, rewarded and trained on."""
 
     tokenizer: Any
@@ -96,7 +96,7 @@ class Rounds:
 
     prompts: Prompts
     loader: Loader
-    settings: Settings
+    settings: RoundSettings
     number: int = -1  # of the round that is trained on
     data: TokenizedData | None = None
     metrics: Record = field(default_factory=dict)
@@ -119,13 +119,13 @@ class Rounds:
         together = TOGETHER if TOGETHER in run.loss.inputs else None
         loader = replace(self.loader, data=self.data, together=together)
         size = options.per_device_train_batch_size // (options.num_generations if together else 1)
-        seed = _seed(options.seed, number, run.world)
+        seed = _seed_of_round(options.seed, number, run.world)
         sampler = Sampler(len(loader.units), size, options.gradient_accumulation_steps, seed)
         batches = [loader.batch(units) for units in sampler.micro_batches(within)]
         if self.settings.critic is None:
             return batches
         self.metrics = {**self.metrics, **self.settings.critic.update(batches)}
-        return [batch.without_inputs(*OWN) for batch in batches]
+        return [batch.without_inputs(*VALUE_INPUTS) for batch in batches]
 
     # -----------------------------------------------------------------------------------------------------------------
     # A round
@@ -133,9 +133,33 @@ class Rounds:
     def _sample(self, run: Running, number: int, step: int) -> None:
         """Makes round `number`, before update `step`."""
         started, options, world, settings = perf_counter(), run.options, run.world, self.settings
-        seed = _seed(options.seed, number, world)
-        generator = torch.Generator().manual_seed(seed)
+        draws = torch.Generator().manual_seed(_seed_of_round(options.seed, number, world))
         prompts = self._drawn(number, world, options.seed)
+        slots, rollouts = self._answers(run, number, step, prompts, draws)
+        asked, sampled = [prompts[slot.prompt] for slot in slots], perf_counter() - started
+        scores = None if settings.judge is None else settings.judge(asked, rollouts, settings.tokenizer)
+        group = torch.tensor([slot.prompt for slot in slots])
+        values = policy_statistics(run, self.loader, [each.example() for each in rollouts])
+        examples = [each.example(masked=options.mask_truncated_completions and not each.ended) for each in rollouts]
+        everyone = summary.of_everyone(rollouts, values, group, scores, world)
+        share = advantages.share_of_right(everyone.get(summary.TOTAL), everyone["sampled"])
+        right = torch.zeros(len(slots)) if scores is None else (scores.total > 0).float()
+        add_inputs(values, rollouts, group, right * share, draws)
+        if settings.correction != "none":
+            add_weights(values, rollouts, settings.correction, options.importance_sampling_cap)
+        self.metrics = summary.metrics(everyone) | {"sampling/seconds": sampled}
+        if scores is not None:
+            self._add_advantages(values, rollouts, examples, everyone, world)
+            self.metrics |= scores.metrics
+        self.number, self.data = number, _as_data(examples, values, self._names(run))
+        if options.log_completions:
+            log.write(options.output_dir, step, asked, rollouts, scores, values, settings.tokenizer, world)
+
+    def _answers(
+        self, run: Running, number: int, step: int, prompts: Sequence[Prompt], draws: torch.Generator
+    ) -> tuple[list[Slot], list[Rollout]]:
+        """The slots of a round's prompts, and what was sampled behind them by the model of today."""
+        options, settings = run.options, self.settings
         slots = slots_of(
             prompts,
             settings.schedule,
@@ -143,29 +167,11 @@ class Rounds:
             demonstrations=options.num_demonstrations,
             step=step,
             total_steps=run.total_steps,
-            generator=generator,
+            generator=draws,
         )
         settings.generator.follow(run.model, step)
-        rollouts = answered(settings.generator, slots, settings.sampling, seed)
-        asked, sampled = [prompts[slot.prompt] for slot in slots], perf_counter() - started
-        scores = None if settings.judge is None else settings.judge(asked, rollouts, settings.tokenizer)
-        group = torch.tensor([slot.prompt for slot in slots])
-        values = statistics(run, self.loader, [each.example() for each in rollouts])
-        examples = [each.example(masked=options.mask_truncated_completions and not each.ended) for each in rollouts]
-        everyone = summary.gathered(rollouts, values, group, scores, world)
-        share = advantages.share_of_right(everyone.get(summary.TOTAL), everyone["sampled"])
-        right = torch.zeros(len(slots)) if scores is None else (scores.total > 0).float()
-        add_inputs(values, rollouts, group, right * share, generator)
-        if settings.correction != "none":
-            add_weights(values, rollouts, settings.correction, options.importance_sampling_cap)
-        if scores is not None:
-            self._add_advantages(values, rollouts, examples, everyone, world)
-        self.number, self.data = number, _as_data(examples, values, self._names(run))
-        self.metrics = summary.metrics(everyone) | {"sampling/seconds": sampled}
-        if scores is not None:
-            self.metrics |= scores.metrics
-        if options.log_completions:
-            log.write(options.output_dir, step, asked, rollouts, scores, values, settings.tokenizer, world)
+        seed = _seed_of_round(options.seed, number, run.world)
+        return slots, answered(settings.generator, slots, settings.sampling, seed)
 
     def _add_advantages(
         self,
@@ -195,7 +201,9 @@ class Rounds:
         read = {*run.loss.inputs, *run.loss.optional_inputs}
         if self.settings.correction == "none":
             read.discard("policy_weight")
-        return [name for name in SAMPLED if name in read] + (list(OWN) if self.settings.critic is not None else [])
+        return [name for name in SAMPLED if name in read] + (
+            list(VALUE_INPUTS) if self.settings.critic is not None else []
+        )
 
     def _drawn(self, number: int, world: World, seed: int) -> list[Prompt]:
         """This process's prompts of a round: its part of the epochs' orders, one behind another."""
@@ -264,6 +272,6 @@ def _data_of(items: list[Item]) -> TokenizedData:
     return TokenizedData(items, len(items), 0, 0, tuple(range(len(items))))
 
 
-def _seed(seed: int, number: int, world: World) -> int:
+def _seed_of_round(seed: int, number: int, world: World) -> int:
     """The seed of a round's draws in this process; small, since a sampler multiplies it."""
     return ((seed * 1_000_003 + number) * 1_009 + world.rank) % 2**40

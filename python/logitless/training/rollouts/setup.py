@@ -24,7 +24,8 @@ from logitless.training.rollouts.model_generator import ModelTextGenerator, ends
 from logitless.training.rollouts.options import RolloutOptions
 from logitless.training.rollouts.prompts import Prompts
 from logitless.training.rollouts.rewards import load_rewards
-from logitless.training.rollouts.rounds import Judge, Rounds, Settings
+from logitless.training.rollouts.rounds import Judge, Rounds, RoundSettings
+from logitless.training.rollouts.server import ServerTextGenerator
 
 #: Options of a value function.
 OF_CRITIC = ("gamma", "lam", "cliprange_value", "critic_learning_rate")
@@ -60,7 +61,7 @@ def _check_rewards(options: TrainOptions, loss: Loss) -> None:
         if asked:
             raise InputError(f"{asked[0]}: no reward_funcs are named")
         return
-    estimator = estimator_of(loss.name, options.advantage_estimator)
+    estimator = estimator_of(loss, options.advantage_estimator)
     known = SCALES_OF.get(estimator, ())
     if options.scale_rewards is not None and options.scale_rewards not in known:
         expected = f"expected one of {', '.join(known)}" if known else "it divides by no deviation of rewards"
@@ -146,7 +147,7 @@ def make_rounds(
     groups, updates = round_sizes(options, loss)
     bf16 = computes_in_bf16(options, world.device)
     sampling = sampling_of(options)
-    estimator = estimator_of(loss.name, options.advantage_estimator)
+    estimator = estimator_of(loss, options.advantage_estimator)
     schedule = Schedule(shows(loss), options.demonstration_schedule or {})
     schedule.confirm()
     judge = None
@@ -155,22 +156,36 @@ def make_rounds(
     critic = None
     if judge is not None and estimator == "gae":
         critic = load_critic(source, options.model_revision, options, world, bf16=bf16)
-    generator = make_generator(options, model, tokenizer, loader.pad_token, answer_end, bf16=bf16)
-    settings = Settings(
+    generator = make_generator(options, world, model, tokenizer, loader.pad_token, answer_end, bf16=bf16)
+    correction = correction_of(options, loss, sampling, served=options.use_vllm)
+    if correction != "none":
+        _require_known_draws(generator, sampling)
+    settings = RoundSettings(
         tokenizer=tokenizer,
         generator=generator,
         sampling=sampling,
         judge=judge,
         schedule=schedule,
         estimator=estimator,
-        scale=scale_of(loss.name, options.scale_rewards),
-        correction=correction_of(options, loss, sampling, served=not isinstance(generator, ModelTextGenerator)),
+        scale=scale_of(loss, options.scale_rewards),
+        correction=correction,
         critic=critic,
         groups=groups,
         updates=updates,
         passes=options.num_iterations,
     )
     return Rounds(prompts, loader, settings)
+
+
+def _require_known_draws(generator: TextGenerator, sampling: Sampling) -> None:
+    """Raises InputError for a server that does not say what its tokens were drawn from, which is to be corrected."""
+    told = getattr(generator, "processed", True) or (sampling.temperature == 1 and not sampling.cuts)
+    if not told:
+        raise InputError(
+            "use_vllm: the server gives log-probabilities of undivided logits, and not of what it draws from at this "
+            "temperature, top_p, top_k and min_p; start it with --logprobs-mode processed_logprobs, or set "
+            "importance_sampling to none"
+        )
 
 
 def sampling_of(options: TrainOptions) -> Sampling:
@@ -185,12 +200,12 @@ def sampling_of(options: TrainOptions) -> Sampling:
 
 
 def make_generator(
-    options: TrainOptions, model: Any, tokenizer: Any, pad_token: int, answer_end: str, *, bf16: bool
+    options: TrainOptions, world: World, model: Any, tokenizer: Any, pad_token: int, answer_end: str, *, bf16: bool
 ) -> TextGenerator:
-    """What samples: the model in this process.
+    """What samples: the model in this process, or a server.
 
     Raises:
-        InputError: the model could draw tokens that it cannot read.
+        InputError: the model could draw tokens that it cannot read, or there is no such server.
     """
     if head_rows(model) > embedding_rows(model):
         raise InputError(
@@ -198,6 +213,21 @@ def make_generator(
             f"{embedding_rows(model)}, so that tokens may be drawn that cannot be read"
         )
     ends = ends_of(model, tokenizer, answer_end)
+    if options.use_vllm:
+        folder = (
+            Path(options.output_dir) / "vllm" if options.vllm_weights_dir is None else Path(options.vllm_weights_dir)
+        )
+        return ServerTextGenerator(
+            options.vllm_server_base_url,
+            end_ids=ends,
+            vocabulary=embedding_rows(model),
+            folder=folder.absolute(),
+            world=world,
+            model_name=options.vllm_server_model,
+            start_timeout=options.vllm_server_timeout,
+            timeout=options.vllm_request_timeout,
+            requests=options.vllm_server_requests,
+        )
     # evaluation may ask for any number of completions, and gets no more memory than a round
     size = options.per_device_generation_batch_size or options.per_device_train_batch_size * micro_batches(options)
     return ModelTextGenerator(model, pad_token=pad_token, ends=ends, bf16=bf16, batch_size=size)

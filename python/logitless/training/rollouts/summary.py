@@ -16,7 +16,7 @@ from logitless.training.rollouts.rollout import Rollout
 TOTAL = "total"
 
 
-def gathered(
+def of_everyone(
     rollouts: Sequence[Rollout],
     values: Sequence[Values],
     group: torch.Tensor,
@@ -63,7 +63,7 @@ def _most(values: torch.Tensor) -> torch.Tensor:
 
 
 def metrics(found: Mapping[str, torch.Tensor]) -> Record:
-    """The round's metrics, of `gathered` numbers.
+    """The round's metrics, of `of_everyone` numbers.
 
     Rewards are of sampled completions; those that are demonstrations from end to end say nothing about the policy. A
     mean over no known reward is left out.
