@@ -85,6 +85,8 @@ def metrics(found: Mapping[str, torch.Tensor]) -> Record:
     total = _told(found[TOTAL], own)
     if len(total):
         record |= {"reward": float(total.mean()), "reward_std": float(total.std()) if len(total) > 1 else 0.0}
+    if (own & (found["shown"] > 0)).any() and len(unaided := _told(found[TOTAL], own & (found["shown"] == 0))):
+        record["reward_unaided"] = float(unaided.mean())
     record["frac_reward_zero_std"] = _equal_groups(filled(found[TOTAL], found["group"])[0], found["group"])
     for name, part in found.items():
         if name.startswith("rewards/") and len(known := _told(part, own)):
