@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rollout_cases import HERE, Folder, Twin, make_folder, rounds_of, sampled_round
+from rollout_cases import HERE, Folder, Twin, make_folder, rounds_of, rows_with_answers, sampled_round
 from rollout_rewards import reward_of
 from training_fixtures import CHATML, make_tokenizer, write_jsonl
 
@@ -445,3 +445,20 @@ def test_prompts_without_a_demonstration_stand_beside_others(folder: Folder) -> 
     data = write_jsonl(folder.path / "some.jsonl", rows)
     examples = sampled_round(folder.prepared(method="prefix_rft", dataset_name=data, **LONG))
     assert Counter(bool(parts_of(each)[0].any()) for each in examples) == {False: 7, True: 1}
+
+
+def test_a_log_line_averages_the_rounds_that_have_a_metric(folder: Folder) -> None:
+    """A round without a demonstration has no length of one; the mean is over the others."""
+    rows = rows_with_answers()
+    few = [{"prompt": row["prompt"]} for row in rows[1:]] + rows[:1]
+    data = write_jsonl(folder.path / "few.jsonl", few)
+    every = folder.options("each-step", method="luffy", dataset_name=data, max_steps=6, logging_steps=1, **LONG)
+    train(every)
+    lengths = [each.get("completions/shown_length") for each in read_metrics(Path(every.output_dir)) if "loss" in each]
+    known = [length for length in lengths if length is not None]
+    assert 0 < len(known) < len(lengths)
+    window = folder.options("window", method="luffy", dataset_name=data, max_steps=6, logging_steps=6, **LONG)
+    train(window)
+    *_, last = [each for each in read_metrics(Path(window.output_dir)) if "loss" in each]
+    rest = [length for length in lengths[1:] if length is not None]  # the first step has a line of its own
+    assert last.get("completions/shown_length") == (pytest.approx(sum(rest) / len(rest)) if rest else None)

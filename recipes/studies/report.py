@@ -31,10 +31,12 @@ that of [recipes/papers](recipes.md).
   steps on 50,000 answers, mostly to shorter questions. It answers {base} of 200 questions of {hard} numbers rightly.
 - **Numbers** are means over {seeds} seeds with 95% intervals (Student's t over the seeds), on 200 held-out questions.
   "Accuracy" is of the likeliest answer, "sampled" of 8 answers at temperature 1.
-- **Machine**: {machine}, {versions}. Took {minutes} minutes in all, by one thread.
+- **Machine**: {machine}, {versions}; one thread.
 
-A model of this size learns everything from few rows, and its questions have one right answer. What agrees with a paper
-here is no proof of it, and what disagrees is no refutation. A last column says which is which.
+The papers train models of billions of parameters that know much of their task. This one knows little of its own. What
+agrees with a paper here is no proof of it, and what disagrees is no refutation. What needs more scale than was had: all
+of them on a model that has something to lose, which is what `recipes/papers/small` does with SmolLM2, overnight, and
+`recipes/papers` with GPUs. [The implicit reward](reward.md) was tried on SmolLM2.
 """
 
 

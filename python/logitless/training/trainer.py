@@ -11,6 +11,7 @@ checkpoint that holds them continues the run bit for bit on a CPU. `run.prepare`
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -200,14 +201,19 @@ def _is_due(run: Run, done: int, strategy: str, every: int) -> bool:
 def _log(run: Run, step: int) -> None:
     """Records the averages of the steps since the last log."""
     window: list[Record] = run.state["window"]
-    averaged = [name for name in window[0] if name not in NOT_AVERAGED]
-    record = _stamp(run, step) | {name: math.fsum(r[name] for r in window) / len(window) for name in averaged}
+    averaged = dict.fromkeys(name for each in window for name in each if name not in NOT_AVERAGED)
+    record = _stamp(run, step) | {name: _mean_where_known(window, name) for name in averaged}
     record |= {name: window[-1][name] for name in ("grad_norm", "learning_rate")}
     record["num_tokens"] = run.state["num_tokens"]
     record["tokens_per_second"] = sum(r["tokens"] for r in window) / sum(r["seconds"] for r in window)
     record["peak_memory"] = peak_memory(run.world.device)
     run.reporter.record(record)
     run.state["window"] = []
+
+
+def _mean_where_known(window: Sequence[Record], name: str) -> float:
+    """The mean over the steps that have a metric of this name; a round of samples may lack some."""
+    return statistics.fmean(each[name] for each in window if name in each)
 
 
 def evaluate(run: Run, step: int) -> dict[str, float]:
