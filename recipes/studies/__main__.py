@@ -1,6 +1,6 @@
 """Runs the studies and writes docs/studies.md: `python recipes/studies`.
 
-    python recipes/studies                          what is missing of all studies, with three seeds; about an hour of one core
+    python recipes/studies                          what is missing of all studies, three seeds; an hour
     python recipes/studies --only dft --seeds 1     one study, one seed
     python recipes/studies --short                  a few steps of everything, which shows that it runs
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,17 @@ of them on a model that has something to lose, which is what `recipes/papers/sma
 
 def _section(study: Study, cases: Mapping[str, Any]) -> str:
     names = list(next(iter(cases.values()))["mean"])
-    lines = [f"## {study.title}", "", f"**The paper**: {study.claim}", ""]
+    lines = [f"## {study.title}", "", _wrapped(f"**The paper**: {study.claim}"), ""]
     lines += [f"| | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
     for case, found in cases.items():
         cells = [_cell(found["mean"][name]) if name in found["mean"] else "" for name in names]
         lines.append(f"| {case} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"![{study.title}](studies/{study.name}.png)", "", f"**Here**: {study.finding}", ""])
+    return "\n".join([*lines, "", f"![{study.title}](studies/{study.name}.png)", "",
+                      _wrapped(f"**Here**: {study.finding}"), ""])  # fmt: skip
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _cell(value: Mapping[str, float]) -> str:
@@ -60,7 +66,7 @@ def plot(study: Study, cases: Mapping[str, Any], file: Path) -> None:
     from matplotlib.figure import Figure
 
     names = [name for name in next(iter(cases.values()))["mean"] if not name.startswith("stage")]
-    figure = Figure(figsize=(3.2 * len(names), 0.35 * len(cases) + 1.2), layout="constrained")
+    figure = Figure(figsize=(2.6 * len(names) + 1.5, 0.35 * len(cases) + 1.2), layout="constrained")
     for axis, name in zip(figure.subplots(1, len(names), sharey=True, squeeze=False)[0], names, strict=True):
         means = [found["mean"][name] for found in cases.values()]
         places = range(len(means))
@@ -68,8 +74,9 @@ def plot(study: Study, cases: Mapping[str, Any], file: Path) -> None:
         axis.barh(places, [mean["mean"] for mean in means], xerr=errors, color="#9ecae1", ecolor="#555555", height=0.6)
         for place, found in zip(places, cases.values(), strict=True):
             axis.plot([seed[name] for seed in found["seeds"]], [place] * len(found["seeds"]), "k.", markersize=4)
-        axis.set(title=name, xlim=(0, 1))
+        axis.set_title(name, fontsize="medium")
+        axis.set_xlim(0, 1)
         axis.set_yticks(list(places), list(cases))
-        axis.invert_yaxis()
+    axis.invert_yaxis()  # which all of them share
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
