@@ -52,8 +52,12 @@ class Places:
         self.rows = write_jsonl(folder / "rows.jsonl", ROWS)
 
     def options(self, data: str | None = None, **changes: Any) -> TrainOptions:
-        defaults = {"reward_funcs": (f"{self.folder}/rewards.py:right",), "max_completion_length": ROOM}
-        return make_options(self.folder / "run", self.model, data or self.rows, **defaults | changes)
+        sampled = {"reward_funcs": (f"{self.folder}/rewards.py:right",), "max_completion_length": ROOM}
+        return self.trained(data, **sampled | changes)
+
+    def trained(self, data: str | None = None, **changes: Any) -> TrainOptions:
+        """Options of a run over rows, which samples nothing."""
+        return make_options(self.folder / "run", self.model, data or self.rows, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +88,7 @@ def log_probs(folder: str, ids: list[int]) -> torch.Tensor:
 def first_loss(places: Places, rows: list[dict[str, Any]], tmp_path: Path, **changes: Any) -> float:
     data = write_jsonl(tmp_path / "weighted.jsonl", rows)
     changes = {"output_dir": str(tmp_path / "run"), "per_device_train_batch_size": len(rows), "max_steps": 1} | changes
-    train(places.options(data, reward_funcs=None, **changes))
+    train(places.trained(data, **changes))
     return float(read_metrics(tmp_path / "run")[0]["loss"])
 
 
