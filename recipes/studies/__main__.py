@@ -38,8 +38,9 @@ def main() -> None:
     if options.short:
         studies = [_shortened(study) for study in studies]
     model = base.make(options.output, SHORT_STEPS if options.short else BASE_STEPS)
-    first = engine.accuracies(model, (task.HARD,), 20 if options.short else 200)
-    found = {each.name: engine.run(each, model, options.output, range(options.seeds), print) for each in studies}
+    asked = 20 if options.short else engine.QUESTIONS
+    first = engine.accuracies(model, (task.HARD,), asked)
+    found = {each.name: engine.run(each, model, options.output, range(options.seeds), print, asked) for each in studies}
     if options.short or options.only:
         return
     file = DOCS / "studies.json"

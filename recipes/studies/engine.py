@@ -29,6 +29,7 @@ from logitless.training.rollouts.model_generator import ModelTextGenerator, ends
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = 8  # of each question, beside the likeliest answer
+QUESTIONS = 200  # held out, of each length
 HELD_OUT = 1_000_003  # seed of the questions that no training sees
 
 Data = Callable[[Path, int], list[task.Row]]  # of the model that a stage begins with, and a seed
@@ -64,14 +65,19 @@ class Study:
     lengths: Sequence[int] = (task.HARD,)
 
 
-def run(study: Study, base: Path, output: Path, seeds: Sequence[int], say: Callable[[str], None]) -> dict[str, Any]:
-    """Runs what is missing of a study; returns its results by case: of each seed, and over them."""
+def run(
+    study: Study, base: Path, output: Path, seeds: Sequence[int], say: Callable[[str], None], questions: int = QUESTIONS
+) -> dict[str, Any]:
+    """Runs what is missing of a study; returns its results by case: of each seed, and over them.
+
+    `questions` of each length are asked behind every stage.
+    """
     found = {}
     for case in study.cases:
         results = []
         for seed in seeds:
             folder = output / study.name / case.name / f"seed-{seed}"
-            results.append(_result(case, study, base, folder, seed))
+            results.append(_result(case, study, base, folder, seed, questions))
             say(f"{study.name}, {case.name}, seed {seed}: {_shown(results[-1])}")
         found[case.name] = {"seeds": results, "mean": _over_seeds(results)}
     return found
@@ -81,7 +87,7 @@ def _shown(result: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in result.items())
 
 
-def _result(case: Case, study: Study, base: Path, folder: Path, seed: int) -> dict[str, float]:
+def _result(case: Case, study: Study, base: Path, folder: Path, seed: int, questions: int) -> dict[str, float]:
     file = folder / "result.json"
     if file.is_file():
         return dict(json.loads(file.read_text(encoding="utf-8")))
@@ -92,8 +98,9 @@ def _result(case: Case, study: Study, base: Path, folder: Path, seed: int) -> di
             _train(stage, model, trained, seed)
         model = trained
         if number < len(case.stages):
-            found |= {f"stage {number}: {name}": value for name, value in accuracies(model, study.lengths).items()}
-    found |= accuracies(model, study.lengths)
+            behind = accuracies(model, study.lengths, questions)
+            found |= {f"stage {number}: {name}": value for name, value in behind.items()}
+    found |= accuracies(model, study.lengths, questions)
     file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder / "data", ignore_errors=True)
     return found
@@ -114,7 +121,7 @@ def _train(stage: Stage, model: Path, output: Path, seed: int) -> None:
         train(options)
 
 
-def accuracies(model: Path, lengths: Sequence[int], count: int = 200) -> dict[str, float]:
+def accuracies(model: Path, lengths: Sequence[int], count: int = QUESTIONS) -> dict[str, float]:
     """How often the likeliest answer to held-out questions is right, and a sampled one, by their length."""
     found = {}
     for length in lengths:
