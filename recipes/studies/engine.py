@@ -9,7 +9,6 @@ A killed run goes on with the first stage that has no model yet.
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from logitless.training import train
 from logitless.training.config import options_from_mapping, read_yaml
 from logitless.training.rollouts.generation import Sampling
 from logitless.training.rollouts.model_generator import ModelTextGenerator, ends_of
+from logitless.training.seeds import of_all_metrics
 
 HERE = Path(__file__).resolve().parent
 SAMPLES = 8  # of each question, beside the likeliest answer
@@ -152,15 +152,5 @@ def answers(model: Path, rows: Sequence[task.Row], count: int, temperature: floa
 
 def _over_seeds(results: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Mean over the seeds and half of its 95% interval, Student's t."""
-    found = {}
-    for name in results[0]:
-        values = [result[name] for result in results]
-        half = math.nan
-        if len(values) > 1:
-            half = _T_95[len(values) - 1] * statistics.stdev(values) / math.sqrt(len(values))
-        found[name] = {"mean": statistics.fmean(values), "half": half}
-    return found
-
-
-#: The 97.5% quantile of Student's t by degrees of freedom.
-_T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+    found = of_all_metrics(results)
+    return {name: {"mean": each.mean, "half": each.interval.high - each.mean} for name, each in found.items()}

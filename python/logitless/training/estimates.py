@@ -23,6 +23,7 @@ from logitless.training.collate import Batch, Piece
 from logitless.training.config import TrainOptions
 from logitless.training.examples import IGNORED, Example
 from logitless.training.loader import Loader
+from logitless.training.model import evaluating
 from logitless.training.objective import Engine, batch_inputs, batch_layout, objective_of_stats
 from logitless.training.parallel import World
 from logitless.training.reference_model import ReferenceModel
@@ -76,12 +77,8 @@ class Estimate:
 @torch.no_grad()
 def current_stats(run: Running, batch: Batch, outputs: tuple[str, ...] = ("logprob",)) -> TokenStats:
     """Statistics `[B, T]` of today's model, without dropout and without a gradient."""
-    was_training = run.model.training
-    run.model.eval()
-    try:
+    with evaluating(run.model):
         return run.engine.stats(run.model, batch, outputs)
-    finally:
-        run.model.train(was_training)
 
 
 class OldPolicy(Estimate):

@@ -9,6 +9,7 @@ import torch
 from logitless.losses import PairLoss
 from logitless.training.collate import Batch, consecutive
 from logitless.training.loader import Loader
+from logitless.training.model import evaluating
 from logitless.training.objective import loss_count, objective_of_stats
 
 if TYPE_CHECKING:
@@ -35,15 +36,14 @@ def evaluate_loss(component: Component, loader: Loader) -> dict[str, float]:
     `loss`; `nll`, the mean negative log-likelihood, which can be compared between losses; and `mean_token_accuracy`.
     For preference losses `loss` and the `PREFERENCE_METRICS`. Processes share the batches out.
     """
-    was_training, world = component.model.training, component.world
-    component.model.eval()
+    world = component.world
     names = PREFERENCE_METRICS if isinstance(component.loss, PairLoss) else TOKEN_METRICS
     totals = dict.fromkeys(("weight", "loss", "count", *names), 0.0)
     batches = consecutive(len(loader.units), component.options.per_device_eval_batch_size)
-    for units, counts in world.share(batches):
-        for name, value in _sums(component, component.complete_held_out(loader.batch(units))).items():
-            totals[name] += counts * value
-    component.model.train(was_training)
+    with evaluating(component.model):
+        for units, counts in world.share(batches):
+            for name, value in _sums(component, component.complete_held_out(loader.batch(units))).items():
+                totals[name] += counts * value
     totals = {name: world.sum(value) for name, value in totals.items()}
     weight, counted = totals.pop("weight"), totals.pop("count")
     return {name: value / (weight if name == "loss" else counted) for name, value in totals.items()}

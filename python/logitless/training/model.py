@@ -12,6 +12,8 @@ import hashlib
 import importlib.util
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -251,6 +253,17 @@ def uses_flash_attention(model: Any) -> bool:
     return "flash" in (getattr(model.config, "_attn_implementation", None) or "")
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout probability to 0: of dropout modules, and those that modules keep as numbers."""
     for module in model.modules():
@@ -318,15 +331,12 @@ def check_packing(model: Any) -> None:
     vocabulary, device = embedding_rows(model), model.get_input_embeddings().weight.device
     parts = [torch.arange(1, 1 + n, device=device)[None] * 7 % vocabulary for n in (5, 4)]
     positions = torch.cat([torch.arange(part.shape[1], device=device) for part in parts])[None]
-    was_training = model.training
-    model.eval()
     try:
-        apart = torch.cat([_outputs(model, input_ids=part) for part in parts], dim=1)
-        together = _outputs(model, input_ids=torch.cat(parts, dim=1), position_ids=positions)
+        with evaluating(model):
+            apart = torch.cat([_outputs(model, input_ids=part) for part in parts], dim=1)
+            together = _outputs(model, input_ids=torch.cat(parts, dim=1), position_ids=positions)
     except TypeError as error:
         raise InputError(f"packing: {type(model).__name__} takes no position_ids, so rows cannot be packed") from error
-    finally:
-        model.train(was_training)
     error_size, size = (together - apart).float().abs().max(), apart.float().abs().max()
     tolerance = 64 * torch.finfo(model.dtype).eps * size
     if not error_size <= tolerance:

@@ -36,7 +36,7 @@ from logitless.training.errors import InputError
 from logitless.training.examples import Item
 from logitless.training.inputs import REFERENCE_FIELDS
 from logitless.training.loader import Loader
-from logitless.training.model import cache_folder, load_model, locate_once, patched
+from logitless.training.model import cache_folder, evaluating, load_model, locate_once, patched
 from logitless.training.objective import Engine, PatchedEngine, computes_in_bf16
 from logitless.training.parallel import World
 from logitless.training.resume import IDLE_SETTINGS
@@ -101,17 +101,12 @@ class ReferenceModel:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> dict[str, Any]:
         """The loss inputs of a batch, `[B, T]` each; position t belongs to the prediction of token t + 1."""
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            with self.as_given():
-                if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
-                    given = self.engine.hidden(self.model, batch)
-                    return given | {"ref_head": first_rows(given["ref_head"], self.rows)}
-                fields = {name: REFERENCE_FIELDS[name] for name in self.names}
-                stats = self.engine.stats(self.model, batch, tuple(fields.values()))
-        finally:
-            self.model.train(was_training)
+        with evaluating(self.model), self.as_given():
+            if isinstance(self.engine, PatchedEngine) and self.loss.compares_distributions:
+                given = self.engine.hidden(self.model, batch)
+                return given | {"ref_head": first_rows(given["ref_head"], self.rows)}
+            fields = {name: REFERENCE_FIELDS[name] for name in self.names}
+            stats = self.engine.stats(self.model, batch, tuple(fields.values()))
         return {name: getattr(stats, field).detach() for name, field in fields.items()}
 
 

@@ -27,6 +27,7 @@ from logitless.training.data import Row, read_rows
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example, TokenizedData
 from logitless.training.forms import renamed
+from logitless.training.frozen import start_alone
 from logitless.training.loader import row_renderer
 from logitless.training.metrics import Progress
 from logitless.training.model import hide_progress_bars, load_model, load_tokenizer, locate, patched
@@ -74,9 +75,7 @@ def write_teacher_columns(
     options.require_inputs()
     world = parallel.start(options.use_cpu)
     try:
-        if world.size > 1 or world.strategy.shards:
-            raise InputError(f"a teacher runs in one process and is not sharded, got {world.size}; give each a part of "
-                             "the rows")  # fmt: skip
+        start_alone(world, "a teacher")
         _teach(options, world, path, k, server)
     finally:
         parallel.stop(world)

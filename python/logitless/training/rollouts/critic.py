@@ -15,7 +15,7 @@ from torch import nn
 
 from logitless.losses.policy.advantages import generalized_advantages, token_rewards, whiten
 from logitless.losses.policy.values import value_loss
-from logitless.training.collate import Batch, Piece, by_sequence
+from logitless.training.collate import Batch, by_sequence
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.examples import IGNORED, Example
@@ -24,6 +24,7 @@ from logitless.training.metrics import Record
 from logitless.training.objective import autocast, forward_inputs, shifted
 from logitless.training.parallel import World
 from logitless.training.places import unreadable
+from logitless.training.rollouts.inputs import batches_of
 
 #: Values that the critic reads of a batch, and the loss does not.
 VALUE_INPUTS = ("returns", "old_values")
@@ -76,12 +77,8 @@ class Critic:
 
     @torch.no_grad()
     def _values(self, loader: Loader, examples: Sequence[Example]) -> list[torch.Tensor]:
-        size, found = self.options.per_device_train_batch_size, []
-        for start in range(0, len(examples), size):
-            batch = loader.collate([Piece(example) for example in examples[start : start + size]])
-            batch = batch.to(self.world.device)
-            found += by_sequence(batch, self._forward(batch).float().cpu())
-        return found
+        batches = batches_of(examples, loader, self.options, self.world)
+        return [each for batch in batches for each in by_sequence(batch, self._forward(batch).cpu())]
 
     def _forward(self, batch: Batch) -> torch.Tensor:
         """Values `[B, T]`: at position t of the state before token t + 1."""

@@ -11,18 +11,19 @@ group, draw        the prompt; a random number a token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from logitless.losses import Loss
 from logitless.losses.policy.weights import sampler_correction
-from logitless.training.collate import Piece, by_sequence
+from logitless.training.collate import Batch, Piece, by_sequence, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
 from logitless.training.estimates import Running, current_stats
 from logitless.training.examples import Example
 from logitless.training.loader import Loader
+from logitless.training.parallel import World
 from logitless.training.rollouts.generation import Sampling
 from logitless.training.rollouts.rollout import Rollout
 
@@ -33,14 +34,18 @@ Values = dict[str, torch.Tensor]
 def policy_statistics(run: Running, loader: Loader, examples: Sequence[Example]) -> list[Values]:
     """`old_logprob` and `entropy` of sequences under today's model, without dropout and without a gradient."""
     found: list[Values] = []
-    size = run.options.per_device_train_batch_size
-    for start in range(0, len(examples), size):
-        batch = loader.collate([Piece(example) for example in examples[start : start + size]]).to(run.world.device)
+    for batch in batches_of(examples, loader, run.options, run.world):
         stats = current_stats(run, batch, ("logprob", "entropy"))
         assert stats.logprob is not None and stats.entropy is not None
         parts = (by_sequence(batch, values.detach().float().cpu()) for values in (stats.logprob, stats.entropy))
         found += [{"old_logprob": old, "entropy": entropy} for old, entropy in zip(*parts, strict=True)]
     return found
+
+
+def batches_of(examples: Sequence[Example], loader: Loader, options: TrainOptions, world: World) -> Iterator[Batch]:
+    """The sequences in their order, in batches of an update's size, on the device."""
+    for numbers in consecutive(len(examples), options.per_device_train_batch_size):
+        yield loader.collate([Piece(examples[number]) for number in numbers]).to(world.device)
 
 
 def correction_of(options: TrainOptions, loss: Loss, sampling: Sampling, *, served: bool) -> str:

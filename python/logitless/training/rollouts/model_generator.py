@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from logitless.integrations.support import causal_lm
 from logitless.training.checks import learned_positions
+from logitless.training.model import evaluating
 from logitless.training.objective import autocast
 from logitless.training.rollouts.generation import Completion, Sampling
 from logitless.training.rollouts.prompts import written_ends
@@ -43,7 +45,7 @@ class ModelTextGenerator:
         """A completion of every prompt; see `TextGenerator`."""
         found: dict[int, Completion] = {}
         device = self.model.get_input_embeddings().weight.device
-        with _evaluating(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with evaluating(self.model), torch.random.fork_rng([device] if device.type == "cuda" else []):
             torch.manual_seed(seed)
             for batch, limit in self._batches(list(map(len, prompts)), sampling.max_tokens):
                 with autocast(device, self.bf16):
@@ -147,16 +149,6 @@ def _left_padded(prompts: list[torch.Tensor], width: int, pad_token: int) -> tup
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
 def _plain_generation(model: Any, pad_token: int, ends: Sequence[int]) -> Iterator[None]:
     """The model's settings of generation replaced by none.
 
@@ -165,7 +157,7 @@ def _plain_generation(model: Any, pad_token: int, ends: Sequence[int]) -> Iterat
     """
     from transformers import GenerationConfig
 
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = causal_lm(model)
     own = inner.generation_config
     inner.generation_config = GenerationConfig(
         pad_token_id=pad_token, eos_token_id=list(ends) or None, do_sample=True, top_k=0, use_cache=True
@@ -178,7 +170,6 @@ def _plain_generation(model: Any, pad_token: int, ends: Sequence[int]) -> Iterat
 
 def ends_of(model: Any, tokenizer: Any, template_end: str) -> tuple[int, ...]:
     """The ids that end a completion: the model's, the tokenizer's, and what its chat template ends an answer with."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    own = getattr(inner.generation_config, "eos_token_id", None)
+    own = getattr(causal_lm(model).generation_config, "eos_token_id", None)
     found = {*(own if isinstance(own, (list, tuple)) else [own]), *written_ends(tokenizer, template_end)}
     return tuple(sorted(found - {None}))

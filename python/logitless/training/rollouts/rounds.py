@@ -208,10 +208,11 @@ class Rounds:
     def _drawn(self, number: int, world: World, seed: int) -> list[Prompt]:
         """This process's prompts of a round: its part of the epochs' orders, one behind another."""
         count = len(self.prompts.prompts)
-        orders = Sampler(count, 1, 1, seed)
+        sampler = Sampler(count, 1, 1, seed)
         first = (number * world.size + world.rank) * self.settings.groups
-        places = (divmod(place, count) for place in range(first, first + self.settings.groups))
-        return [self.prompts.prompts[orders.order(epoch)[place]] for epoch, place in places]
+        places = [divmod(place, count) for place in range(first, first + self.settings.groups)]
+        orders = {epoch: sampler.order(epoch) for epoch in {epoch for epoch, _ in places}}
+        return [self.prompts.prompts[orders[epoch][place]] for epoch, place in places]
 
     # -----------------------------------------------------------------------------------------------------------------
     # Checkpoints
