@@ -9,6 +9,8 @@ from collections.abc import Iterator
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Read when torch is imported: threads that wait leave the core to the other process, of which pytest-xdist has several.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -26,6 +28,19 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("logitless")
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A tensor is named by its shape: values would fill the screen, and two processes would draw other ones."""
+    if isinstance(val, dict):
+        return " ".join(f"{ascii(key)[1:-1]}={_brief(x)}" for key, x in val.items())
+    return _brief(val) if isinstance(val, torch.Tensor) else None
+
+
+def _brief(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{list(value.shape)}"
+    return type(value).__name__ if isinstance(value, tuple) else ascii(value)
 
 
 @pytest.fixture(autouse=True)

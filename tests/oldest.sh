@@ -22,4 +22,4 @@ venv=${LOGITLESS_OLDEST_VENV:-.venv-oldest}
 LOGITLESS_TORCH="torch==$OLDEST_TORCH" LOGITLESS_CPU=off LOGITLESS_CUDA=off bash recipes/environment.sh "$venv" core-test
 "$venv/bin/python" -c "import torch; assert torch.__version__.startswith('$OLDEST_TORCH'), torch.__version__"
 suites=("${SUITES[@]/#/tests/test_}")
-exec "$venv/bin/python" -m pytest "${suites[@]/%/.py}" "$@"
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist worksteal "${suites[@]/%/.py}" "$@"

@@ -4,6 +4,7 @@
 #   bash tests/run.sh               the fast tier
 #   bash tests/run.sh --slow        the slow tier too: real models, long property runs, sanitizers
 #   bash tests/run.sh -k softcap    further arguments go to pytest
+#   bash tests/run.sh -n 0 --pdb    in one process; else a process for every core, eight at most
 #
 # LOGITLESS_VENV names another folder for the environment; recipes/environment.sh says what else can be set.
 set -euo pipefail
@@ -18,4 +19,4 @@ fi
 bash recipes/environment.sh "$venv" recipes,test,dev
 "$venv/bin/python" -m ruff check .
 "$venv/bin/python" -m mypy
-exec "$venv/bin/python" -m pytest "$@"
+exec "$venv/bin/python" -m pytest -n auto --maxprocesses 8 --dist worksteal "$@"

@@ -126,7 +126,6 @@ def test_the_reference_backend_refuses_the_same(mistake):
         ("normalizer", ValueError, dict(normalizer=4, reduction="sum")),
         ("targets", TypeError, dict(targets=None)),
     ],
-    ids=str,
 )
 def test_what_every_loss_takes(function, name, error, change):
     refused(FUNCTIONS[function], name, error, **{**base(), **change})
@@ -148,7 +147,6 @@ def test_an_unknown_keyword(function):
         ("targets", ValueError, dict(targets=None, outputs=("lse", "logprob"))),
         ("backward", ValueError, dict(backward="single_pass")),
     ],
-    ids=str,
 )
 def test_linear_logprobs(name, error, change):
     refused(logitless.linear_logprobs, name, error, **{**base(), **change})
@@ -161,7 +159,6 @@ def test_linear_logprobs(name, error, change):
         (dict(outputs=("mean_logit",), softcap=3.0), "mean logit"),
         (dict(bias=torch.zeros(9, requires_grad=True)), "trainable"),
     ],
-    ids=str,
 )
 def test_single_pass_that_cannot_be_is_refused_with_its_reason(change, reason):
     arguments = {**base(), "weight": base()["weight"].detach(), "backward": "single_pass", **change}
@@ -238,7 +235,6 @@ def test_per_token_loss_that_closes_over_a_parameter(leaf):
         (TypeError, dict(logit_weight=[1.0] * 9)),
         (ValueError, dict(logit_weight=ONES, outputs=("logprob",))),
     ],
-    ids=str,
 )
 def test_weights_of_the_mean_logit(function, error, change):
     refused(FUNCTIONS[function], "logit_weight", error, **{**base(), "outputs": ("logprob", "mean_logit"), **change})
@@ -293,7 +289,6 @@ def test_what_is_no_loss(loss):
         ("dft", "token_weight", ValueError, dict(token_weight=torch.ones(4, 3, requires_grad=True))),
         ("dft", "token_weight", TypeError, dict(token_weight=2.0)),
     ],
-    ids=str,
 )  # fmt: skip
 def test_inputs_of_losses(loss, name, error, change):
     refused(lambda **k: logitless.linear_loss(loss, **k), name, error, **base(), **change)
@@ -329,7 +324,6 @@ def test_inputs_of_losses(loss, name, error, change):
         ("linear_dpo", "label_smoothing", ValueError, dict(label_smoothing=0.6)),
         ("linear_dpo", "divergence", ValueError, dict(divergence="kl")),
     ],
-    ids=str,
 )  # fmt: skip
 def test_hyper_parameters(function, name, error, change):
     refused(FUNCTIONS[function], name, error, **{**base(), **change})
@@ -365,7 +359,6 @@ def dpo(**options):
         ("cu_seqlens", ValueError, dict(ref_logprob=REF, cu_seqlens=torch.tensor([[0, 6, 12]]))),
         ("2B sequences", ValueError, dict(ref_logprob=REF, cu_seqlens=torch.tensor([0, 4, 8, 12]))),
     ],
-    ids=str,
 )
 def test_dpo(name, error, change):
     refused(dpo, name, error, **change)

@@ -73,6 +73,7 @@ SHAREGPT = [said("human", "q"), said("gpt", "a")]
         ({"prompt": [user("q")], "completion": TALK}, ASKED),
         ({"prompt": "q", "completion": TALK}, ASKED),
         ({"prompt": [], "completion": [assistant("a")]}, {"prompt": [], "completion": [assistant("a")]}),
+        ({"prompt": [], "completion": "a"}, {"prompt": [], "completion": [assistant("a")]}),
         # ShareGPT and its neighbours
         ({"conversations": SHAREGPT}, {"messages": TALK}),
         ({"conversations": TALK}, {"messages": TALK}),

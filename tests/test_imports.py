@@ -254,7 +254,7 @@ def test_commands_work_in_a_source_tree_that_is_not_installed() -> None:
 
 
 def test_import_adds_little_to_torchs() -> None:
-    """A quarter at most, of processor time: a loaded machine takes more of it for both. The least of five."""
+    """Less than half, of processor time: a loaded machine takes more of it for both. The least of five."""
     clock = "time.process_time()"
     code = f"import time; a = {clock}; import torch; b = {clock}; import logitless; print(({clock} - b) / (b - a))"
-    assert min(float(fresh(code)) for _ in range(5)) < 0.25
+    assert min(float(fresh(code)) for _ in range(5)) < 0.5

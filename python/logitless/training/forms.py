@@ -334,7 +334,7 @@ def _with_system(turns: list[Turn], row: Row) -> list[Turn]:
 
 def _divided(row: Row, prompt: Text | None, answers: Mapping[str, Text], repeats: bool = False) -> list[Text]:
     """The prompt and the answers behind it, all strings or, where one of them is turns, all turns."""
-    if all(isinstance(each, str) for each in (prompt or "", *answers.values())):
+    if all(isinstance(each, str) for each in ("" if prompt is None else prompt, *answers.values())):
         return _divided_strings(row, prompt, list(answers.values()), repeats)  # type: ignore[arg-type]
     talks = {name: _as_turns(answer, "assistant") for name, answer in answers.items()}
     opens = all(talk[0]["role"] == "assistant" for talk in talks.values())

@@ -20,6 +20,7 @@ from logitless.training.checks import check_finite, check_positions, check_token
 from logitless.training.collate import consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
+from logitless.training.frozen import start_alone
 from logitless.training.implicit_reward.page import Shown, html_page
 from logitless.training.implicit_reward.picture import draw, require_matplotlib
 from logitless.training.implicit_reward.rows import AnswerRows, read_answers
@@ -89,9 +90,7 @@ def write_rewards(
     options.require_inputs()
     world = parallel.start(options.use_cpu)
     try:
-        if world.size > 1 or world.strategy.shards:
-            raise InputError(f"rewards are computed in one process, unsharded, got {world.size}; give each a part of "
-                             "the rows")  # fmt: skip
+        start_alone(world, "the computation of rewards")
         return _write_files(options, world, outputs, labels)
     finally:
         parallel.stop(world)
