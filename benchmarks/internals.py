@@ -1,6 +1,6 @@
 """Everything that the benchmarks take from below logitless's public names, in one place.
 
-Kernels are measured one by one, and a floor is cut as the chunked backend cuts its products: neither is public.
+Kernels are measured one by one, which is not public.
 """
 
 from __future__ import annotations
@@ -22,12 +22,8 @@ from logitless.backends.exact import sweep
 from logitless.backends.exact.products import multiply
 from logitless.backends.interface import Problem as _Problem
 from logitless.backends.interface import RowEngine, Upstream
-from logitless.losses import Loss
-from logitless.losses.layout import token_layout
+from logitless.bench.problem import Inputs
 from logitless.training.files import write_text
-from logitless.types import Options
-
-from .harness.problem import Inputs
 
 __all__ = ["TAIL_BLOCK", "TAIL_SHARE", "multiply", "write_text"]
 
@@ -39,22 +35,6 @@ def convert_gguf(file: Any, work: Any) -> Path:
     from logitless.training.model import convert_gguf as convert
 
     return convert(file, work)
-
-
-def evaluate_rows(
-    loss: Loss, stats: TokenStats, constants: dict[str, Tensor], max_length: int | None, divergence: Tensor | None
-) -> Any:
-    """A registered loss from statistics `[sequences, length]` that all count, as its paper reduces it."""
-    assert stats.logprob is not None or divergence is not None
-    shape = next(x.shape for x in (*stats, divergence) if x is not None)[:2]  # without the axis of lists
-    rows = token_layout(torch.ones(shape, dtype=torch.bool), None)
-    return loss.evaluate(stats, rows, constants, reduction=loss.reduction, max_length=max_length, divergence=divergence)
-
-
-def tokens_at_once(inputs: Inputs) -> int:
-    """Tokens in a chunk of the chunked backend."""
-    options = Options(chunk_bytes=inputs.problem.chunk_bytes)
-    return backends.BACKENDS["chunked"].tokens_at_once(inputs.hidden, Head(inputs.weight), options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

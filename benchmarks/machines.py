@@ -12,11 +12,13 @@ from pathlib import Path
 from textwrap import fill
 from typing import NamedTuple
 
-from .harness.environment import RESULTS, ROOT, processor
-from .harness.report import load
-from .harness.tables import number
-from .harness.targets import Json, ratio
-from .providers import floors, materialised, own
+from logitless.bench.environment import processor
+from logitless.bench.providers import floors, materialised, own
+from logitless.bench.report import load
+from logitless.bench.tables import number
+from logitless.bench.targets import Json, ratio
+
+from .places import RESULTS, ROOT
 from .tail import times
 
 PAGE = ROOT / "README.md"

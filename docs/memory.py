@@ -15,12 +15,12 @@ import argparse
 import json
 from pathlib import Path
 
-from benchmarks.harness.environment import describe
-from benchmarks.harness.measure import Part
-from benchmarks.harness.memory import in_process, of_step
-from benchmarks.harness.problem import Problem
-from benchmarks.internals import write_text
-from benchmarks.providers import materialised, own, peers
+from logitless.bench.environment import describe
+from logitless.bench.measure import Part
+from logitless.bench.memory import in_process, of_step
+from logitless.bench.problem import Problem
+from logitless.bench.providers import materialised, own, peers
+from logitless.training.files import write_text
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PICTURE = HERE / "memory.json", HERE / "memory.png"

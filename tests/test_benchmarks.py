@@ -16,23 +16,25 @@ import torch
 import training_fixtures
 from benchmarks import __main__ as command
 from benchmarks import machines
-from benchmarks.harness import measure, memory, report, tables, targets, work
-from benchmarks.harness.environment import RESULTS, ROOT, machine_kind, provenance, units_of
-from benchmarks.harness.machine import Cpu
-from benchmarks.harness.measure import Method, Part, Row, silent
-from benchmarks.harness.problem import Inputs, Problem
-from benchmarks.harness.provider import Provider
-from benchmarks.harness.targets import LOGITS, SLOWEST, Target
-from benchmarks.providers import peers
-from benchmarks.providers.floors import CHUNKED_GEMMS, GEMMS
-from benchmarks.providers.materialised import NLL as MATERIALISED
-from benchmarks.providers.own import LOGPROBS, NLL, token_loss_nll
+from benchmarks.places import RESULTS, ROOT
 from benchmarks.suites import cpu
 from benchmarks.suites import losses as losses_suite
+from benchmarks.suites import suite as suite_module
 from benchmarks.tail import data, exact, plots, times
 
 import logitless
 from logitless import losses
+from logitless.bench import measure, memory, report, tables, targets, work
+from logitless.bench.environment import machine_kind, provenance, units_of
+from logitless.bench.machine import Cpu
+from logitless.bench.measure import Method, Part, Row, silent
+from logitless.bench.problem import Inputs, Problem
+from logitless.bench.provider import Provider
+from logitless.bench.providers import peers
+from logitless.bench.providers.floors import CHUNKED_GEMMS, GEMMS
+from logitless.bench.providers.materialised import NLL as MATERIALISED
+from logitless.bench.providers.own import LOGPROBS, NLL, token_loss_nll
+from logitless.bench.targets import LOGITS, SLOWEST, Target
 
 SUITES = (cpu.SUITE, losses_suite.SUITE)
 PARTS = {part.name: part.tiny() for suite in SUITES for part in suite.parts}
@@ -190,7 +192,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES, ids=lambda suite: suite.name)
-def test_the_whole_command_runs_tiny(suite: report.Suite) -> None:
+def test_the_whole_command_runs_tiny(suite: suite_module.Suite) -> None:
     printed = run(suite.name, "--tiny").stdout
     assert "| part " in printed and "Traceback" not in printed
     for part in suite.parts:
@@ -243,7 +245,7 @@ COMMITTED = [
 
 
 @pytest.mark.parametrize(("suite", "path"), COMMITTED)
-def test_tables_are_made_again_without_measuring(suite: report.Suite, path: Path, tmp_path: Path) -> None:
+def test_tables_are_made_again_without_measuring(suite: suite_module.Suite, path: Path, tmp_path: Path) -> None:
     copy = tmp_path / path.name
     copy.write_text(path.read_text())
     command.main([suite.name, "--tables", str(copy)])
@@ -251,7 +253,7 @@ def test_tables_are_made_again_without_measuring(suite: report.Suite, path: Path
 
 
 @pytest.mark.parametrize(("suite", "path"), COMMITTED)
-def test_committed_tables_are_those_of_the_committed_measurements(suite: report.Suite, path: Path) -> None:
+def test_committed_tables_are_those_of_the_committed_measurements(suite: suite_module.Suite, path: Path) -> None:
     results = report.load(path)
     assert path.with_suffix(".md").read_text() == suite.markdown(results)
     assert set(results["parts"]) <= {part.name for part in suite.parts}
@@ -308,8 +310,8 @@ def test_results_go_to_this_machine_s_folder_unless_another_is_asked_for(tmp_pat
         (["--tiny"], None),
         (["--output", str(tmp_path)], tmp_path),
     ):
-        given = report.options("cpu", None, (), None).parse_args(arguments)
-        assert report.output(given, about) == expected
+        given = suite_module.options("cpu", None, (), None).parse_args(arguments)
+        assert suite_module.output(given, about) == expected
 
 
 def test_another_kind_of_machine_is_another_pair_of_columns(tmp_path: Path) -> None:

@@ -16,21 +16,22 @@ from benchmarks import internals
 from benchmarks.gpu import build as gpu_build
 from benchmarks.gpu import bundle, device_tests, kernels, once, tools
 from benchmarks.gpu.kernels import CHUNKS, CONFIGURATIONS, FORWARD, KERNELS, ROWS, TOKENS
-from benchmarks.harness import measure, tables, targets
-from benchmarks.harness.environment import RESULTS, describe
-from benchmarks.harness.machine import Cpu
-from benchmarks.harness.measure import Part, silent
-from benchmarks.harness.problem import Problem
-from benchmarks.harness.provider import Provider
-from benchmarks.harness.targets import BUDGET, COPY, HALF_LOGITS, HEAD_GRADIENT, LOGITS, PRODUCT, Target
-from benchmarks.harness.worker import Worker
-from benchmarks.providers.floors import FROZEN_GEMMS, GEMMS
-from benchmarks.providers.materialised import materialised_nll
+from benchmarks.places import RESULTS
 from benchmarks.suites import gpu
 from benchmarks.suites.gpu import CELLS, MAIN, PROFILES, PROVIDERS, SANITIZER, TESTS
 from cuda_build import host_library, needs_compiler
 
 from logitless.backends import cuda
+from logitless.bench import measure, tables, targets
+from logitless.bench.environment import describe
+from logitless.bench.machine import Cpu
+from logitless.bench.measure import Part, silent
+from logitless.bench.problem import Problem
+from logitless.bench.provider import Provider
+from logitless.bench.providers.floors import FROZEN_GEMMS, GEMMS
+from logitless.bench.providers.materialised import materialised_nll
+from logitless.bench.targets import BUDGET, COPY, HALF_LOGITS, HEAD_GRADIENT, LOGITS, PRODUCT, Target
+from logitless.bench.worker import Worker
 
 FEW = tuple(p for p in PROVIDERS if p.role == "floor" or p.name == "materialised" or p.name.startswith("chunked"))
 MAIN_CELL = CELLS[0]

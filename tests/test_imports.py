@@ -38,6 +38,7 @@ LAYERS = (
     ("integrations",),
     ("rewards",),
     ("training",),
+    ("bench",),
     ("cli",),
     ("__main__",),
 )

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from ..harness.environment import ROOT
-from ..harness.targets import Json
+from logitless.bench.targets import Json
+
+from ..places import ROOT
 from .commands import run
 
 FOLDER = ROOT / "build" / "gpu"

@@ -26,8 +26,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from ..harness.environment import RESULTS, ROOT, checked_out
-from ..harness.targets import MIB, Json
+from logitless.bench.environment import checked_out
+from logitless.bench.targets import MIB, Json
+
+from ..places import RESULTS, ROOT
 from . import build
 
 FOLDER = ROOT / ".gpu"

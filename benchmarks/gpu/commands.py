@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 
-from ..harness.environment import ROOT
+from ..places import ROOT
 
 #: Seconds from Ctrl-C to the end by force.
 GRACE = 20.0

@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..harness.targets import Json
+from logitless.bench.targets import Json
+
 from .commands import run
 
 if TYPE_CHECKING:

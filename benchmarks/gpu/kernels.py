@@ -17,15 +17,15 @@ from torch import Tensor
 
 import logitless
 from logitless import TokenStats
+from logitless.bench.machine import Machine
+from logitless.bench.measure import Method, Part, Row, Tell, attempt, in_turns, seconds
+from logitless.bench.problem import Inputs
+from logitless.bench.provider import Provider
+from logitless.bench.providers import floors, own
+from logitless.bench.targets import Json
 from logitless.types import BackendName
 
 from .. import internals
-from ..harness.machine import Machine
-from ..harness.measure import Method, Part, Row, Tell, attempt, in_turns, seconds
-from ..harness.problem import Inputs
-from ..harness.provider import Provider
-from ..harness.targets import Json
-from ..providers import floors, own
 
 #: Turns that are kept of each kernel and its floor. Any failure is a line in the table.
 METHOD = Method(rounds=7, may_fail=("logitless",))

@@ -13,10 +13,11 @@ from functools import partial
 
 import torch
 
+from logitless.bench.machine import Machine, this_machine
+from logitless.bench.problem import Problem
+from logitless.bench.providers.own import STRATEGIES
+
 from .. import internals
-from ..harness.machine import Machine, this_machine
-from ..harness.problem import Problem
-from ..providers.own import STRATEGIES
 from ..suites.gpu import MAIN
 from .kernels import CONFIGURATIONS, FORWARD, KERNELS, OWN, ROWS, Kernel
 

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from ..harness.targets import Json, against_floor
+from logitless.bench.targets import Json, against_floor
+
 from .commands import run
 from .kernels import BY_CHUNKS, FORWARD, OWN, ROWS
 

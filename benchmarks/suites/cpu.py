@@ -12,13 +12,14 @@ from collections.abc import Sequence
 
 import torch
 
-from ..harness.environment import BF16_UNITS
-from ..harness.measure import Method, Part
-from ..harness.problem import Problem
-from ..harness.provider import Provider
-from ..harness.report import Suite, on_processor
-from ..harness.targets import LOGITS, Target
-from ..providers import floors, materialised, own, peers
+from logitless.bench.environment import BF16_UNITS
+from logitless.bench.measure import Method, Part
+from logitless.bench.problem import Problem
+from logitless.bench.provider import Provider
+from logitless.bench.providers import floors, materialised, own, peers
+from logitless.bench.targets import LOGITS, Target
+
+from .suite import Suite, on_processor
 
 #: A peer slower than this many times the materialised loss is timed once: its rank is beyond doubt.
 METHOD = Method(rounds=3, patience=1.5)

@@ -25,17 +25,19 @@ from pathlib import Path
 
 import torch
 
+from logitless.bench.environment import describe
+from logitless.bench.measure import Method, Part
+from logitless.bench.problem import Data, Problem
+from logitless.bench.provider import Provider
+from logitless.bench.providers import floors, materialised, own, peers
+from logitless.bench.report import Report, about, heading, markdown, section, targets_table
+from logitless.bench.targets import BUDGET, COPY, HALF_LOGITS, HEAD_GRADIENT, PRODUCT, Json, Target
+from logitless.bench.worker import Worker
+
 from .. import internals
 from ..gpu import build, bundle, device_tests, kernels, tools
 from ..gpu.kernels import KernelPart
-from ..harness.environment import describe
-from ..harness.measure import Method, Part
-from ..harness.problem import Data, Problem
-from ..harness.provider import Provider
-from ..harness.report import Report, about, heading, markdown, options, output, section, tables_again, targets_table
-from ..harness.targets import BUDGET, COPY, HALF_LOGITS, HEAD_GRADIENT, PRODUCT, Json, Target
-from ..harness.worker import Worker
-from ..providers import floors, materialised, own, peers
+from .suite import options, output, tables_again
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is measured

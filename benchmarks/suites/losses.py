@@ -11,14 +11,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..harness.measure import Part
-from ..harness.problem import Problem
-from ..harness.provider import Provider
-from ..harness.report import Suite, on_processor
-from ..harness.targets import SLOWEST, Target
-from ..providers import floors, materialised, own, peers
+from logitless.bench.measure import Part
+from logitless.bench.problem import Problem
+from logitless.bench.provider import Provider
+from logitless.bench.providers import floors, materialised, own, peers
+from logitless.bench.targets import SLOWEST, Target
+
 from . import cpu
 from .cpu import against
+from .suite import Suite, on_processor
 
 METHOD = replace(cpu.METHOD, counted=True)
 COUNTED = ("seconds", "/ base", "spread", "/ GEMMs", "products", "passes", "d_hidden", "d_weight")

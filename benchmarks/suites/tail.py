@@ -23,13 +23,14 @@ from functools import partial
 from pathlib import Path
 
 import logitless
+from logitless.bench.environment import describe
+from logitless.bench.problem import Inputs, Problem
+from logitless.bench.report import Report
+from logitless.bench.targets import Json
 
-from ..harness.environment import describe
-from ..harness.problem import Inputs, Problem
-from ..harness.report import Report, options, output, tables_again
-from ..harness.targets import Json
 from ..tail import data, exact, orders, plots, times
 from ..tail.finetune import RUNS, Settings, finetune
+from .suite import options, output, tables_again
 
 PARTS = ("curves", "orders", "times", "finetune")
 #: Tokens of a text that hidden states are computed for, and that are measured by default.

@@ -20,7 +20,8 @@ import torch
 from recipes import smollm2
 from torch import Tensor
 
-from ..harness.problem import Inputs, Problem
+from logitless.bench.problem import Inputs, Problem
+
 from ..internals import convert_gguf
 
 LENGTH = 512  # tokens of a sequence

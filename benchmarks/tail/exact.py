@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..harness.problem import Inputs
-from ..harness.targets import Json
+from logitless.bench.problem import Inputs
+from logitless.bench.targets import Json
+
 from ..internals import TAIL_BLOCK, TAIL_SHARE
 
 TOLERANCES = tuple(2.0**-k for k in range(7, 16))

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from logitless import linear_token_loss
+from logitless.bench.providers.own import negative_logprob
+from logitless.bench.targets import Json
 
-from ..harness.targets import Json
-from ..providers.own import negative_logprob
 from . import data
 
 #: Runs by the name in the results: options of the loss.

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from logitless import vocabulary_order
+from logitless.bench.problem import Inputs
+from logitless.bench.targets import Json
 from logitless.types import TAIL_TOLERANCE
 
-from ..harness.problem import Inputs
-from ..harness.targets import Json
 from ..internals import TAIL_BLOCK
 from .data import drawn
 from .exact import Exact

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..harness.environment import processor
-from ..harness.report import load
-from ..harness.tables import table
-from ..harness.targets import Json
+from logitless.bench.environment import processor
+from logitless.bench.report import load
+from logitless.bench.tables import table
+from logitless.bench.targets import Json
 
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 

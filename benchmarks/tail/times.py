@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 import logitless
-
-from ..harness.machine import this_machine
-from ..harness.measure import Row, in_turns, relative, time_once
-from ..harness.problem import Inputs
-from ..harness.provider import Outcome, Provider
-from ..harness.targets import Json
-from ..providers import floors, materialised, own
+from logitless.bench.machine import this_machine
+from logitless.bench.measure import Row, in_turns, relative, time_once
+from logitless.bench.problem import Inputs
+from logitless.bench.provider import Outcome, Provider
+from logitless.bench.providers import floors, materialised, own
+from logitless.bench.targets import Json
 
 FLOOR, EXACT = "three GEMMs", "single pass"
 BFLOAT16 = torch.bfloat16

@@ -16,11 +16,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from ..providers.materialised import DEFINITIONS
 from . import work
 from .machine import Machine
 from .problem import Inputs, Problem
 from .provider import Outcome, Provider, Role, differentiate
+from .providers.materialised import DEFINITIONS
 from .targets import Json, Target
 
 T = TypeVar("T")

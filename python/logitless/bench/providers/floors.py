@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..harness.problem import Inputs
-from ..harness.provider import Provider
 from ..internals import tokens_at_once
+from ..problem import Inputs
+from ..provider import Provider
 from .materialised import ref_hidden
 
 

@@ -20,9 +20,7 @@ PACKAGES = (
     *("torch", "logitless", "trl", "liger-kernel", "cut-cross-entropy", "transformers", "triton"),
     *("quack-kernels", "flash-attn"),
 )
-ROOT = Path(__file__).resolve().parents[2]
-#: Where results are written and committed, in a folder for each kind of machine.
-RESULTS = ROOT / "benchmarks" / "results"
+HERE = Path(__file__).resolve()
 #: Units of a processor that decide how fast products are, by the flag of /proc/cpuinfo that names them.
 UNITS = {
     "avx2": "AVX2",
@@ -152,11 +150,15 @@ def _slug(name: str) -> str:
 
 
 def checked_out() -> str | None:
-    """The commit, with a + where tracked files differ from it; None outside a checkout."""
+    """The commit of this checkout of logitless, with a + where tracked files differ from it; None where it is none.
+
+    An installed package may lie in somebody else's checkout, which does not track it.
+    """
+    commands = ("ls-files", "--error-unmatch", HERE.name), ("rev-parse", "HEAD"), ("status", "--porcelain", "-uno")
     try:
-        commit, changes = (
-            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no"))
+        _, commit, changes = (
+            subprocess.run(["git", *each], cwd=HERE.parent, capture_output=True, text=True, check=True).stdout.strip()
+            for each in commands
         )
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -14,8 +14,8 @@ from logitless import TokenStats
 from logitless.losses import Loss as RegisteredLoss
 from logitless.types import BackendName, BackwardName
 
-from ..harness.problem import Inputs
-from ..harness.provider import Provider
+from ..problem import Inputs
+from ..provider import Provider
 from .materialised import BETA, LOSSES, constants, reduced, ref_hidden, targets_of
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from logitless import TokenStats
 
-from ..harness.problem import Inputs
-from ..harness.provider import Loss, Provider
+from ..problem import Inputs
+from ..provider import Loss, Provider
 from .materialised import BETA, LOSSES, constants, dpo_of_logprob, of_stats, ref_hidden
 
 #: What TRL's trainers pass (trl.trainer.utils, release 1.16).

@@ -18,9 +18,9 @@ from logitless.losses import Loss as RegisteredLoss
 from logitless.testing import TokenProblem, materialised
 from logitless.types import LogitTransform
 
-from ..harness.problem import LISTED, Inputs, Problem
-from ..harness.provider import Loss, Provider
 from ..internals import evaluate_rows
+from ..problem import LISTED, Inputs, Problem
+from ..provider import Loss, Provider
 
 BETA = 0.1
 
