@@ -15,12 +15,13 @@ import argparse
 import json
 from pathlib import Path
 
+from benchmarks.internals import write_text
+
 from logitless.bench.environment import describe
 from logitless.bench.measure import Part
 from logitless.bench.memory import in_process, of_step
 from logitless.bench.problem import Problem
 from logitless.bench.providers import materialised, own, peers
-from logitless.training.files import write_text
 
 HERE = Path(__file__).resolve().parent
 RESULTS, PICTURE = HERE / "memory.json", HERE / "memory.png"

@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -198,12 +198,17 @@ def versions() -> dict[str, str]:
     return {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version(), "device": device}
 
 
-def train_in_process_of_its_own(config: Path, options: Options) -> None:
-    """Runs `logitless train --config ... --name value --switch ...`; raises SystemExit if it fails."""
+def run_in_process_of_its_own(command: Sequence[str], options: Options) -> None:
+    """Runs `logitless <command> --name value --switch ...`; raises SystemExit if it fails."""
     flags = [word for name, value in options.items() for word in (f"--{name}", value) if isinstance(word, str)]
-    done = subprocess.run([sys.executable, "-m", "logitless", "train", "--config", str(config), *flags])
+    done = subprocess.run([sys.executable, "-m", "logitless", *command, *flags])
     if done.returncode:
-        raise SystemExit(f"logitless train --config {config.name} ended with status {done.returncode}; above is why")
+        raise SystemExit(f"logitless {' '.join(command)} ended with status {done.returncode}; above is why")
+
+
+def train_in_process_of_its_own(config: Path, options: Options) -> None:
+    """Runs `logitless train --config ...`, as `run_in_process_of_its_own` does."""
+    run_in_process_of_its_own(("train", "--config", str(config)), options)
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

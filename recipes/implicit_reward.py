@@ -21,8 +21,6 @@ import argparse
 import itertools
 import json
 import random
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,7 +28,16 @@ from pathlib import Path
 from typing import Any
 
 import smollm2
-from first_run import HERE, ROWS_PER_STEP, SEEDS, Train, train_in_process_of_its_own, versions
+from first_run import (
+    HERE,
+    ROWS_PER_STEP,
+    SEEDS,
+    Options,
+    Train,
+    run_in_process_of_its_own,
+    train_in_process_of_its_own,
+    versions,
+)
 from reasoning_data import Question, corrupted, make_questions, mistaken, pair_row, sft_row, write_jsonl
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +45,6 @@ from rich.table import Table
 WRONG: dict[str, Callable[[Question, random.Random], str]] = {"answer": corrupted, "step": mistaken}
 SEED = 0  # of what is wrong where
 
-Options = Mapping[str, str]
 Score = Callable[[Options], None]  # of `logitless reward`
 
 
@@ -140,11 +146,8 @@ def _cell(value: float, interval: list[float]) -> str:
 
 
 def score_in_process_of_its_own(options: Options) -> None:
-    """Runs `logitless reward --name value ...`; raises SystemExit if it fails."""
-    flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-    done = subprocess.run([sys.executable, "-m", "logitless", "reward", *flags])
-    if done.returncode:
-        raise SystemExit(f"logitless reward ended with status {done.returncode}; above is why")
+    """Runs `logitless reward --name value ...`, as `run_in_process_of_its_own` does."""
+    run_in_process_of_its_own(("reward",), options)
 
 
 def parse(arguments: list[str] | None = None) -> Settings:

@@ -41,10 +41,9 @@ class Places:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.model = make_model(folder / "model", tied=False)
+        self.model = make_model(folder / "model", tied=False, sharpness=12)
         model = LlamaForCausalLM.from_pretrained(self.model)
         with torch.no_grad():
-            model.lm_head.weight.mul_(12)
             vowels = TOKENIZER("aeiou")["input_ids"]
             model.lm_head.weight[[END, *vowels]] *= 4  # so that some continuations end, and some are right
         model.save_pretrained(self.model)

@@ -61,10 +61,9 @@ class Places:
         self.pairs = write_jsonl(folder / "pairs.jsonl", preference_rows(6))
 
     def _sharp(self, name: str, factor: float) -> str:
-        make_model(self.folder / name, tied=False)
+        make_model(self.folder / name, tied=False, sharpness=factor)
         model = LlamaForCausalLM.from_pretrained(self.folder / name)
         with torch.no_grad():
-            model.lm_head.weight.mul_(factor)
             model.lm_head.weight[TOKENIZER.eos_token_id].mul_(4)  # so that some completions end
         model.save_pretrained(self.folder / name)
         return str(self.folder / name)

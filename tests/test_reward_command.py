@@ -31,10 +31,9 @@ TOKENIZER = make_tokenizer()
 
 def steep_model(folder: Path, factor: float) -> str:
     """A model that is far from uniform."""
-    make_model(folder, tied=False)
+    make_model(folder, tied=False, sharpness=factor)
     model = LlamaForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        model.lm_head.weight.mul_(factor)
         model.model.norm.weight.add_(
             0.1 * factor * torch.rand(32, generator=torch.Generator().manual_seed(int(factor)))
         )

@@ -29,13 +29,7 @@ PROMPTS = [torch.tensor(ids, dtype=torch.int32) for ids in ([5, 6, 7], [8], [5, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that is far from uniform."""
-    found = tmp_path_factory.mktemp("model")
-    make_model(found, tied=False)
-    model = LlamaForCausalLM.from_pretrained(found)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(20)
-    model.save_pretrained(found)
-    return str(found)
+    return make_model(tmp_path_factory.mktemp("model"), tied=False, sharpness=20)
 
 
 @pytest.fixture

@@ -34,13 +34,7 @@ COLUMNS = ("target_ids", "teacher_logprob", "teacher_tail")
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A model that is far from uniform, so that the lists have an order."""
-    folder = tmp_path_factory.mktemp("teacher")
-    make_model(folder, tied=False)
-    model = LlamaForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(30)
-    model.save_pretrained(folder)
-    return str(folder)
+    return make_model(tmp_path_factory.mktemp("teacher"), tied=False, sharpness=30)
 
 
 @pytest.fixture

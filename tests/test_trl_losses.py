@@ -34,13 +34,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("trl") / "model"
-    make_model(path, tied=False)
-    model = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():  # logits that tell losses apart
-        model.lm_head.weight.mul_(10)
-    model.save_pretrained(path)
-    return str(path)
+    # logits that tell losses apart
+    return make_model(tmp_path_factory.mktemp("trl") / "model", tied=False, sharpness=10)
 
 
 def sft_rows() -> Any:

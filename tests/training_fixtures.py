@@ -44,8 +44,9 @@ def make_model(
     dropout: float = 0.0,
     chat_template: str | None = CHATML,
     vocabulary: int = 258,
+    sharpness: float = 1.0,
 ) -> str:
-    """Saves the model and tokenizer; returns the folder as the option takes it."""
+    """Saves the model and tokenizer; returns the folder as the option takes it. `sharpness` multiplies the logits."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
@@ -61,7 +62,10 @@ def make_model(
         eos_token_id=1,
         pad_token_id=1,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(sharpness)
+    model.save_pretrained(folder)
     make_tokenizer(chat_template).save_pretrained(folder)
     return str(folder)
 

@@ -15,8 +15,8 @@ from logitless.bench.machine import this_machine
 from logitless.bench.measure import Part, silent
 from logitless.bench.report import Report, heading, load, markdown, section, targets_table
 from logitless.bench.targets import Json
-from logitless.training.files import write_text
 
+from ..internals import write_text
 from ..places import RESULTS
 
 

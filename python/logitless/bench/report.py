@@ -1,4 +1,4 @@
-"""A suite's report: its file of results, brought up to date part by part, and the tables beside it."""
+"""A report: a file of results, brought up to date part by part, and the tables beside it."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ resamples whole clusters, here prompts with all of their answers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -113,6 +113,12 @@ def _require_scores(score: Tensor, label: Tensor, group: Tensor) -> None:
         raise ValueError(f"label: expected bool, got {label.dtype}")
     if score.isnan().any():
         raise ValueError("score: expected numbers that can be compared, got NaN")
+
+
+def numbered(keys: Sequence[Hashable]) -> Tensor:
+    """The clusters of these keys, int64 `[N]` from 0 on: equal keys have equal numbers."""
+    numbers: dict[Hashable, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)
 
 
 def bootstrap_interval(

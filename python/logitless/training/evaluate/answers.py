@@ -14,7 +14,7 @@ from logitless.losses.whole_sequence import PreferenceResult
 from logitless.training.collate import Batch, consecutive
 from logitless.training.config import TrainOptions
 from logitless.training.data import Row
-from logitless.training.evaluate.measures import Measure, all_of, measured, numbered
+from logitless.training.evaluate.measures import Measure, all_of, measured
 from logitless.training.examples import TokenizedData
 from logitless.training.forms import canonical, canonical_pair, canonical_prompt
 from logitless.training.frozen import Frozen
@@ -22,6 +22,7 @@ from logitless.training.loader import Loader
 from logitless.training.metrics import Progress
 from logitless.training.objective import batch_layout, objective_of_stats
 from logitless.training.render import Renderer
+from logitless.training.statistics import numbered
 
 
 def measures_of_answers(

@@ -9,7 +9,7 @@ prompts.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -88,9 +88,3 @@ def figure(found: Measure, *, seed: int = 0) -> Figure:
         return Figure(value, wilson_interval(round(value * prompts), prompts), prompts, items)
     interval = bootstrap_interval(lambda times: (times @ total) / (times @ weight), prompt, seed=seed)
     return Figure(value, interval, prompts, items)
-
-
-def numbered(keys: Sequence[Hashable]) -> torch.Tensor:
-    """A number for each key, int64 `[N]`; equal keys have equal ones."""
-    numbers: dict[Hashable, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys], dtype=torch.int64)

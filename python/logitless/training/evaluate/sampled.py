@@ -19,7 +19,7 @@ from logitless.training.checks import head_rows
 from logitless.training.collate import Piece, by_sequence, consecutive, padded
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
-from logitless.training.evaluate.measures import Measure, measured, numbered
+from logitless.training.evaluate.measures import Measure, measured
 from logitless.training.forms import with_completion
 from logitless.training.frozen import Frozen
 from logitless.training.metrics import Progress
@@ -31,7 +31,7 @@ from logitless.training.rollouts.rewards import Scores, load_rewards
 from logitless.training.rollouts.rollout import Rollout
 from logitless.training.rollouts.rounds import Judge, answered, as_answer
 from logitless.training.rollouts.setup import sampling_of
-from logitless.training.statistics import pass_at_k
+from logitless.training.statistics import numbered, pass_at_k
 
 
 class Drawn(NamedTuple):

@@ -37,6 +37,7 @@ from logitless.training.model import hide_progress_bars, load_model, load_tokeni
 from logitless.training.objective import engine_of
 from logitless.training.parallel import World
 from logitless.training.places import require_places
+from logitless.training.row_files import require_file
 from logitless.training.run import confirm_patch
 
 BETA = 1.0  # as in the endogenous reward's paper; it only scales
@@ -97,12 +98,14 @@ def write_rewards(
 
 
 def _named_outputs(output: str, html: str | None, png: str | None) -> Outputs:
-    for name, given, suffix in (("output", output, ".jsonl"), ("html", html, ".html"), ("png", png, ".png")):
-        if given is not None and Path(given).suffix.lower() != suffix:
-            raise InputError(f"{name}: expected a name that ends in {suffix}, got {given!r}")
+    outputs = Outputs(
+        require_file(output, "output", ".jsonl"),
+        None if html is None else require_file(html, "html", ".html"),
+        None if png is None else require_file(png, "png", ".png"),
+    )
     if png is not None:
         require_matplotlib()
-    return Outputs(Path(output), *(None if name is None else Path(name) for name in (html, png)))
+    return outputs
 
 
 def _write_files(options: TrainOptions, world: World, outputs: Outputs, labels: str | None) -> Summary:
@@ -116,8 +119,6 @@ def _write_files(options: TrainOptions, world: World, outputs: Outputs, labels: 
     try:
         progress.say(f"data: {read.data.summary()}")
         scorer = _scorer(options, world, read, progress.say)
-        for path in filter(None, outputs):
-            path.parent.mkdir(parents=True, exist_ok=True)
         with files.new_file(outputs.rows) as unfinished, unfinished.open("w", encoding="utf-8") as file:
             for number, batch in enumerate(batches, 1):
                 for record in _scored_rows(scorer, read, batch, collected):

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from logitless.training.implicit_reward.scores import Answer
-from logitless.training.statistics import Interval, auc, bootstrap_interval, weighted_auc, wilson_interval, wins
+from logitless.training.statistics import (
+    Interval,
+    auc,
+    bootstrap_interval,
+    numbered,
+    weighted_auc,
+    wilson_interval,
+    wins,
+)
 
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of an answer, at which V is looked at
 MEASURES: dict[str, Callable[[Answer], float]] = {
@@ -45,7 +53,7 @@ def ranking(answers: Sequence[Judged], seed: int) -> dict[str, Any]:
         seed: of the resampling.
     """
     label = torch.tensor([answer.right for answer in answers])
-    prompt = _numbered([answer.prompt for answer in answers])
+    prompt = numbered([answer.prompt for answer in answers])
     columns = torch.tensor([answer.measures for answer in answers], dtype=torch.float64).T
     rows = [
         {"measure": name} | _ranked(values, label, prompt, seed) for name, values in zip(MEASURES, columns, strict=True)
@@ -71,7 +79,7 @@ def preference(prefers: Sequence[bool], prompts: Sequence[str], seed: int) -> di
 
     The interval is Wilson's where every pair has a prompt of its own, and else resamples prompts.
     """
-    won, prompt = torch.tensor(prefers, dtype=torch.float64), _numbered(prompts)
+    won, prompt = torch.tensor(prefers, dtype=torch.float64), numbered(prompts)
     distinct = int(prompt.max()) + 1
     if distinct == len(prompts):
         kind, interval = "wilson", wilson_interval(sum(prefers), len(prefers))
@@ -79,12 +87,6 @@ def preference(prefers: Sequence[bool], prompts: Sequence[str], seed: int) -> di
         kind, interval = "bootstrap", bootstrap_interval(lambda weight: weight @ won / weight.sum(1), prompt, seed=seed)
     counts = {"pairs": len(prefers), "prompts": distinct}
     return counts | {"accuracy": float(won.mean()), "interval": _ends(interval), "interval_of": kind}
-
-
-def _numbered(names: Sequence[str]) -> Tensor:
-    """Equal numbers for equal names, from 0 on."""
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([numbers[name] for name in names])
 
 
 def _or_none(value: float) -> float | None:

@@ -26,7 +26,8 @@ class Collected:
 
     def add(self, read: AnswerRows, index: int, found: Sequence[Answer]) -> dict[str, Any]:
         """Takes the answers of a row, and returns the row as it is written."""
-        origin, record = read.rows[index].origin, {"row": read.numbers[index], "origin": read.rows[index].origin}
+        origin = read.rows[index].origin
+        record: dict[str, Any] = {"row": read.numbers[index], "origin": origin}
         self.tokens += sum(len(answer.ids) for answer in found)
         right, note = None if read.right is None else read.right[index], ""
         if right is not None:
