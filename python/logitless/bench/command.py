@@ -96,16 +96,19 @@ def bench(
 def compare(
     before: Annotated[Path, typer.Argument(help="bench.json of one run.")],
     after: Annotated[Path, typer.Argument(help="bench.json of another.")],
-    fail_if_slower: Annotated[bool, typer.Option("--fail-if-slower", help="Status 1 if a row is slower.")] = False,
+    fail_if_slower: Annotated[
+        bool, typer.Option("--fail-if-slower", help="Status 1 if a row of logitless is slower, or fails.")
+    ] = False,
 ) -> None:
     """Compare two files of results: what became faster or slower, and whether that is more than chance."""
     with reported("bench"):
-        from . import compare as comparison
-        from .report import load_report
+        from .compare import compare as compared
+        from .compare import text
+        from .results import read_results
 
-        found = comparison.compare(load_report(before), load_report(after))
-        typer.echo(comparison.text(found))
-        if fail_if_slower and found.slower:
+        found = compared(read_results(before), read_results(after))
+        typer.echo(text(found, str(before), str(after)))
+        if fail_if_slower and (found.slower or found.broken):
             raise typer.Exit(1)
 
 
@@ -116,7 +119,7 @@ def report(
 ) -> None:
     """Write the page and the tables of files of results, of several machines side by side; measures nothing."""
     with reported("bench"):
-        from .show import write_pages
+        from .results import write_pages
 
         write_pages(files, output)
         typer.echo(f"{output}", err=True)

@@ -129,18 +129,13 @@ def compare(a: Json, b: Json) -> Comparison:
     )
 
 
-def problems_of(part: Json) -> Sequence[Json]:
-    """What a part has rows of times for: the points of a curve, itself, or nothing."""
-    return () if part["kind"] == "limit" else part["points"] if part["kind"] == "curve" else (part,)
-
-
 def _timed(results: Json) -> Iterator[tuple[Place, _Found]]:
+    """The rows of steps. A curve's points have two rounds each, too few to tell runs apart."""
     for name, part in results["parts"].items():
-        for measured in problems_of(part):
-            for row in measured["rows"]:
-                floor = Line(row, measured["rows"], measured, "").first("floor")
-                own = None if row["role"] == "floor" else floor
-                yield Place(name, part["loss"], measured["problem"], row["provider"]), _Found(row, own)
+        for row in part["rows"] if part["kind"] in ("step", "model") else ():
+            floor = Line(row, part["rows"], part, "").first("floor")
+            own = None if row["role"] == "floor" else floor
+            yield Place(name, part["loss"], part["problem"], row["provider"]), _Found(row, own)
 
 
 def _limits(results: Json) -> Iterator[tuple[Place, Json]]:

@@ -24,7 +24,7 @@ FIRST_SHARE = 0.5
 #: Seconds after the end in which a step that has begun may end.
 GRACE = 20.0
 #: Why a provider ends before the memory does.
-NO_TIME = "no time was left for a larger one"
+NO_TIME = "left out: no time for a larger one"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Curve:
         for row in point["rows"]:
             taken = total_bytes(row, point)
             if taken is not None and growth * taken > self.memory:
-                result[row["provider"]] = f"would take more than {self.memory / 2**30:.3g} GiB"
+                result[row["provider"]] = f"left out: would take more than {self.memory / 2**30:.3g} GiB"
         return result
 
 

@@ -43,7 +43,7 @@ def completed(**given: Any) -> Request:
     hidden, vocabulary = _sizes(model, given.pop("hidden"), given.pop("vocab"))
     every = [name for name in PARTS if name != "model" or model is not None]
     memory = given.pop("memory")
-    open_ = {
+    open_: dict[str, Any] = {
         "tokens": tokens[device],
         "rounds": rounds[device],
         "dtype": DTYPE[device],
@@ -51,7 +51,7 @@ def completed(**given: Any) -> Request:
         "against": QUICK_AGAINST if quick else AGAINST,
         "parts": QUICK_PARTS if quick else ",".join(every),
     }
-    chosen = {name: open_.get(name) if x is None else x for name, x in given.items()}
+    chosen: dict[str, Any] = {name: open_.get(name) if x is None else x for name, x in given.items()}
     for name in ("against", "backward", "parts"):
         chosen[name] = _listed(chosen[name])
     chosen["backward"] = tuple(name.replace("-", "_") for name in chosen["backward"])

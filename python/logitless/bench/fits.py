@@ -64,5 +64,6 @@ def _rows(curve: Json, provider: str) -> list[tuple[int, Json]]:
 
 
 def providers(curve: Json) -> dict[str, str]:
-    """The role of each provider of a curve, in the order of the rows."""
-    return {row["provider"]: row["role"] for point in curve["points"] for row in point["rows"]}
+    """The role of each provider that has a point of the curve, in the order of the rows."""
+    every = [row for point in curve["points"] for row in point["rows"]]
+    return {row["provider"]: row["role"] for row in every if not row["failure"]}

@@ -112,8 +112,8 @@ def _model(part: Json) -> Iterator[Table]:
 
 
 def _curve(part: Json) -> Iterator[Table]:
-    names = list(fits.providers(part))
     every = [row for point in part["points"] for row in point["rows"]]
+    names = list(fits.providers(part))
     for caption, column in (("Time", time_columns(every)[0]), ("Extra memory", "extra MiB")):
         lines = [(str(point["value"]), *_cells(point, names, column)) for point in part["points"]]
         yield Table(f"{caption} by {part['axis']}: {column}", (part["axis"], *names), lines)

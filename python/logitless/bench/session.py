@@ -15,14 +15,15 @@ from .environment import describe
 from .limits import Limit
 from .machine import available_memory
 from .measure import Method, Part
+from .page import html_page
 from .progress import Progress
 from .report import Report
 from .request import PARTS, Request
+from .results import FORMAT
+from .sections import file_markdown, section
 from .targets import Json
 from .worker import PATIENCE, Worker
 
-#: The report's version; a reader of another one refuses it.
-FORMAT = "logitless-bench/1"
 #: What a step's checks and rounds may take of its share. The rest is for memory, each in a process of its own.
 ROUNDS_SHARE = 0.65
 #: Seconds after the end in which a step that has begun may end.
@@ -55,16 +56,14 @@ class Session(Report):
     def __init__(
         self, request: Request, folder: Path, progress: Progress, *, start: float, patience: float = PATIENCE
     ) -> None:
-        from .sections import markdown_of, section_of
-
         super().__init__(
             "bench",
             folder,
             describe(gpu=request.gpu),
             end=start + 60 * request.minutes,
             tiny=False,
-            tables=markdown_of,
-            text=section_of,
+            tables=file_markdown,
+            text=section,
         )
         self.request, self.progress = request, progress
         self.part, self.saved = "", 0.0
@@ -173,7 +172,5 @@ class Session(Report):
             self.saved = time.monotonic()
 
     def _write_page(self) -> None:
-        from .page import html_page
-
         assert self.path is not None
-        write_text(self.path.with_suffix(".html"), html_page({"": self.results}))
+        write_text(self.path.with_suffix(".html"), html_page({"this run": self.results}))

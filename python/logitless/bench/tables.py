@@ -8,8 +8,8 @@ from typing import NamedTuple
 from .targets import MIB, Json, against_floor, allocated, divided, median, ratio, ratios
 
 DOES_NOT_RUN = "does not run"
-#: How the failure of a provider begins that runs, and computes something else.
-WRONG = "wrong:"
+#: How the failure of a provider begins that runs: it computes something else, or was not called.
+RUNS = ("wrong:", "left out:")
 
 
 class Line(NamedTuple):
@@ -139,14 +139,14 @@ def part_lines(measured: Json, columns: Sequence[str], base: str = "") -> list[t
 
 def reason(failure: str) -> str:
     """A failure in a table."""
-    return failure if failure.startswith(WRONG) else f"{DOES_NOT_RUN}: {failure}"
+    return failure if failure.startswith(RUNS) else f"{DOES_NOT_RUN}: {failure}"
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """Markdown, its columns aligned so that it reads as well in a terminal. Cells that a line lacks are empty."""
     cells = [(*line, *[""] * (len(header) - len(line))) for line in (header, *lines)]
     # The reason why something fails may be long: it widens no column.
-    short = [[x for x in column if not x.startswith((DOES_NOT_RUN, WRONG))] for column in zip(*cells, strict=True)]
+    short = [[x for x in column if not x.startswith((DOES_NOT_RUN, *RUNS))] for column in zip(*cells, strict=True)]
     width = [max(3, *map(len, column)) for column in short]
     rule = ["-" * width[0], *("-" * (w - 1) + ":" for w in width[1:])]
     rows = [[line[0].ljust(width[0]), *map(str.rjust, line[1:], width[1:])] for line in cells]
