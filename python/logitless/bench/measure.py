@@ -18,8 +18,8 @@ from torch import Tensor
 
 from . import work
 from .machine import Machine
-from .problem import Inputs, Problem
-from .provider import Outcome, Provider, Role, differentiate
+from .problem import CPU, Problem
+from .provider import Outcome, Provider, Role, Subject, differentiate
 from .providers.materialised import DEFINITIONS
 from .targets import Json, Target
 
@@ -83,6 +83,10 @@ class Part:
 
     def tiny(self) -> Part:
         return replace(self, problem=self.problem.tiny())
+
+    def inputs(self, device: torch.device = CPU) -> Subject:
+        """What the providers take their steps on."""
+        return self.problem.inputs(device)
 
     def provider(self, name: str) -> Provider:
         return next(p for p in self.providers if p.name == name)
@@ -163,10 +167,10 @@ def measure_part(part: Part, machine: Machine, deadline: float, skip: Json, tell
     method = part.method
     rows = [Row(p.name, p.role, p.frozen, failure=skip.get(p.name)) for p in part.providers]
     pairs = list(zip(part.providers, rows, strict=True))
-    inputs = part.problem.inputs(machine.device)
+    inputs = part.inputs(machine.device)
 
     def so_far(complete: bool = False) -> Json:
-        return {**_sizes(part.problem), "rows": [asdict(row) for row in rows], "complete": complete}
+        return {**inputs.about(), "rows": [asdict(row) for row in rows], "complete": complete}
 
     def call(function: Callable[..., object], provider: Provider, row: Row, until: float = math.inf) -> None:
         if row.runs and time.monotonic() > until:
@@ -188,16 +192,10 @@ def measure_part(part: Part, machine: Machine, deadline: float, skip: Json, tell
     return so_far(complete=all(row.failure != NO_TIME for row in rows))
 
 
-def _sizes(problem: Problem) -> Json:
-    """What memory is compared with, in bytes."""
-    head = 4 * problem.vocabulary * problem.hidden
-    return {"problem": str(problem), "logits_bytes": problem.logits_bytes, "head_gradient_bytes": head}
-
-
 class _Check:
     """First calls on few tokens, which load and compile, and their errors against float64."""
 
-    def __init__(self, part: Part, few: Inputs) -> None:
+    def __init__(self, part: Part, few: Subject) -> None:
         self.method, self.few = part.method, few
         names = {p.compared for p in part.providers if p.compared}
         self.references = {name: self._reference(name) for name in names}
@@ -232,23 +230,23 @@ def relative(x: Tensor, exact: Tensor) -> float:
     return float((x.to(exact.dtype) - exact).norm() / (exact.norm() or 1.0))
 
 
-def _whole(provider: Provider, row: Row, *, inputs: Inputs, machine: Machine) -> None:
+def _whole(provider: Provider, row: Row, *, inputs: Subject, machine: Machine) -> None:
     """Memory of a whole forward and of a whole step, which warm up, and the loss."""
     start, whole = time.perf_counter(), provider.of(inputs)
     outcomes: list[Outcome] = []
     forward = machine.peak(partial(_forward, provider, whole))
     step = machine.peak(lambda: outcomes.append(differentiate(provider.loss, whole)))
-    row.memory = {"forward": forward, "allocated": step - whole.problem.gradient_bytes}
+    row.memory = {"forward": forward, "allocated": step - whole.gradient_bytes}
     row.loss = None if row.role == "floor" else float(outcomes[0].loss)
     row.first_call_seconds = (row.first_call_seconds or 0.0) + time.perf_counter() - start
 
 
-def _forward(provider: Provider, inputs: Inputs) -> None:
+def _forward(provider: Provider, inputs: Subject) -> None:
     with torch.no_grad():
-        provider.loss(inputs.hidden, inputs.weight, inputs)
+        provider.loss(*inputs.operands())
 
 
-def time_once(provider: Provider, row: Row, inputs: Inputs, machine: Machine, *, forwards: bool = False) -> None:
+def time_once(provider: Provider, row: Row, inputs: Subject, machine: Machine, *, forwards: bool = False) -> None:
     """Appends the seconds of a step and of its backward to the row's, and those of a forward before."""
     whole = provider.of(inputs)
     if forwards:
