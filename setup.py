@@ -210,7 +210,7 @@ setup(
         "python", include=["logitless", "logitless.*"], exclude=["logitless.kernels.cuda.host"]
     ),
     package_dir={"": "python"},
-    package_data={"": ["py.typed", "*.cu", "*.cuh", "*.h", "*.md"]},
+    package_data={"": ["py.typed", "*.cu", "*.cuh", "*.h", "*.json", "*.md"]},
     include_package_data=False,
     zip_safe=False,
     setup_requires=build_requirements(),

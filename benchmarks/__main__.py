@@ -4,7 +4,8 @@ cpu       against materialised logits and other libraries, on the processor
 gpu       the Triton and CUDA kernels on this machine's GPU: right or wrong, against floors and peers, profiled
 losses    every registered loss against NLL or log-probs alone, and other libraries' losses of the same name
 tail      the approximate strategies on a model and real text
-machines  all kinds of machines side by side: README's table, from the results
+memory    one cross-entropy step against the size of the vocabulary
+figures   every measured figure of README and of the pages, from the results
 bundle    what a machine with a GPU and no network lacks, in one folder (for `gpu --bundle`)
 
 Every command has --help. The four suites share --only, --tiny, --output and --tables.
@@ -18,7 +19,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     **{name: f".suites.{name}" for name in ("cpu", "gpu", "losses", "tail")},
-    "machines": ".machines",
+    "memory": ".suites.memory",
+    "figures": ".figures.command",
     "bundle": ".gpu.bundle",
 }
 

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from logitless.training.metrics import Record, read_metrics
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 CURVE_TOLERANCE = 1e-3  # nats; float32 rounding, grown over some steps of training, is far below
 MIB = 2**20
+SHOWN = {  # the methods; metrics of the held-out data, and their names for a reader
+    "DFT": {
+        "eval_loss": "loss",
+        "eval_nll": "negative log-likelihood",
+        "eval_mean_token_accuracy": "token accuracy",
+    },
+    "DPO": {
+        "eval_loss": "loss",
+        "eval_rewards/margins": "margin",
+        "eval_rewards/accuracies": "pairs ranked rightly",
+    },
+}
+LEARNT_HEADER = ("on held-out questions", "before", "after")
+COSTS_HEADER = ("", "logitless", "materialised logits", "ratio")
+COSTS = (("seconds per step", "step_seconds", 1, ".2f"), ("peak memory, MiB", "peak_memory", MIB, ".0f"))
 
 
 @dataclass(frozen=True)
@@ -70,49 +89,53 @@ def _costs(run: Run) -> dict[str, Any]:
     return {"losses": run.losses, "step_seconds": run.step_seconds, "peak_memory": run.peak_memory}
 
 
-def cost_table(comparisons: list[Comparison]) -> Table:
-    """Time, memory and the agreement of the curves."""
-    table = Table("", "logitless", "materialised logits", "ratio", title="What it cost")
-    for each in comparisons:
-        ours, other = each.ours, each.materialised
-        table.add_row(
-            f"{each.name}: seconds per step",
-            f"{ours.step_seconds:.2f}",
-            f"{other.step_seconds:.2f}",
-            f"{ours.step_seconds / other.step_seconds:.2f}",
-        )
-        table.add_row(
-            f"{each.name}: peak memory, MiB",
-            f"{ours.peak_memory / MIB:.0f}",
-            f"{other.peak_memory / MIB:.0f}",
-            f"{ours.peak_memory / other.peak_memory:.2f}",
-        )
-        table.add_row(f"{each.name}: largest difference of the curves", f"{each.largest_difference:.1e}", "", "")
-    return table
+def learnt(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of what training changed on held-out questions, from the results file: (what, before, after)."""
+    right, rows = results["right_answers"], []
+    for method, names in SHOWN.items():
+        before, after = (results[method]["held_out"][when] for when in ("before", "after"))
+        rows += [(f"{method}: {text}", f"{before[name]:.3f}", f"{after[name]:.3f}") for name, text in names.items()]
+    for method, before, after in (("DFT", "base", "DFT"), ("DPO", "DFT", "DPO")):
+        rows.append((f"{method}: right answers of {right['of']}", str(right[before]), str(right[after])))
+    return rows
 
 
-def learning_table(rows: list[tuple[str, str, str]]) -> Table:
-    """A table of (quantity, before, after) on held-out questions."""
-    table = Table("on held-out questions", "before", "after", title="What was learnt")
+def costs(results: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of time, memory and the agreement of the curves: (what, logitless, materialised, their ratio)."""
+    rows = []
+    for method in SHOWN:
+        ours, other = (results[method][way] for way in ("logitless", "materialised"))
+        for text, name, unit, form in COSTS:
+            mine, theirs = ours[name] / unit, other[name] / unit
+            rows.append((f"{method}: {text}", f"{mine:{form}}", f"{theirs:{form}}", f"{mine / theirs:.2f}"))
+        difference = results[method]["largest_curve_difference"]
+        rows.append((f"{method}: largest difference of the curves", f"{difference:.1e}", "", ""))
+    return rows
+
+
+def printed(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    """Rows as a table for a terminal."""
+    table = Table(*header, title=title)
     for row in rows:
         table.add_row(*row)
     return table
 
 
-def plot(comparisons: list[Comparison], file: Path) -> None:
+def curves(results: Mapping[str, Any]) -> Figure:
     """Both training curves of each method over one another, and their difference below."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(comparisons), 5), layout="constrained")
-    axes = figure.subplots(2, len(comparisons), sharex="col", squeeze=False, height_ratios=(3, 1))
-    for (above, below), each in zip(axes.T, comparisons, strict=True):
-        steps = range(1, len(each.ours.losses) + 1)
-        above.plot(steps, each.materialised.losses, color="tab:orange", linewidth=5, label="materialised logits")
-        above.plot(steps, each.ours.losses, color="tab:blue", marker="o", markersize=3, label="logitless")
-        above.set(title=each.name, ylabel="training loss")
+    figure = Figure(figsize=(5 * len(SHOWN), 5), dpi=150, layout="constrained")
+    axes = figure.subplots(2, len(SHOWN), sharex="col", squeeze=False, height_ratios=(3, 1))
+    for (above, below), method in zip(axes.T, SHOWN, strict=True):
+        ours, other = (results[method][way]["losses"] for way in ("logitless", "materialised"))
+        steps = range(1, len(ours) + 1)
+        above.plot(steps, other, color="tab:orange", linewidth=5, label="materialised logits")
+        above.plot(steps, ours, color="tab:blue", marker="o", markersize=3, label="logitless")
+        above.set(title=method, ylabel="training loss")
         above.legend()
-        differences = [abs(a - b) for a, b in zip(each.ours.losses, each.materialised.losses, strict=True)]
+        differences = [abs(a - b) for a, b in zip(ours, other, strict=True)]
         below.plot(steps, [max(difference, 1e-12) for difference in differences], color="tab:gray", marker=".")
         below.set(yscale="log", xlabel="step", ylabel="difference")
         below.xaxis.get_major_locator().set_params(integer=True)
-    figure.savefig(file, dpi=150)
+    return figure

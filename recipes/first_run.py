@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -30,7 +29,7 @@ from typing import Any
 
 import smollm2
 from answers import answers
-from compare import CURVE_TOLERANCE, Comparison, Run, cost_table, learning_table, plot
+from compare import COSTS_HEADER, CURVE_TOLERANCE, LEARNT_HEADER, Comparison, Run, costs, curves, learnt, printed
 from reasoning_data import Question, Row, make_questions, preference_rows, sft_row, write_jsonl
 from rich.console import Console
 
@@ -38,18 +37,6 @@ HERE = Path(__file__).resolve().parent
 ROWS_PER_STEP = 14  # worked solutions that fill the four packs of a DFT step
 PAIRS_PER_STEP = 4  # as in dpo.yaml
 SEEDS = {"held-out": 1, "sft": 2, "pairs": 3}  # of the questions
-SHOWN = {  # metrics of the held-out data, and their names for a reader
-    "DFT": {
-        "eval_loss": "loss",
-        "eval_nll": "negative log-likelihood",
-        "eval_mean_token_accuracy": "token accuracy",
-    },
-    "DPO": {
-        "eval_loss": "loss",
-        "eval_rewards/margins": "margin",
-        "eval_rewards/accuracies": "pairs ranked rightly",
-    },
-}
 
 Options = Mapping[str, str | bool]
 Train = Callable[[Path, Options], None]  # config file, options by name
@@ -134,12 +121,12 @@ class FirstRun:
     def _report(self, runs: list[Comparison], right: dict[str, int], wrong_from: dict[str, int]) -> dict[str, Any]:
         results: dict[str, Any] = {run.name: run.to_dict() for run in runs}
         results |= {"right_answers": right | {"of": len(self.held_out)}, "wrong_answers_from": wrong_from}
-        results |= {"seconds": self.seconds, "minutes": sum(self.seconds.values()) / 60, "versions": versions()}
+        results |= {"seconds": self.seconds, "minutes": sum(self.seconds.values()) / 60, "environment": environment()}
         self._folder("results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        plot(runs, self._folder("curves.png"))
+        curves(results).savefig(self._folder("curves.png"))
         self.console.rule("result")
-        for table in (learning_table(learnt(results)), cost_table(runs)):
-            self.console.print(table)
+        self.console.print(printed("What was learnt", LEARNT_HEADER, learnt(results)))
+        self.console.print(printed("What it cost", COSTS_HEADER, costs(results)))
         for line in (
             f"curves: {self._folder('curves.png')}",
             f"numbers: {self._folder('results.json')}",
@@ -175,27 +162,13 @@ class FirstRun:
         return sum(question.is_right(text) for question, text in zip(self.held_out, completions, strict=True))
 
 
-def learnt(results: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Rows of the table of what training changed: (what, before, after)."""
-    right, rows = results["right_answers"], []
-    for method, names in SHOWN.items():
-        before, after = (results[method]["held_out"][when] for when in ("before", "after"))
-        rows += [(f"{method}: {text}", f"{before[name]:.3f}", f"{after[name]:.3f}") for name, text in names.items()]
-    for method, before, after in (("DFT", "base", "DFT"), ("DPO", "DFT", "DPO")):
-        rows.append((f"{method}: right answers of {right['of']}", str(right[before]), str(right[after])))
-    return rows
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries and of Python, and the device."""
+def environment() -> dict[str, Any]:
+    """Device, versions, date and commit."""
     import torch
-    import transformers
 
-    import logitless
+    from logitless.bench.environment import describe
 
-    modules = (logitless, torch, transformers)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    return {m.__name__: m.__version__ for m in modules} | {"python": platform.python_version(), "device": device}
+    return describe(gpu=torch.cuda.is_available())
 
 
 def run_in_process_of_its_own(command: Sequence[str], options: Options) -> None:

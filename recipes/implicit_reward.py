@@ -34,9 +34,9 @@ from first_run import (
     SEEDS,
     Options,
     Train,
+    environment,
     run_in_process_of_its_own,
     train_in_process_of_its_own,
-    versions,
 )
 from reasoning_data import Question, corrupted, make_questions, mistaken, pair_row, sft_row, write_jsonl
 from rich.console import Console
@@ -86,7 +86,7 @@ class RewardCheck:
             for wrong in WRONG
         }
         minutes = (time.perf_counter() - started) / 60
-        results = found | {"minutes": minutes, "versions": versions()}
+        results = found | {"minutes": minutes, "environment": environment()}
         self._folder("results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for wrong, where in itertools.product(WRONG, ("_within_prompts", "")):
             self.console.print(auc_table(wrong, where, found[wrong]))

@@ -49,11 +49,11 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def package_files(folder: Path) -> set[str]:
-    """The files of an installed package: modules, the type marker, the kernels' device code and documents, but not the
-    code that runs the CUDA kernels on a CPU."""
+    """The files of an installed package: modules, the type marker, a schema, the kernels' device code and documents,
+    but not the code that runs the CUDA kernels on a CPU."""
     package = folder / "python" / "logitless"
     kernels = (package / "kernels").resolve()  # which rglob does not enter by a link
-    files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed"}
+    files = {str(p.relative_to(package)) for p in package.rglob("*.py")} | {"py.typed", "bench/schema.json"}
     files |= {f"kernels/{p.relative_to(kernels)}" for p in kernels.rglob("*") if p.suffix in (".py", ".md")}
     for here in (kernels, kernels / "cpu", kernels / "cuda"):
         device = (p for p in here.iterdir() if p.suffix in (".cu", ".cuh", ".h"))

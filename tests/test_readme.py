@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-from benchmarks import machines
+from benchmarks.figures import pages
 
 from logitless import losses
 
@@ -51,15 +48,9 @@ def test_a_manual_names_every_file_of_its_kernels(folder: str) -> None:
 
 
 def test_readme_is_a_screen_and_a_half() -> None:
-    table = machines.TABLE.search(README)
-    assert table is not None
-    lines = README.splitlines()
-    assert len(lines) - len(table[0].splitlines()) <= MOST_LINES
+    table, lines = pages.block(README, "machines"), README.splitlines()
+    assert len(lines) - len(table.splitlines()) <= MOST_LINES
     assert [line for line in lines if len(line) > WIDEST] == []
-
-
-def test_the_table_of_machines_is_what_their_results_say() -> None:
-    assert machines.page() == README, "run python -m benchmarks machines"
 
 
 def test_readme_names_losses_of_the_registry() -> None:
@@ -68,31 +59,3 @@ def test_readme_names_losses_of_the_registry() -> None:
     assert len(linked) >= 12
     assert all(name == anchor and name in losses.names() for name, anchor in linked.items()), linked
     assert f"has all {len(losses.names())}:" in section
-
-
-def load_memory() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("memory", ROOT / "docs" / "memory.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_readme_states_the_memory_that_was_measured() -> None:
-    memory = load_memory()
-    curves, results = memory.curves(), json.loads(memory.RESULTS.read_text())
-    largest = memory.VOCABULARIES[-1]
-    text = " ".join(README.split())
-    assert f"Of {memory.TOKENS} tokens and a vocabulary of {largest}," in text
-    materialised, ours = (curves[name][largest] for name in ("materialised logits", "logitless"))
-    assert f"materialised logits take {materialised:.0f} MiB" in text and f"logitless {ours:.0f} MiB" in text
-    assert f"torch {results['versions']['torch'].partition('+')[0]}," in text
-
-
-def test_memory_of_the_picture_is_measured_by_this_script() -> None:
-    """Materialised logits and their gradient are there at once; logitless has one chunk, which may be all of them."""
-    memory = load_memory()
-    tokens, vocabulary = 512, 8192
-    logits = 4 * tokens * vocabulary
-    assert memory.extra_bytes("materialised logits", vocabulary, tokens, 32) >= 2 * logits
-    assert memory.extra_bytes("logitless", vocabulary, tokens, 32) < 1.2 * logits

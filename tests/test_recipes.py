@@ -171,7 +171,7 @@ def write_metrics(folder: Path, losses: list[float], memory: int = 100 << 20) ->
 
 
 def test_comparison_reads_costs_and_curves(tmp_path: Path) -> None:
-    from compare import Comparison, Run, cost_table, plot
+    from compare import Comparison, Run, costs, curves
 
     ours = Run.read(write_metrics(tmp_path / "ours", [3.0, 2.0, 1.0]))
     other = Run.read(write_metrics(tmp_path / "other", [3.0, 2.25, 1.125]))
@@ -181,9 +181,15 @@ def test_comparison_reads_costs_and_curves(tmp_path: Path) -> None:
     comparison = Comparison("DFT", ours, other)
     assert comparison.largest_difference == 0.25
     assert comparison.to_dict()["held_out"]["after"]["eval_loss"] == 1.0
-    assert cost_table([comparison]).row_count == 3
-    plot([comparison, comparison], tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    results = {"DFT": comparison.to_dict(), "DPO": comparison.to_dict()}
+    assert costs(results)[:3] == [
+        ("DFT: seconds per step", "2.00", "2.00", "1.00"),
+        ("DFT: peak memory, MiB", "100", "100", "1.00"),
+        ("DFT: largest difference of the curves", "2.5e-01", "", ""),
+    ]
+    above, below = curves(results).axes[0], curves(results).axes[2]
+    assert [list(line.get_ydata()) for line in above.lines] == [other.losses, ours.losses]
+    assert list(below.lines[0].get_ydata()) == [1e-12, 0.25, 0.125]
 
 
 # The driver

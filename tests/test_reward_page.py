@@ -14,8 +14,9 @@ import torch
 
 from logitless.losses.policy.implicit_reward import ImplicitReward
 from logitless.training import InputError
+from logitless.training.document import Table
 from logitless.training.implicit_reward import picture
-from logitless.training.implicit_reward.page import NUMBERS, SCRIPT, Shown, Table, html_page
+from logitless.training.implicit_reward.page import NUMBERS, SCRIPT, Shown, html_page
 from logitless.training.implicit_reward.scale import COLOURS, INK, STEPS, Scale, fitted
 from logitless.training.implicit_reward.scores import Answer
 

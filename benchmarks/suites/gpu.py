@@ -44,7 +44,9 @@ from .suite import options, output, tables_again
 
 HEADS = ((4096, 128256), (2304, 256000), (8192, 128256), (576, 49152))  # Llama 3 8B, Gemma 2 2B, Llama 3 70B, SmolLM2
 TOKENS = (8192, 2048, 32768)
-METHOD = Method(rounds=20, seconds=12.0, may_fail=("floor", "materialised", "logitless", "peer"), forwards=True)
+METHOD = Method(
+    rounds=20, seconds=12.0, may_fail=("floor", "materialised", "logitless", "peer"), whole=True, forwards=True
+)
 COLUMNS = (
     *("forward ms", "forward / GEMM", "backward ms", "step ms", "/ GEMMs", "/ materialised"),
     *("extra MiB", "of logits", "loss", "error of d_hidden", "error of d_weight"),

@@ -1,4 +1,4 @@
-"""The approximate strategies on SmolLM2 and real text; docs/tail-corrected.md reads what this writes.
+"""The approximate strategies on SmolLM2 and real text, which docs/tail-corrected.md shows.
 
 python -m benchmarks tail --only curves      share kept, error with and without correction
 python -m benchmarks tail --only orders      of the vocabulary, on tokens that they were not made from
@@ -153,11 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     if given.tables is not None:
         tables_again(given.tables, plots.markdown)
-        return plots.draw(given.tables)
+        return plots.picture(given.tables).write()
     report = TailReport(given, start + 60 * given.minutes)
     report.measure([name for name in report.units if given.only or not report.has(name)])
     if report.path is None or not report.path.exists():
         return None
     if importlib.util.find_spec("matplotlib") is None:
         return print("no PNG: matplotlib is not installed", file=sys.stderr)
-    return plots.draw(report.path)
+    return plots.picture(report.path).write()

@@ -1,30 +1,37 @@
-"""The figures and tables of docs/tail-corrected.md, from what the suite `tail` measured."""
+"""The picture and the tables of what the suite `tail` measured."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from logitless.bench.environment import processor
 from logitless.bench.report import load
 from logitless.bench.tables import table
 from logitless.bench.targets import Json
 
+from ..figures.pictures import Picture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown")
 
 
-def draw(path: Path) -> None:
-    """Six panels in one PNG beside a file of results; a panel whose measurement is missing stays empty."""
-    import matplotlib
+def picture(path: Path) -> Picture:
+    """The PNG beside a file of results."""
+    return Picture(path.with_suffix(".png"), load(path), draw)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    results = load(path)
-    figure, axes = pyplot.subplots(3, 2, figsize=(12, 13.5))
+def draw(results: Json) -> Figure:
+    """Six panels; one whose measurement is missing stays empty."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 13.5), dpi=110, layout="tight")
+    axes = figure.subplots(3, 2)
     kept_against_tolerance(axes[0][0], of_kind(results, "curves"))
     error_against_kept(axes[0][1], of_kind(results, "curves"))
     time_against_exact(axes[1][0], of_kind(results, "times"))
@@ -35,9 +42,7 @@ def draw(path: Path) -> None:
         losses(axes[1][1], runs)
     else:
         axes[1][1].set_axis_off()
-    figure.tight_layout()
-    figure.savefig(path.with_suffix(".png"), dpi=110)
-    pyplot.close(figure)
+    return figure
 
 
 def of_kind(results: Json, kind: str) -> list[Json]:
@@ -61,7 +66,8 @@ def kept_against_tolerance(axis: Any, curves: list[Json]) -> None:
         axis.plot(x, [point["blocks_kept"] for point in result["points"]], color=colour, linestyle=":")
     axis.set(xscale="log", yscale="log", xlabel="tolerance", ylabel="share of the logits kept")
     axis.set_title("what is kept: entries (solid), blocks of 64 (dotted)")
-    axis.legend(fontsize=7, title="text, model (loss)")
+    if curves:
+        axis.legend(fontsize=7, title="text, model (loss)")
 
 
 def error_against_kept(axis: Any, curves: list[Json]) -> None:
@@ -120,7 +126,7 @@ def _run(result: Json) -> str:
 
 
 def markdown(results: Json) -> str:
-    """The tables: every number that docs/tail-corrected.md speaks of."""
+    """The tables of all parts."""
     processors = dict.fromkeys(processor(part["environment"]) for part in results["parts"].values())
     head = (
         "# The tail-corrected backward, measured\n\nWritten by `python -m benchmarks tail`; its JSON has every sample. "
@@ -139,20 +145,26 @@ def section(result: Json) -> str:
     return _finetune([result]) if kind == "finetune" else texts[kind](result)
 
 
-def _pair(errors: list[float]) -> str:
+def pair(errors: Sequence[float]) -> str:
+    """Errors of d hidden and of d weight."""
     return ", ".join(f"{x:.4f}" for x in errors)
 
 
 def _curve(result: Json) -> str:
     title = f"## {_name(result)}: loss {result['loss']:.2f}, {result['tokens']} tokens"
+    return f"{title}\n\n{curve_table(result)}"
+
+
+def curve_table(result: Json) -> str:
+    """Shares kept and errors by tolerance, under those of exact bfloat16 arithmetic."""
     note = "Exact in bfloat16: d hidden {:.4f}, d weight {:.4f}.".format(*result["bfloat16"])
     head = ["tolerance", "entries kept", "tail mass", "corrected: d hidden, d weight", "dropped"]
     rows = []
     for p in result["points"]:
-        entries = [f"{p['kept']:.4f}", f"{p['tail_mass']:.4f}", _pair(p["corrected"]), _pair(p["dropped"])]
-        blocks = [f"{p['blocks_kept']:.3f}", _pair(p["blocks_corrected"])]
+        entries = [f"{p['kept']:.4f}", f"{p['tail_mass']:.4f}", pair(p["corrected"]), pair(p["dropped"])]
+        blocks = [f"{p['blocks_kept']:.3f}", pair(p["blocks_corrected"])]
         rows.append([f"2^{_exponent(p['tolerance'])}", *entries, *blocks])
-    return "\n\n".join([title, note, table([*head, "blocks of 64 kept", "corrected"], rows)])
+    return f"{note}\n\n{table([*head, 'blocks of 64 kept', 'corrected'], rows)}"
 
 
 def _exponent(tolerance: float) -> int:
@@ -160,7 +172,10 @@ def _exponent(tolerance: float) -> int:
 
 
 def cpu_time(kept: float) -> float:
-    """Time of a single pass by entries, over the three GEMMs: docs/tail-corrected.md has the model and its numbers."""
+    """Time of a single pass by entries over the three GEMMs, by the model of docs/tail-corrected.md.
+
+    The passes' share and a kept entry's cost were measured once: docs/log.md, 2026-11-21.
+    """
     return (1 + 0.21 + 2 * 9 * kept + 2 / 256) / 3
 
 
@@ -179,7 +194,7 @@ RULES = (
 
 def _order(result: Json, tolerance: float, cost: Callable[[float], float]) -> list[str]:
     kept = result["kept_at_equal_error"]
-    errors = _pair(next(p["errors"] for p in result["points"] if p["tolerance"] == tolerance))
+    errors = pair(next(p["errors"] for p in result["points"] if p["tolerance"] == tolerance))
     return [errors, "", ""] if kept is None else [errors, f"{kept:.4f}", f"{cost(kept):.2f}"]
 
 
@@ -206,7 +221,7 @@ def _times(result: Json) -> str:
             f"{min(row['seconds']) / base:.3f}",
             f"{row['cpu_seconds'] / cpu:.3f}",
             f"{row['errors'][0]:.0e}" if "errors" in row else "",
-            _pair(row["errors"][1:]) if "errors" in row else "",
+            pair(row["errors"][1:]) if "errors" in row else "",
             f"{row['kept']:.4f}" if "kept" in row else "",
         ]
         for name, row in methods.items()
@@ -218,10 +233,15 @@ def _times(result: Json) -> str:
 
 
 def _finetune(runs: list[Json]) -> str:
+    return f"## Fine-tuning\n\n{finetune_table(runs)}"
+
+
+def finetune_table(runs: list[Json]) -> str:
+    """Losses at the beginning and at the end of every run."""
     head = ["run", "steps", "loss of the first 20", "of the last 20"]
     rows = []
     for result in runs:
         x = result["losses"]
         first, last = (f"{sum(some) / len(some):.4f}" for some in (x[:20], x[-20:]))
         rows.append([_run(result), str(len(x)), first, last])
-    return "\n\n".join(["## Fine-tuning", table(head, rows)])
+    return table(head, rows)

@@ -12,14 +12,14 @@ import dataclasses
 import inspect
 import typing
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from logitless import commands
+from logitless.bench.command import app as bench_app
 from logitless.training.config import (
     GROUPS,
     TEACHER_IDS,
@@ -29,8 +29,9 @@ from logitless.training.config import (
     options_from_mapping,
     read_yaml,
 )
-from logitless.training.errors import InputError, NonFiniteLossError, nearest_names
+from logitless.training.errors import InputError, nearest_names
 from logitless.training.other_names import ALIASES, INERT_KEYS, LOSS_SETTINGS, UNSUPPORTED_KEYS
+from logitless.training.reported import reported
 
 # --learning-rate and --learning_rate are the same flag
 _CONTEXT = {"token_normalize_func": lambda name: name.replace("-", "_"), "help_option_names": ["-h", "--help"]}
@@ -205,7 +206,7 @@ def _run(
 
     `word` is the option that a word without a flag gives, if there is one.
     """
-    with _reported():
+    with reported():
         values = read_yaml(config) if config is not None else {}
         given = {name: value for name, value in flags.items() if value is not None}
         given |= _further(further, known, None if word in given else word)
@@ -213,19 +214,6 @@ def _run(
         for note in notes:
             typer.echo(f"note: {note}", err=True)
         command(options)
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """Makes a command's errors one line and a status."""
-    try:
-        yield
-    except (InputError, NonFiniteLossError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1 if isinstance(error, NonFiniteLossError) else 2) from error
-    except ModuleNotFoundError as error:
-        typer.echo(f"error: the package {error.name} is missing: pip install 'logitless[train]'", err=True)
-        raise typer.Exit(1) from error
 
 
 def _further(arguments: Sequence[str], known: Collection[str], word: str | None = None) -> dict[str, Any]:
@@ -380,6 +368,9 @@ mask_critical.__signature__ = _with_context(  # type: ignore[attr-defined]
 app.command("mask-critical", cls=_Command, context_settings=_FURTHER)(mask_critical)
 
 
+app.add_typer(bench_app, name="bench", context_settings=_CONTEXT)
+
+
 @app.command()
 def extrapolate(
     start: Annotated[str, typer.Option("--start", help="Folder or hub id of the model before its alignment.")],
@@ -388,7 +379,7 @@ def extrapolate(
     output: Annotated[str, typer.Option("--output", help="Folder to write.")],
 ) -> None:
     """Write the model aligned + alpha (aligned - start), beyond an alignment (ExPO)."""
-    with _reported():
+    with reported():
         from logitless.training.extrapolate import write_extrapolated
 
         for note in write_extrapolated(start, aligned, output, alpha=alpha):

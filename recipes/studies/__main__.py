@@ -1,10 +1,11 @@
-"""Runs the studies and writes docs/studies.md: `python recipes/studies`.
+"""Runs the studies and writes their results, which docs/studies.md shows: `python recipes/studies`.
 
     python recipes/studies                          what is missing of all studies, three seeds; an hour
     python recipes/studies --only dft --seeds 1     one study, one seed
     python recipes/studies --short                  a few steps of everything, which shows that it runs
 
-Runs are kept in `runs/studies`, so that a second call computes what the first one left.
+Runs are kept in `runs/studies`, so that a second call computes what the first one left. The results go to studies.json
+in this machine's folder of `benchmarks/results`; `python -m benchmarks figures` makes tables and plots of them.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import argparse
 import dataclasses
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-DOCS = HERE.parents[1] / "docs"
+RESULTS = HERE.parents[1] / "benchmarks" / "results"
 BASE_STEPS, SHORT_STEPS = 700, 400
 
 
@@ -28,10 +28,12 @@ def main() -> None:
     os.chdir(HERE)  # where the reward of rl.yaml is found
     import base
     import engine
-    import report
     import task
     import torch
     from plans import STUDIES
+
+    from logitless.bench.environment import describe, machine_kind
+    from logitless.training.files import write_text
 
     torch.set_num_threads(1)
     studies = [study for study in STUDIES if options.only in ("", study.name)]
@@ -43,29 +45,22 @@ def main() -> None:
     found = {each.name: engine.run(each, model, options.output, range(options.seeds), print, asked) for each in studies}
     if options.short or options.only:
         return
-    file = DOCS / "studies.json"
-    results = {"setting": _setting(first, options.seeds, task.HARD), "studies": found}
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    (DOCS / "studies.md").write_text(report.page(STUDIES, results), encoding="utf-8")
-    for study in STUDIES:
-        report.plot(study, found[study.name], DOCS / "studies" / f"{study.name}.png")
+    about = describe()
+    setting = _setting(first[f"accuracy, {task.HARD} numbers"], asked, options.seeds, task.HARD)
+    file = RESULTS / machine_kind(about) / "studies.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps({"environment": about, "setting": setting, "studies": found}, indent=1) + "\n")
 
 
-def _setting(first: dict[str, float], seeds: int, hard: int) -> dict[str, Any]:
-    import torch
-    import transformers
-
-    import logitless
-
-    versions = ", ".join(f"{module.__name__} {module.__version__}" for module in (logitless, torch, transformers))
+def _setting(first: float, asked: int, seeds: int, hard: int) -> dict[str, Any]:
+    """What the page says of the base model, `first` being its accuracy, and of the questions."""
     return {
         "parameters": "335,000",
         "base_steps": BASE_STEPS,
-        "base": round(200 * first[f"accuracy, {hard} numbers"]),
+        "base": round(asked * first),
         "hard": hard,
         "seeds": seeds,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "versions": versions,
+        "questions": asked,
     }
 
 

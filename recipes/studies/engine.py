@@ -55,13 +55,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Study:
-    """Cases that are compared, and what a paper says of them."""
+    """Cases that are compared; docs/studies.md has what a paper says of them, and what came out."""
 
     name: str
-    title: str
-    claim: str
     cases: Sequence[Case]
-    finding: str = ""
     lengths: Sequence[int] = (task.HARD,)
 
 

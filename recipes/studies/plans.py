@@ -1,4 +1,4 @@
-"""The studies: what is compared, what the paper says, and what came out."""
+"""The studies: what is compared in each."""
 
 from __future__ import annotations
 
@@ -68,27 +68,14 @@ _DIVERGENCES: Mapping[str, Mapping[str, Any]] = {
 STUDIES = (
     Study(
         "sft-rate",
-        "The learning rate of SFT before DPO",
-        "DPO ends higher if the SFT before it had a lower learning rate than is usual (Implicit Reward as the Bridge).",
         [Case(f"SFT at {rate:g}, then DPO", [_sft(learning_rate=rate), _dpo()]) for rate in _RATES],
-        "Disagrees. The higher the rate of SFT, the higher both end, up to the highest that was tried. This base model "
-        "hardly knows the task, so that SFT has to teach it; the paper's models know theirs, and SFT can spoil that. "
-        "DPO adds a little behind the two higher rates, and takes a little behind the lower ones.",
     ),
     Study(
         "f-divergence",
-        "f-divergence SFT before DPO",
-        "SFT under an f-divergence keeps the KL term to the start, and DPO ends higher (Implicit Reward as the Bridge; "
-        "a review of it found these results weaker than those of the learning rate).",
         [Case(f"{name}, then DPO", [_sft(**changes), _dpo()]) for name, changes in _DIVERGENCES.items()],
-        "No divergence ends above NLL. Pearson chi2 and reverse KL come near it, squared Hellinger stays behind. All "
-        "of them hold the model to a start that is not worth keeping here. DPO makes sampled answers better behind "
-        "each, by less than the seeds differ.",
     ),
     Study(
         "joint",
-        "SFT and DPO in one run",
-        "Optimising both losses together failed (Implicit Reward as the Bridge, its appendix D as a review has it).",
         [
             Case("SFT", [_sft()]),
             Case("SFT, then DPO", [_sft(), _dpo()]),
@@ -96,14 +83,9 @@ STUDIES = (
             Case("DPO with the chosen NLL", [_dpo(method="rpo", learning_rate=1e-3, max_steps=150)]),
             Case("DPO alone", [_dpo()]),
         ],
-        "Agrees. Both losses together end below SFT alone, and further below one after the other, after as many "
-        "updates. DPO with the chosen answers' NLL is lower still. DPO alone leaves the model where it was.",
     ),
     Study(
         "dft",
-        "DFT and SFT",
-        "Weighting each token by its own probability generalises better than SFT, also on the model's own rewarded "
-        "samples (Dynamic Fine-Tuning); anchoring it with a KL is steadier (ASFT).",
         [
             Case("SFT", [_sft()]),
             Case("DFT", [_sft(method="dft")]),
@@ -113,17 +95,10 @@ STUDIES = (
             Case("SFT on rewarded samples", [_sft(_rewarded)]),
             Case("DFT on rewarded samples", [_sft(_rewarded, method="dft")]),
         ],
-        "Disagrees. DFT ends below SFT on every kind of rows, and ASFT between the two. DFT gives little weight to "
-        "what the model finds unlikely, which is what this model has to learn. Its strength shows in one place: the "
-        "teacher's rare mistakes, which cost SFT nearly a third of its accuracy, cost DFT nothing. Nothing that was "
-        "tried reaches questions of another length.",
         lengths=(task.HARD, task.HARDER),
     ),
     Study(
         "prefix-rft",
-        "Demonstrations in reinforcement fine-tuning",
-        "Prefix-RFT beats SFT, RFT and one after the other, and other ways to mix them (Prefix-RFT). The "
-        "demonstrations here are of the teacher that makes a mistake, in a fifth of them.",
         [
             Case("SFT", [_sft(_rows(teacher=task.mistaken))]),
             Case("GRPO", [_rl("grpo")]),
@@ -142,13 +117,5 @@ STUDIES = (
             Case("Prefix-RFT, an eighth of the demonstrations", [_rl("prefix-rft", _prompts_alone(8))]),
             Case("Prefix-RFT, right demonstrations", [_rl("prefix-rft", _rows())]),
         ],
-        "Disagrees, as far as 200 updates at one rate tell. SFT with RFT behind it is far ahead, by GRPO as by PPO: in "
-        "150 updates more than the others have, it "
-        "takes from the demonstrations what they have, and the reward mends the teacher's mistake. All that begins "
-        "from the base model, Prefix-RFT too, ends near GRPO and below SFT: a completion in eight that is shown "
-        "something, at a tenth of SFT's rate, teaches little in that time. The parts of Prefix-RFT differ by less than "
-        "their seeds do. Where the reward is never found by chance and the demonstrations do not tell the result, "
-        "Prefix-RFT does what neither does alone: a test has such a task (tests/test_training_prefix_rft.py), which "
-        "Prefix-RFT solves with every seed, SFT one time in five, and GRPO never.",
     ),
 )

@@ -25,7 +25,8 @@ def evaluate_rows(
     """A registered loss from statistics `[sequences, length]` that all count, as its paper reduces it."""
     assert stats.logprob is not None or divergence is not None
     shape = next(x.shape for x in (*stats, divergence) if x is not None)[:2]  # without the axis of lists
-    rows = token_layout(torch.ones(shape, dtype=torch.bool), None)
+    device = next(x.device for x in (*stats, divergence) if x is not None)
+    rows = token_layout(torch.ones(shape, dtype=torch.bool, device=device), None)
     return loss.evaluate(stats, rows, constants, reduction=loss.reduction, max_length=max_length, divergence=divergence)
 
 

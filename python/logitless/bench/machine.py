@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable
 from functools import cache
@@ -92,6 +93,17 @@ class Cpu:
 
     def recover(self) -> None:
         pass
+
+
+def available_memory(*, gpu: bool) -> int:
+    """Bytes that are free now, of the GPU or of the machine."""
+    if gpu:
+        return torch.cuda.mem_get_info()[0]
+    try:
+        line = next(x for x in Path("/proc/meminfo").read_text().splitlines() if x.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return 1024 * int(line.split()[1])
 
 
 @cache

@@ -6,6 +6,7 @@ In turns a slow minute or a warm chip is everybody's, so that ratios within a ro
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -26,6 +27,12 @@ from .targets import Json, Target
 T = TypeVar("T")
 #: Told what is being done and what has been measured so far, before anything that may never return.
 Tell = Callable[[str, Json], None]
+#: Relative errors against float64 that a right loss stays below, whatever the order of its sums. An approximate
+#: strategy has a bound of its own.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-9}
+APPROXIMATE = 0.1
+#: Many times the error of materialised logits is no rounding, where that is larger.
+ROUNDING = 10
 #: Why a provider was not called before the rounds had to begin. The part is not complete then.
 NO_TIME = "no time was left for its first call"
 
@@ -42,8 +49,8 @@ class Method:
         rounds: at most so many; one is always run.
         seconds: what all rounds may take. A round that has begun is finished.
         may_fail: roles whose failure is a line in the table. Any other's is an error.
-        forwards: forwards without gradients are timed too, and memory is taken in this process: for steps of
-            milliseconds on a GPU.
+        whole: a whole step comes before the rounds, which warms up, and whose memory is taken in this process.
+        forwards: forwards without gradients are timed too.
         patience: a peer that takes so many times as long as the materialised loss is timed once.
         counted: products and passes over the vocabulary are counted, of logitless's providers.
     """
@@ -51,6 +58,7 @@ class Method:
     rounds: int = 3
     seconds: float = math.inf
     may_fail: tuple[Role, ...] = ("peer",)
+    whole: bool = False
     forwards: bool = False
     patience: float = math.inf
     counted: bool = False
@@ -126,6 +134,10 @@ class DeviceLost(Exception):
     """No kernel runs in this process any more."""
 
 
+class WrongResult(Exception):
+    """A loss or a gradient is further from float64 than rounding explains."""
+
+
 def attempt(row: Row, function: Callable[[], object], machine: Machine, method: Method) -> None:
     """Calls it. A failure is a line in the table, if the row's role may fail.
 
@@ -149,6 +161,10 @@ def explain(reason: Exception) -> str:
     """An exception in a line."""
     if isinstance(reason, torch.OutOfMemoryError):
         return "out of memory"
+    if isinstance(reason, ModuleNotFoundError) and reason.name:
+        return f"not installed: {reason.name}"
+    if isinstance(reason, WrongResult):
+        return f"wrong: {reason}"
     lines = str(reason).strip().splitlines()
     return f"{type(reason).__name__}: {lines[0] if lines else ''}"
 
@@ -165,12 +181,15 @@ def measure_part(part: Part, machine: Machine, deadline: float, skip: Json, tell
     """Errors, memory and times of every provider. No round begins after `deadline`, on `time.monotonic`'s clock."""
     torch.compiler.reset()
     method = part.method
-    rows = [Row(p.name, p.role, p.frozen, failure=skip.get(p.name)) for p in part.providers]
+    rows = [Row(p.name, p.role, p.frozen, bytes=p.bytes, failure=skip.get(p.name) or p.absent) for p in part.providers]
     pairs = list(zip(part.providers, rows, strict=True))
     inputs = part.inputs(machine.device)
 
+    stop = math.inf
+
     def so_far(complete: bool = False) -> Json:
-        return {**inputs.about(), "rows": [asdict(row) for row in rows], "complete": complete}
+        result = {**inputs.about(), "rows": [asdict(row) for row in rows], "complete": complete}
+        return result if complete else result | {"seconds_left": _left(rows, method.rounds, stop)}
 
     def call(function: Callable[..., object], provider: Provider, row: Row, until: float = math.inf) -> None:
         if row.runs and time.monotonic() > until:
@@ -183,13 +202,26 @@ def measure_part(part: Part, machine: Machine, deadline: float, skip: Json, tell
     for provider, row in pairs:
         call(check, provider, row, deadline - 2 * method.reserve)
     del check  # its references are as large as four heads in bfloat16
-    for provider, row in pairs if method.forwards else ():
-        call(partial(_whole, inputs=inputs, machine=machine), provider, row, deadline - method.reserve)
+    for provider, row in pairs if method.whole else ():
+        whole = partial(_whole, inputs=inputs, machine=machine, forwards=method.forwards)
+        call(whole, provider, row, deadline - method.reserve)
     clock = partial(time_once, inputs=inputs, machine=machine, forwards=method.forwards)
-    for provider, row in in_turns(pairs, method.rounds, min(deadline, time.monotonic() + method.seconds)):
+    stop = min(deadline, time.monotonic() + method.seconds)
+    for provider, row in in_turns(pairs, method.rounds, stop):
         if not _hopeless(row, rows, method.patience):
             call(clock, provider, row)
     return so_far(complete=all(row.failure != NO_TIME for row in rows))
+
+
+def _left(rows: Sequence[Row], rounds: int, stop: float) -> float | None:
+    """Seconds that the rounds will still take, judged by rounds or first calls; None where some had neither yet."""
+    rest = 0.0
+    for row in (row for row in rows if row.runs):
+        if not row.seconds and row.first_call_seconds is None:
+            return None
+        each = statistics.mean(row.seconds) if row.seconds else row.first_call_seconds or 0.0
+        rest += each * (rounds - len(row.seconds))
+    return min(rest, max(0.0, stop - time.monotonic()))
 
 
 class _Check:
@@ -199,6 +231,7 @@ class _Check:
         self.method, self.few = part.method, few
         names = {p.compared for p in part.providers if p.compared}
         self.references = {name: self._reference(name) for name in names}
+        self.materialised: dict[str, float] = {}
 
     def _reference(self, name: str) -> Outcome | None:
         """Outcome in float64; None if float64 copies of the head do not fit."""
@@ -207,7 +240,7 @@ class _Check:
         return None
 
     def __call__(self, provider: Provider, row: Row) -> None:
-        if self.method.forwards and not provider.compared:
+        if self.method.whole and not provider.compared:
             return  # whole calls follow, and some would compile for few tokens in vain
         start = time.perf_counter()
         outcome = provider.step(self.few)
@@ -215,8 +248,19 @@ class _Check:
         reference = self.references.get(provider.compared)
         if reference is not None:
             row.error = errors(outcome, reference)
+            self._judge(provider, row.error)
         if self.method.counted and provider.role == "logitless":
             row.work = work.count(partial(provider.step, self.few), self.few.problem)._asdict()
+
+    def _judge(self, provider: Provider, found: dict[str, float]) -> None:
+        """Raises WrongResult for an error beyond `TOLERANCE`, and beyond what materialised logits have here."""
+        if provider.role == "materialised":
+            self.materialised = {name: max(x, self.materialised.get(name, 0.0)) for name, x in found.items()}
+        limit = APPROXIMATE if provider.approximate else TOLERANCE.get(self.few.problem.dtype, 0.0)
+        for name, x in found.items():
+            most = max(limit, ROUNDING * self.materialised.get(name, 0.0))
+            if not x <= most:  # NaN is wrong too
+                raise WrongResult(f"{name} is off by {x:.1e}, and {most:.1e} is the most that rounding explains")
 
 
 def errors(outcome: Outcome, reference: Outcome) -> dict[str, float]:
@@ -230,14 +274,15 @@ def relative(x: Tensor, exact: Tensor) -> float:
     return float((x.to(exact.dtype) - exact).norm() / (exact.norm() or 1.0))
 
 
-def _whole(provider: Provider, row: Row, *, inputs: Subject, machine: Machine) -> None:
-    """Memory of a whole forward and of a whole step, which warm up, and the loss."""
+def _whole(provider: Provider, row: Row, *, inputs: Subject, machine: Machine, forwards: bool) -> None:
+    """The loss and the memory of a whole step, and of a forward if that is timed; both warm up."""
     start, whole = time.perf_counter(), provider.of(inputs)
     outcomes: list[Outcome] = []
-    forward = machine.peak(partial(_forward, provider, whole))
+    forward = {"forward": machine.peak(partial(_forward, provider, whole))} if forwards else {}
     step = machine.peak(lambda: outcomes.append(differentiate(provider.loss, whole)))
-    row.memory = {"forward": forward, "allocated": step - whole.gradient_bytes}
-    row.loss = None if row.role == "floor" else float(outcomes[0].loss)
+    if row.role != "floor":
+        row.memory = {**forward, "allocated": step - whole.gradient_bytes}
+        row.loss = float(outcomes[0].loss)
     row.first_call_seconds = (row.first_call_seconds or 0.0) + time.perf_counter() - start
 
 

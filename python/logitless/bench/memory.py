@@ -12,6 +12,7 @@ figures, because each sees what the other does not:
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from .machine import Cpu, resident_growth
 from .measure import Part, Tell, silent
@@ -26,13 +27,13 @@ VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 Memory = dict[str, int | None]
 
 
-def in_process(part: Part, provider: Provider) -> Memory:
-    """Measures one provider of a part in a new process.
+def in_process(part: Part, provider: Provider, log: Path | None = None) -> Memory:
+    """Measures one provider of a part in a new process, which prints into the file `log` if there is one.
 
     Raises:
         RuntimeError: the process failed or ran out of time, with the reason.
     """
-    worker = Worker(patience=TIMEOUT_SECONDS, variables=VARIABLES)
+    worker = Worker(patience=TIMEOUT_SECONDS, variables=VARIABLES, log=log)
     try:
         _, result, reason = worker.call(of_step, part, provider, end=time.monotonic() + TIMEOUT_SECONDS)
     finally:

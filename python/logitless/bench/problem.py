@@ -43,8 +43,12 @@ class Inputs(NamedTuple):
     def about(self) -> dict[str, Any]:
         """The problem in words, and sizes in bytes that memory is compared with."""
         head = 4 * self.problem.vocabulary * self.problem.hidden
-        sizes = {"logits_bytes": self.problem.logits_bytes, "head_gradient_bytes": head}
-        return {"problem": str(self.problem), **sizes}
+        return {
+            "problem": str(self.problem),
+            "logits_bytes": self.problem.logits_bytes,
+            "head_gradient_bytes": head,
+            "held_bytes": self.problem.input_bytes + self.gradient_bytes,
+        }
 
     def operands(self) -> tuple[Tensor, Tensor, Inputs]:
         """What a loss is called with: fresh leaves, which are constants under `no_grad` or of a frozen head."""
@@ -119,6 +123,12 @@ class Problem:
         accumulators = 4 * elements if self.dtype.itemsize < 4 else 0
         return elements * self.dtype.itemsize + accumulators
 
+    @property
+    def input_bytes(self) -> int:
+        """Size of the hidden states, the head, the targets and the reference's log-probabilities."""
+        elements = (self.tokens + self.vocabulary) * self.hidden
+        return elements * self.dtype.itemsize + self.tokens * (8 + 4)
+
     def inputs(self, device: torch.device = CPU) -> Inputs:
         """Seeded tensors, drawn on the device: for a CPU a large head takes longer than all that a GPU does with it."""
         draw = torch.Generator(device).manual_seed(0)
@@ -141,7 +151,7 @@ class Problem:
         """
         if not self.pairs:
             return replace(self, tokens=min(FEW, max(1, self.tokens // 4)))
-        return replace(self, tokens=2 * self.pairs * min(self.length, FEW // self.pairs))
+        return replace(self, tokens=2 * self.pairs * max(1, min(self.length, FEW // self.pairs)))
 
     def tiny(self) -> Problem:
         """Problem of this structure in milliseconds. A chunk holds 16 tokens: what did not fit one still does not."""

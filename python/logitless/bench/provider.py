@@ -62,6 +62,10 @@ class Provider:
         compared: the definition that its loss and gradients are held against; "": none.
         frozen: whether the head is a constant even where the problem's is not.
         dtype: of the operands where it is not the problem's.
+        library: the name that `--against` has for it.
+        approximate: whether its gradients are approximations by design.
+        bytes: read and written by a floor that is a copy.
+        absent: why it cannot be called at all.
     """
 
     name: str
@@ -70,6 +74,10 @@ class Provider:
     compared: str = "nll"
     frozen: bool = False
     dtype: torch.dtype | None = None
+    library: str = ""
+    approximate: bool = False
+    bytes: int | None = None
+    absent: str | None = None
 
     def of(self, inputs: AnySubject) -> AnySubject:
         """The inputs as this provider takes them."""

@@ -120,6 +120,12 @@ def allocated(row: Json | None) -> float | None:
     return None if row is None or not row["memory"] else row["memory"]["allocated"]
 
 
+def total_bytes(row: Json, measured: Json) -> int | None:
+    """Everything that a step held at its peak: inputs, head, gradients and the extra memory."""
+    extra = allocated(row)
+    return None if extra is None else int(extra) + measured["held_bytes"]
+
+
 def divided(value: float | None, unit: float | None) -> float | None:
     return None if value is None or not unit else value / unit
 

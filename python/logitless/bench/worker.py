@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .machine import this_machine
-from .measure import DeviceLost, Part, Tell, explain
+from .measure import DeviceLost, Part, Tell, explain, silent
 from .targets import Json
 
 #: Seconds without a word after which a child counts as hung: several times a compiled provider's first call. A peer may
@@ -37,6 +39,8 @@ class Worker:
         plain: the child has one thread and compiles nothing, for tiny runs.
         peers: names of the providers that have more patience.
         variables: of the child's environment, beside this process's own.
+        heard: told of every message of the child: what it is about to do, and what it has so far.
+        log: file that what the child prints is added to; None: it prints where this process does.
     """
 
     def __init__(
@@ -46,17 +50,26 @@ class Worker:
         peers: frozenset[str] = frozenset(),
         patience: float = PATIENCE,
         variables: Mapping[str, str] | None = None,
+        heard: Tell = silent,
+        log: Path | None = None,
     ) -> None:
         self.plain, self.peers, self.patience, self.variables = plain, peers, patience, variables or {}
+        self.heard, self.log = heard, log
         self.fatal: dict[str, str] = {}  # providers that ended a process, with the reason; not called again
         self._process: BaseProcess | None = None
         self._connection: Connection
 
-    def measure(self, part: Part, deadline: float, end: float, *, gpu: bool) -> Json:
-        """The part, complete or as far as it came: no round begins after `deadline`, and at `end` all is over."""
+    def measure(
+        self, part: Part, deadline: float, end: float, *, gpu: bool, skip: Mapping[str, str] | None = None
+    ) -> Json:
+        """The part, complete or as far as it came: no round begins after `deadline`, and at `end` all is over.
+
+        `skip` has the reason for each provider that is left out.
+        """
         result: Json = {"rows": [], "complete": False}
         for _ in range(RESTARTS + 1):
-            doing, result, reason = self.call(_measure, part, deadline, dict(self.fatal), gpu, end=end)
+            left_out = {**self.fatal, **(skip or {})}
+            doing, result, reason = self.call(_measure, part, deadline, left_out, gpu, end=end)
             result = result or {"rows": [], "complete": False}
             if reason is None or time.monotonic() >= end:
                 break
@@ -89,6 +102,7 @@ class Worker:
                     self.stop()
                     return doing, result, message
                 doing, result, done = message
+                self.heard(doing, result)
         except (EOFError, OSError):
             return doing, result, f"its process ended with status {self.stop()}"
         return doing, result, None
@@ -96,7 +110,7 @@ class Worker:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, self.plain))
+        self._process = context.Process(target=_serve, args=(theirs, self.plain, self.log))
         with _environment(self.variables):
             self._process.start()
         theirs.close()
@@ -125,7 +139,12 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
             os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
-def _serve(connection: Connection, plain: bool) -> None:
+def _serve(connection: Connection, plain: bool, log: Path | None) -> None:
+    if log is not None:
+        with log.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interruption is the parent's, which ends this process
     if plain:
         torch.set_num_threads(1)
         torch._dynamo.config.disable = True

@@ -16,7 +16,7 @@
     rollouts/   generation, model_generator, server       what samples completions
                 prompts, groups, rollout, rewards, inputs, advantages, critic   of a round
                 rounds, setup, evaluation, summary, log   rounds, made from options, and what is said of them
-    reward      implicit_reward (its __init__ lists its files), statistics
+    reward      implicit_reward (its __init__ lists its files), statistics, document
     evaluate/   (its __init__ lists its files); frozen, right, row_files, tables   what commands that only ask share
     critical_tokens, seeds                         rows of which critical tokens count; one run a seed
 

@@ -5,6 +5,7 @@ Each is a loss whose forward and backward do the products, so that autograd runs
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from ..internals import tokens_at_once
 from ..problem import Inputs
 from ..provider import Provider
 from .materialised import ref_hidden
+
+#: Bytes of the copy: many times the last cache.
+COPIED = 2**28
 
 
 class _Products(torch.autograd.Function):
@@ -53,6 +57,31 @@ class _ChunkedProducts(torch.autograd.Function):
         return *ctx.gradients, None
 
 
+class _Copy(torch.autograd.Function):
+    """A copy of `COPIED` bytes forwards, nothing backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor) -> Tensor:
+        source, destination = _buffers(hidden.device)
+        destination.copy_(source)
+        return hidden.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        return None
+
+
+@cache
+def _buffers(device: torch.device) -> tuple[Tensor, Tensor]:
+    source, destination = torch.zeros(2, COPIED, dtype=torch.uint8, device=device)
+    return source, destination
+
+
+def copy(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """A copy in memory: the bandwidth that passes over logits are paid with."""
+    return _Copy.apply(hidden)
+
+
 def products(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     """The logits, and the products with them that the gradients need."""
     return _Products.apply(hidden, weight)
@@ -75,3 +104,4 @@ CHUNKED_GEMMS = Provider("GEMMs alone, in chunks", "floor", chunked_products, ""
 GEMMS_OF_BOTH_HEADS = Provider("GEMMs alone, of both heads", "floor", products_of_both_heads, "")
 #: The floor for half types on a processor that has no units for them.
 FLOAT32_GEMMS = Provider("GEMMs alone, in float32", "floor", products, "", dtype=torch.float32)
+COPY = Provider("copy", "floor", copy, "", bytes=2 * COPIED)

@@ -70,7 +70,7 @@ def of_stats(loss: RegisteredLoss, stats: TokenStats, inputs: Inputs, divergence
     rows = TokenStats(*(None if x is None else x.view(*shape, *x.shape[1:]) for x in stats))
     length = inputs.problem.length if loss.reduction == "constant_length" else None
     divergence = None if divergence is None else divergence.view(shape)
-    return reduced(evaluate_rows(loss, rows, constants(loss, inputs.problem), length, divergence))
+    return reduced(evaluate_rows(loss, rows, constants(loss, inputs), length, divergence))
 
 
 def targets_of(loss: RegisteredLoss, inputs: Inputs) -> Tensor:
@@ -90,9 +90,14 @@ def ref_hidden(inputs: Inputs) -> Tensor:
     return inputs.hidden.detach().flip(0)
 
 
+def constants(loss: RegisteredLoss, inputs: Inputs) -> dict[str, Tensor]:
+    """Plausible constants for a loss's inputs, `[sequences, length]` each; the same ones for every dtype and device."""
+    return {name: x.to(inputs.hidden.device) for name, x in _drawn(loss, inputs.problem).items()}
+
+
 @cache
-def constants(loss: RegisteredLoss, problem: Problem) -> dict[str, Tensor]:
-    """Plausible constants for a loss's inputs, `[sequences, length]` each; the same ones for every dtype.
+def _drawn(loss: RegisteredLoss, problem: Problem) -> dict[str, Tensor]:
+    """The constants on the processor.
 
     An optional input is left out, but for an older policy's log-probabilities, which clipping needs to do anything.
     """
@@ -130,12 +135,27 @@ def _per_sequence(name: str, problem: Problem) -> Tensor:
 
 
 @cache
-def _compiled() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return torch.compile(lambda hidden, weight, targets: F.cross_entropy(hidden @ weight.T, targets), dynamic=False)
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(
+        lambda hidden, weight, targets, reduction: F.cross_entropy(hidden @ weight.T, targets, reduction=reduction),
+        dynamic=False,
+    )
 
 
 def compiled_nll(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
-    return _compiled()(hidden, weight, inputs.targets)
+    """Cross-entropy of full logits under `torch.compile`."""
+    return _compiled()(hidden, weight, inputs.targets, "mean")
+
+
+def compiled_loss(loss: RegisteredLoss, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+    """A loss of log-probabilities, with those of full logits under `torch.compile`."""
+    return of_stats(loss, TokenStats(-_compiled()(hidden, weight, inputs.targets, "none")), inputs)
+
+
+def reads_logprobs_alone(loss: RegisteredLoss) -> bool:
+    """Whether a token's log-probability, untempered, is all that the loss reads of the logits."""
+    plain = loss.outputs == ("logprob",) and not loss.lists and loss.stats_temperature == 1
+    return plain and not loss.compares_distributions
 
 
 #: What each loss is compared with, by name. NLL's and DPO's take nothing from logitless.
@@ -145,7 +165,7 @@ DEFINITIONS: dict[str, Loss] = {name: partial(materialised_loss, loss) for name,
 }
 
 NLL = Provider("materialised", "materialised", materialised_nll)
-COMPILED_NLL = Provider("materialised, compiled", "materialised", compiled_nll, compared="")
+COMPILED_NLL = Provider("materialised, compiled", "materialised", compiled_nll, compared="", library="compiled")
 DPO = Provider("materialised DPO", "materialised", materialised_dpo, "dpo")
 JS = Provider("materialised js", "materialised", DEFINITIONS["js"], "js")
 TOP_K = Provider("materialised top-k", "materialised", DEFINITIONS["top_k_distillation"], "top_k_distillation")

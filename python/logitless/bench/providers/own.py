@@ -12,7 +12,7 @@ from torch import Tensor
 import logitless
 from logitless import TokenStats
 from logitless.losses import Loss as RegisteredLoss
-from logitless.types import BackendName, BackwardName
+from logitless.types import APPROXIMATE, BackendName, BackwardName
 
 from ..problem import Inputs
 from ..provider import Provider
@@ -55,7 +55,7 @@ def registered_loss(
 ) -> Tensor:
     """Any loss by `linear_loss`, as its paper reduces it."""
     shape = inputs.problem.shape
-    given: dict[str, Any] = dict(constants(loss, inputs.problem))
+    given: dict[str, Any] = dict(constants(loss, inputs))
     if loss.compares_distributions:
         given["ref_hidden"] = ref_hidden(inputs).view(*shape, -1)
     if loss.reduction == "constant_length":
@@ -94,7 +94,8 @@ def negative_logprob(stats: TokenStats) -> Tensor:
 
 def of_registry(name: str, backward: BackwardName = "auto") -> Provider:
     """The loss of that name in `LOSSES`."""
-    return Provider(name, "logitless", partial(registered_loss, LOSSES[name], backward=backward), name)
+    loss = partial(registered_loss, LOSSES[name], backward=backward)
+    return Provider(name, "logitless", loss, name, approximate=backward in APPROXIMATE)
 
 
 def of_levels(*levels: str, backward: BackwardName = "auto") -> tuple[Provider, ...]:
@@ -109,7 +110,7 @@ def _strategies() -> Iterator[Provider]:
         for backward in get_args(BackwardName)[1:]:
             if backward != "screened":  # a CPU's
                 loss = partial(nll, backend=backend, backward=backward)
-                yield Provider(f"{backend}, {backward}", "logitless", loss)
+                yield Provider(f"{backend}, {backward}", "logitless", loss, approximate=backward in APPROXIMATE)
         frozen = partial(nll, backend=backend, backward="single_pass")
         yield Provider(f"{backend}, frozen head", "logitless", frozen, frozen=True)
 

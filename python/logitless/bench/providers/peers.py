@@ -53,7 +53,7 @@ def trl_top_k(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     from trl.experimental.server_distillation import server_distillation_trainer as trl
 
     loss = LOSSES["top_k_distillation"]
-    teacher = constants(loss, inputs.problem)["teacher_logprob"].flatten(0, 1).to(hidden.dtype)
+    teacher = constants(loss, inputs)["teacher_logprob"].flatten(0, 1).to(hidden.dtype)
     logprob = F.log_softmax(hidden @ weight.T, dim=-1).gather(-1, inputs.lists())
     valid = torch.ones_like(logprob, dtype=torch.bool)
     student, support = trl._add_tail_bucket(logprob, valid)
@@ -158,7 +158,7 @@ def liger_kto(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     """A uniform reference's log-probability is a constant, which its `kl` can hold beside the reference point."""
     from liger_kernel.chunked_loss import LigerFusedLinearKTOLoss
 
-    problem, given = inputs.problem, constants(LOSSES["kto"], inputs.problem)
+    problem, given = inputs.problem, constants(LOSSES["kto"], inputs)
     point = given["reference_point"] + problem.length * inputs.ref_logprob[0]
     rows, targets = hidden.view(*problem.shape, -1), inputs.targets.view(problem.shape)
     return LigerFusedLinearKTOLoss()(rows, weight, targets, preference_labels=given["desirable"], kl=point)[0]
@@ -168,13 +168,13 @@ def liger_grpo(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
     """Liger's GRPO with the log-probabilities of an older policy, and no reference."""
     from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
 
-    shape, given = inputs.problem.shape, constants(LOSSES["grpo"], inputs.problem)
+    shape, given = inputs.problem.shape, constants(LOSSES["grpo"], inputs)
     loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="grpo")
     return loss(
         hidden.view(*shape, -1),
         weight,
         inputs.targets.view(shape),
-        torch.ones(shape),
+        torch.ones(shape, device=hidden.device),
         given["advantages"][:, 0],
         old_per_token_logps=given["old_logprob"],
     )[0]
@@ -219,8 +219,19 @@ def _without_init(name: str) -> ModuleType:
 # Providers
 
 
+#: What `--against` calls the other libraries, by the first word of a provider's name.
+LIBRARIES = {
+    "torch": "torch",
+    "TRL": "trl",
+    "Liger": "liger",
+    "Cut": "cce",
+    "quack": "quack",
+    "flash-attn,": "flash-attn",
+}
+
+
 def _peer(name: str, loss: Loss, compared: str = "nll") -> Provider:
-    return Provider(name, "peer", loss, compared)
+    return Provider(name, "peer", loss, compared, library=LIBRARIES[name.split()[0]])
 
 
 TORCH = _peer("torch F.linear_cross_entropy", torch_nll)

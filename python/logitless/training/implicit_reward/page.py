@@ -7,14 +7,13 @@ and the keyboard: Tab goes from answer to answer, the arrow keys from token to t
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import NamedTuple
 
 import torch
 
+from logitless.training.document import Table, document, fact_list, table_html
 from logitless.training.implicit_reward.scale import COLOURS, INK, STEPS, Scale, fitted
 from logitless.training.implicit_reward.scores import Answer
 
@@ -50,8 +49,8 @@ def html_page(rows: Sequence[Shown], facts: Mapping[str, str], tables: Sequence[
     body = "\n".join(
         [
             "<h1>Implicit reward</h1>",
-            _fact_list(facts),
-            *map(_table, tables),
+            fact_list(facts),
+            *map(table_html, tables),
             _controls(scales),
             "<main>",
             *(_section(row, first) for row in rows),
@@ -59,47 +58,12 @@ def html_page(rows: Sequence[Shown], facts: Mapping[str, str], tables: Sequence[
             '<div id="tip" role="tooltip" hidden></div>',
         ]
     )
-    policy = f"default-src 'none'; style-src '{_hash(STYLE)}'; script-src '{_hash(SCRIPT)}'; base-uri 'none'"
-    head = (
-        f'<meta charset="utf-8">\n<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="color-scheme" '
-        f'content="light dark">\n<title>Implicit reward</title>\n<style>{STYLE}</style>'
-    )
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n<script>{SCRIPT}</script>\n'
-        "</body>\n</html>\n"
-    )
-
-
-class Table(NamedTuple):
-    """A table of texts."""
-
-    caption: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    return document("Implicit reward", body, STYLE, SCRIPT)
 
 
 def _scale(rows: Sequence[Shown], name: str, with_reference: bool) -> Scale:
     values = [getattr(answer.numbers, name) for row in rows for answer in row.answers.values()]
     return fitted(torch.cat(values), around_zero=with_reference)
-
-
-def _fact_list(facts: Mapping[str, str]) -> str:
-    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f"<dl>{items}</dl>"
-
-
-def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in table.columns)
-    lines = (
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in table.rows
-    )
-    return f"<table><caption>{escape(table.caption)}</caption><tr>{head}</tr>{''.join(lines)}</table>"
 
 
 def _controls(scales: Mapping[str, Scale]) -> str:

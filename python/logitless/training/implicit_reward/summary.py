@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from logitless.training.implicit_reward.page import Shown, Table, number_text
+from logitless.training.document import Table
+from logitless.training.implicit_reward.page import Shown, number_text
 from logitless.training.implicit_reward.ranking import Judged, judged, preference, ranking
 from logitless.training.implicit_reward.rows import AnswerRows
 from logitless.training.implicit_reward.scores import Answer

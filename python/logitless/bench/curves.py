@@ -1,0 +1,103 @@
+"""Curves: time and memory of every competitor along one size, doubled until nothing fits or the time is over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .measure import Method, Part
+from .problem import Problem
+from .provider import Provider
+from .targets import Json, median, total_bytes
+from .worker import Worker
+
+#: Any failure is a line. Two rounds after a whole step that warms up: the curve's shape is the question, not the
+#: last percent.
+METHOD = Method(rounds=2, may_fail=("floor", "materialised", "logitless", "peer"), whole=True)
+#: From where to where a size is doubled.
+RANGES = {"tokens": (128, 2**20), "vocabulary": (4096, 2**18), "hidden": (128, 2**13)}
+
+
+#: What the first point may take of the time, judged by the step, which is larger.
+FIRST_SHARE = 0.5
+#: Seconds after the end in which a step that has begun may end.
+GRACE = 20.0
+#: Why a provider ends before the memory does.
+NO_TIME = "no time was left for a larger one"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One size's curve.
+
+    Args:
+        axis: a key of `RANGES`.
+        problem: the problem of a value of that size.
+        memory: bytes that a step may take.
+    """
+
+    axis: str
+    problem: Callable[[int], Problem]
+    providers: Sequence[Provider]
+    memory: int
+
+    def values(self) -> Iterator[int]:
+        value, last = RANGES[self.axis]
+        while value <= last:
+            yield value
+            value *= 2
+
+    def measure(
+        self, worker: Worker, end: float, *, gpu: bool, step: Sequence[Json], keep: Callable[[Json], None]
+    ) -> Json:
+        """The points as far as memory and time allow; `keep` is told after each.
+
+        No point begins that would not end in time, judged by the one before; the slowest are left out first. `step`
+        has the rows of the same providers' step: who failed there is left out, and who would take most of the time.
+        """
+        result: Json = {"kind": "curve", "axis": self.axis, "points": [], "complete": False, "ended_by": "range"}
+        left_out = {row["provider"]: row["failure"] for row in step if row["failure"]}
+        running = [row for row in step if not row["failure"]]
+        left_out |= _too_slow(running, FIRST_SHARE * (end - time.monotonic()))
+        for value in self.values():
+            part = Part(f"{self.axis} {value}", self.problem(value), tuple(self.providers), method=METHOD)
+            point = worker.measure(part, end, end + GRACE, gpu=gpu, skip=left_out)
+            if not point["complete"]:
+                result["ended_by"] = "time"
+                break
+            result["points"].append({"value": value, **point})
+            keep(result)
+            left_out |= self._outgrown(point, self.problem(2 * value))
+            fitting = [row for row in point["rows"] if row["provider"] not in left_out]
+            left_out |= _too_slow(fitting, end - time.monotonic())
+            if all(provider.name in left_out for provider in self.providers if provider.role != "floor"):
+                result["ended_by"] = "time" if NO_TIME in left_out.values() else "memory"
+                break
+        return result | {"complete": len(result["points"]) > 0}
+
+    def _outgrown(self, point: Json, following: Problem) -> dict[str, str]:
+        """Who would take more than the memory at the next point, judged by this one's, and who failed here."""
+        growth = following.logits_bytes / point["logits_bytes"]
+        result = {row["provider"]: row["failure"] for row in point["rows"] if row["failure"]}
+        for row in point["rows"]:
+            taken = total_bytes(row, point)
+            if taken is not None and growth * taken > self.memory:
+                result[row["provider"]] = f"would take more than {self.memory / 2**30:.3g} GiB"
+        return result
+
+
+def _too_slow(rows: Sequence[Json], seconds: float) -> dict[str, str]:
+    """Who must be left out so that the others end their next point in time; each takes twice what it took now."""
+    needs = {row["provider"]: 2 * _taken(row) for row in rows}
+    result: dict[str, str] = {}
+    for row in sorted(rows, key=lambda row: needs[row["provider"]], reverse=True):
+        if row["role"] != "floor" and (sum(needs.values()) > seconds or needs[row["provider"]] > seconds / 2):
+            del needs[row["provider"]]
+            result[row["provider"]] = NO_TIME
+    return result
+
+
+def _taken(row: Json) -> float:
+    """Seconds that a point takes of a provider: first calls, which compile, and the rounds."""
+    return (row["first_call_seconds"] or 0.0) + METHOD.rounds * (median(row["seconds"]) or 0.0)

@@ -1,0 +1,102 @@
+"""What a request is where the command line leaves it open: by device, by model, and in a quick run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from logitless.plan.shape import shape_of
+from logitless.plan.sizes import read_bytes
+from logitless.training.errors import InputError
+
+from .machine import available_memory
+from .request import PARTS, Request
+
+T = TypeVar("T")
+
+#: Sizes where none are given: those of SmolLM2-135M.
+HIDDEN, VOCABULARY = 576, 49152
+#: What depends on the device where it is not given, in a whole run and in a quick one.
+TOKENS, QUICK_TOKENS = {"cpu": 2048, "cuda": 8192}, {"cpu": 1024, "cuda": 4096}
+ROUNDS, QUICK_ROUNDS = {"cpu": 5, "cuda": 20}, {"cpu": 3, "cuda": 10}
+DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
+MINUTES, QUICK_MINUTES = 15.0, 2.0
+#: Who is compared: in a quick run those that compile nothing on a processor.
+AGAINST, QUICK_AGAINST = "materialised,compiled,torch,trl,liger,cce,quack", "materialised,torch,trl,liger"
+QUICK_PARTS = "step"
+#: Bytes of the limits on a processor; on a GPU, the share of its memory.
+MEMORY, SHARE = 2**30, 0.9
+
+
+def completed(**given: Any) -> Request:
+    """The request of a command line's options, None where they were not given.
+
+    Raises:
+        InputError: an option's value cannot be used, or two of them contradict each other.
+    """
+    quick, model = given.pop("quick"), given["model"]
+    device = _device(given.pop("device"))
+    tokens, rounds = (QUICK_TOKENS, QUICK_ROUNDS) if quick else (TOKENS, ROUNDS)
+    hidden, vocabulary = _sizes(model, given.pop("hidden"), given.pop("vocab"))
+    every = [name for name in PARTS if name != "model" or model is not None]
+    memory = given.pop("memory")
+    open_ = {
+        "tokens": tokens[device],
+        "rounds": rounds[device],
+        "dtype": DTYPE[device],
+        "minutes": QUICK_MINUTES if quick else MINUTES,
+        "against": QUICK_AGAINST if quick else AGAINST,
+        "parts": QUICK_PARTS if quick else ",".join(every),
+    }
+    chosen = {name: open_.get(name) if x is None else x for name, x in given.items()}
+    for name in ("against", "backward", "parts"):
+        chosen[name] = _listed(chosen[name])
+    chosen["backward"] = tuple(name.replace("-", "_") for name in chosen["backward"])
+    chosen["memory"] = _default_memory(device) if memory is None else _given(read_bytes, memory)
+    return Request(**chosen, hidden=hidden, vocabulary=vocabulary, device=device)
+
+
+def folder_of(request: Request, *, quick: bool) -> Path:
+    """A folder of the request's own, under the current one."""
+    model = Path(request.model).name if request.model else ""
+    sizes = f"n{request.tokens}-h{request.hidden}-v{request.vocabulary}"
+    words = (model, request.loss, request.dtype, sizes, "frozen" * request.frozen_head, "quick" * quick)
+    return Path("logitless-bench") / "-".join(filter(None, words))
+
+
+def _device(name: str | None) -> str:
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device: got cuda, and PyTorch finds no GPU here (python -m logitless info)")
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _sizes(model: str | None, hidden: int | None, vocabulary: int | None) -> tuple[int, int]:
+    """H and V, of the model if there is one."""
+    if model is None:
+        return hidden or HIDDEN, vocabulary or VOCABULARY
+    if hidden is not None or vocabulary is not None:
+        raise InputError("model: it has a hidden size and a vocabulary of its own; leave --hidden and --vocab out")
+    shape = _given(shape_of, model)
+    return shape.hidden, shape.vocabulary
+
+
+def _given(read: Callable[[str], T], text: str) -> T:
+    """What a function reads from an option's text."""
+    try:
+        return read(text)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+
+def _default_memory(device: str) -> int:
+    return MEMORY if device == "cpu" else int(SHARE * available_memory(gpu=True))
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    """The words of a comma-separated list, each once."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
