@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,11 +16,12 @@ import training_fixtures
 from torch import Tensor
 
 from logitless import losses
-from logitless.bench import memory
+from logitless.bench import measure, memory
+from logitless.bench.environment import describe
 from logitless.bench.machine import Cpu
 from logitless.bench.measure import Method, silent
-from logitless.bench.model_step import ModelInputs, ModelPart, model_part
-from logitless.bench.problem import Inputs
+from logitless.bench.model_step import ModelInputs, ModelPart
+from logitless.bench.problem import Inputs, Problem
 from logitless.bench.provider import Provider
 from logitless.bench.providers import materialised, own, peers
 from logitless.integrations.families import FAMILIES
@@ -44,9 +47,16 @@ def tied(tmp_path_factory: pytest.TempPathFactory) -> str:
     return training_fixtures.make_model(tmp_path_factory.mktemp("tied"), dropout=0.1, sharpness=20.0)
 
 
-def part_of(model: str, *providers: Provider, loss: str = "nll", **changes: Any) -> ModelPart:
-    options: dict[str, Any] = {"sequences": 4, "length": 12, "method": Method(rounds=2)}
-    return model_part(model, loss, providers, **options | changes)
+def part_of(
+    model: str, *providers: Provider, loss: str = "nll", sequences: int = 4, length: int = 12, **changes: Any
+) -> ModelPart:
+    """Sequences of a model with V 258 and H 32, in pairs where the loss has several."""
+    pairs = 0 if losses.get(loss).level in ("token", "distribution") else sequences // 2
+    sizes = {"hidden": 32, "vocabulary": 258, "dtype": torch.float32}
+    given = {name: changes.pop(name) for name in sizes if name in changes}
+    problem = Problem(sequences * length, pairs=pairs, **sizes | given)
+    options = {"method": Method(rounds=2), "length": length, "loss": loss, "model": model}
+    return ModelPart("model", problem, providers, **options | changes)
 
 
 def measured(part: ModelPart) -> dict[str, Any]:
@@ -96,6 +106,9 @@ def test_a_part_measures_every_provider_in_turns(tmp_path: Path, tie: bool) -> N
     parameters = transformers.AutoModelForCausalLM.from_pretrained(model).num_parameters()
     facts = {"kind": "model", "model": model, "loss": "nll", "sequences": 4, "length": 12, "tokens": 48}
     assert {name: found[name] for name in facts} == facts and found["parameters"] == parameters
+    schema = json.loads(Path(measure.__file__).with_name("schema.json").read_text())
+    of_model = {"$ref": "#/$defs/model", "$defs": schema["$defs"]}
+    jsonschema.validate(json.loads(json.dumps({**found, "environment": describe()})), of_model)
     assert found["problem"] == "N 48 H 32 V 258 float32" and found["text"] == "Python's language reference"
 
 
@@ -104,10 +117,10 @@ def test_pairs_are_the_chosen_sequences_and_then_the_rejected(tied: str) -> None
     assert str(part.problem) == "N 48 H 32 V 258 float32, 2 pairs of 2 x 12 tokens"
     for row in measured(part)["rows"]:
         assert max(row["error"].values()) < TOLERANCE, row
-    with pytest.raises(InputError, match="sequences: dpo takes them in pairs; expected an even number, got 3"):
-        part_of(tied, own.DPO, loss="dpo", sequences=3)
-    with pytest.raises(InputError, match="length: expected at least 1, got 0"):
-        part_of(tied, own.NLL, length=0)
+    with pytest.raises(InputError, match="tokens: expected 2 pairs of sequences of 24 tokens, got 48"):
+        replace(part, length=24)
+    with pytest.raises(InputError, match="tokens: expected a multiple of 7 tokens, got 48"):
+        replace(part_of(tied, own.NLL), length=7)
 
 
 @pytest.mark.parametrize("name", ["kto", "grpo", "distillation", "top_k_distillation"])
@@ -123,6 +136,7 @@ def test_a_loss_whose_gradient_is_half_of_what_it_should_be_is_seen(tied: str) -
         return (value + value.detach()) / 2
 
     [row] = measured(part_of(tied, Provider("halved", "peer", halved)))["rows"]
+    assert row["failure"].startswith("wrong: d_hidden is off by 5.0e-01")
     assert row["error"]["loss"] < TOLERANCE and row["error"]["d_hidden"] == pytest.approx(0.5, rel=1e-3)
     assert row["error"]["d_weight"] > 0.1  # the embedding's part of a tied head's gradient is halved too
 
@@ -199,6 +213,8 @@ def test_without_a_tokenizer_the_ids_are_random_and_the_part_says_so(tmp_path: P
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     model = training_fixtures.make_model(tmp_path / "model", vocabulary=100)
     with pytest.raises(InputError, match=r"the embedding of .* has 100 rows"):
+        part_of(model, own.NLL, vocabulary=100).inputs()
+    with pytest.raises(InputError, match=r"its output head is \[100, 32\]; expected \[258, 32\], V and H"):
         part_of(model, own.NLL).inputs()
 
 
@@ -236,12 +252,12 @@ def test_logits_that_differ_from_the_product_are_refused_before_anything_is_time
         measured(part_of(model, own.NLL))
 
 
-def test_what_is_no_model_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="model folder not found"):
-        part_of(str(tmp_path / "absent"), own.NLL)
+        part_of(str(tmp_path / "absent"), own.NLL).inputs()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match="no configuration could be loaded"):
-        part_of(str(tmp_path), own.NLL)
+    with pytest.raises(InputError, match="no causal language model could be loaded"):
+        part_of(str(tmp_path), own.NLL).inputs()
 
 
 def test_a_table_of_positions_bounds_the_length(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ and the head and the loss in float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 from logitless import losses
 from logitless.integrations.scoring import plain_head
 from logitless.integrations.selfcheck import self_check
-from logitless.training.adapters import find_adapter
 from logitless.training.checks import Extreme, Reach, check_positions, check_vocabulary
 from logitless.training.config import TrainOptions
 from logitless.training.errors import InputError
@@ -35,12 +33,10 @@ from logitless.training.model import (
     patched,
 )
 from logitless.training.parallel import World
-from logitless.training.places import require_places, unreadable
+from logitless.training.places import require_places
 
-from .measure import Method, Part
+from .measure import Part
 from .problem import CPU, Inputs, Problem
-from .provider import Provider
-from .providers.materialised import LOSSES
 from .targets import Json
 from .text import reference, sequences, tokenised
 
@@ -49,7 +45,7 @@ TEXT = "Python's language reference"
 
 
 class ModelInputs(NamedTuple):
-    """A model and its tokens, as what a provider takes a step on (`provider.Subject`)."""
+    """A model and its tokens, as what a provider takes a step on."""
 
     model: Any  # patched, in training mode
     weight: nn.Parameter  # [V, H], the model's own head
@@ -104,29 +100,46 @@ class ModelInputs(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelPart(Part):
-    """A real model and the providers that take turns as its loss; `model_part` makes it.
+    """A real model and the providers that take turns as its loss.
+
+    The problem has the model's hidden size, vocabulary and dtype. Its tokens are all of a step's, and with pairs the
+    chosen sequences come first. There are no floors among the providers: they would leave out the layers.
 
     Args:
         model: hub id, folder or .gguf file.
         loss: the name that the report has for what is trained.
-        sequences: rows of a step.
+        length: tokens of each sequence.
         checkpointing: activations are computed again in the backward pass.
+
+    Raises:
+        InputError: the tokens are not sequences of that length.
     """
 
     model: str = ""
     loss: str = "nll"
-    sequences: int = 2
+    length: int = 256
     checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        tokens, pairs = self.problem.tokens, self.problem.pairs
+        if self.length < 1 or tokens % self.length or (pairs and self.length != self.problem.length):
+            of = f"{pairs} pairs of sequences of " if pairs else "a multiple of "
+            raise InputError(f"tokens: expected {of}{self.length} tokens, got {tokens}")
+
+    @property
+    def sequences(self) -> int:
+        """Rows of a step."""
+        return self.problem.tokens // self.length
 
     @property
     def options(self) -> TrainOptions:
         """What the training command would load the model with."""
-        return _options(self.model, self.problem.dtype)
+        return TrainOptions(model_name_or_path=self.model, dtype=str(self.problem.dtype).removeprefix("torch."))
 
     def tiny(self) -> ModelPart:
         """At most 8 tokens of each sequence. The model stays as it is."""
-        length = min(8, self.problem.tokens // self.sequences)
-        return replace(self, problem=replace(self.problem, tokens=self.sequences * length))
+        length = min(8, self.length)
+        return replace(self, problem=replace(self.problem, tokens=self.sequences * length), length=length)
 
     def inputs(self, device: torch.device = CPU) -> ModelInputs:
         """The model, in training mode and without dropout, and its tokens.
@@ -136,25 +149,26 @@ class ModelPart(Part):
         """
         hide_progress_bars()
         options = self.options
+        require_places(options)
         source = locate(options)
         model = load_checked(source, options, device)
         weight = model.get_output_embeddings().weight
-        expected = (self.problem.vocabulary, self.problem.hidden)
-        if weight.shape != expected:
-            raise InputError(f"{self.model}: its output head is {list(weight.shape)}, its config.json says {expected}")
+        expected = [self.problem.vocabulary, self.problem.hidden]
+        if list(weight.shape) != expected:
+            raise InputError(f"{self.model}: its output head is {list(weight.shape)}; expected {expected}, V and H")
         if self.checkpointing:
             checkpoint_activations(model)
         ids, text = self._ids(model, source, options)
         facts = {"kind": "model", "model": self.model, "parameters": sum(p.numel() for p in model.parameters())}
-        facts |= {"loss": self.loss, "sequences": self.sequences, "length": ids.shape[1] - 1}
+        facts |= {"loss": self.loss, "sequences": self.sequences, "length": self.length}
         facts |= {"tokens": self.problem.tokens, "checkpointing": self.checkpointing, "text": text}
-        return ModelInputs(model, weight, ids.to(device), self.problem, facts)
+        problem = replace(self.problem, data="random")  # whose name says nothing: the data are text
+        return ModelInputs(model, weight, ids.to(device), problem, facts)
 
     def _ids(self, model: Any, source: str, options: TrainOptions) -> tuple[Tensor, str]:
         """`[sequences, length + 1]` ids, and what they are; a text that is too short is repeated."""
-        length, count = self.problem.tokens // self.sequences, self.problem.tokens + 1
-        longest = Extreme(length, TEXT)
-        check_positions(model, Reach(length=longest), self.model)
+        length, count = self.length, self.problem.tokens + 1
+        check_positions(model, Reach(length=Extreme(length, TEXT)), self.model)
         try:
             tokenizer, ids = _read(source, options)
         except InputError as reason:
@@ -177,74 +191,6 @@ def _read(source: str, options: TrainOptions) -> tuple[Any, Tensor]:
     if not len(ids):
         raise InputError(f"{source}: no tokenizer could be loaded from there: it makes no tokens of text")
     return tokenizer, ids
-
-
-def model_part(
-    model: str,
-    loss: str,
-    providers: Sequence[Provider],
-    *,
-    sequences: int = 2,
-    length: int = 256,
-    dtype: torch.dtype = torch.float32,
-    checkpointing: bool = False,
-    method: Method,
-    name: str = "model",
-) -> ModelPart:
-    """A part whose problem is the model's head and loss. It reads the model's configuration, not its weights.
-
-    Args:
-        loss: a name in `LOSSES`. One that compares sequences, or has constants of its own for them, sees pairs of
-            sequences, the chosen ones first.
-        providers: of that loss; no floors, which leave out the layers.
-        method: without `forwards`.
-
-    Raises:
-        InputError: there is no such model, or its sequences have a number or a length that the loss cannot use.
-    """
-    for what, value in (("sequences", sequences), ("length", length)):
-        if value < 1:
-            raise InputError(f"{what}: expected at least 1, got {value}")
-    paired = _sees_sequences(LOSSES[loss])
-    if paired and sequences % 2:
-        raise InputError(f"sequences: {loss} takes them in pairs; expected an even number, got {sequences}")
-    hidden, vocabulary = _sizes(_options(model, dtype))
-    pairs = sequences // 2 if paired else 0
-    problem = Problem(sequences * length, hidden, vocabulary, dtype, pairs)
-    return ModelPart(
-        name,
-        problem,
-        tuple(providers),
-        method=method,
-        memory=True,
-        model=model,
-        loss=loss,
-        sequences=sequences,
-        checkpointing=checkpointing,
-    )
-
-
-def _sees_sequences(loss: losses.Loss) -> bool:
-    return loss.level not in ("token", "distribution") or bool(loss.inputs or loss.sequence_inputs)
-
-
-def _options(model: str, dtype: torch.dtype) -> TrainOptions:
-    return TrainOptions(model_name_or_path=model, dtype=str(dtype).removeprefix("torch."))
-
-
-def _sizes(options: TrainOptions) -> tuple[int, int]:
-    """Hidden size and vocabulary as the model's configuration has them, or that of an adapter's base."""
-    from transformers import AutoConfig
-
-    require_places(options)
-    source, revision = locate(options), options.model_revision
-    if adapter := find_adapter(source, options):
-        source, revision = adapter.base, adapter.base_revision
-    try:
-        config = AutoConfig.from_pretrained(source, revision=revision).get_text_config()
-        return config.hidden_size, config.vocab_size
-    except Exception as error:  # a damaged file can break the reader anywhere
-        raise unreadable(source, "configuration", error) from error
 
 
 def load_checked(source: str, options: TrainOptions, device: torch.device) -> Any:
