@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -31,8 +32,9 @@ from logitless.bench.problem import Inputs, Problem
 from logitless.bench.provider import Provider
 from logitless.bench.providers import peers
 from logitless.bench.providers.floors import CHUNKED_GEMMS, GEMMS
+from logitless.bench.providers.materialised import DPO as MATERIALISED_DPO
 from logitless.bench.providers.materialised import NLL as MATERIALISED
-from logitless.bench.providers.own import LOGPROBS, NLL, token_loss_nll
+from logitless.bench.providers.own import DPO, LOGPROBS, NLL, token_loss_nll
 from logitless.bench.targets import LOGITS, SLOWEST, Target
 
 SUITES = (cpu.SUITE, losses_suite.SUITE)
@@ -211,6 +213,18 @@ def test_the_command_of_the_losses_measures_every_distribution() -> None:
     part = PARTS["losses-distribution"]
     ours = [provider.name for provider in part.providers if provider.role != "peer"]
     assert [line.split("|")[1].strip() for line in lines][: len(ours)] == ours
+
+
+def test_micro_benchmarks_compare_the_ways_through_a_problem(tmp_path: Path) -> None:
+    saved = tmp_path / "saved.json"
+    options = ["-k", "dpo", f"--benchmark-json={saved}", f"--benchmark-storage={tmp_path}"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "benchmarks", *options]
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # no xdist's worker
+    done = subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(saved.read_text())["benchmarks"]
+    assert {x["name"] for x in found} == {f"test_step[dpo-{p}]" for p in (GEMMS.name, MATERIALISED_DPO.name, DPO.name)}
+    assert len({x["group"] for x in found}) == 1 and all(len(x["stats"]["data"]) == 5 for x in found)
 
 
 def test_the_command_names_what_it_expects() -> None:

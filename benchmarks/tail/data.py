@@ -13,13 +13,13 @@ import sysconfig
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
 from recipes import smollm2
 from torch import Tensor
 
+from logitless.bench import text as texts
 from logitless.bench.problem import Inputs, Problem
 
 from ..internals import convert_gguf
@@ -42,11 +42,6 @@ def docstrings(*, held_out: bool) -> str:
     return "\n\n".join(text for i, text in enumerate(result) if (i % 8 == 0) == held_out)
 
 
-def reference() -> str:
-    """Topics of Python's language reference."""
-    return "\n\n".join(topics[name] for name in sorted(topics))
-
-
 def tables() -> str:
     """Rows of Unicode names."""
     draw = random.Random(1)
@@ -57,7 +52,7 @@ def tables() -> str:
 
 TEXTS: dict[str, Callable[[], str]] = {
     "docstrings": lambda: docstrings(held_out=True),
-    "reference": reference,
+    "reference": texts.reference,
     "tables": tables,
 }
 
@@ -75,10 +70,8 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 def sequences(tokenizer: Any, text: str, length: int) -> Tensor:
-    """`[sequences, length + 1]` ids: a sequence's last is the next one's first."""
-    ids = torch.tensor(tokenizer(text)["input_ids"])
-    count = (len(ids) - 1) // length
-    return torch.stack([ids[i * length : (i + 1) * length + 1] for i in range(count)])
+    """`[sequences, length + 1]` ids of a text."""
+    return texts.sequences(texts.tokenised(tokenizer, text), length)
 
 
 def sample(folder: Path, name: str, tokens: int, cache: Path) -> Inputs:

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from . import work
 from .machine import Machine
-from .problem import Inputs, Problem
-from .provider import Outcome, Provider, Role, differentiate
+from .problem import CPU, Problem
+from .provider import Outcome, Provider, Role, Subject, differentiate
 from .providers.materialised import DEFINITIONS
 from .targets import Json, Target
 
@@ -91,6 +91,10 @@ class Part:
 
     def tiny(self) -> Part:
         return replace(self, problem=self.problem.tiny())
+
+    def inputs(self, device: torch.device = CPU) -> Subject:
+        """What the providers take their steps on."""
+        return self.problem.inputs(device)
 
     def provider(self, name: str) -> Provider:
         return next(p for p in self.providers if p.name == name)
@@ -179,12 +183,12 @@ def measure_part(part: Part, machine: Machine, deadline: float, skip: Json, tell
     method = part.method
     rows = [Row(p.name, p.role, p.frozen, bytes=p.bytes, failure=skip.get(p.name) or p.absent) for p in part.providers]
     pairs = list(zip(part.providers, rows, strict=True))
-    inputs = part.problem.inputs(machine.device)
+    inputs = part.inputs(machine.device)
 
     stop = math.inf
 
     def so_far(complete: bool = False) -> Json:
-        result = {**_sizes(part.problem), "rows": [asdict(row) for row in rows], "complete": complete}
+        result = {**inputs.about(), "rows": [asdict(row) for row in rows], "complete": complete}
         return result if complete else result | {"seconds_left": _left(rows, method.rounds, stop)}
 
     def call(function: Callable[..., object], provider: Provider, row: Row, until: float = math.inf) -> None:
@@ -220,21 +224,10 @@ def _left(rows: Sequence[Row], rounds: int, stop: float) -> float | None:
     return min(rest, max(0.0, stop - time.monotonic()))
 
 
-def _sizes(problem: Problem) -> Json:
-    """What memory is compared with, in bytes."""
-    head = 4 * problem.vocabulary * problem.hidden
-    return {
-        "problem": str(problem),
-        "logits_bytes": problem.logits_bytes,
-        "head_gradient_bytes": head,
-        "held_bytes": problem.input_bytes + problem.gradient_bytes,
-    }
-
-
 class _Check:
     """First calls on few tokens, which load and compile, and their errors against float64."""
 
-    def __init__(self, part: Part, few: Inputs) -> None:
+    def __init__(self, part: Part, few: Subject) -> None:
         self.method, self.few = part.method, few
         names = {p.compared for p in part.providers if p.compared}
         self.references = {name: self._reference(name) for name in names}
@@ -281,24 +274,24 @@ def relative(x: Tensor, exact: Tensor) -> float:
     return float((x.to(exact.dtype) - exact).norm() / (exact.norm() or 1.0))
 
 
-def _whole(provider: Provider, row: Row, *, inputs: Inputs, machine: Machine, forwards: bool) -> None:
+def _whole(provider: Provider, row: Row, *, inputs: Subject, machine: Machine, forwards: bool) -> None:
     """The loss and the memory of a whole step, and of a forward if that is timed; both warm up."""
     start, whole = time.perf_counter(), provider.of(inputs)
     outcomes: list[Outcome] = []
     forward = {"forward": machine.peak(partial(_forward, provider, whole))} if forwards else {}
     step = machine.peak(lambda: outcomes.append(differentiate(provider.loss, whole)))
     if row.role != "floor":
-        row.memory = {**forward, "allocated": step - whole.problem.gradient_bytes}
+        row.memory = {**forward, "allocated": step - whole.gradient_bytes}
         row.loss = float(outcomes[0].loss)
     row.first_call_seconds = (row.first_call_seconds or 0.0) + time.perf_counter() - start
 
 
-def _forward(provider: Provider, inputs: Inputs) -> None:
+def _forward(provider: Provider, inputs: Subject) -> None:
     with torch.no_grad():
-        provider.loss(inputs.hidden, inputs.weight, inputs)
+        provider.loss(*inputs.operands())
 
 
-def time_once(provider: Provider, row: Row, inputs: Inputs, machine: Machine, *, forwards: bool = False) -> None:
+def time_once(provider: Provider, row: Row, inputs: Subject, machine: Machine, *, forwards: bool = False) -> None:
     """Appends the seconds of a step and of its backward to the row's, and those of a forward before."""
     whole = provider.of(inputs)
     if forwards:

@@ -20,8 +20,9 @@ from .provider import Outcome, Provider
 from .worker import Worker
 
 TIMEOUT_SECONDS = 600.0
-#: With a fixed threshold, malloc maps every large block and gives it back: none stays resident for the next.
-VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+#: With a fixed threshold, malloc maps every large block and gives it back: none stays resident for the next. A model's
+#: step has hundreds below a MiB, which would leave more than 100 MiB behind.
+VARIABLES = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 
 Memory = dict[str, int | None]
 
@@ -45,11 +46,11 @@ def in_process(part: Part, provider: Provider, log: Path | None = None) -> Memor
 def of_step(part: Part, provider: Provider, tell: Tell = silent) -> Memory:
     """Measures in this process, after a warm-up on few tokens."""
     machine, outcomes, seen = Cpu(), list[Outcome](), list[int]()
-    machine.peak(lambda: provider.step(part.problem.brief().inputs()))
-    inputs = part.problem.inputs()
+    inputs = part.inputs()
+    machine.peak(lambda: provider.step(inputs.brief()))
 
     def step() -> None:
         seen.append(machine.peak(lambda: outcomes.append(provider.step(inputs))))  # a step ends with its gradients
 
-    resident, gradients = resident_growth(step), provider.of(inputs).problem.gradient_bytes
+    resident, gradients = resident_growth(step), provider.of(inputs).gradient_bytes
     return {"allocated": seen[0] - gradients, "resident": None if resident is None else resident - gradients}

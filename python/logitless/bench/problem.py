@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,32 @@ class Inputs(NamedTuple):
     targets: Tensor  # [N]
     ref_logprob: Tensor  # [N] float32; of a uniform reference, which cancels between sequences of equal length
     problem: Problem
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of gradients that every provider holds, so that memory is counted beyond them."""
+        return self.problem.gradient_bytes
+
+    def about(self) -> dict[str, Any]:
+        """The problem in words, and sizes in bytes that memory is compared with."""
+        head = 4 * self.problem.vocabulary * self.problem.hidden
+        return {
+            "problem": str(self.problem),
+            "logits_bytes": self.problem.logits_bytes,
+            "head_gradient_bytes": head,
+            "held_bytes": self.problem.input_bytes + self.gradient_bytes,
+        }
+
+    def operands(self) -> tuple[Tensor, Tensor, Inputs]:
+        """What a loss is called with: fresh leaves, which are constants under `no_grad` or of a frozen head."""
+        learns = torch.is_grad_enabled()
+        hidden = self.hidden.detach().requires_grad_(learns)
+        weight = self.weight.detach().requires_grad_(learns and not self.problem.frozen_head)
+        return hidden, weight, self
+
+    def gradients(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the operands, after the backward pass."""
+        return hidden.grad, weight.grad
 
     def lists(self) -> Tensor:
         """`[N, LISTED]` different ids for each token, its target the first."""
