@@ -36,6 +36,12 @@ def bench(
     length: Annotated[
         int, _option("--length", "Tokens of each sequence, where sequences or pairs matter. Default: 256.", "What")
     ] = 256,
+    losses: Annotated[
+        str | None, _option("--losses", "Of the model's step. Default: --loss, and nll, dft, dpo and grpo.", "What")
+    ] = None,
+    checkpointing: Annotated[
+        bool, _option("--checkpointing", "The model's step computes activations again.", "What")
+    ] = False,
     frozen_head: Annotated[bool, _option("--frozen-head", "The head gets no gradient, as under LoRA.", "What")] = False,
     data: Annotated[
         str, _option("--data", "peaked, like a trained model's distributions (the default), or random.", "What")

@@ -27,6 +27,10 @@ MINUTES, QUICK_MINUTES = 15.0, 2.0
 #: Who is compared: in a quick run those that compile nothing on a processor.
 AGAINST, QUICK_AGAINST = "materialised,compiled,torch,trl,liger,cce,quack", "materialised,torch,trl,liger"
 QUICK_PARTS = "step"
+#: Losses of a model's step, beside the one that is asked for.
+LOSSES = ("nll", "dft", "dpo", "grpo")
+#: Tokens of a model's step on a processor, where none are given: its layers take longer than its head.
+MODEL_TOKENS = 512
 #: Bytes of the limits on a processor; on a GPU, the share of its memory.
 MEMORY, SHARE = 2**30, 0.9
 
@@ -51,12 +55,14 @@ def completed(**given: Any) -> Request:
         "against": QUICK_AGAINST if quick else AGAINST,
         "parts": QUICK_PARTS if quick else ",".join(every),
     }
+    model_tokens = given["tokens"] or (MODEL_TOKENS if device == "cpu" else tokens[device])
     chosen: dict[str, Any] = {name: open_.get(name) if x is None else x for name, x in given.items()}
-    for name in ("against", "backward", "parts"):
+    chosen["losses"] = chosen["losses"] or ",".join((given["loss"], *LOSSES))
+    for name in ("against", "backward", "losses", "parts"):
         chosen[name] = _listed(chosen[name])
     chosen["backward"] = tuple(name.replace("-", "_") for name in chosen["backward"])
     chosen["memory"] = _default_memory(device) if memory is None else _given(read_bytes, memory)
-    return Request(**chosen, hidden=hidden, vocabulary=vocabulary, device=device)
+    return Request(**chosen, model_tokens=model_tokens, hidden=hidden, vocabulary=vocabulary, device=device)
 
 
 def folder_of(request: Request, *, quick: bool) -> Path:

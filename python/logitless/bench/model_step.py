@@ -136,6 +136,24 @@ class ModelPart(Part):
         """What the training command would load the model with."""
         return TrainOptions(model_name_or_path=self.model, dtype=str(self.problem.dtype).removeprefix("torch."))
 
+    def about(self) -> Json:
+        """What a report says of the part before the model is there."""
+        return {
+            "kind": "model",
+            "model": self.model,
+            "loss": self.loss,
+            "sequences": self.sequences,
+            "length": self.length,
+            "tokens": self.problem.tokens,
+            "checkpointing": self.checkpointing,
+            "problem": str(self.problem),
+            "logits_bytes": self.problem.logits_bytes,
+        }
+
+    def fetch(self) -> None:
+        """Fetches a model of the hub, which may take longer than a worker is waited for."""
+        locate(self.options)
+
     def tiny(self) -> ModelPart:
         """At most 8 tokens of each sequence. The model stays as it is."""
         length = min(8, self.length)
@@ -159,9 +177,8 @@ class ModelPart(Part):
         if self.checkpointing:
             checkpoint_activations(model)
         ids, text = self._ids(model, source, options)
-        facts = {"kind": "model", "model": self.model, "parameters": sum(p.numel() for p in model.parameters())}
-        facts |= {"loss": self.loss, "sequences": self.sequences, "length": self.length}
-        facts |= {"tokens": self.problem.tokens, "checkpointing": self.checkpointing, "text": text}
+        parameters = sum(p.numel() for p in model.parameters())
+        facts = {**self.about(), "parameters": parameters, "text": text}
         problem = replace(self.problem, data="random")  # whose name says nothing: the data are text
         return ModelInputs(model, weight, ids.to(device), problem, facts)
 

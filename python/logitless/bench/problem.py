@@ -42,13 +42,7 @@ class Inputs(NamedTuple):
 
     def about(self) -> dict[str, Any]:
         """The problem in words, and sizes in bytes that memory is compared with."""
-        head = 4 * self.problem.vocabulary * self.problem.hidden
-        return {
-            "problem": str(self.problem),
-            "logits_bytes": self.problem.logits_bytes,
-            "head_gradient_bytes": head,
-            "held_bytes": self.problem.input_bytes + self.gradient_bytes,
-        }
+        return self.problem.about()
 
     def operands(self) -> tuple[Tensor, Tensor, Inputs]:
         """What a loss is called with: fresh leaves, which are constants under `no_grad` or of a frozen head."""
@@ -128,6 +122,15 @@ class Problem:
         """Size of the hidden states, the head, the targets and the reference's log-probabilities."""
         elements = (self.tokens + self.vocabulary) * self.hidden
         return elements * self.dtype.itemsize + self.tokens * (8 + 4)
+
+    def about(self) -> dict[str, Any]:
+        """The problem in words, and sizes in bytes that memory is compared with."""
+        return {
+            "problem": str(self),
+            "logits_bytes": self.logits_bytes,
+            "head_gradient_bytes": 4 * self.vocabulary * self.hidden,
+            "held_bytes": self.input_bytes + self.gradient_bytes,
+        }
 
     def inputs(self, device: torch.device = CPU) -> Inputs:
         """Seeded tensors, drawn on the device: for a CPU a large head takes longer than all that a GPU does with it."""

@@ -18,13 +18,15 @@ from .providers import choice
 from .targets import Json
 
 #: The parts in the order in which they are measured, with the share that each has of the time.
-PARTS = {"step": 5, "tokens": 2, "vocabulary": 1.5, "hidden": 1.5, "longest": 1.5, "pairs": 1.5, "model": 2}
+PARTS = {"step": 5, "tokens": 2, "vocabulary": 1.5, "hidden": 1.5, "longest": 1.5, "pairs": 1.5, "model": 6}
 #: Dtypes of the operands, by the names that the command line has.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 #: The words that a field may have or list.
 _KNOWN: dict[str, Sequence[str]] = {
+    "loss": losses.names(),
+    "losses": losses.names(),
     "against": tuple(choice.AGAINST),
     "backward": get_args(BackwardName),
     "parts": tuple(PARTS),
@@ -50,6 +52,9 @@ class Request:
         rounds: turns of every competitor in a step.
         memory: bytes that the longest sequence and the largest batch have to fit, head and loss alone.
         model: whose step is measured; None: none's.
+        model_tokens: tokens of that step.
+        losses: of that step, one after the other.
+        checkpointing: whether that step computes activations again in the backward pass.
         parts: names of `PARTS`.
         minutes: what all of it may take.
     """
@@ -68,51 +73,64 @@ class Request:
     rounds: int
     memory: int
     model: str | None
+    model_tokens: int
+    losses: tuple[str, ...]
+    checkpointing: bool
     parts: tuple[str, ...]
     minutes: float
 
     def __post_init__(self) -> None:
-        if self.loss not in losses.names():
-            raise InputError(f"loss: expected a registered loss, got {self.loss!r}{nearest(self.loss, losses.names())}")
-        for name in ("tokens", "hidden", "vocabulary", "length", "rounds", "memory", "minutes"):
+        for name in ("tokens", "model_tokens", "hidden", "vocabulary", "length", "rounds", "memory", "minutes"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name, known in _KNOWN.items():
             given = getattr(self, name)
             for each in (given,) if isinstance(given, str) else given:
                 if each not in known:
-                    raise InputError(f"{name}: expected some of {', '.join(known)}, got {each!r}{nearest(each, known)}")
+                    words = "a name that `logitless losses` lists" if "loss" in name else f"one of {', '.join(known)}"
+                    raise InputError(f"{name}: expected {words}, got {each!r}{nearest(each, known)}")
         if "model" in self.parts and self.model is None:
             raise InputError("parts: 'model' needs a model, and none was given")
-        if self.of_sequences and self.tokens % (2 * self.length):
+        if of_sequences(self.loss):
+            self._require_whole(self.tokens, self.loss)
+        for loss in self.losses if "model" in self.parts else ():
+            self._require_whole(self.model_tokens, loss)
+
+    def _require_whole(self, tokens: int, loss: str) -> None:
+        """Raises InputError unless the tokens of a step are whole sequences, or whole pairs of them."""
+        pairs = of_sequences(loss)
+        step = self.length * (2 if pairs else 1)
+        if tokens % step:
             raise InputError(
-                f"tokens: {self.loss} is computed of pairs of sequences, here of 2 x {self.length} tokens: expected a "
-                f"multiple of {2 * self.length}, got {self.tokens}"
+                f"tokens: expected a multiple of {step}, {'pairs' * pairs or 'sequences'} of --length {self.length} for "
+                f"{loss}, got {tokens}"
             )
 
     @property
     def gpu(self) -> bool:
         return self.device == "cuda"
 
-    @property
-    def of_sequences(self) -> bool:
-        """Whether the loss is one of whole sequences or pairs."""
-        return losses.get(self.loss).level not in ("token", "distribution")
-
     def problem(self, **other: int) -> Problem:
         """The problem asked for, or one with other tokens, hidden size or vocabulary."""
         sizes = {name: getattr(self, name) for name in ("tokens", "hidden", "vocabulary")} | other
-        tokens, pairs = sizes.pop("tokens"), 0
-        if self.of_sequences:
+        return self._problem(self.loss, **sizes)
+
+    def model_problem(self, loss: str) -> Problem:
+        """What head and loss are in the model's step."""
+        return self._problem(loss, self.model_tokens, self.hidden, self.vocabulary)
+
+    def _problem(self, loss: str, tokens: int, hidden: int, vocabulary: int) -> Problem:
+        pairs = 0
+        if of_sequences(loss):
             length = max(1, min(self.length, tokens // 2))
             pairs = max(1, tokens // (2 * length))
             tokens = 2 * pairs * length
         dtype, frozen = DTYPES[self.dtype], self.frozen_head
-        return Problem(tokens, **sizes, dtype=dtype, pairs=pairs, frozen_head=frozen, data=self.data)
+        return Problem(tokens, hidden, vocabulary, dtype=dtype, pairs=pairs, frozen_head=frozen, data=self.data)
 
     def sequence(self, length: int) -> Problem:
         """One sequence of so many tokens, or one pair of sequences that have so many together."""
-        tokens, pairs = (2 * (length // 2), 1) if self.of_sequences else (length, 0)
+        tokens, pairs = (2 * (length // 2), 1) if of_sequences(self.loss) else (length, 0)
         return replace(self.problem(), tokens=tokens, pairs=pairs)
 
     def pairs(self, count: int) -> Problem:
@@ -132,6 +150,10 @@ class Request:
     def as_json(self) -> Json:
         """The fields that results depend on: those of the same ones belong together."""
         return {name: x for name, x in asdict(self).items() if name not in ("parts", "minutes")} | {
-            "against": list(self.against),
-            "backward": list(self.backward),
+            name: list(getattr(self, name)) for name in ("against", "backward", "losses")
         }
+
+
+def of_sequences(loss: str) -> bool:
+    """Whether the loss is one of whole sequences or pairs."""
+    return losses.get(loss).level not in ("token", "distribution")

@@ -15,6 +15,7 @@ from .environment import describe
 from .limits import Limit
 from .machine import available_memory
 from .measure import Method, Part
+from .model_step import ModelPart
 from .page import html_page
 from .progress import Progress
 from .report import Report
@@ -38,6 +39,8 @@ FEW_TOKENS = 512
 VARIABLES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 #: The sequence that the search for the longest begins with.
 FIRST_LENGTH = 128
+#: How the names of the model's parts begin; its loss follows.
+MODEL = "model: "
 METHOD = Method(may_fail=("floor", "materialised", "logitless", "peer"), whole=True)
 
 
@@ -67,6 +70,7 @@ class Session(Report):
         )
         self.request, self.progress = request, progress
         self.part, self.saved = "", 0.0
+        self.names = [name for part in request.parts for name in _names(part, request)]
         found = self.results.get("request")
         if found is not None and found != request.as_json():
             different = [name for name, x in request.as_json().items() if found.get(name) != x]
@@ -81,8 +85,7 @@ class Session(Report):
 
     def run(self) -> None:
         """Measures what is not complete yet, or everything where all is; what an interruption leaves is kept."""
-        asked = self.request.parts
-        names = [name for name in asked if not self.has(name)] or list(asked)
+        names = [name for name in self.names if not self.has(name)] or self.names
         try:
             with self.progress:
                 self.measure(names)
@@ -97,19 +100,22 @@ class Session(Report):
         end = self._share(name)
         if name == "step":
             return self._step(end)
-        if name == "model":
-            return self._model(end)
+        if name.startswith(MODEL):
+            return self._model(name.removeprefix(MODEL), end)
         if name in ("longest", "pairs"):
             return self._limit(name, end)
         return self._curve(name, end)
 
     def _share(self, name: str) -> float:
         """When the part should end: the time that is left is for it and for those that follow."""
-        following = self.request.parts[self.request.parts.index(name) :]
+        following = self.names[self.names.index(name) :]
         now = time.monotonic()
-        share = max(0.0, self.end - now) * PARTS[name] / sum(PARTS[each] for each in following)
+        share = max(0.0, self.end - now) * self._weight(name) / sum(map(self._weight, following))
         self.progress.begin(name, now + share, self.end)
         return now + share
+
+    def _weight(self, name: str) -> float:
+        return PARTS["model"] / len(self.request.losses) if name.startswith(MODEL) else PARTS[name]
 
     def _step(self, end: float) -> Json:
         request, now = self.request, time.monotonic()
@@ -121,7 +127,7 @@ class Session(Report):
             if row["role"] != "floor" and row["failure"] is None and time.monotonic() < end:
                 self.progress.show(f"memory of {row['provider']}", None)
                 self._memory(part, row)
-        return {"kind": "step", "loss": request.loss, **result}
+        return {"kind": "step", "loss": request.loss, **part.problem.about(), **result}
 
     def _memory(self, part: Part, row: Json) -> None:
         """Takes memory in a process of its own, which shows what libraries allocate beside tensors."""
@@ -152,8 +158,22 @@ class Session(Report):
         measured = limit.measure(self.worker, end, gpu=request.gpu, skip=skip, keep=self._keep_so_far)
         return {"loss": loss, **measured}
 
-    def _model(self, end: float) -> Json:
-        raise NotImplementedError
+    def _model(self, loss: str, end: float) -> Json:
+        """The whole step of the request's model with one loss."""
+        request, problem = self.request, self.request.model_problem(loss)
+        part = ModelPart(
+            self.part,
+            problem,
+            request.competitors(loss),
+            method=replace(METHOD, rounds=request.rounds),
+            model=request.model or "",
+            loss=loss,
+            length=request.length,
+            checkpointing=request.checkpointing,
+        )
+        part.fetch()
+        measured = self.worker.measure(part, end, self.end + GRACE, gpu=request.gpu)
+        return {**part.about(), "parameters": None, **measured}
 
     def _step_rows(self) -> list[Json]:
         """What the step says of everyone: who was absent, wrong or failed, and how long it took."""
@@ -161,8 +181,10 @@ class Session(Report):
 
     def _hear(self, doing: str, so_far: Json) -> None:
         self.progress.show(doing, so_far.get("seconds_left"))
-        if self.part in ("step", "model") and so_far.get("rows"):
-            self._keep_so_far({"kind": self.part, "loss": self.request.loss, **so_far})
+        if self.part == "step" and so_far.get("rows"):
+            self._keep_so_far({"kind": "step", "loss": self.request.loss, **so_far})
+        elif self.part.startswith(MODEL) and so_far.get("rows"):
+            self._keep_so_far(so_far)  # which names its kind and its loss
 
     def _keep_so_far(self, result: Json) -> None:
         """Keeps a part that is not complete, so that an interrupted command loses seconds."""
@@ -174,3 +196,8 @@ class Session(Report):
     def _write_page(self) -> None:
         assert self.path is not None
         write_text(self.path.with_suffix(".html"), html_page({"this run": self.results}))
+
+
+def _names(part: str, request: Request) -> list[str]:
+    """The names that a part has in the file: one for each loss of the model's step."""
+    return [f"{MODEL}{loss}" for loss in request.losses] if part == "model" else [part]
