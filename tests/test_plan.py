@@ -388,3 +388,11 @@ def test_a_configuration_without_a_size_is_named(model: Callable[..., str]) -> N
 def test_a_folder_without_a_configuration_is_named(tmp_path: Path) -> None:
     done = run("--tokens", "64", "--memory", "1GB", "--model", str(tmp_path))
     assert done.exit_code == 2 and "expected a folder with a config.json" in done.output
+
+
+def test_the_page_shows_what_the_command_prints() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    command = page.split("```sh\n")[1].split("```")[0].replace("\\\n", " ").split()
+    shown = page.split("```text\n")[1].split("```")[0]
+    done = run(*command[command.index("plan") + 1 :])
+    assert done.exit_code == 0 and done.output == shown

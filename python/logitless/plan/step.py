@@ -77,10 +77,20 @@ class Step:
         return self.backend != "chunked"
 
     @property
+    def by_library(self) -> bool:
+        """Whether the CPU's compiled kernels make the products."""
+        return self.backend == "chunked" and native.multiplies(self.dtype, torch.device(self.device))
+
+    @property
     def by_kernels(self) -> bool:
-        """Whether the CPU's compiled kernels make the products and the statistics."""
-        plain = self.backend == "chunked" and self.softcap is None
-        return plain and native.multiplies(self.dtype, torch.device(self.device))
+        """Whether they compute the statistics too."""
+        return self.by_library and self.softcap is None
+
+    @property
+    def one_product(self) -> bool:
+        """Whether a sweep makes the head's gradient by one product, rounded: its kernels finish the only chunk's."""
+        finished = self.in_place and self.operand == torch.bfloat16
+        return finished and not self.frozen_head and self.tokens <= self.tokens_at_once
 
     # -----------------------------------------------------------------------------------------------------------------
     # Chunks

@@ -63,6 +63,7 @@ class Memory:
 
     @property
     def extra(self) -> int:
+        """The peak beyond one copy of the gradients and their sums."""
         return self.peak - total(self.gradients)
 
     @property
@@ -131,19 +132,16 @@ def _rounded(step: Step) -> list[Term]:
 
 
 def _sums_of_sweep(step: Step) -> list[Term]:
-    """The sums while chunks are added; kernels that finish a chunk's gradient round the head's at once, if one has all.
+    """The sums while chunks are added; one product for the only chunk needs none for the head."""
+    return [_sum_terms(step)[0], _rounded(step)[1]] if step.one_product else _sum_terms(step)
 
-    The head's is then made by one product, which needs no sum.
-    """
-    one_product = step.in_place and step.operand == torch.bfloat16 and step.tokens <= step.tokens_at_once
-    if step.frozen_head or not one_product:
+
+def _end(step: Step, *, swept: bool = True) -> list[Term]:
+    """The end: the sums, of a sweep or not, and what is rounded from them."""
+    if not step.rounds:
         return _sum_terms(step)
-    return [_sum_terms(step)[0], _rounded(step)[1]]
-
-
-def _end(step: Step) -> list[Term]:
-    """The end of a sweep: its sums, and what is rounded from them."""
-    return [*_sum_terms(step), *(_rounded(step) if step.rounds else ())]
+    sums = _sums_of_sweep(step) if swept else _sum_terms(step)
+    return [*sums, *(each for each in _rounded(step) if each not in sums)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,7 +172,7 @@ def _chunk_terms(step: Step, tokens: int, used: int | None = None) -> list[Term]
 def _scaled_states(step: Step, tokens: int) -> Term:
     """A chunk's hidden states as they are multiplied, times their rows' factors."""
     copies, narrow = step.wide, step.operand.itemsize
-    if step.by_kernels and tokens * step.hidden > SERIAL_ELEMENTS:
+    if step.by_library and tokens * step.hidden > SERIAL_ELEMENTS:
         copies = 2 * narrow  # scaled by parts, then joined
     elif narrow < step.wide:
         copies += narrow
@@ -187,7 +185,7 @@ def _converted(step: Step) -> list[Term]:
     if step.operand != step.dtype or logit_dtype(step.dtype, torch.device(step.device), None) != step.dtype:
         rows = min(step.vocabulary, CONVERTED_ENTRIES.get(step.device, CONVERTED_ENTRIES_ACCELERATOR))
         terms.append(term("a part of the head, float32", rows=rows, H=step.hidden, bytes=4))
-    adds_wide = step.by_kernels or (step.device == "cuda" and ADDS_NARROW_PRODUCTS)
+    adds_wide = step.by_library or (step.device == "cuda" and ADDS_NARROW_PRODUCTS)
     if step.operand.itemsize < step.wide and not adds_wide:
         terms.append(Term("a part of a product", _part_bytes(step), "as large as products.PART_BYTES allows"))
     return terms
@@ -237,7 +235,7 @@ def _recompute(step: Step) -> dict[str, list[Term]]:
         return _divergence(step, recomputes=True)
     numbers = 4 + ("entropy" in step.loss.outputs)  # logprob, lse, the loss's own and its gradient
     kept = [_vectors(step, numbers, step.wide)]
-    moments = {"end of the backward": [*_end(step), *kept]}
+    moments = {"end of the backward": [*_end(step, swept=step.backend != "triton"), *kept]}
     if step.backend == "triton":
         return moments | {"backward": [*_sum_terms(step), *_scratch(step), *kept]}
     if step.backend == "cuda":
@@ -314,7 +312,10 @@ def _divergence(step: Step, *, recomputes: bool) -> dict[str, list[Term]]:
     """A sweep over both sides' chunks, and one over the rest of the loss, if there is a rest."""
     both = _both_chunks(step)
     if not step.loss.outputs:
-        return {"a chunk of both sides": [*_sum_terms(step), *both], "rounding of the gradients": _end(step)}
+        return {
+            "a chunk of both sides": [*_sum_terms(step), *both],
+            "rounding of the gradients": _end(step, swept=False),
+        }
     first = _rounded(step) if recomputes and step.rounds else _sum_terms(step)
     alone = replace(step, loss=NLL())
     rest = [*_sum_terms(step), *_chunk_terms(alone, alone.chunk)]
@@ -323,12 +324,12 @@ def _divergence(step: Step, *, recomputes: bool) -> dict[str, list[Term]]:
         return {
             "a chunk of the log-probs": rest,
             "a chunk of both sides": [*first, *_sum_terms(step), *both],
-            "end of the backward": [*first, *_end(step)],
+            "end of the backward": [*first, *_end(step, swept=False)],
         }
     return {
         "a chunk of both sides": [*_sum_terms(step), *both],
         "a chunk of the log-probs": [*first, *rest],
-        "rounding of the gradients": [*first, *_end(step)],
+        "rounding of the gradients": [*first, *_end(step, swept=False)],
     }
 
 
