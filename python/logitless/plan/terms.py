@@ -19,6 +19,7 @@ import torch
 
 from ..backends.exact.chunks import chunk_budget, row_stride
 from ..backends.exact.divergence import ROW_GROUPS
+from ..backends.exact.gradients import GATHERED_TOKENS
 from ..backends.exact.products import (
     ADDS_NARROW_PRODUCTS,
     CONVERTED_ENTRIES,
@@ -249,6 +250,8 @@ def _scratch(step: Step) -> list[Term]:
     whole = height * step.vocabulary * step.operand.itemsize
     budget = scratch_budget(height, step.vocabulary, step.chunk_bytes)
     terms = [Term("scratch for a part of the gradient", min(whole, budget), "as large as triton.scratch_budget allows")]
+    rows = min(step.tokens, GATHERED_TOKENS)
+    terms.append(term("targets' rows of the head, gathered", tokens=rows, H=step.hidden, bytes=step.wide))
     if step.operand != step.dtype:
         terms.append(term("float32 copy of the head", V=step.vocabulary, H=step.hidden, bytes=4))
         terms.append(term("float32 copy of the hidden states", N=step.tokens, H=step.hidden, bytes=4))
