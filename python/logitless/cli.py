@@ -13,6 +13,7 @@ import inspect
 import typing
 from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -385,6 +386,56 @@ def extrapolate(
         for note in write_extrapolated(start, aligned, output, alpha=alpha):
             typer.echo(f"note: {note}", err=True)
         typer.echo(f"model in {output}")
+
+
+@app.command("plan")
+def plan_step(
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of a step that count.")],
+    memory: Annotated[str, typer.Option("--memory", help="Memory that there is: 80GB, 79GiB, 24000MB.")],
+    model: Annotated[str | None, typer.Option("--model", help="Folder with a config.json, or hub id.")] = None,
+    hidden: Annotated[int | None, typer.Option("--hidden", help="Hidden size, in place of a model.")] = None,
+    vocab: Annotated[int | None, typer.Option("--vocab", help="Vocabulary, in place of a model.")] = None,
+    loss: Annotated[str, typer.Option("--loss", help="A loss; `logitless losses` lists them.")] = "nll",
+    dtype: Annotated[str, typer.Option("--dtype", help="float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option("--device", help="cpu or cuda. Default: cuda where it is.")] = None,
+    backend: Annotated[str | None, typer.Option("--backend", help="Default: what would be picked.")] = None,
+    frozen_head: Annotated[bool, typer.Option("--frozen_head", help="The head is not trained.")] = False,
+    lora: Annotated[int | None, typer.Option("--lora", help="Rank of adapters; the head is frozen then.")] = None,
+    length: Annotated[int | None, typer.Option("--length", help="Tokens of a sequence.")] = None,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Of the layers' activations.")] = False,
+    chunk_bytes: Annotated[int | None, typer.Option("--chunk_bytes", help="As in linear_logprobs.")] = None,
+    tflops: Annotated[float | None, typer.Option("--tflops", help="Of another machine, with --bandwidth.")] = None,
+    bandwidth: Annotated[float | None, typer.Option("--bandwidth", help="GB/s of its memory.")] = None,
+    json: Annotated[str | None, typer.Option("--json", help="File for everything: .json.")] = None,
+) -> None:
+    """Predict memory and time of a head and its loss, what fits, and what to choose."""
+    from logitless import plan as planner
+    from logitless.training.files import write_text
+
+    try:
+        found = planner.plan(
+            model,
+            tokens=tokens,
+            memory=planner.read_bytes(memory),
+            hidden=hidden,
+            vocabulary=vocab,
+            loss=loss,
+            dtype=planner.read_dtype(dtype),
+            device=device,
+            frozen_head=frozen_head,
+            lora=lora,
+            length=length,
+            checkpointing=checkpointing,
+            chunk_bytes=chunk_bytes,
+            backend=backend,
+            rates=planner.given_rates(tflops, bandwidth),
+        )
+        if json is not None:
+            write_text(Path(json), planner.report_json(found))
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from error
+    typer.echo("\n".join(planner.report_lines(found)))
 
 
 @app.command()

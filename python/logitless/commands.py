@@ -15,7 +15,7 @@ from .info import info, version_of
 from .losses import Loss
 
 #: The commands that need the packages of the extra `train`.
-NEEDING = ("train", "teach", "evaluate", "reward", "mask-critical", "extrapolate")
+NEEDING = ("train", "teach", "evaluate", "reward", "mask-critical", "bench", "plan", "extrapolate")
 
 
 def version() -> str:
@@ -25,7 +25,7 @@ def version() -> str:
 
 def info_lines() -> list[str]:
     """Versions, devices, and which backend would be picked, and why: a line each."""
-    return _columns_of([(name, value) for name, value in info().items()])
+    return columns_of([(name, value) for name, value in info().items()])
 
 
 def loss_lines(name: str | None) -> list[str]:
@@ -37,10 +37,10 @@ def loss_lines(name: str | None) -> list[str]:
         ValueError: no loss has that name; the message lists near ones.
     """
     if name is None:
-        return _columns_of([(*_facts(losses.get(each)), _summary(losses.get(each))) for each in losses.names()])
+        return columns_of([(*_facts(losses.get(each)), _summary(losses.get(each))) for each in losses.names()])
     loss = losses.get(name)
     titles = ("name", "level", "inputs", "default")
-    facts = _columns_of(list(zip(titles, (*_facts(loss), repr(loss)), strict=True)))
+    facts = columns_of(list(zip(titles, (*_facts(loss), repr(loss)), strict=True)))
     return [*facts, "", *inspect.cleandoc(type(loss).__doc__ or "").splitlines()]
 
 
@@ -58,7 +58,7 @@ def _summary(loss: Loss) -> str:
     return " ".join(lines[:end])
 
 
-def _columns_of(rows: list[tuple[str, ...]]) -> list[str]:
+def columns_of(rows: list[tuple[str, ...]]) -> list[str]:
     """The rows with their columns under one another."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

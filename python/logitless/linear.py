@@ -305,13 +305,12 @@ def _gains_by_a_sweep(loss: WholeSequenceLoss, call: Call) -> bool:
         return False
     if options.group is not None:
         return False  # the sweep's log-probs, which values and metrics come from, would be those of the own rows
-    alone = not loss.batch_wide and loss.outputs == ("logprob",)
-    if not alone and options.backward == "single_pass":
+    if not loss.sums_by_group and options.backward == "single_pass":
         raise ValueError(
             f"backward: 'single_pass' cannot serve {loss.name!r} with a trainable head, whose value needs more "
             "than the log-probs of one group of sequences; use backward='auto' or 'recompute'"
         )
-    return alone
+    return loss.sums_by_group
 
 
 def _fits(call: Call, tokens: TokenLayout, groups: int) -> bool:

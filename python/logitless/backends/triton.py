@@ -170,10 +170,14 @@ def _parts(
             yield tokens, columns, out[:, :used], partial[:, :used].sum(0)
 
 
+def scratch_budget(height: int, vocabulary: int, chunk_bytes: int | None) -> int:
+    """Bytes for the scratch of so many tokens: the caller's number, or the default."""
+    return chunk_bytes or max(GRADIENT_BYTES, height * vocabulary * 2 // 128)
+
+
 def _width(problem: Problem, height: int, itemsize: int, multiple: int) -> int:
     """Columns of the scratch: what the budget holds, a multiple of the tile's, no more than the vocabulary needs."""
-    logits = height * len(problem.head.weight) * 2
-    budget = problem.chunk_bytes or max(GRADIENT_BYTES, logits // 128)
+    budget = scratch_budget(height, len(problem.head.weight), problem.chunk_bytes)
     most = -(-len(problem.head.weight) // multiple)
     return multiple * max(1, min(most, budget // (height * itemsize * multiple)))
 

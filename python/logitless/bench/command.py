@@ -42,7 +42,7 @@ def bench(
     checkpointing: Annotated[
         bool, _option("--checkpointing", "The model's step computes activations again.", "What")
     ] = False,
-    frozen_head: Annotated[bool, _option("--frozen-head", "The head gets no gradient, as under LoRA.", "What")] = False,
+    frozen_head: Annotated[bool, _option("--frozen_head", "The head gets no gradient, as under LoRA.", "What")] = False,
     data: Annotated[
         str, _option("--data", "peaked, like a trained model's distributions (the default), or random.", "What")
     ] = "peaked",
@@ -103,7 +103,7 @@ def compare(
     before: Annotated[Path, typer.Argument(help="bench.json of one run.")],
     after: Annotated[Path, typer.Argument(help="bench.json of another.")],
     fail_if_slower: Annotated[
-        bool, typer.Option("--fail-if-slower", help="Status 1 if a row of logitless is slower, or fails.")
+        bool, typer.Option("--fail_if_slower", help="Status 1 if a row of logitless is slower, or fails.")
     ] = False,
 ) -> None:
     """Compare two files of results: what became faster or slower, and whether that is more than chance."""

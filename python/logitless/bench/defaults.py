@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from logitless.plan.shape import shape_of
+from logitless.plan.shape import read_shape
 from logitless.plan.sizes import read_bytes
 from logitless.training.errors import InputError
 
@@ -87,7 +87,7 @@ def _sizes(model: str | None, hidden: int | None, vocabulary: int | None) -> tup
         return hidden or HIDDEN, vocabulary or VOCABULARY
     if hidden is not None or vocabulary is not None:
         raise InputError("model: it has a hidden size and a vocabulary of its own; leave --hidden and --vocab out")
-    shape = _given(shape_of, model)
+    shape = _given(read_shape, model)
     return shape.hidden, shape.vocabulary
 
 

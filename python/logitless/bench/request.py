@@ -101,10 +101,8 @@ class Request:
         pairs = of_sequences(loss)
         step = self.length * (2 if pairs else 1)
         if tokens % step:
-            raise InputError(
-                f"tokens: expected a multiple of {step}, {'pairs' * pairs or 'sequences'} of --length {self.length} for "
-                f"{loss}, got {tokens}"
-            )
+            of = f"{'pairs' if pairs else 'sequences'} of --length {self.length} for {loss}"
+            raise InputError(f"tokens: expected a multiple of {step}, {of}, got {tokens}")
 
     @property
     def gpu(self) -> bool:

@@ -75,6 +75,11 @@ class WholeSequenceLoss(Loss):
         """Whether sequences' log-probabilities are averages over their tokens instead of sums."""
         return False
 
+    @property
+    def sums_by_group(self) -> bool:
+        """Whether a group's value needs nothing but its own log-probs, so that one sweep will do."""
+        return not self.batch_wide and self.outputs == ("logprob",)
+
     def count_groups(self, sequences: int) -> int:
         """The number of groups in a batch of that many sequences."""
         return sequences

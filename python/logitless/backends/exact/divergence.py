@@ -191,7 +191,7 @@ KINDS: dict[str, Callable[[Rows, DivergenceOptions], Terms]] = {
 
 
 #: PyTorch's temporaries are made for this share of a chunk's rows at a time: then they take one more chunk in all.
-_ROW_GROUPS = 8
+ROW_GROUPS = 8
 
 
 def torch_divergence_rows(
@@ -208,7 +208,7 @@ def torch_divergence_rows(
     """
     count, sides = len(model.raw), (model, ref)
     values = []
-    for rows in spans(count, -(-count // _ROW_GROUPS)):
+    for rows in spans(count, -(-count // ROW_GROUPS)):
         parts = [side._replace(raw=side.raw[rows]) for side in sides]
         values.append(_of_rows(parts[0], parts[1], options, None if upstream is None else upstream[rows], group))
     gradients = [None if upstream is None or side.operand is None else side.raw.to(side.operand) for side in sides]
@@ -278,13 +278,10 @@ def divergence_sweep(
     dtype = torch.promote_types(*(statistics_dtype(side.hidden.dtype) for side in sides))
     wide = next(side.hidden for side in sides if statistics_dtype(side.hidden.dtype) == dtype)
     count = len(problem.model.hidden)
-    # The default is one side's; a budget that was given holds both and PyTorch's temporaries.
-    buffers = 1 if problem.chunk_bytes is None else 3
-    trainable = upstream is not None and any(need.weight for need in needs)
-    options, weight = Options(chunk_bytes=problem.chunk_bytes), problem.model.head.weight
+    trainable, weight = upstream is not None and any(need.weight for need in needs), problem.model.head.weight
     if problem.ranks is not None:
         weight = weight[:1].expand(problem.ranks.widest, -1)
-    most = chunk_tokens(wide, weight, options, buffers, trainable=trainable)
+    most = tokens_of_both_sides(wide, weight, problem.chunk_bytes, trainable=trainable)
     tokens = equal_chunks(count, most, wide.device.type)
     chunks = [
         _SideChunks(side, need if upstream is not None else Needs(False, False, False), tokens, dtype)
@@ -298,6 +295,12 @@ def divergence_sweep(
             if gradient is not None:
                 side.add(span, gradient)
     return DivergenceResult(values, chunks[0].sums, chunks[1].sums)
+
+
+def tokens_of_both_sides(hidden: Tensor, weight: Tensor, chunk_bytes: int | None, *, trainable: bool) -> int:
+    """The most tokens in a chunk. The default budget is one side's; one that was given holds both and temporaries."""
+    buffers = 1 if chunk_bytes is None else 3
+    return chunk_tokens(hidden, weight, Options(chunk_bytes=chunk_bytes), buffers, trainable=trainable)
 
 
 class _SideChunks:

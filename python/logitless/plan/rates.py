@@ -1,0 +1,160 @@
+"""How fast a machine is: products and passes over memory, measured in a second or two, or given."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..backends.exact.chunks import lay_out, row_stride
+from ..backends.exact.products import logit_dtype, multiply, products_with_head, raw_products
+from ..types import statistics_dtype
+from .step import Step
+
+#: Operations of a product that is timed, and bytes of a pass: they take long beside the launch of a kernel.
+TIMED_FLOPS = {"cpu": 2**32}
+TIMED_FLOPS_ACCELERATOR = 2**40
+TIMED_BYTES = {"cpu": 2**27}
+TIMED_BYTES_ACCELERATOR = 2**31
+#: Tokens of a materialised product that is timed, at most.
+TIMED_TOKENS = 512
+#: Times that each is timed; the median counts.
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Operations and bytes a second.
+
+    Args:
+        whole: of products with full logits. chunk: of products with a chunk.
+        memory: of row operations on full logits, exponentials included. cache: of those on a chunk.
+        stream: of additions to a large tensor, which is what a product's own bytes take at least.
+    """
+
+    whole: float
+    chunk: float
+    memory: float
+    cache: float
+    stream: float
+    source: str
+
+
+def given_rates(tflops: float | None, bandwidth: float | None) -> Rates | None:
+    """Rates of another machine: Tflop/s of its products, and GB/s of its memory for all passes. None of neither.
+
+    Raises:
+        ValueError: there is only one of them, or one is not positive.
+    """
+    if tflops is None and bandwidth is None:
+        return None
+    for name, value in (("tflops", tflops), ("bandwidth", bandwidth)):
+        if value is None or not value > 0:
+            raise ValueError(f"{name}: expected a positive number, and both or neither, got {value}")
+    assert tflops is not None and bandwidth is not None
+    flops, moved = tflops * 1e12, bandwidth * 1e9
+    return Rates(flops, flops, moved, moved, moved, "given")
+
+
+def calibrate(step: Step) -> Rates:
+    """Measures the rates here, with products of the step's own widths, on parts of its tokens and vocabulary."""
+    device = torch.device(step.device)
+    few = min(step.tokens, TIMED_TOKENS)
+    works = (
+        _whole_products(step, few, device),
+        _chunk_products(step, device),
+        _passes(step, device),
+        _chunk_passes(step, device),
+        _stream(step, device),
+    )
+    seconds: list[list[float]] = [[] for _ in works]
+    for turn in range(REPEATS + 1):
+        for (_, work), found in zip(works, seconds, strict=True):
+            elapsed = _timed(work, device)
+            if turn:  # the first loads and warms up
+                found.append(elapsed)
+    whole, chunk, memory, cache, stream = (
+        amount / statistics.median(found) for (amount, _), found in zip(works, seconds, strict=True)
+    )
+    return Rates(whole, chunk, memory, cache, stream, "measured here")
+
+
+Work = tuple[float, Callable[[], object]]
+
+
+def _timed(work: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _entries(step: Step, tokens: int) -> int:
+    """Vocabulary entries of a product that is timed."""
+    budget = TIMED_FLOPS.get(step.device, TIMED_FLOPS_ACCELERATOR)
+    return max(1, min(step.vocabulary, budget // (2 * tokens * step.hidden)))
+
+
+def _timed_operands(step: Step, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    draw = torch.Generator(device).manual_seed(0)
+    entries = _entries(step, tokens)
+    shapes = (tokens, step.hidden), (entries, step.hidden)
+    hidden, weight = (torch.randn(shape, generator=draw, dtype=step.dtype, device=device) for shape in shapes)
+    return hidden, weight
+
+
+def _whole_products(step: Step, tokens: int, device: torch.device) -> Work:
+    """The three products of materialised logits."""
+    hidden, weight = _timed_operands(step, tokens, device)
+
+    def work() -> None:
+        logits = hidden @ weight.T
+        logits @ weight
+        logits.T @ hidden
+
+    return 6.0 * weight.numel() * tokens, work
+
+
+def _chunk_products(step: Step, device: torch.device) -> Work:
+    """The three products of a chunk, as the sweep makes them."""
+    tokens = step.chunk
+    hidden, weight = _timed_operands(step, tokens, device)
+    wide, entries = statistics_dtype(step.dtype), len(weight)
+    buffer = torch.empty(tokens * row_stride(entries, wide, step.device), dtype=wide, device=device)
+    logits = lay_out(buffer, tokens, entries, step.device)
+    matrix = lay_out(torch.zeros_like(buffer, dtype=step.operand), tokens, entries, step.device)
+    d_hidden, d_weight = torch.empty_like(hidden, dtype=wide), torch.zeros_like(weight, dtype=wide)
+    multiplied = hidden.to(logit_dtype(step.dtype, device, None))
+
+    def work() -> None:
+        raw_products(multiplied, weight, logits)
+        products_with_head(matrix, weight, d_hidden)
+        multiply(matrix.T, hidden.to(matrix.dtype), out=d_weight, add=True)
+
+    return 6.0 * weight.numel() * tokens, work
+
+
+def _passes(step: Step, device: torch.device) -> Work:
+    """A log-softmax into new memory: one read and one write."""
+    rows = max(1, TIMED_BYTES.get(step.device, TIMED_BYTES_ACCELERATOR) // (step.vocabulary * step.size))
+    logits = torch.zeros(rows, step.vocabulary, dtype=step.dtype, device=device)
+    return 2.0 * logits.nbytes, lambda: logits.log_softmax(-1)
+
+
+def _chunk_passes(step: Step, device: torch.device) -> Work:
+    """Exponentials in the place of a chunk: one read and one write."""
+    chunk = torch.zeros(step.chunk, step.vocabulary, dtype=statistics_dtype(step.dtype), device=device)
+    return 2.0 * chunk.nbytes, chunk.exp_
+
+
+def _stream(step: Step, device: torch.device) -> Work:
+    """An addition to a large tensor: one read and one write."""
+    large = torch.zeros(TIMED_BYTES.get(step.device, TIMED_BYTES_ACCELERATOR) // 4, device=device)
+    return 2.0 * large.nbytes, lambda: large.add_(1.0)
