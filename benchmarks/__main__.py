@@ -4,7 +4,6 @@ cpu       against materialised logits and other libraries, on the processor
 gpu       the Triton and CUDA kernels on this machine's GPU: right or wrong, against floors and peers, profiled
 losses    every registered loss against NLL or log-probs alone, and other libraries' losses of the same name
 tail      the approximate strategies on a model and real text
-memory    one cross-entropy step against the size of the vocabulary
 figures   every measured figure of README and of the pages, from the results
 bundle    what a machine with a GPU and no network lacks, in one folder (for `gpu --bundle`)
 
@@ -19,7 +18,6 @@ from collections.abc import Sequence
 
 COMMANDS = {
     **{name: f".suites.{name}" for name in ("cpu", "gpu", "losses", "tail")},
-    "memory": ".suites.memory",
     "figures": ".figures.command",
     "bundle": ".gpu.bundle",
 }

@@ -325,6 +325,7 @@ def test_a_limit_is_what_fits(worker: Worker) -> None:
     problem = Problem(16, 24, 4096, chunk_bytes=2**18)
     limit = Limit(
         "longest",
+        "nll",
         lambda tokens: replace(problem, tokens=tokens),
         (materialised.NLL, own.NLL, peer(absent)),
         2**24,
@@ -352,6 +353,7 @@ def test_a_curve_ends_with_the_memory(worker: Worker, monkeypatch: pytest.Monkey
     monkeypatch.setitem(curves.RANGES, "tokens", (16, 256))
     curve = Curve(
         "tokens",
+        "nll",
         lambda tokens: Problem(tokens, 24, 4096, chunk_bytes=2**18),
         (floors.GEMMS, materialised.NLL, own.NLL, peer(dies), peer(absent)),
         2**22,
@@ -410,6 +412,7 @@ def test_one_that_crashes_or_hangs_is_a_line_with_the_reason(tmp_path: Path, mon
 
 def test_every_part_is_measured_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes(monkeypatch)
+    monkeypatch.setattr(session_module, "SAVING", 0.0)  # what is so far is shown too
     monkeypatch.setattr(curves, "RANGES", {"tokens": (16, 64), "vocabulary": (64, 256), "hidden": (8, 32)})
     asked = request(rounds=1, memory="1MiB", backward="auto", minutes=5.0)
     session(tmp_path, asked).run()

@@ -25,7 +25,7 @@ from benchmarks.tail import data, exact, plots, times
 import logitless
 from logitless import losses
 from logitless.bench import measure, memory, report, tables, targets, work
-from logitless.bench.environment import machine_kind, provenance, units_of
+from logitless.bench.environment import machine_kind, processor, provenance, units_of
 from logitless.bench.machine import Cpu
 from logitless.bench.measure import Method, Part, Row, silent
 from logitless.bench.problem import Inputs, Problem
@@ -228,7 +228,7 @@ def test_micro_benchmarks_compare_the_ways_through_a_problem(tmp_path: Path) -> 
 
 
 def test_the_command_names_what_it_expects() -> None:
-    with pytest.raises(SystemExit, match="expected one of cpu, gpu, losses, tail, memory, figures, bundle, got 'cpus'"):
+    with pytest.raises(SystemExit, match="expected one of cpu, gpu, losses, tail, figures, bundle, got 'cpus'"):
         command.main(["cpus"])
 
 
@@ -293,6 +293,13 @@ def test_the_kind_of_a_machine_is_its_processor_and_its_newest_units(
 ) -> None:
     about = {"cpu": cpu, "units": units_of(flags), "capability": "DEFAULT", "bf16_units": False}
     assert machine_kind(about) == expected
+
+
+def test_two_designs_of_one_name_are_two_kinds() -> None:
+    about = {"cpu": "AMD EPYC", "units": ["AVX2", "AVX-512", "bf16"], "threads": 2}
+    assert machine_kind(about | {"design": "25-17"}) == "epyc-25-17-avx512-bf16"
+    assert machine_kind(about | {"design": None}) == "epyc-avx512-bf16"
+    assert processor(about | {"design": "26-2"}) == "AMD EPYC (26-2: AVX2, AVX-512, bf16), 2 threads"
 
 
 def test_a_gpu_is_a_kind_of_its_own() -> None:

@@ -14,11 +14,9 @@ from benchmarks.figures.command import BLOCKS, stale_pages, stale_pictures
 from benchmarks.figures.pictures import Picture, digest
 from benchmarks.figures.results import newest, origin
 from benchmarks.places import RESULTS, ROOT
-from benchmarks.suites import memory as memory_suite
 from benchmarks.tail import times
 
 from logitless.bench.measure import Row
-from logitless.bench.memory import of_step
 from logitless.bench.providers import materialised, own
 from logitless.bench.providers.floors import GEMMS
 
@@ -82,13 +80,13 @@ def test_a_wrong_marker_is_named(page: str, expected: str) -> None:
 
 def test_a_picture_carries_a_digest_of_its_numbers(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    data = newest(RESULTS, memory.FILE).found
+    data = memory.measured(RESULTS).found
     picture = Picture(tmp_path / "new" / "memory.png", data, memory.draw)
     assert not picture.is_fresh()
     picture.write()
     assert picture.is_fresh()
     assert picture._replace(data=dict(reversed(data.items()))).is_fresh()
-    assert not picture._replace(data=data | {"tokens": 1}).is_fresh()
+    assert not picture._replace(data=data | {"axis": "hidden"}).is_fresh()
     assert digest({"a": 1.0}) != digest({"a": 1.5})
 
 
@@ -135,11 +133,11 @@ def about(**changes: Any) -> dict[str, Any]:
 def test_the_most_recent_measurement_of_any_machine_is_shown(tmp_path: Path) -> None:
     for kind, day in (("epyc-avx2", "2026-11-30T00:00:00+00:00"), ("xeon-amx", "2026-11-29T00:00:00+00:00")):
         (tmp_path / kind).mkdir()
-        (tmp_path / kind / "memory.json").write_text(json.dumps({"environment": about(date=day)}))
+        (tmp_path / kind / "studies.json").write_text(json.dumps({"environment": about(date=day)}))
         part = {"environment": about(date=day)}
         parts = {"lists": part, "nll": part} if kind == "xeon-amx" else {"nll": part}
         (tmp_path / kind / "cpu.json").write_text(json.dumps({"parts": parts}))
-    assert newest(tmp_path, "memory").kind == newest(tmp_path, "cpu", "nll").kind == "epyc-avx2"
+    assert newest(tmp_path, "studies").kind == newest(tmp_path, "cpu", "nll").kind == "epyc-avx2"
     assert newest(tmp_path, "cpu", "lists").kind == "xeon-amx"
     with pytest.raises(ValueError, match=r"expected a cpu\.json with a part 'dpo' of some kind of machine"):
         newest(tmp_path, "cpu", "dpo")
@@ -151,42 +149,35 @@ def test_an_origin_names_machine_day_and_commits_once_each() -> None:
     assert origin("epyc-avx2", parts) == expected
 
 
-def test_readme_states_the_memory_that_was_measured(tmp_path: Path) -> None:
+def curve(**mib: tuple[int, ...]) -> dict[str, Any]:
+    """A part with a point for 32 and one for 64 entries of the vocabulary."""
     points = [
-        {"provider": name, "vocabulary": vocabulary, "extra_bytes": mib << 20}
-        for name, sizes in ((own.NLL.name, (9, 7)), (materialised.NLL.name, (20, 10)))
-        for vocabulary, mib in zip((64, 32), sizes, strict=True)
+        {
+            "value": value,
+            "problem": f"N 16 H 8 V {value} float32",
+            "rows": [
+                vars(Row(name, "peer", memory={"allocated": x[i] << 20})) for name, x in mib.items() if i < len(x)
+            ],
+        }
+        for i, value in enumerate((32, 64))
     ]
-    versions = {"torch": "2.13.0+cpu", "trl": "1.16.0", "liger-kernel": "0.8.5"}
-    found = {"environment": about(versions=versions), "tokens": 16, "points": points}
+    return {"environment": about(), "points": points}
+
+
+def test_readme_states_the_memory_that_was_measured(tmp_path: Path) -> None:
+    part = curve(**{memory.OURS: (7, 9), memory.MATERIALISED: (10, 20), "a peer": (30,)})
     (tmp_path / "epyc-avx2").mkdir()
-    (tmp_path / "epyc-avx2" / "memory.json").write_text(json.dumps(found))
+    (tmp_path / "epyc-avx2" / "bench.json").write_text(json.dumps({"parts": {"vocabulary": part}}))
     text = " ".join(memory.text(tmp_path).split())
     assert "7 to 9 MiB with logitless, up to 20 materialised]" in text
-    assert "Of 16 tokens and a vocabulary of 64, materialised logits take 20 MiB" in text
-    assert "logitless 9 MiB (`epyc-avx2`, torch 2.13.0, TRL 1.16.0, Liger 0.8.5, 2026-11-21, commit 0123456+)" in text
+    assert "Of 16 tokens, H 8 and a vocabulary of 64, materialised logits take 20 MiB" in text
+    assert "logitless 9 MiB (`epyc-avx2`, torch 2.13.0, 2026-11-21, commit 0123456+)" in text
 
 
-def test_memory_of_the_picture_is_that_of_the_step() -> None:
-    """Materialised logits and their gradient are there at once; logitless has one chunk, which may be all of them."""
-    part, logits = memory_suite.step(8192, tokens=512, hidden=32), 4 * 512 * 8192
-    theirs, ours = (of_step(part, provider)["allocated"] for provider in (materialised.NLL, own.NLL))
-    assert theirs is not None and ours is not None
-    assert theirs >= 2 * logits and ours < 1.2 * logits
-
-
-def test_the_command_measures_what_the_picture_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_picture_has_every_curve() -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(
-        memory_suite.memory, "in_process", lambda part, provider: {"allocated": part.problem.vocabulary << 10}
-    )
-    memory_suite.main(["--output", str(tmp_path / "epyc-avx2")])
-    expected = {vocabulary: vocabulary / 1024 for vocabulary in memory_suite.VOCABULARIES}
-    found = newest(tmp_path, "memory").found
-    assert memory.curves(found) == {provider.name: expected for provider in memory_suite.PROVIDERS}
-    assert "31 to 250 MiB with logitless" in memory.text(tmp_path)
-    [axes] = memory.draw(found).axes
-    assert [list(line.get_ydata()) for line in axes.lines] == [list(expected.values())] * len(memory_suite.PROVIDERS)
+    [axes] = memory.draw(curve(ours=(7, 9), theirs=(10,))).axes
+    assert [list(line.get_ydata()) for line in axes.lines] == [[7, 9], [10]]
 
 
 def test_a_remark_on_a_run_is_shown(tmp_path: Path) -> None:

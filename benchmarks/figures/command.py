@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ..internals import write_text
 from ..places import RESULTS, ROOT
-from . import first_run, machines, measured, memory, studies, tail
+from . import bench, first_run, machines, measured, memory, studies, tail
 from .pages import Blocks, filled, pages
 from .pictures import Picture
 
@@ -28,6 +28,9 @@ BLOCKS: Blocks = {
     "libraries": measured.PEERS.text,
     "losses of libraries": measured.LOSSES.text,
     "lists": measured.lists,
+    "growth": bench.growth,
+    "limits": bench.limits,
+    "model": bench.model,
     "first run": first_run.text,
     "tail tolerances": tail.tolerances,
     "tail times": tail.times,

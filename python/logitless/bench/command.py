@@ -23,7 +23,9 @@ def _option(flag: str, text: str, panel: str) -> Any:
 @app.callback()
 def bench(
     context: typer.Context,
-    model: Annotated[str | None, _option("--model", "Hub id or folder: sizes, and its whole step.", "What")] = None,
+    model: Annotated[
+        str | None, _option("--model", "Hub id, folder or .gguf file: sizes, and its whole step.", "What")
+    ] = None,
     hidden: Annotated[int | None, _option("--hidden", "Hidden size H. Default: 576.", "What")] = None,
     vocab: Annotated[int | None, _option("--vocab", "Vocabulary V. Default: 49152.", "What")] = None,
     tokens: Annotated[

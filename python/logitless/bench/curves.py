@@ -33,11 +33,13 @@ class Curve:
 
     Args:
         axis: a key of `RANGES`.
+        loss: the name that the report has for what is computed.
         problem: the problem of a value of that size.
         memory: bytes that a step may take.
     """
 
     axis: str
+    loss: str
     problem: Callable[[int], Problem]
     providers: Sequence[Provider]
     memory: int
@@ -56,7 +58,8 @@ class Curve:
         No point begins that would not end in time, judged by the one before; the slowest are left out first. `step`
         has the rows of the same providers' step: who failed there is left out, and who would take most of the time.
         """
-        result: Json = {"kind": "curve", "axis": self.axis, "points": [], "complete": False, "ended_by": "range"}
+        result: Json = {"kind": "curve", "axis": self.axis, "loss": self.loss, "points": []}
+        result |= {"complete": False, "ended_by": "range"}
         left_out = {row["provider"]: row["failure"] for row in step if row["failure"]}
         running = [row for row in step if not row["failure"]]
         left_out |= _too_slow(running, FIRST_SHARE * (end - time.monotonic()))

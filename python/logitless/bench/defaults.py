@@ -87,8 +87,16 @@ def _sizes(model: str | None, hidden: int | None, vocabulary: int | None) -> tup
         return hidden or HIDDEN, vocabulary or VOCABULARY
     if hidden is not None or vocabulary is not None:
         raise InputError("model: it has a hidden size and a vocabulary of its own; leave --hidden and --vocab out")
-    shape = _given(read_shape, model)
+    shape = _given(read_shape, _folder(model) if model.endswith(".gguf") else model)
     return shape.hidden, shape.vocabulary
+
+
+def _folder(file: str) -> str:
+    """The folder that Transformers loads in place of a GGUF file."""
+    from logitless.training.config import TrainOptions
+    from logitless.training.model import locate
+
+    return locate(TrainOptions(model_name_or_path=file))
 
 
 def _given(read: Callable[[str], T], text: str) -> T:

@@ -46,6 +46,7 @@ def describe(*, gpu: bool = False, tiny: bool = False, commit: str | None = None
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit or checked_out(),
         "cpu": _cpuinfo("model name") or platform.processor() or platform.machine(),
+        "design": _design(),
         "units": units_of(_cpuinfo("flags")),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "bf16_units": BF16_UNITS,
@@ -105,7 +106,14 @@ def _cpuinfo(field: str) -> str | None:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return None
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), None)
+    pairs = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in pairs if name.strip() == field), None)
+
+
+def _design() -> str | None:
+    """Family and model of the processor, as its vendor counts them: `25-17`; None: unknown."""
+    numbers = _cpuinfo("cpu family"), _cpuinfo("model")
+    return "-".join(numbers) if all(numbers) else None  # type: ignore[arg-type]
 
 
 def units_of(flags: str | None) -> list[str] | None:
@@ -117,17 +125,18 @@ def units_of(flags: str | None) -> list[str] | None:
 
 
 def machine_kind(about: Json) -> str:
-    """Name of the kind of machine, for its folder of results: `epyc-avx2`, `xeon-amx`, `nvidia-h100-80gb-hbm3`.
+    """Name of the kind of machine, for its folder of results: `epyc-25-17-avx512-bf16`, `nvidia-h100-80gb-hbm3`.
 
-    A virtual machine may say no more of its processor than the family, so that the newest units tell kinds apart. Where
-    the units are unknown, as in files from before they were written down, PyTorch's word stands for them.
+    A virtual machine may say no more of its processor's name than `AMD EPYC`, so that the design's numbers and the
+    newest units tell kinds apart. Files from before the design was written down have none in their kind's name. Where
+    the units are unknown, too, PyTorch's word stands for them.
     """
     if "driver" in about:
         return _slug(about["device"])
     units = about.get("units")
     if units is None:
         units = CAPABILITIES.get(about["capability"], []) + ["bf16"] * about["bf16_units"]
-    return "-".join(filter(None, (_family(about["cpu"]), _generation(units))))
+    return "-".join(filter(None, (_family(about["cpu"]), about.get("design"), _generation(units))))
 
 
 def _family(cpu: str) -> str:
@@ -179,7 +188,8 @@ def provenance(about: Json) -> str:
 def processor(about: Json) -> str:
     """Name, units and threads of the processor, as far as the file has them."""
     threads = f"{about['threads']} thread{'s' * (about['threads'] != 1)}"
-    return f"{about['cpu']} ({_units_text(about)}), {threads}"
+    design = f"{about['design']}: " if about.get("design") else ""
+    return f"{about['cpu']} ({design}{_units_text(about)}), {threads}"
 
 
 def _units_text(about: Json) -> str:

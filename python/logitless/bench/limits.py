@@ -116,11 +116,13 @@ class Limit:
 
     Args:
         name: of what is counted: "longest" counts the tokens of a sequence, "pairs" pairs.
+        loss: the name that the report has for what is computed.
         problem: the problem of a count.
         first, most: the first count that is tried, and the last that may be.
     """
 
     name: str
+    loss: str
     problem: Callable[[int], Problem]
     providers: tuple[Provider, ...]
     memory: int
@@ -132,7 +134,7 @@ class Limit:
         first = self.problem(self.first)
         unit = "pairs" if self.name == "pairs" else "tokens"
         about = {"unit": unit, "length": first.length, "problem": str(first), "memory_bytes": self.memory}
-        result: Json = {"kind": "limit", **about, "rows": [], "complete": False}
+        result: Json = {"kind": "limit", "loss": self.loss, **about, "rows": [], "complete": False}
         for left, provider in zip(range(len(self.providers), 0, -1), self.providers, strict=True):
             now = time.monotonic()
             share = now + max(0.0, end - now) / left

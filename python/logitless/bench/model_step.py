@@ -11,7 +11,9 @@ and the head and the loss in float64.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,8 @@ from .problem import CPU, Inputs, Problem
 from .targets import Json
 from .text import reference, sequences, tokenised
 
+#: Files of a model on the hub that a step needs.
+FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 #: What a report says of the ids.
 TEXT = "Python's language reference"
 
@@ -151,8 +155,16 @@ class ModelPart(Part):
         }
 
     def fetch(self) -> None:
-        """Fetches a model of the hub, which may take longer than a worker is waited for."""
-        locate(self.options)
+        """Fetches a model of the hub, which may take longer than a worker is waited for.
+
+        What fails here fails again where the model is loaded, with a reason.
+        """
+        name = locate(self.options)
+        if not Path(name).is_dir():
+            from huggingface_hub import snapshot_download
+
+            with suppress(OSError, ValueError):
+                snapshot_download(name, allow_patterns=FETCHED)
 
     def tiny(self) -> ModelPart:
         """At most 8 tokens of each sequence. The model stays as it is."""

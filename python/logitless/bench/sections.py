@@ -77,7 +77,8 @@ def _limit_sentence(part: Json) -> str:
 
 
 def _model_sentence(part: Json) -> str:
-    size = f"{part['model']}, {part['parameters'] / 1e6:.0f} million parameters"
+    parameters = part["parameters"]
+    size = part["model"] if parameters is None else f"{part['model']}, {parameters / 1e6:.0f} million parameters"
     batch = f"{part['sequences']} sequences of {part['length']} tokens"
     return f"A training step of a whole model ({size}) with the loss {part['loss']} on {batch}."
 

@@ -34,7 +34,7 @@ SAVING = 5.0
 #: The share of the free memory that a curve may fill.
 FILLED = 0.7
 #: Tokens of the curves along the vocabulary and the hidden size, at most.
-FEW_TOKENS = 512
+FEW_TOKENS = {"cpu": 512, "cuda": 4096}
 #: The child compiles in its own process: a pool of others would outlive one that is ended.
 VARIABLES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 #: The sequence that the search for the longest begins with.
@@ -138,25 +138,24 @@ class Session(Report):
 
     def _curve(self, axis: str, end: float) -> Json:
         request = self.request
-        few = {} if axis == "tokens" else {"tokens": min(FEW_TOKENS, request.tokens)}
+        few = {} if axis == "tokens" else {"tokens": min(FEW_TOKENS[request.device], request.tokens)}
         curve = Curve(
             axis,
+            request.loss,
             lambda value: request.problem(**few | {axis: value}),
             (*request.floors()[:1], *request.competitors()),
             int(FILLED * available_memory(gpu=request.gpu)),
         )
-        measured = curve.measure(self.worker, end, gpu=request.gpu, step=self._step_rows(), keep=self._keep_so_far)
-        return {"loss": request.loss, **measured}
+        return curve.measure(self.worker, end, gpu=request.gpu, step=self._step_rows(), keep=self._keep_so_far)
 
     def _limit(self, name: str, end: float) -> Json:
         """The longest sequence of the request's loss, or the most pairs of DPO."""
         request, loss = self.request, "dpo" if name == "pairs" else self.request.loss
         problem, first = (request.pairs, 1) if name == "pairs" else (request.sequence, FIRST_LENGTH)
-        limit = Limit(name, problem, request.competitors(loss), request.memory, first)
+        limit = Limit(name, loss, problem, request.competitors(loss), request.memory, first)
         rows = self._step_rows() if loss == request.loss else []
         skip = {row["provider"]: row["failure"] for row in rows if row["failure"]}
-        measured = limit.measure(self.worker, end, gpu=request.gpu, skip=skip, keep=self._keep_so_far)
-        return {"loss": loss, **measured}
+        return limit.measure(self.worker, end, gpu=request.gpu, skip=skip, keep=self._keep_so_far)
 
     def _model(self, loss: str, end: float) -> Json:
         """The whole step of the request's model with one loss."""
