@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from logitless.bench import curves, memory
 from logitless.bench import session as session_module
-from logitless.bench.curves import Curve
+from logitless.bench.curves import Curve, Known, too_slow
 from logitless.bench.defaults import completed, folder_of
 from logitless.bench.limits import Limit, Search, Trial
 from logitless.bench.machine import Cpu
@@ -358,8 +358,8 @@ def test_a_curve_ends_with_the_memory(worker: Worker, monkeypatch: pytest.Monkey
         (floors.GEMMS, materialised.NLL, own.NLL, peer(dies), peer(absent)),
         2**22,
     )
-    step = [{"provider": "absent", "role": "peer", "failure": "not installed: it"}]
-    found = curve.measure(worker, far(), gpu=False, step=step, keep=lambda so_far: None)
+    known = Known(PROBLEM, [{"provider": "absent", "role": "peer", "failure": "not installed: it"}])
+    found = curve.measure(worker, far(), gpu=False, known=known, keep=lambda so_far: None)
     rows = {point["value"]: {row["provider"]: row for row in point["rows"]} for point in found["points"]}
     assert list(rows) == [16, 32, 64, 128, 256] and found["complete"] and found["ended_by"] == "range"
     assert rows[256][own.NLL.name]["seconds"] and rows[64]["materialised"]["seconds"]
@@ -372,10 +372,13 @@ def test_a_curve_leaves_the_slowest_out_when_the_time_runs_short() -> None:
     def row(name: str, role: str, seconds: float) -> dict[str, Any]:
         return {"provider": name, "role": role, "first_call_seconds": 0.0, "seconds": [seconds, seconds]}
 
-    rows = [row("floor", "floor", 9.0), row("fast", "logitless", 1.0), row("slow", "peer", 10.0)]
-    assert curves._too_slow(rows, 1000.0) == {}
-    assert list(curves._too_slow(rows, 45.0)) == ["slow"]
-    assert list(curves._too_slow(rows, 1.0)) == ["slow", "fast"]
+    rows = [row("floor", "floor", 3.0), row("ours", "logitless", 10.0), row("a", "peer", 1.0), row("b", "peer", 5.0)]
+    assert too_slow(rows, 1.0, 1000.0) == {}
+    assert list(too_slow(rows, 1.0, 61.0)) == []
+    assert list(too_slow(rows, 2.0, 61.0)) == ["b", "a", "ours"]
+    assert list(too_slow(rows, 1.0, 60.0 - 12.0)) == ["b", "ours"]
+    compiled = rows[2] | {"first_call_seconds": 20.0}
+    assert list(too_slow([compiled], 0.01, 30.0)) == ["a"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from .measure import Method, Part
 from .problem import Problem
@@ -19,12 +20,21 @@ METHOD = Method(rounds=2, may_fail=("floor", "materialised", "logitless", "peer"
 RANGES = {"tokens": (128, 2**20), "vocabulary": (4096, 2**18), "hidden": (128, 2**13)}
 
 
+#: Steps in a first call: on few tokens, then a whole one.
+FIRST_CALLS = 1.5
 #: What the first point may take of the time, judged by the step, which is larger.
 FIRST_SHARE = 0.5
 #: Seconds after the end in which a step that has begun may end.
 GRACE = 20.0
 #: Why a provider ends before the memory does.
 NO_TIME = "left out: no time for a larger one"
+
+
+class Known(NamedTuple):
+    """Rows of a step of some problem."""
+
+    problem: Problem
+    rows: Sequence[Json]
 
 
 @dataclass(frozen=True)
@@ -50,19 +60,18 @@ class Curve:
             yield value
             value *= 2
 
-    def measure(
-        self, worker: Worker, end: float, *, gpu: bool, step: Sequence[Json], keep: Callable[[Json], None]
-    ) -> Json:
+    def measure(self, worker: Worker, end: float, *, gpu: bool, known: Known, keep: Callable[[Json], None]) -> Json:
         """The points as far as memory and time allow; `keep` is told after each.
 
-        No point begins that would not end in time, judged by the one before; the slowest are left out first. `step`
-        has the rows of the same providers' step: who failed there is left out, and who would take most of the time.
+        No point begins that would not end in time, judged by the one before; the slowest are left out first. `known`
+        is what the same providers' step told: who failed there is left out, and who would take most of the time.
         """
         result: Json = {"kind": "curve", "axis": self.axis, "loss": self.loss, "points": []}
         result |= {"complete": False, "ended_by": "range"}
-        left_out = {row["provider"]: row["failure"] for row in step if row["failure"]}
-        running = [row for row in step if not row["failure"]]
-        left_out |= _too_slow(running, FIRST_SHARE * (end - time.monotonic()))
+        left_out = {row["provider"]: row["failure"] for row in known.rows if row["failure"]}
+        running = [row for row in known.rows if not row["failure"]]
+        smaller = _work(self.problem(next(self.values()))) / _work(known.problem)
+        left_out |= too_slow(running, smaller, FIRST_SHARE * (end - time.monotonic()))
         for value in self.values():
             part = Part(f"{self.axis} {value}", self.problem(value), tuple(self.providers), method=METHOD)
             point = worker.measure(part, end, end + GRACE, gpu=gpu, skip=left_out)
@@ -73,7 +82,7 @@ class Curve:
             keep(result)
             left_out |= self._outgrown(point, self.problem(2 * value))
             fitting = [row for row in point["rows"] if row["provider"] not in left_out]
-            left_out |= _too_slow(fitting, end - time.monotonic())
+            left_out |= too_slow(fitting, 2.0, end - time.monotonic())
             if all(provider.name in left_out for provider in self.providers if provider.role != "floor"):
                 result["ended_by"] = "time" if NO_TIME in left_out.values() else "memory"
                 break
@@ -90,17 +99,28 @@ class Curve:
         return result
 
 
-def _too_slow(rows: Sequence[Json], seconds: float) -> dict[str, str]:
-    """Who must be left out so that the others end their next point in time; each takes twice what it took now."""
-    needs = {row["provider"]: 2 * _taken(row) for row in rows}
+def too_slow(rows: Sequence[Json], growth: float, seconds: float) -> dict[str, str]:
+    """Who must be left out so that the others end their next point in time, other libraries first.
+
+    The next point's step takes `growth` times as long as a row's; what the first call took beyond it, which is
+    compilation, it takes again.
+    """
+    needs = {row["provider"]: _needs(row, growth) for row in rows}
     result: dict[str, str] = {}
-    for row in sorted(rows, key=lambda row: needs[row["provider"]], reverse=True):
+    for row in sorted(rows, key=lambda row: (row["role"] != "peer", -needs[row["provider"]])):
         if row["role"] != "floor" and (sum(needs.values()) > seconds or needs[row["provider"]] > seconds / 2):
             del needs[row["provider"]]
             result[row["provider"]] = NO_TIME
     return result
 
 
-def _taken(row: Json) -> float:
-    """Seconds that a point takes of a provider: first calls, which compile, and the rounds."""
-    return (row["first_call_seconds"] or 0.0) + METHOD.rounds * (median(row["seconds"]) or 0.0)
+def _needs(row: Json, growth: float) -> float:
+    """Seconds of a point: compilation, a whole step that warms up, and the rounds."""
+    step = median(row["seconds"]) or 0.0
+    compilation = max(0.0, (row["first_call_seconds"] or 0.0) - FIRST_CALLS * step)
+    return compilation + growth * (1 + METHOD.rounds) * step
+
+
+def _work(problem: Problem) -> int:
+    """What a step's products are proportional to."""
+    return problem.tokens * problem.hidden * problem.vocabulary

@@ -10,7 +10,7 @@ from logitless.training.errors import InputError
 from logitless.training.files import write_text
 
 from . import memory
-from .curves import Curve
+from .curves import Curve, Known
 from .environment import describe
 from .limits import Limit
 from .machine import available_memory
@@ -146,7 +146,8 @@ class Session(Report):
             (*request.floors()[:1], *request.competitors()),
             int(FILLED * available_memory(gpu=request.gpu)),
         )
-        return curve.measure(self.worker, end, gpu=request.gpu, step=self._step_rows(), keep=self._keep_so_far)
+        known = Known(request.problem(), self._step_rows())
+        return curve.measure(self.worker, end, gpu=request.gpu, known=known, keep=self._keep_so_far)
 
     def _limit(self, name: str, end: float) -> Json:
         """The longest sequence of the request's loss, or the most pairs of DPO."""
