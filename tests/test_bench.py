@@ -228,7 +228,7 @@ def test_quick_is_the_step_alone() -> None:
     quick, whole = (request(quick=quick, tokens=None) for quick in (True, False))
     assert quick.parts == ("step",) and "cce" not in quick.against and quick.minutes == 2
     assert set(whole.parts) == {"step", "tokens", "vocabulary", "hidden", "longest", "pairs"}
-    assert quick.tokens < whole.tokens and whole.minutes == 15
+    assert quick.tokens < whole.tokens and whole.minutes == 14
     assert folder_of(quick, quick=True) != folder_of(whole, quick=False)
 
 
@@ -256,6 +256,11 @@ def test_quick_is_the_step_alone() -> None:
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         request(**options)
+
+
+def test_the_default_memory_has_room_for_the_head() -> None:
+    small, large = (request(hidden=hidden).memory for hidden in (24, 1024))
+    assert 2**28 < small < 2**28 + 2**20 and large - small == pytest.approx(2 * 4 * 1000 * 96, rel=0.1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -140,7 +140,7 @@ def test_a_peer_that_fails_is_a_line_and_our_own_failure_an_error() -> None:
 @pytest.mark.parametrize(("seconds", "rounds"), [(100, [3, 3, 1]), (0, [1, 1, 1])])
 def test_a_slow_peer_is_timed_once_and_a_deadline_leaves_one_round(seconds: float, rounds: list[int]) -> None:
     part = PARTS["nll"]
-    chosen = (part.provider("materialised"), part.provider("logitless"), Provider("slow", "peer", _slow))
+    chosen = (part.provider("materialised"), part.provider("logitless"), Provider("slow", "peer", _slow, ""))
     part = replace(part, providers=chosen, method=Method(rounds=3, seconds=seconds, patience=1.5))
     found = part.measure(Cpu(), far(), {}, silent)
     assert [len(row["seconds"]) for row in found["rows"]] == rounds

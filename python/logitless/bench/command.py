@@ -64,13 +64,13 @@ def bench(
     ] = None,
     memory: Annotated[
         str | None,
-        _option("--memory", "What longest and pairs have to fit, such as 8GB. Default: 1GiB; on a GPU 90%.", "How"),
+        _option("--memory", "What longest and pairs have to fit: 8GB, ... Default: little beside the head.", "How"),
     ] = None,
     rounds: Annotated[
         int | None, _option("--rounds", "Turns of every competitor. Default: 5, on a GPU 20.", "How")
     ] = None,
     minutes: Annotated[
-        float | None, _option("--minutes", "Nothing new begins later. Default: 15; quick: 2.", "How")
+        float | None, _option("--minutes", "Nothing new begins later. Default: 14; quick: 2.", "How")
     ] = None,
     patience: Annotated[
         float, _option("--patience", "Seconds without a word after which a competitor hangs. Default: 150.", "How")

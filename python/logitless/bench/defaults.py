@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,7 @@ HIDDEN, VOCABULARY = 576, 49152
 TOKENS, QUICK_TOKENS = {"cpu": 2048, "cuda": 8192}, {"cpu": 1024, "cuda": 4096}
 ROUNDS, QUICK_ROUNDS = {"cpu": 5, "cuda": 20}, {"cpu": 3, "cuda": 10}
 DTYPE = {"cpu": "float32", "cuda": "bfloat16"}
-MINUTES, QUICK_MINUTES = 15.0, 2.0
+MINUTES, QUICK_MINUTES = 14.0, 2.0
 #: Who is compared: in a quick run those that compile nothing on a processor.
 AGAINST, QUICK_AGAINST = "materialised,compiled,torch,trl,liger,cce,quack", "materialised,torch,trl,liger"
 QUICK_PARTS = "step"
@@ -31,8 +32,8 @@ QUICK_PARTS = "step"
 LOSSES = ("nll", "dft", "dpo", "grpo")
 #: Tokens of a model's step on a processor, where none are given: its layers take longer than its head.
 MODEL_TOKENS = 512
-#: Bytes of the limits on a processor; on a GPU, the share of its memory.
-MEMORY, SHARE = 2**30, 0.9
+#: Bytes of the limits on a processor, beside the head and its gradient; on a GPU, the share of its free memory.
+MEMORY, SHARE = 2**28, 0.9
 
 
 def completed(**given: Any) -> Request:
@@ -61,8 +62,10 @@ def completed(**given: Any) -> Request:
     for name in ("against", "backward", "losses", "parts"):
         chosen[name] = _listed(chosen[name])
     chosen["backward"] = tuple(name.replace("-", "_") for name in chosen["backward"])
-    chosen["memory"] = _default_memory(device) if memory is None else _given(read_bytes, memory)
-    return Request(**chosen, model_tokens=model_tokens, hidden=hidden, vocabulary=vocabulary, device=device)
+    chosen |= {"hidden": hidden, "vocabulary": vocabulary, "device": device, "model_tokens": model_tokens}
+    chosen["memory"] = 1 if memory is None else _given(read_bytes, memory)
+    result = Request(**chosen)
+    return result if memory is not None else replace(result, memory=_default_memory(result))
 
 
 def folder_of(request: Request, *, quick: bool) -> Path:
@@ -107,8 +110,11 @@ def _given(read: Callable[[str], T], text: str) -> T:
         raise InputError(str(error)) from error
 
 
-def _default_memory(device: str) -> int:
-    return MEMORY if device == "cpu" else int(SHARE * available_memory(gpu=True))
+def _default_memory(request: Request) -> int:
+    if request.gpu:
+        return int(SHARE * available_memory(gpu=True))
+    held = request.sequence(2)  # hardly more than the head and its gradient
+    return held.input_bytes + held.gradient_bytes + MEMORY
 
 
 def _listed(text: str) -> tuple[str, ...]:

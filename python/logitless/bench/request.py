@@ -18,7 +18,7 @@ from .providers import choice
 from .targets import Json
 
 #: The parts in the order in which they are measured, with the share that each has of the time.
-PARTS = {"step": 5, "tokens": 2, "vocabulary": 1.5, "hidden": 1.5, "longest": 1.5, "pairs": 1.5, "model": 6}
+PARTS = {"step": 6, "tokens": 2, "vocabulary": 1.5, "hidden": 1.5, "longest": 1.5, "pairs": 1.5, "model": 6}
 #: Dtypes of the operands, by the names that the command line has.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

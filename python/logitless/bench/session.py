@@ -26,7 +26,7 @@ from .targets import Json
 from .worker import PATIENCE, Worker
 
 #: What a step's checks and rounds may take of its share. The rest is for memory, each in a process of its own.
-ROUNDS_SHARE = 0.65
+ROUNDS_SHARE = 0.75
 #: Seconds after the end in which a step that has begun may end.
 GRACE = 60.0
 #: Seconds between two savings of what a part has so far.
