@@ -226,7 +226,7 @@ def test_half_types_have_the_floor_of_float32_where_there_are_no_units(monkeypat
 
 def test_quick_is_the_step_alone() -> None:
     quick, whole = (request(quick=quick, tokens=None) for quick in (True, False))
-    assert quick.parts == ("step",) and "cce" not in quick.against and quick.minutes == 2
+    assert quick.parts == ("step",) and "cce" not in quick.against and quick.minutes < 2
     assert set(whole.parts) == {"step", "tokens", "vocabulary", "hidden", "longest", "pairs"}
     assert quick.tokens < whole.tokens and whole.minutes == 14
     assert folder_of(quick, quick=True) != folder_of(whole, quick=False)

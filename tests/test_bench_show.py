@@ -33,6 +33,16 @@ def errors(results: Json) -> list[str]:
     return [error.json_path for error in jsonschema.Draft202012Validator(SCHEMA).iter_errors(results)]
 
 
+COMMITTED = sorted((ROOT / "benchmarks" / "results").glob("*/bench.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.parent.name)
+def test_committed_runs_keep_to_the_schema_and_their_tables_are_theirs(path: Path) -> None:
+    results = json.loads(path.read_text(encoding="utf-8"))
+    assert errors(results) == []
+    assert path.with_suffix(".md").read_text(encoding="utf-8") == sections.file_markdown(results)
+
+
 def test_the_schema_is_one_and_takes_every_kind_of_part() -> None:
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     results = files.whole()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.figures import command, first_run, machines, memory, pages, studies, tail
+from benchmarks.figures import bench, command, first_run, machines, memory, pages, studies, tail
 from benchmarks.figures.command import BLOCKS, stale_pages, stale_pictures
 from benchmarks.figures.pictures import Picture, digest
 from benchmarks.figures.results import newest, origin
@@ -178,6 +178,25 @@ def test_the_picture_has_every_curve() -> None:
     pytest.importorskip("matplotlib")
     [axes] = memory.draw(curve(ours=(7, 9), theirs=(10,))).axes
     assert [list(line.get_ydata()) for line in axes.lines] == [[7, 9], [10]]
+
+
+def test_what_fits_has_a_line_for_each_way(tmp_path: Path) -> None:
+    def part(loss: str, *rows: tuple[str, int, str]) -> dict[str, Any]:
+        keys = ("provider", "largest", "ended_by")
+        found = [dict(zip(keys, row, strict=True)) | {"role": "materialised", "failure": None} for row in rows]
+        absent = {"provider": "quack", "role": "peer", "failure": "not installed: quack"}
+        return {"environment": about(), "rows": [*found, absent], "memory_bytes": 2**20, "length": 8, "loss": loss}
+
+    (tmp_path / "epyc-avx2").mkdir()
+    parts = {
+        "longest": part("nll", ("materialised", 5, "memory"), ("materialised, compiled", 7, "time")),
+        "pairs": part("dpo", ("materialised DPO", 2, "memory")),
+    }
+    (tmp_path / "epyc-avx2" / "bench.json").write_text(json.dumps({"parts": parts}))
+    assert bench.limits(tmp_path).splitlines()[2:4] == [
+        "| materialised | 5 | 2 |",
+        "| materialised, compiled | at least 7 | |",
+    ]
 
 
 def test_a_remark_on_a_run_is_shown(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from logitless.bench import fits
 from logitless.bench.sections import largest_text
-from logitless.bench.tables import COLUMNS, Line, reason
+from logitless.bench.tables import COLUMNS, Line
 from logitless.bench.targets import Json
 
 from .results import Measured, newest, paragraph, plain_table
@@ -33,9 +33,9 @@ def _exponents(curves: Sequence[Measured], name: str) -> Iterator[str]:
 
 
 def limits(results: Path) -> str:
-    """The longest sequence and the most pairs, a line for each provider of either."""
+    """The longest sequence and the most pairs, a line for each provider that ran in either."""
     parts = [newest(results, FILE, name) for name in ("longest", "pairs")]
-    rows = [{_plain(row): row for row in part.found["rows"]} for part in parts]
+    rows = [{_plain(row): row for row in part.found["rows"] if not row["failure"]} for part in parts]
     lines = [[name, *(_largest(some.get(name)) for some in rows)] for name in dict.fromkeys([*rows[0], *rows[1]])]
     mib = parts[0].found["memory_bytes"] / 2**20
     length, loss = parts[1].found["length"], parts[0].found["loss"]
@@ -44,12 +44,12 @@ def limits(results: Path) -> str:
 
 
 def _plain(row: Json) -> str:
-    """The provider's name without that of its loss."""
-    return "materialised" if row["role"] == "materialised" else row["provider"]
+    """The provider's name, without the loss's where that is DPO on logits."""
+    return str(row["provider"]).removesuffix(" DPO")
 
 
 def _largest(row: Json | None) -> str:
-    return "" if row is None else reason(row["failure"]) if row["failure"] else largest_text(row)
+    return "" if row is None else largest_text(row)
 
 
 def model(results: Path) -> str:

@@ -70,7 +70,7 @@ def bench(
         int | None, _option("--rounds", "Turns of every competitor. Default: 5, on a GPU 20.", "How")
     ] = None,
     minutes: Annotated[
-        float | None, _option("--minutes", "Nothing new begins later. Default: 14; quick: 2.", "How")
+        float | None, _option("--minutes", "Nothing new begins later. Default: 14; quick: 1.8.", "How")
     ] = None,
     patience: Annotated[
         float, _option("--patience", "Seconds without a word after which a competitor hangs. Default: 150.", "How")
