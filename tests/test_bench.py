@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_files
 import pytest
 import torch
 from hypothesis import given
@@ -516,3 +517,57 @@ def test_every_option_has_a_help_text() -> None:
     shown = CliRunner().invoke(app, ["bench", "--help"], env={"COLUMNS": "200"}).output
     for option in ("--model", "--against", "--quick", "--memory", "compare", "report"):
         assert option in shown
+
+
+def _files(folder: Path, *names: str) -> list[str]:
+    """Made-up files of results, each in a folder of its name."""
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "bench.json").write_text(json.dumps(bench_files.whole()))
+    return [str(folder / name / "bench.json") for name in names]
+
+
+def test_two_files_are_compared_and_several_shown(tmp_path: Path) -> None:
+    files = _files(tmp_path, "before", "after")
+    done = CliRunner().invoke(app, ["bench", "compare", *files, "--fail_if_slower"])
+    assert done.exit_code == 0 and done.output.startswith("# Two files compared")
+    done = CliRunner().invoke(app, ["bench", "report", *files, "--output", str(tmp_path / "both" / "page.html")])
+    assert done.exit_code == 0, done.output
+    for name in ("page.html", "page.md"):
+        text = (tmp_path / "both" / name).read_text()
+        assert "before" in text and "after" in text
+
+
+def test_a_row_that_became_slower_fails_if_asked(tmp_path: Path) -> None:
+    files = _files(tmp_path, "before", "after")
+    results = json.loads(Path(files[1]).read_text())
+    for part in results["parts"].values():
+        for row in part.get("rows", ()):
+            if row["role"] == "logitless" and "seconds" in row:
+                row["failure"] = "out of memory"
+    Path(files[1]).write_text(json.dumps(results))
+    assert CliRunner().invoke(app, ["bench", "compare", *files]).exit_code == 0
+    assert CliRunner().invoke(app, ["bench", "compare", *files, "--fail_if_slower"]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "expected the results of logitless bench in JSON"),
+        ("{", "expected the results of logitless bench in JSON"),
+        ("[]", "expected results of the format 'logitless-bench/1', got None"),
+        ('{"format": "logitless-bench/9"}', "got 'logitless-bench/9'"),
+    ],
+)
+def test_a_file_of_something_else_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "bench.json"
+    if content is not None:
+        path.write_text(content)
+    for arguments in (["compare", str(path), str(path)], ["report", str(path), "--output", str(tmp_path / "a.html")]):
+        done = CliRunner().invoke(app, ["bench", *arguments])
+        assert done.exit_code == 2 and f"error: {path}: " in done.output and message in done.output
+
+
+def test_a_page_has_its_ending(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["bench", "report", *_files(tmp_path, "one"), "--output", str(tmp_path / "page")])
+    assert done.exit_code == 2 and "expected a name that ends with .html" in done.output

@@ -82,7 +82,7 @@ def bench(
     """Measure what a loss takes here: time, memory and error, with logitless and with others."""
     if context.invoked_subcommand is not None:
         return
-    given = {name: x for name, x in locals().items() if name not in ("context", "output", "patience")}
+    given = {name: x for name, x in context.params.items() if name not in ("output", "patience")}
     start = time.monotonic()
     with reported("bench"):
         from .defaults import completed, folder_of
