@@ -28,7 +28,7 @@ import torch
 from logitless.bench.environment import describe
 from logitless.bench.measure import Method, Part
 from logitless.bench.problem import Data, Problem
-from logitless.bench.provider import Provider
+from logitless.bench.provider import ROLES, Provider
 from logitless.bench.providers import floors, materialised, own, peers
 from logitless.bench.report import Report, about, heading, markdown, section, targets_table
 from logitless.bench.targets import BUDGET, COPY, HALF_LOGITS, HEAD_GRADIENT, PRODUCT, Json, Target
@@ -44,9 +44,7 @@ from .suite import options, output, tables_again
 
 HEADS = ((4096, 128256), (2304, 256000), (8192, 128256), (576, 49152))  # Llama 3 8B, Gemma 2 2B, Llama 3 70B, SmolLM2
 TOKENS = (8192, 2048, 32768)
-METHOD = Method(
-    rounds=20, seconds=12.0, may_fail=("floor", "materialised", "logitless", "peer"), whole=True, forwards=True
-)
+METHOD = Method(rounds=20, seconds=12.0, may_fail=ROLES, whole=True, forwards=True)
 COLUMNS = (
     *("forward ms", "forward / GEMM", "backward ms", "step ms", "/ GEMMs", "/ materialised"),
     *("extra MiB", "of logits", "loss", "error of d_hidden", "error of d_weight"),

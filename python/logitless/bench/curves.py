@@ -9,17 +9,15 @@ from typing import NamedTuple
 
 from .measure import Method, Part
 from .problem import Problem
-from .provider import Provider
+from .provider import ROLES, Provider
 from .targets import Json, median, total_bytes
 from .worker import Worker
 
 #: Any failure is a line. Two rounds after a whole step that warms up: the curve's shape is the question, not the
 #: last percent.
-METHOD = Method(rounds=2, may_fail=("floor", "materialised", "logitless", "peer"), whole=True)
+METHOD = Method(rounds=2, may_fail=ROLES, whole=True)
 #: From where to where a size is doubled.
 RANGES = {"tokens": (128, 2**20), "vocabulary": (4096, 2**18), "hidden": (128, 2**13)}
-
-
 #: Steps in a first call: on few tokens, then a whole one.
 FIRST_CALLS = 1.5
 #: What the first point may take of the time, judged by the step, which is larger.

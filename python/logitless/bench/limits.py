@@ -13,12 +13,12 @@ from typing import NamedTuple
 
 from .measure import Method, Part
 from .problem import Problem
-from .provider import Provider
+from .provider import ROLES, Provider
 from .targets import Json, total_bytes
 from .worker import Worker
 
 #: A whole step, no rounds.
-METHOD = Method(rounds=0, may_fail=("floor", "materialised", "logitless", "peer"), whole=True)
+METHOD = Method(rounds=0, may_fail=ROLES, whole=True)
 #: The search ends where what fits and what does not are this close, and grows at most so many times a trial.
 CLOSE, GROWTH = 1.05, 8
 #: A trial that the time allows must be so many times larger than what fitted, or the search ends there.

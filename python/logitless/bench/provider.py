@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, Self, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from torch import Tensor
 from .problem import Inputs, Problem
 
 Role = Literal["floor", "materialised", "logitless", "peer"]
+#: All of them: for `Method.may_fail`, where any failure is a line.
+ROLES: tuple[Role, ...] = get_args(Role)
 Loss = Callable[[Tensor, Tensor, Inputs], Tensor]  # takes hidden, weight and the rest
 
 

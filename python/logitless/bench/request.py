@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import get_args
 
-import torch
-
 from logitless import losses
+from logitless.plan.choose import DTYPES
 from logitless.training.errors import InputError, nearest
 from logitless.types import BackwardName
 
@@ -19,10 +18,6 @@ from .targets import Json
 
 #: The parts in the order in which they are measured, with the share that each has of the time.
 PARTS = {"step": 6, "tokens": 2, "vocabulary": 1.5, "hidden": 1.5, "longest": 1.5, "pairs": 1.5, "model": 6}
-#: Dtypes of the operands, by the names that the command line has.
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
 #: The words that a field may have or list.
 _KNOWN: dict[str, Sequence[str]] = {
     "loss": losses.names(),

@@ -18,6 +18,7 @@ from .measure import Method, Part
 from .model_step import ModelPart
 from .page import html_page
 from .progress import Progress
+from .provider import ROLES
 from .report import Report
 from .request import PARTS, Request
 from .results import FORMAT
@@ -41,7 +42,7 @@ VARIABLES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 FIRST_LENGTH = 128
 #: How the names of the model's parts begin; its loss follows.
 MODEL = "model: "
-METHOD = Method(may_fail=("floor", "materialised", "logitless", "peer"), whole=True)
+METHOD = Method(may_fail=ROLES, whole=True)
 
 
 class Session(Report):
