@@ -291,6 +291,7 @@ def test_under_the_address_and_undefined_behaviour_sanitizers() -> None:
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
     files = [str(ROOT / "tests" / name) for name in ("test_cpu_library.py", "test_screen.py")]
-    chosen = "products or measured or units or test_statistics or bounds or masked or an_order or flat"
+    kernels = "products or measured or units or test_statistics or bounds or masked or an_order or flat"
+    chosen = f"({kernels}) and not emulated"  # this library's AMX is the emulation already
     done = subprocess.run([*command, *files, "-k", chosen], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-4000:]
