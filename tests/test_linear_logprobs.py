@@ -210,6 +210,16 @@ def test_strides_change_nothing(case):
         torch.testing.assert_close(found[name], plain[name], equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_single_entry_may_have_any_strides(dtype):
+    problem = make_problem((1,), 1, 1, dtype=dtype)
+    with torch.no_grad():
+        views = strided(problem)
+    plain, found = (measure(lambda p: run(p, outputs=("lse",)), p) for p in (problem, views))
+    for name in plain:
+        torch.testing.assert_close(found[name], plain[name])
+
+
 def test_transposed_inputs():
     problem = make_problem((6,), 4, 9)
     hidden = problem.hidden.detach().T.contiguous().T.requires_grad_()

@@ -60,7 +60,9 @@ def loaded() -> Library:
 
 def unit_stride(matrix: Tensor) -> Tensor:
     """The matrix, or a copy whose columns are side by side, as the library takes them."""
-    return matrix if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1] else matrix.contiguous()
+    if matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]:
+        return matrix
+    return matrix.clone(memory_format=torch.contiguous_format)  # a single entry is `contiguous` with any strides
 
 
 def multiplies(dtype: torch.dtype, device: torch.device) -> bool:

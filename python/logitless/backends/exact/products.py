@@ -144,7 +144,7 @@ def _rows_to_multiply(dtype: torch.dtype, weight: Tensor, out: torch.dtype) -> I
     """`parts_in`; parts, too, where a CPU's product of bfloat16 with a float32 result wants columns side by side."""
     if dtype == torch.bfloat16 and out == torch.float32 and weight.device.type == "cpu" and weight.stride(1) != 1:
         for columns in spans(len(weight), CONVERTED_ENTRIES["cpu"]):
-            yield columns, weight[columns].contiguous()
+            yield columns, native.unit_stride(weight[columns])
     else:
         yield from parts_in(dtype, weight)
 
