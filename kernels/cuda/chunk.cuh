@@ -83,6 +83,26 @@ __device__ inline void load(Compute<Raw> (&s)[WIDTH * UNROLL], const Chunk<Raw>&
     }
 }
 
+// Eq. 3 of WIDTH neighbouring columns, those from `end` on and the target left out. The last column stands in for those
+// beyond it, so that no load waits for a branch or another load.
+template <int WIDTH, typename Raw>
+__device__ inline Moments<Compute<Raw>> some_moments(const Chunk<Raw>& chunk, std::int64_t row, std::int64_t first,
+                                                     std::int64_t end, std::int64_t target) {
+    using T = Compute<Raw>;
+    T s[WIDTH], z[WIDTH], total = T(0);
+    Logit<T> logits[WIDTH];
+    for (int k = 0; k < WIDTH; ++k) s[k] = raw_product(chunk, row, first + k < end ? first + k : end - 1);
+    make_logits(logits, chunk.transform, s);
+    for (int k = 0; k < WIDTH; ++k) {
+        const bool counts = first + k < end && first + k != target;
+        total += counts ? logits[k].z : T(0);
+        z[k] = counts ? logits[k].z : minus_infinity<T>();
+    }
+    Moments<T> found = all_columns(z);
+    found.total = total;
+    return found;
+}
+
 // Eq. 3 of a lane's columns of a group, those from `end` on and the target left out.
 template <int WIDTH, int UNROLL, typename Raw>
 __device__ inline Moments<Compute<Raw>> group_moments(const Chunk<Raw>& chunk, std::int64_t row, std::int64_t first,
@@ -97,12 +117,10 @@ __device__ inline Moments<Compute<Raw>> group_moments(const Chunk<Raw>& chunk, s
         for (int i = 0; i < Columns::COUNT; ++i) z[i] = logits[i].z;
         return all_columns(z);
     }
+    constexpr int AT_ONCE = WIDTH < 4 ? WIDTH : 4;  // more would not fit into the registers
     Moments<T> found = no_columns<T>();
-    for (int i = 0; i < Columns::COUNT; ++i) {
-        const std::int64_t column = first + Columns::offset(i);
-        if (column < end && column != target)
-            found = accumulate(found, transform(chunk.transform, raw_product(chunk, row, column)));
-    }
+    for (int i = 0; i < Columns::COUNT; i += AT_ONCE)
+        found = merge(found, some_moments<AT_ONCE>(chunk, row, first + Columns::offset(i), end, target));
     return found;
 }
 
