@@ -49,13 +49,14 @@ struct Logit {
     T derivative;  // eq. 2: dz/ds
 };
 
-// The logit of a raw product. A masked one (-inf) stays masked; tanh alone would lift it to -softcap.
+// The logit of a raw product. A masked one (-inf) stays masked; tanh alone would lift it to -softcap. It is chosen and
+// not stepped over: around a branch for each logit no tanh would overlap with the next.
 template <typename T>
 LOGITLESS_FUNCTION Logit<T> logit(Transform<T> t, T raw) {
     if (t.outer == T(0)) return {raw * t.slope, t.slope};
-    if (raw == minus_infinity<T>()) return {raw, T(0)};
+    const bool masked = raw == minus_infinity<T>();
     const T bend = std::tanh(raw * t.inner);
-    return {t.outer * bend, t.slope * (T(1) - bend * bend)};
+    return {masked ? raw : t.outer * bend, masked ? T(0) : t.slope * (T(1) - bend * bend)};
 }
 
 template <typename T>
