@@ -49,7 +49,8 @@ class RowEpilogue : public ReduceRows {
     using ThreadEpilogueOp = cutlass::epilogue::thread::LinearCombination<float, 1>;
     using Arguments = Params;
 
-    struct SharedStorage {};
+    // Empty; the alignment puts CUTLASS's stages, which lie behind it, where the pattern of a 128-byte swizzle begins.
+    struct alignas(1024) SharedStorage {};
 
     template <class Shape>
     static Params to_underlying_arguments(const Shape&, const Arguments& arguments, void*) {
