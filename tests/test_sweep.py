@@ -266,3 +266,17 @@ def test_float16_on_a_gpu():
             assert torch.backends.cuda.matmul.fp32_precision == inside
             raise KeyError
         assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_tf32_of_a_wider_setting_is_not_made_a_setting_of_products():
+    """As transformers sets it. Afterwards the wider setting still decides."""
+    before = torch.backends.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "none"
+    try:
+        torch.backends.fp32_precision = "tf32"
+        with products.float16_products(torch.float16, torch.device("cuda")):
+            assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before

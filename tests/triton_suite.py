@@ -428,11 +428,18 @@ def test_float64_is_refused_with_the_reason():
 
 
 def test_tf32_is_used_only_where_pytorch_may():
+    """By either of PyTorch's interfaces: once both were used, the older one's question raises an error."""
     assert configs.precision(torch.float32) == "ieee"
+    matmul = torch.backends.cuda.matmul
     try:
         torch.set_float32_matmul_precision("high")
         assert configs.precision(torch.float32) == ("ieee" if torch.version.hip else "tf32")
+        torch.set_float32_matmul_precision("highest")
+        matmul.fp32_precision = "tf32"
+        assert configs.precision(torch.float32) == ("ieee" if torch.version.hip else "tf32")
+        assert configs.precision(torch.bfloat16) == "ieee"
     finally:
+        matmul.fp32_precision = "ieee"
         torch.set_float32_matmul_precision("highest")
 
 

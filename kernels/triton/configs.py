@@ -182,7 +182,7 @@ def architecture(device: torch.device) -> str:
 
 def precision(dtype: torch.dtype) -> str:
     """The precision of float32 products: "tf32" if PyTorch's own may be, else "ieee". Other dtypes ignore it."""
-    allowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 

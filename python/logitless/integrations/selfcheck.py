@@ -72,7 +72,7 @@ def _largest_error(own: Any, ours: LinearCausalLMOutput, ids: Tensor) -> float:
 def tolerance(logits: Tensor) -> float:
     """`ROUNDINGS` of the largest logit, in the precision of the product, and float32 at best because NLL is float32."""
     eps = max(torch.finfo(logits.dtype).eps, torch.finfo(torch.float32).eps)
-    if logits.is_cuda and logits.dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+    if logits.is_cuda and logits.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         eps = 2.0**-10
     return ROUNDINGS * eps * (1 + _largest(logits))
 

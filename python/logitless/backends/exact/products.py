@@ -67,11 +67,11 @@ def float16_products(dtype: torch.dtype, device: torch.device) -> Iterator[None]
     So hidden states and head enter them exactly, and a gradient, which float16 has no room for, is rounded as finely
     as float16 would round it. In full float32 these products take a GPU many times as long.
     """
-    if dtype != torch.float16 or device.type != "cuda":
-        yield
-        return
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
+    if dtype != torch.float16 or device.type != "cuda" or before == "tf32":  # perhaps by a wider setting
+        yield
+        return
     matmul.fp32_precision = "tf32"
     try:
         yield
