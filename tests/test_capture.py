@@ -27,6 +27,7 @@ from logitless import linear_divergence, linear_logprobs, linear_token_loss
 from logitless.backends import BACKENDS, cuda, native
 from logitless.ops import functions, tokens
 from logitless.ops.registered.divergence import divergence, divergence_sum
+from logitless.ops.registered.listed import list_logprobs
 from logitless.ops.registered.logprobs import logprobs, logprobs_backward
 from logitless.ops.registered.shared import Execution
 from logitless.ops.registered.token_loss import token_loss
@@ -138,9 +139,9 @@ def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None
     with fake:
         hidden = torch.empty(6, 8, dtype=torch.bfloat16)
         weight = torch.empty(9, 8, dtype=torch.bfloat16)
-        targets = torch.empty(6, dtype=torch.long)
+        targets, lists = torch.empty(6, dtype=torch.long), torch.empty(6, 3, dtype=torch.long)
         mask = torch.empty(6, dtype=torch.bool)
-        vectors = [torch.empty(6) for _ in range(3)]
+        vectors, bias = [torch.empty(6) for _ in range(3)], torch.empty(9)
     handle = functions.keep(_weighted_logprob)
     needs = [True, True, False]
     recompute = Execution(backend, "recompute", 0.0, chunk_bytes, None)
@@ -156,6 +157,9 @@ def op_bodies(fake: FakeTensorMode, backend: str, chunk_bytes: int | None = None
         ),
         "single pass": lambda: token_loss._init_fn(
             *tensors, vectors[:1], None, handle, [], *head, "logprob", needs, None, *single
+        ),
+        "lists, a bias": lambda: list_logprobs._init_fn(
+            hidden, weight, bias, lists, *head, "logprob entropy", None, backend, chunk_bytes, None
         ),
         "divergence": lambda: divergence._init_fn(*sides, [True, False], None, *both, "", 0),
         "divergence with gradients": lambda: divergence_sum._init_fn(

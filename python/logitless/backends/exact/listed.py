@@ -114,7 +114,8 @@ def _fill_empty_rows_(raw: Tensor, bias: Tensor | None, listed: int) -> Tensor |
         return None
     nothing = (raw if bias is None else raw + bias).isneginf().all(-1, keepdim=True)
     column = torch.zeros((), dtype=torch.long, device=raw.device) if bias is None else bias.argmax()
-    raw.scatter_(1, column.expand(len(raw), 1), raw[:, column, None].masked_fill(nothing, 0.0))
+    place = column.expand(len(raw), 1)  # not an index, for which the host would wait
+    raw.scatter_(1, place, raw.gather(1, place).masked_fill(nothing, 0.0))
     return nothing
 
 
