@@ -23,7 +23,7 @@ def sed_sft_min_entropy(entropy: Tensor, *, share: float = 0.3) -> float:
         raise ValueError(f"entropy: expected the tokens' values [N], got {list(entropy.shape)}")
     if not 0 < share < 1:
         raise ValueError(f"share: expected a number in (0, 1), got {share!r}")
-    return float(entropy.kthvalue(max(int((1 - share) * len(entropy)), 1)).values)
+    return float(entropy.sort().values[max(int((1 - share) * len(entropy)), 1) - 1])  # kthvalue is not deterministic
 
 
 def idft_mix(step: int, total_steps: int, *, warmup: float = 0.2, transition: float = 0.1) -> float:
