@@ -196,6 +196,34 @@ def test_same_bits_twice(backend, dtype, backward, trainable):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="a CPU captures no graphs")
+@pytest.mark.parametrize("backward", ["recompute", "single_pass"])
+@pytest.mark.parametrize("backend", HERE)
+def test_a_captured_step_is_replayed_on_other_tokens(backend, backward):
+    problem = make_problem(*SIZES, dtype=torch.bfloat16, device=DEVICE, ignored=0.1)
+    others = make_problem(*SIZES, dtype=torch.bfloat16, device=DEVICE, ignored=0.3, seed=1, trainable=())
+
+    def step() -> list[torch.Tensor]:
+        hidden, weight, targets = problem.hidden, problem.weight, problem.targets
+        loss = linear_cross_entropy(hidden, weight, targets, backend=backend, backward=backward)
+        return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # loads what is called for the first time
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    with torch.no_grad():
+        problem.hidden.copy_(others.hidden)
+        problem.targets.copy_(others.targets)
+    graph.replay()
+    for x, exact in zip(found, step(), strict=True):
+        assert (x.double() - exact.double()).norm() <= 2.0**-7 * exact.double().norm()
+
+
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="takes a CPU too long")
 @pytest.mark.parametrize("backend", HERE)
 def test_more_logits_than_32_bits_count(backend):

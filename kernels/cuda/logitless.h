@@ -4,8 +4,9 @@
  *   - Every function that works returns int32_t: 0 done; negative: an argument, LOGITLESS_BAD_...; positive: a CUDA
  *     error. logitless_explain(code) is a sentence for it. Arguments are checked before anything starts.
  *   - Pointers are device memory of the GPU `device` (host memory for the twin); `stream` is a cudaStream_t. Work is
- *     queued on the stream: nothing waits, nothing is allocated, so a call may be captured into a CUDA graph. The calling
- *     thread's current device is `device` afterwards.
+ *     queued on the stream: nothing waits, nothing is allocated, so a call may be captured into a CUDA graph, once the
+ *     same call was made outside of one: the first of a kernel loads it. The calling thread's current device is
+ *     `device` afterwards.
  *   - Memory is the caller's, scratch included: where a function takes `workspace`, a function of the same name with
  *     _workspace says how many bytes it must have, at least 16-byte aligned. It needs no clearing.
  *   - A pointer that may be null says so. Sizes and strides are int64_t and count elements; a matrix is row-major with
