@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -69,8 +70,8 @@ def test_the_release_of_a_wheel_is_exact():
 
 
 def test_it_says_what_is_missing_or_too_large(without_network, tmp_path, monkeypatch):
-    with pytest.raises(MissingPiece, match=r"MiB are more than the 0.5 of --limit; --without takes one out"):
-        bundle.prepare(tmp_path, limit=0.5)
+    with pytest.raises(MissingPiece, match=r"^[\d.]+ MiB and 1 MiB for a later call's .* more than --limit, 5; "):
+        bundle.prepare(tmp_path, limit=5)
     monkeypatch.setattr(build, "build", lambda *_: {"failure": "not built: no nvcc in PATH"})
     with pytest.raises(SystemExit, match=r"bundle: the CUDA library: not built: no nvcc in PATH \(--without library"):
         bundle.main(["--output", str(tmp_path / "other")])
@@ -123,6 +124,26 @@ def test_a_library_of_other_sources_is_not_used_and_another_tree_is_marked(witho
     there = bundle.unpack(folder, tmp_path / "2")
     assert there.library is None and "of other sources than this tree's" in there.notes[0]
     assert there.commit == f"abc+{bundle.fingerprint(bundle.TREE)[:8]}"
+
+
+def test_what_no_program_opens_does_not_travel(without_network, tmp_path, monkeypatch):
+    monkeypatch.setattr(bundle, "UNUSED", ("elsewhere",))
+    bundle.prepare(tmp_path)
+    with tarfile.open(tmp_path / "peers.tar.xz") as tar:
+        assert sorted(tar.getnames()) == ["liger_kernel.pth", "liger_kernel/__init__.py"]
+    made = list(without_network)
+    monkeypatch.setattr(bundle, "UNUSED", ())
+    bundle.prepare(tmp_path)
+    assert without_network == [*made, "liger-kernel", "quack-kernels"]  # and an archive of other rules is made again
+
+
+def test_what_an_installer_leaves_beside_the_sources_does_not_make_another_tree(monkeypatch, tmp_path):
+    monkeypatch.setattr(bundle, "ROOT", tmp_path)
+    (tmp_path / "one.py").write_text("1")
+    before = bundle.fingerprint(["."])
+    (tmp_path / "logitless.egg-info").mkdir()
+    (tmp_path / "logitless.egg-info" / "SOURCES.txt").write_text("one.py")
+    assert bundle.fingerprint(["."]) == before
 
 
 def test_a_checkout_may_lie_in_a_folder_named_results(monkeypatch, tmp_path):

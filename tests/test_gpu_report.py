@@ -628,6 +628,9 @@ def test_without_time_for_a_tool_the_part_is_not_complete_and_goes_on_later(monk
         tools.sanitize(tmp_path, time.monotonic()),
     ):
         assert not found["complete"] and found["failure"] is None
+    texts = [tmp_path / "profiles.txt", tmp_path / "sanitizer.txt"]
+    for text in texts:
+        text.write_text("of the first call\n")
     first = dict(kernels=[dict(kernel="the first")])
     found = tools.profile(MEASURED, tmp_path, far(), first)
     assert [x["kernel"] for x in found["kernels"]] == ["the first", "rows: cuda, statistics", "rows: cuda, gradient"]
@@ -636,6 +639,10 @@ def test_without_time_for_a_tool_the_part_is_not_complete_and_goes_on_later(monk
     found = tools.sanitize(tmp_path, far(), dict(tools=[dict(tool="memcheck")]))
     assert [x["tool"] for x in found["tools"]] == ["memcheck", "racecheck", "synccheck"]
     assert found["tools"][1]["summary"] == "racecheck"
+    assert all(text.read_text().startswith("of the first call\n") for text in texts)
+    assert "rows: cuda, gradient" in texts[0].read_text() and "synccheck ended with 0" in texts[1].read_text()
+    tools.sanitize(tmp_path, far())
+    assert texts[1].read_text().startswith("memcheck ended with 0")  # a run of its own
 
 
 def test_everything_is_at_most_eight_files_without_a_folder(monkeypatch, tmp_path):

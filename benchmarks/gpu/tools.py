@@ -59,7 +59,8 @@ def profile(parts: Json, folder: Path, end: float, before: Json | None = None) -
             "complete": False,
             "failure": f"{' and '.join(CHOSEN_FROM)} have no kernel to choose yet",
         }
-    kernels, texts = list(before["kernels"]) if before else [], []
+    kernels = list(before["kernels"]) if before else []
+    text_file = _text_file(folder / "profiles.txt", before)
     for part, name, ratio in chosen[len(kernels) :]:
         if end - time.monotonic() < PROFILE_SECONDS / 2:
             break
@@ -67,8 +68,7 @@ def profile(parts: Json, folder: Path, end: float, before: Json | None = None) -
         text, failure = _profile_one(ncu, part, name, report, end)
         told = [line.strip() for line in text.splitlines() if line.strip().startswith(TOLD)]
         kernels.append({"kernel": f"{part}: {name}", "ratio": ratio, "failure": failure, "summary": told})
-        texts.append(f"{report.name}: {part}: {name}, {ratio:.2f} of its floor\n\n{failure or ''}\n{text}")
-        (folder / "profiles.txt").write_text("\n\n".join(texts))
+        _append(text_file, f"{report.name}: {part}: {name}, {ratio:.2f} of its floor\n\n{failure or ''}\n{text}")
     return {"kernels": kernels, "complete": len(kernels) >= len(chosen), "failure": None}
 
 
@@ -88,7 +88,8 @@ def sanitize(folder: Path, end: float, before: Json | None = None) -> Json:
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         return {"tools": [], "complete": True, "failure": "compute-sanitizer is not in PATH"}
-    result, texts = list(before["tools"]) if before else [], []
+    result = list(before["tools"]) if before else []
+    text_file = _text_file(folder / "sanitizer.txt", before)
     for tool in TOOLS[len(result) :]:
         seconds = min(SANITIZER_SECONDS, end - time.monotonic())
         if seconds < SANITIZER_SECONDS / 2:
@@ -96,9 +97,20 @@ def sanitize(folder: Path, end: float, before: Json | None = None) -> Json:
         command = [sanitizer, "--tool", tool, "--target-processes", "all", "--print-limit", "5", *KERNELS, "--small"]
         status, output = run(command, seconds)
         result.append({"tool": tool, "status": status, "summary": _reason(output)})
-        texts.append(f"{tool} ended with {status}\n\n{output[-200_000:]}")
-        (folder / "sanitizer.txt").write_text("\n\n".join(texts))
+        _append(text_file, f"{tool} ended with {status}\n\n{output[-200_000:]}")
     return {"tools": result, "complete": len(result) == len(TOOLS), "failure": None}
+
+
+def _text_file(path: Path, before: Json | None) -> Path:
+    """The file, without the text of an earlier run that this one does not go on with."""
+    if before is None:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def _append(path: Path, text: str) -> None:
+    with path.open("a") as file:
+        file.write(f"{text}\n\n")
 
 
 def _reason(output: str) -> str:
