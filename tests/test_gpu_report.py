@@ -378,6 +378,33 @@ def test_what_was_finished_counts_however_the_run_ends_and_the_next_run_goes_on(
     assert second["seconds"] > first["seconds"]
 
 
+LOSES_ITS_DEVICE = """
+import pytest
+from benchmarks.gpu import device_tests
+lost = []
+device_tests.device_is_lost = lambda: bool(lost)
+@pytest.mark.parametrize("i", range(60))
+def test(i):
+    assert not lost, "failed by another test"
+    if i == 3:
+        lost.append(i)
+        raise RuntimeError("an illegal memory access")
+"""
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_lost_device_fails_the_test_that_lost_it_alone(tmp_path, monkeypatch, processes):
+    command = device_tests._command
+    monkeypatch.setattr(device_tests, "_command", lambda *given: [*command(*given), "-n", str(processes)])
+    found = run_tests(tmp_path / "suite.py", LOSES_ITS_DEVICE, tmp_path / "out")
+    assert found["failures"] == 1 and "an illegal memory access" in found["failed"][0]
+    if processes:  # the rest was tested in a process that took the place of the first
+        assert found["complete"] and found["tests"] == 60 and found["errors"] == 1
+        assert "crashed while running" in found["failed"][1]
+    else:
+        assert not found["complete"] and found["status"] == device_tests.LOST and len(found["finished"]) == 4
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
 
@@ -420,6 +447,30 @@ def test_it_goes_on_with_an_earlier_file_unless_the_folder_has_one(tmp_path):
     resumed.results["parts"][ROWS]["complete"] = False
     resumed.save()
     assert not report(later, earlier=earlier).has(ROWS) and report(tmp_path / "other", earlier=earlier).has(ROWS)
+
+
+def test_what_hung_in_an_earlier_run_is_spared_until_the_commit_is_another(monkeypatch):
+    first = report(None)
+    monkeypatch.setattr(first.worker, "measure", lambda *given, **options: {"rows": [], "complete": False})
+    first.worker.fatal["quack"] = "no answer for 150 s"
+    part = {**first.measure_part(MAIN_CELL.name), "environment": first.about}
+    for commit, spared in (("abc", {"quack": "no answer for 150 s"}), ("abd", {})):
+        second = report(None)
+        second.about, second.results["parts"] = {**first.about, "commit": commit}, {MAIN_CELL.name: part}
+        second.spare()
+        assert second.worker.fatal == spared
+
+
+def test_a_peer_that_hangs_does_not_take_the_time_of_the_others(monkeypatch):
+    def call(*given: object, end: float, most: float) -> tuple:
+        asked.append(most)
+        return "the end", {"rows": [], "complete": True}, None
+
+    worker, asked = Worker(plain=True, patience=75.0), []
+    monkeypatch.setattr(worker, "call", call)
+    for left in (400.0, 200.0, 20.0):
+        worker.measure(cell(*FEW), time.monotonic() + left, far(), gpu=False)
+    assert asked == pytest.approx([200.0, 100.0, 75.0], abs=1.0)
 
 
 def test_out_of_time_it_begins_nothing_and_names_what_is_left(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """The test-suite on the device, through pytest: what was finished counts, however the run ends.
 
-As a plugin of pytest this module writes every outcome down as it comes, and leaves out what an earlier run finished.
+As a plugin of pytest this module writes every outcome down as it comes, leaves out what an earlier run finished, and
+ends a process that a kernel took the device from.
 """
 
 from __future__ import annotations
@@ -138,7 +139,39 @@ class Recorder:
                 file.write(json.dumps(line) + "\n")
 
 
+class Guard:
+    """Ends the process once its device is lost, as after an illegal access: each later test there would fail too.
+
+    Where it is a worker of pytest-xdist, another takes its place; else the next run goes on with what is left.
+    """
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        if device_is_lost():
+            sys.stderr.write(f"{nodeid}: the device is lost, and this process ends\n")
+            os._exit(LOST)
+
+
+#: Status of such a process.
+LOST = 71
+
+
+def device_is_lost() -> bool:
+    """Whether CUDA refuses this process any further work."""
+    import torch
+
+    if not torch.cuda.is_initialized():
+        return False
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    """A worker of pytest-xdist collects like the others, and the process that started it does the writing."""
+    """A worker of pytest-xdist collects and tests like a run of one process, and what started it does the writing."""
     if folder := os.environ.get(VARIABLE):
-        config.pluginmanager.register(Recorder(Path(folder), writes=not hasattr(config, "workerinput")))
+        worker = hasattr(config, "workerinput")
+        config.pluginmanager.register(Recorder(Path(folder), writes=not worker))
+        if worker or not config.getoption("numprocesses", None):
+            config.pluginmanager.register(Guard())

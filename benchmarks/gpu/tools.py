@@ -31,6 +31,10 @@ TOLD = (
 )
 SUMMARIES = ("==ERROR==", "========= ERROR SUMMARY", "========= RACECHECK SUMMARY")
 TOOLS = ("memcheck", "racecheck", "synccheck")
+#: An error ends the kernel that made it; the others are looked at too.
+SANITIZER_OPTIONS = "--target-processes all --print-limit 5 --destroy-on-device-error kernel"
+#: Each tensor has memory of its own. In the segments that PyTorch keeps, an access beyond one would be in another.
+NO_CACHE = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 KERNELS = (sys.executable, "-m", "benchmarks.gpu.once")
 
 
@@ -94,8 +98,8 @@ def sanitize(folder: Path, end: float, before: Json | None = None) -> Json:
         seconds = min(SANITIZER_SECONDS, end - time.monotonic())
         if seconds < SANITIZER_SECONDS / 2:
             break
-        command = [sanitizer, "--tool", tool, "--target-processes", "all", "--print-limit", "5", *KERNELS, "--small"]
-        status, output = run(command, seconds)
+        command = [sanitizer, "--tool", tool, *SANITIZER_OPTIONS.split(), *KERNELS, "--small"]
+        status, output = run(command, seconds, NO_CACHE)
         result.append({"tool": tool, "status": status, "summary": _reason(output)})
         _append(text_file, f"{tool} ended with {status}\n\n{output[-200_000:]}")
     return {"tools": result, "complete": len(result) == len(TOOLS), "failure": None}

@@ -65,7 +65,7 @@ MAIN = PROBLEMS[0]
 _STEP, _FROZEN, _TAIL = "cuda, single_pass", "cuda, frozen head", "cuda, tail_corrected"
 _BEATEN = (
     *(materialised.NLL, materialised.COMPILED_NLL, peers.LIGER_FUSED, peers.LIGER_FUSED_FLOAT32, peers.LIGER),
-    *(peers.CCE_KERNELS, peers.TRL, peers.QUACK),
+    *(peers.CCE_KERNELS, peers.CCE_UNFILTERED, peers.TRL, peers.QUACK),
 )
 MAIN_TARGETS = (
     Target(_STEP, "seconds", floors.GEMMS.name, 1.10),
@@ -221,7 +221,8 @@ class GpuReport(Report):
         if name in MEASURED:
             part = MEASURED[name].tiny() if self.tiny else MEASURED[name]
             part = replace(part, providers=self.providers) if part.providers else part
-            return self.worker.measure(part, self.deadline, self.end, gpu=not self.tiny)
+            result = self.worker.measure(part, self.deadline, self.end, gpu=not self.tiny)
+            return {**result, "fatal": dict(self.worker.fatal)}
         self.worker.stop()  # it holds most of the device's memory
         with tempfile.TemporaryDirectory() as scratch:
             if name == TESTS:
@@ -231,6 +232,11 @@ class GpuReport(Report):
             if name == PROFILES:
                 return tools.profile(self.results["parts"], folder, self.deadline, self._unfinished(PROFILES))
             return tools.sanitize(folder, self.deadline, self._unfinished(SANITIZER))
+
+    def spare(self) -> None:
+        """Does not call again what hung or ended a process in an earlier run, which would take as long once more."""
+        for part in filter(None, map(self.earlier, self.results["parts"])):
+            self.worker.fatal |= part.get("fatal", {})
 
     def _unfinished(self, name: str) -> Json | None:
         """Results so far of a part that can go on."""
@@ -276,6 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         earlier=given.resume or (given.bundle and given.bundle / "gpu.json"),
         carried=carried,
     )
+    if not given.only:
+        report.spare()
     report.run(given.only or [name for name in (TINY_PARTS if given.tiny else PARTS) if not report.has(name)])
     print(targets_table([(part.name, part.targets) for part in MEASURED.values()], report.results["parts"]))
     return None

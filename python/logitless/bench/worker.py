@@ -7,6 +7,7 @@ busy with becomes a line in the table with that reason.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import signal
@@ -64,12 +65,14 @@ class Worker:
     ) -> Json:
         """The part, complete or as far as it came: no round begins after `deadline`, and at `end` all is over.
 
-        `skip` has the reason for each provider that is left out.
+        `skip` has the reason for each provider that is left out. A peer that hangs has more patience only as far as
+        that is no more than half of the time.
         """
         result: Json = {"rows": [], "complete": False}
         for _ in range(RESTARTS + 1):
             left_out = {**self.fatal, **(skip or {})}
-            doing, result, reason = self.call(_measure, part, deadline, left_out, gpu, end=end)
+            half = max(self.patience, (deadline - time.monotonic()) / 2)
+            doing, result, reason = self.call(_measure, part, deadline, left_out, gpu, end=end, most=half)
             result = result or {"rows": [], "complete": False}
             if reason is None or time.monotonic() >= end:
                 break
@@ -80,8 +83,8 @@ class Worker:
                 row["failure"] = row["failure"] or self.fatal.get(row["provider"])
         return result
 
-    def call(self, function: Callable[..., Json], *arguments: Any, end: float) -> _Result:
-        """Calls `function(*arguments, tell)` in the child.
+    def call(self, function: Callable[..., Json], *arguments: Any, end: float, most: float = math.inf) -> _Result:
+        """Calls `function(*arguments, tell)` in the child, which may be silent for `most` seconds.
 
         Returns:
             What was being done last, the result (as far as it came), and why it ended early, if it did.
@@ -93,10 +96,11 @@ class Worker:
         try:
             self._connection.send((function, arguments))
             while not done:
-                patience = self.patience * (OF_PEERS if doing in self.peers else 1)
-                if not self._connection.poll(max(0.0, min(patience, end - time.monotonic()))):
+                patience = min(most, self.patience * (OF_PEERS if doing in self.peers else 1))
+                left = max(0.0, end - time.monotonic())
+                if not self._connection.poll(min(patience, left)):
                     self.stop()
-                    return doing, result, f"no answer for {patience:.0f} s"
+                    return doing, result, f"no answer for {min(patience, left):.0f} s"
                 message = self._connection.recv()
                 if isinstance(message, str):
                     self.stop()

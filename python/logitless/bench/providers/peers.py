@@ -92,10 +92,11 @@ def liger_fused(hidden: Tensor, weight: Tensor, inputs: Inputs, accum_dtype: tor
     return LigerFusedLinearCrossEntropyLoss(accum_dtype=accum_dtype)(weight, hidden, inputs.targets)
 
 
-def cce_kernels(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+def cce_kernels(hidden: Tensor, weight: Tensor, inputs: Inputs, filter_eps: str | None = "high") -> Tensor:
+    """Its default leaves out blocks of small gradients. Of confident tokens that may be most of a gradient."""
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(hidden, weight, inputs.targets, impl="cce")
+    return linear_cross_entropy(hidden, weight, inputs.targets, impl="cce", filter_eps=filter_eps)
 
 
 def quack(hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
@@ -244,6 +245,7 @@ CCE = _peer("Cut Cross-Entropy, compiled", cce_nll)
 LIGER_FUSED = _peer("Liger fused linear", liger_fused)
 LIGER_FUSED_FLOAT32 = _peer("Liger fused linear, float32 sums", partial(liger_fused, accum_dtype=torch.float32))
 CCE_KERNELS = _peer("Cut Cross-Entropy", cce_kernels)
+CCE_UNFILTERED = _peer("Cut Cross-Entropy, unfiltered", partial(cce_kernels, filter_eps=None))
 QUACK = _peer("quack", quack)
 FLASH_ATTN = _peer("flash-attn, on logits", flash_attn)
 _torch_1024 = partial(torch_nll, batch_chunk_size=1024, chunking_method=None)
@@ -251,7 +253,8 @@ _torch_1024 = partial(torch_nll, batch_chunk_size=1024, chunking_method=None)
 ON_PROCESSOR = (TORCH, TRL, LIGER, CCE)
 ON_GPU = (
     *(TORCH, _peer("torch F.linear_cross_entropy, chunks of 1024", _torch_1024), TRL),
-    *(LIGER_FUSED, LIGER_FUSED_FLOAT32, LIGER, CCE_KERNELS, QUACK, FLASH_ATTN),
+    *(LIGER_FUSED, LIGER_FUSED_FLOAT32, LIGER, CCE_KERNELS, CCE_UNFILTERED),
+    *(QUACK, FLASH_ATTN),
 )
 
 SIMPO = dict(beta=2.0, compute_nll_loss=False)
