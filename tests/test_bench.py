@@ -22,7 +22,7 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from logitless.bench import curves, memory
+from logitless.bench import curves, defaults, memory
 from logitless.bench import session as session_module
 from logitless.bench.curves import Curve, Known, too_slow
 from logitless.bench.defaults import completed, folder_of
@@ -264,6 +264,13 @@ def test_the_default_memory_has_room_for_the_head() -> None:
     assert 2**28 < small < 2**28 + 2**20 and large - small == pytest.approx(2 * 4 * 1000 * 96, rel=0.1)
 
 
+def test_the_default_memory_of_a_gpu_is_a_share_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(defaults, "available_memory", lambda *, gpu: 1000)
+    found = request(device="cuda")
+    assert found.memory == 900 and not found.memory_given and request(device="cuda", memory="1KB").memory_given
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_named() -> None:
     with pytest.raises(InputError, match="device: got cuda, and PyTorch finds no GPU"):
@@ -444,6 +451,16 @@ def test_results_of_another_request_are_not_overwritten(tmp_path: Path, monkeypa
     session(tmp_path, request(parts="step", rounds=1)).run()
     with pytest.raises(InputError, match=r"output: .* another tokens, model_tokens; name another folder"):
         session(tmp_path, request(parts="step", rounds=1, tokens=48))
+
+
+def test_a_memory_that_was_not_asked_for_stays_that_of_the_results(tmp_path: Path) -> None:
+    """On a GPU it is a share of what is free, which another process changes by a byte."""
+    asked = request()
+    session(tmp_path, asked).save()
+    again = session(tmp_path, replace(asked, memory=asked.memory - 1))
+    assert again.request == asked and again.results["request"] == asked.as_json()
+    with pytest.raises(InputError, match=r"output: .* a request with another memory; name another folder"):
+        session(tmp_path, request(memory="1MiB"))
 
 
 INTERRUPTED = """

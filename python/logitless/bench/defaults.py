@@ -64,8 +64,8 @@ def completed(**given: Any) -> Request:
     chosen["backward"] = tuple(name.replace("-", "_") for name in chosen["backward"])
     chosen |= {"hidden": hidden, "vocabulary": vocabulary, "device": device, "model_tokens": model_tokens}
     chosen["memory"] = 1 if memory is None else _given(read_bytes, memory)
-    result = Request(**chosen)
-    return result if memory is not None else replace(result, memory=_default_memory(result))
+    result = Request(**chosen, memory_given=memory is not None)
+    return result if result.memory_given else replace(result, memory=_default_memory(result))
 
 
 def folder_of(request: Request, *, quick: bool) -> Path:

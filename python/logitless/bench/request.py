@@ -28,6 +28,8 @@ _KNOWN: dict[str, Sequence[str]] = {
     "dtype": tuple(DTYPES),
     "data": get_args(Data),
 }
+#: The fields that no result depends on.
+_FREE = ("memory_given", "parts", "minutes")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Request:
         device: "cpu" or "cuda".
         rounds: turns of every competitor in a step.
         memory: bytes that the longest sequence and the largest batch have to fit, head and loss alone.
+        memory_given: whether they were asked for. If not, a run that goes on keeps those of the results it finds.
         model: whose step is measured; None: none's.
         model_tokens: tokens of that step.
         losses: of that step, one after the other.
@@ -67,6 +70,7 @@ class Request:
     device: str
     rounds: int
     memory: int
+    memory_given: bool
     model: str | None
     model_tokens: int
     losses: tuple[str, ...]
@@ -142,7 +146,7 @@ class Request:
 
     def as_json(self) -> Json:
         """The fields that results depend on: those of the same ones belong together."""
-        return {name: x for name, x in asdict(self).items() if name not in ("parts", "minutes")} | {
+        return {name: x for name, x in asdict(self).items() if name not in _FREE} | {
             name: list(getattr(self, name)) for name in ("against", "backward", "losses")
         }
 

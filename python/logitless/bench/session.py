@@ -72,12 +72,8 @@ class Session(Report):
         self.request, self.progress = request, progress
         self.part, self.saved = "", 0.0
         self.names = [name for part in request.parts for name in _names(part, request)]
-        found = self.results.get("request")
-        if found is not None and found != request.as_json():
-            different = [name for name, x in request.as_json().items() if found.get(name) != x]
-            raise InputError(
-                f"output: {folder} has results of a request with another {', '.join(different)}; name another folder"
-            )
+        if found := self.results.get("request"):
+            request = self.request = _continued(request, found, folder)
         self.results = {"format": FORMAT, "request": request.as_json(), "parts": self.results["parts"]}
         peers = frozenset(p.name for p in request.competitors() if p.role == "peer")
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +193,22 @@ class Session(Report):
     def _write_page(self) -> None:
         assert self.path is not None
         write_text(self.path.with_suffix(".html"), html_page({"this run": self.results}))
+
+
+def _continued(request: Request, found: Json, folder: Path) -> Request:
+    """The request, with the memory of the one that was found unless it was given one.
+
+    Raises:
+        InputError: another field is different.
+    """
+    if not request.memory_given:  # by default it is a share of what is free, which is never twice the same
+        request = replace(request, memory=found.get("memory", request.memory))
+    different = [name for name, x in request.as_json().items() if found.get(name) != x]
+    if different:
+        raise InputError(
+            f"output: {folder} has results of a request with another {', '.join(different)}; name another folder"
+        )
+    return request
 
 
 def _names(part: str, request: Request) -> list[str]:
