@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,12 +23,14 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
+from logitless import losses
 from logitless.bench import curves, defaults, memory
 from logitless.bench import session as session_module
+from logitless.bench import worker as worker_module
 from logitless.bench.curves import Curve, Known, too_slow
 from logitless.bench.defaults import completed, folder_of
 from logitless.bench.limits import Limit, Search, Trial
-from logitless.bench.machine import Cpu
+from logitless.bench.machine import Cpu, Gpu
 from logitless.bench.measure import Part, silent
 from logitless.bench.problem import Inputs, Problem
 from logitless.bench.progress import Progress
@@ -197,6 +200,51 @@ def test_a_request_computes_one_loss(loss: str) -> None:
         assert row["failure"] is None or "no " in row["failure"], (name, row["failure"])
         if row["role"] != "floor" and row["failure"] is None:
             assert max(row["error"].values()) < 1e-4
+
+
+def test_constants_are_copied_to_a_device_once() -> None:
+    inputs, loss = PROBLEM.inputs(), losses.get("grpo")
+    elsewhere = inputs._replace(hidden=inputs.hidden.to("meta"))
+    made = materialised.constants(loss, elsewhere)["advantages"]
+    assert made.device.type == "meta" and materialised.constants(loss, elsewhere)["advantages"] is made
+    assert materialised.constants(loss, inputs)["advantages"].device.type == "cpu"
+
+
+class Watched(Cpu):
+    """A processor that says what is still held when it is asked to give memory back."""
+
+    def __init__(self) -> None:
+        self.held: list[bool] = []
+        self.constants: weakref.ref[Tensor] | None = None
+
+    def uses_constants(self, hidden: Tensor, weight: Tensor, inputs: Inputs) -> Tensor:
+        self.constants = weakref.ref(materialised.constants(losses.get("grpo"), inputs)["old_logprob"])
+        return _cross_entropy(hidden, weight, inputs)
+
+    def recover(self) -> None:
+        assert self.constants is not None
+        self.held.append(self.constants() is not None)
+
+
+def test_a_part_leaves_the_memory_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parent asks a GPU what is free, for the next part, while the child waits."""
+    machine = Watched()
+    monkeypatch.setattr(worker_module, "this_machine", lambda *, gpu: machine)
+    part = Part("step", PROBLEM, (Provider("grpo", "logitless", machine.uses_constants, ""),))
+    assert worker_module._measure(part, far(), {}, False, silent)["complete"]
+    assert machine.held == [False]
+
+
+def test_a_gpu_gives_back_what_a_failure_left_in_a_cycle(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    left, held = weakref.ref(Cycle()), list[bool]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.append(left() is not None))
+    Gpu.recover(object.__new__(Gpu))
+    assert held == [False]
 
 
 @pytest.mark.slow

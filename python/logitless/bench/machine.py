@@ -35,7 +35,7 @@ class Machine(Protocol):
         """The most bytes held at one time during the call beyond what was held before."""
 
     def recover(self) -> None:
-        """After a failure: gives cached memory back. Raises where the device itself is lost."""
+        """After a failure or a part: gives cached memory back. Raises where the device itself is lost."""
 
 
 class Gpu:
@@ -68,6 +68,7 @@ class Gpu:
         return torch.cuda.max_memory_allocated() - before
 
     def recover(self) -> None:
+        gc.collect()  # a failed step may leave tensors in cycles of references
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
 

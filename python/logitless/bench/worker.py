@@ -23,6 +23,7 @@ import torch
 
 from .machine import this_machine
 from .measure import DeviceLost, Part, Tell, explain, silent
+from .providers.materialised import forget_constants
 from .targets import Json
 
 #: Seconds without a word after which a child counts as hung: several times a compiled provider's first call. A peer may
@@ -170,4 +171,9 @@ def _serve(connection: Connection, plain: bool, log: Path | None) -> None:
 
 
 def _measure(part: Part, deadline: float, skip: dict[str, str], gpu: bool, tell: Tell) -> Json:
-    return part.measure(this_machine(gpu=gpu), deadline, skip, tell)
+    """The part; other processes then find the memory free that it took."""
+    machine = this_machine(gpu=gpu)
+    result = part.measure(machine, deadline, skip, tell)
+    forget_constants()
+    machine.recover()
+    return result

@@ -92,19 +92,25 @@ def ref_hidden(inputs: Inputs) -> Tensor:
 
 def constants(loss: RegisteredLoss, inputs: Inputs) -> dict[str, Tensor]:
     """Plausible constants for a loss's inputs, `[sequences, length]` each; the same ones for every dtype and device."""
-    return {name: x.to(inputs.hidden.device) for name, x in _drawn(loss, inputs.problem).items()}
+    return _drawn(loss, inputs.problem, inputs.hidden.device)
+
+
+def forget_constants() -> None:
+    """Frees the constants of all problems so far, which are kept so that no timed step waits for a copy to a GPU."""
+    _drawn.cache_clear()
 
 
 @cache
-def _drawn(loss: RegisteredLoss, problem: Problem) -> dict[str, Tensor]:
-    """The constants on the processor.
+def _drawn(loss: RegisteredLoss, problem: Problem, device: torch.device) -> dict[str, Tensor]:
+    """The constants, drawn on the processor and copied to the device.
 
     An optional input is left out, but for an older policy's log-probabilities, which clipping needs to do anything.
     """
     draw = torch.Generator().manual_seed(0)
     names = (*loss.inputs, *(x for x in loss.optional_inputs if x == "old_logprob"))
     result = {name: _per_token(name, problem, draw) for name in names}
-    return result | {name: _per_sequence(name, problem) for name in loss.sequence_inputs}
+    result |= {name: _per_sequence(name, problem) for name in loss.sequence_inputs}
+    return {name: x.to(device) for name, x in result.items()}
 
 
 def _per_token(name: str, problem: Problem, draw: torch.Generator) -> Tensor:
