@@ -25,6 +25,7 @@ from typer.testing import CliRunner
 
 from logitless import losses
 from logitless.bench import curves, defaults, memory
+from logitless.bench import problem as problem_module
 from logitless.bench import session as session_module
 from logitless.bench import worker as worker_module
 from logitless.bench.curves import Curve, Known, too_slow
@@ -200,6 +201,18 @@ def test_a_request_computes_one_loss(loss: str) -> None:
         assert row["failure"] is None or "no " in row["failure"], (name, row["failure"])
         if row["role"] != "floor" and row["failure"] is None:
             assert max(row["error"].values()) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peaked_data_take_little_beyond_what_is_held(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or making them, not a step, would bound the longest sequence. In blocks they are the same, to the last bit."""
+    problem = Problem(1000, 300, 500, dtype=dtype, data="peaked")
+    whole = problem.inputs()
+    monkeypatch.setattr(problem_module, "BLOCK", 7 * 300)
+    blocks: list[Inputs] = []
+    beyond = Cpu().peak(lambda: blocks.append(problem.inputs())) - problem.input_bytes
+    assert torch.equal(whole.hidden, blocks[0].hidden) and torch.equal(whole.weight, blocks[0].weight)
+    assert 0 < beyond < 100_000  # once more the hidden states in float32 would be 1.2 million
 
 
 def test_constants_are_copied_to_a_device_once() -> None:
