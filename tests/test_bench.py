@@ -32,7 +32,7 @@ from logitless.bench.curves import Curve, Known, too_slow
 from logitless.bench.defaults import completed, folder_of
 from logitless.bench.limits import Limit, Search, Trial
 from logitless.bench.machine import Cpu, Gpu
-from logitless.bench.measure import Part, silent
+from logitless.bench.measure import Part, explain, silent
 from logitless.bench.problem import Inputs, Problem
 from logitless.bench.progress import Progress
 from logitless.bench.provider import Provider
@@ -440,6 +440,31 @@ def test_a_curve_ends_with_the_memory(worker: Worker, monkeypatch: pytest.Monkey
     assert "would take more than" in rows[256]["materialised"]["failure"]
     assert "its process ended with status 7" in rows[16]["dies"]["failure"] and not rows[256]["dies"]["seconds"]
     assert all(point["absent"]["failure"] == "not installed: it" for point in rows.values())
+
+
+class Answers(Worker):
+    """A worker that has one answer, and starts nothing."""
+
+    def __init__(self, point: dict[str, Any]) -> None:
+        super().__init__()
+        self.point = {"rows": [], "complete": False, **point}
+
+    def measure(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        return self.point
+
+
+@pytest.mark.parametrize(
+    ("point", "ended_by"),
+    [
+        ({}, "time"),
+        ({"failure": explain(torch.OutOfMemoryError())}, "memory"),
+        ({"failure": "its process ended with status 7"}, "failure"),
+    ],
+)
+def test_a_curve_says_why_its_last_point_is_not_complete(point: dict[str, Any], ended_by: str) -> None:
+    curve = Curve("tokens", "nll", lambda tokens: Problem(tokens, 24, 96), (materialised.NLL,), 2**30)
+    found = curve.measure(Answers(point), far(), gpu=False, known=Known(PROBLEM, []), keep=lambda so_far: None)
+    assert found["ended_by"] == ended_by and not found["complete"]
 
 
 def test_a_curve_leaves_the_slowest_out_when_the_time_runs_short() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .measure import Method, Part
+from .measure import OUT_OF_MEMORY, Method, Part
 from .problem import Problem
 from .provider import ROLES, Provider
 from .targets import Json, median, total_bytes
@@ -74,7 +74,7 @@ class Curve:
             part = Part(f"{self.axis} {value}", self.problem(value), tuple(self.providers), method=METHOD)
             point = worker.measure(part, end, end + GRACE, gpu=gpu, skip=left_out)
             if not point["complete"]:
-                result["ended_by"] = "time"
+                result["ended_by"] = _ended_by(point.get("failure"))
                 break
             result["points"].append({"value": value, **point})
             keep(result)
@@ -95,6 +95,13 @@ class Curve:
             if taken is not None and growth * taken > self.memory:
                 result[row["provider"]] = f"left out: would take more than {self.memory / 2**30:.3g} GiB"
         return result
+
+
+def _ended_by(failure: str | None) -> str:
+    """Why a point is not complete: the time was over, its inputs did not fit, or something failed for all of it."""
+    if failure is None:
+        return "time"
+    return "memory" if failure == OUT_OF_MEMORY else "failure"
 
 
 def too_slow(rows: Sequence[Json], growth: float, seconds: float) -> dict[str, str]:

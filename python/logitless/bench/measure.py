@@ -33,6 +33,8 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2, tor
 APPROXIMATE = 0.1
 #: Many times the error of materialised logits is no rounding, where that is larger.
 ROUNDING = 10
+#: What a failure for lack of memory is called.
+OUT_OF_MEMORY = "out of memory"
 #: Why a provider was not called before the rounds had to begin. The part is not complete then.
 NO_TIME = "no time was left for its first call"
 
@@ -160,7 +162,7 @@ def attempt(row: Row, function: Callable[[], object], machine: Machine, method: 
 def explain(reason: Exception) -> str:
     """An exception in a line."""
     if isinstance(reason, torch.OutOfMemoryError):
-        return "out of memory"
+        return OUT_OF_MEMORY
     if isinstance(reason, ModuleNotFoundError) and reason.name:
         return f"not installed: {reason.name}"
     if isinstance(reason, WrongResult):
