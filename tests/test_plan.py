@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,7 @@ from logitless.bench.providers import materialised, own
 from logitless.cli import app
 from logitless.losses import Distillation, Loss
 from logitless.plan import StepPlan, calibrate, given_rates, plan, read_bytes, show_bytes
+from logitless.plan import rates as rates_module
 from logitless.plan.cost import costs_of
 from logitless.plan.rest import rough_terms
 from logitless.plan.shape import Body, Shape, shape_from
@@ -212,6 +216,51 @@ def test_calibration_measures_this_machine() -> None:
     rates = calibrate(step_of(Problem(64, 32, 500), losses.get("nll")))
     assert min(rates.whole, rates.chunk, rates.memory, rates.cache, rates.stream) > 0
     assert planned(device="cpu", hidden=32, vocabulary=500, tokens=64, rates=None).rates is not None
+
+
+def test_products_of_a_chunk_are_timed_as_the_sweep_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On numbers that are not zeros, and float16's within the context that makes them fast on a GPU."""
+    seen: list[Any] = []
+
+    @contextmanager
+    def context(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+        seen.append(dtype)
+        yield
+        seen.append("end")
+
+    def product(matrix: Tensor, weight: Tensor, out: Tensor) -> None:
+        seen.append(int((matrix != 0).sum()) / matrix.numel())
+
+    monkeypatch.setattr(rates_module, "float16_products", context)
+    monkeypatch.setattr(rates_module, "products_with_head", product)
+    step = step_of(Problem(64, 32, 500, dtype=torch.float16), losses.get("nll"))
+    rates_module._chunk_products(step, torch.device("cpu"))[1]()
+    assert seen == [torch.float16, pytest.approx(1.0, abs=0.01), "end"]
+
+
+def test_full_logits_are_timed_on_more_tokens_where_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def operands(step: Step, tokens: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
+        asked.append(tokens)
+        return torch.empty(1, 1), torch.empty(1, 1)
+
+    monkeypatch.setattr(rates_module, "_timed_operands", operands)
+    for device, tokens in (("cpu", 100_000), ("cuda", 100_000), ("cuda", 700)):
+        step = replace(step_of(Problem(tokens), losses.get("nll")), device=device)
+        rates_module._whole_products(step, torch.device("cpu"))
+    assert asked == [512, 8192, 700]
+
+
+def test_what_is_short_is_timed_many_times_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+
+    def work() -> None:
+        clock[0] += 40e-6 if clock[0] else 1.0  # the first call loads and warms up
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    calls = rates_module._calls(work, torch.device("cpu"))
+    assert calls == 128 and rates_module._timed(work, calls, torch.device("cpu")) == pytest.approx(calls * 40e-6)
 
 
 def test_a_slower_memory_costs_the_materialised_step_more() -> None:

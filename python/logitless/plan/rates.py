@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from ..backends.exact.chunks import lay_out, row_stride
-from ..backends.exact.products import logit_dtype, multiply, products_with_head, raw_products
+from ..backends.exact.products import float16_products, logit_dtype, multiply, products_with_head, raw_products
 from ..types import statistics_dtype
 from .step import Step
 
-#: Operations of a product that is timed, and bytes of a pass: they take long beside the launch of a kernel.
+#: Operations of a product that is timed, at most, and bytes of a pass.
 TIMED_FLOPS = {"cpu": 2**32}
 TIMED_FLOPS_ACCELERATOR = 2**40
 TIMED_BYTES = {"cpu": 2**27}
 TIMED_BYTES_ACCELERATOR = 2**31
-#: Tokens of a materialised product that is timed, at most.
-TIMED_TOKENS = 512
+#: Tokens of a materialised product that is timed, at most: as many as make a product fast.
+TIMED_TOKENS = {"cpu": 512}
+TIMED_TOKENS_ACCELERATOR = 8192
+#: Seconds that a timing takes, at least: many times as long as the launch of a kernel and a look at the clock.
+TIMED_SECONDS = 5e-3
 #: Times that each is timed; the median counts.
 REPEATS = 5
 
@@ -63,20 +66,18 @@ def given_rates(tflops: float | None, bandwidth: float | None) -> Rates | None:
 def calibrate(step: Step) -> Rates:
     """Measures the rates here, with products of the step's own widths, on parts of its tokens and vocabulary."""
     device = torch.device(step.device)
-    few = min(step.tokens, TIMED_TOKENS)
     works = (
-        _whole_products(step, few, device),
+        _whole_products(step, device),
         _chunk_products(step, device),
         _passes(step, device),
         _chunk_passes(step, device),
         _stream(step, device),
     )
+    calls = [_calls(work, device) for _, work in works]
     seconds: list[list[float]] = [[] for _ in works]
-    for turn in range(REPEATS + 1):
-        for (_, work), found in zip(works, seconds, strict=True):
-            elapsed = _timed(work, device)
-            if turn:  # the first loads and warms up
-                found.append(elapsed)
+    for _ in range(REPEATS):
+        for (_, work), count, found in zip(works, calls, seconds, strict=True):
+            found.append(_timed(work, count, device) / count)
     whole, chunk, memory, cache, stream = (
         amount / statistics.median(found) for (amount, _), found in zip(works, seconds, strict=True)
     )
@@ -86,11 +87,21 @@ def calibrate(step: Step) -> Rates:
 Work = tuple[float, Callable[[], object]]
 
 
-def _timed(work: Callable[[], object], device: torch.device) -> float:
+def _calls(work: Callable[[], object], device: torch.device) -> int:
+    """Calls that take `TIMED_SECONDS` together. The first loads and warms up."""
+    _timed(work, 1, device)
+    count = 1
+    while _timed(work, count, device) < TIMED_SECONDS:
+        count *= 2
+    return count
+
+
+def _timed(work: Callable[[], object], calls: int, device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    work()
+    for _ in range(calls):
+        work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
@@ -102,17 +113,17 @@ def _entries(step: Step, tokens: int) -> int:
     return max(1, min(step.vocabulary, budget // (2 * tokens * step.hidden)))
 
 
-def _timed_operands(step: Step, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    draw = torch.Generator(device).manual_seed(0)
+def _timed_operands(step: Step, tokens: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     entries = _entries(step, tokens)
     shapes = (tokens, step.hidden), (entries, step.hidden)
-    hidden, weight = (torch.randn(shape, generator=draw, dtype=step.dtype, device=device) for shape in shapes)
+    hidden, weight = (torch.randn(shape, generator=draw, dtype=step.dtype, device=draw.device) for shape in shapes)
     return hidden, weight
 
 
-def _whole_products(step: Step, tokens: int, device: torch.device) -> Work:
+def _whole_products(step: Step, device: torch.device) -> Work:
     """The three products of materialised logits."""
-    hidden, weight = _timed_operands(step, tokens, device)
+    tokens = min(step.tokens, TIMED_TOKENS.get(step.device, TIMED_TOKENS_ACCELERATOR))
+    hidden, weight = _timed_operands(step, tokens, torch.Generator(device).manual_seed(0))
 
     def work() -> None:
         logits = hidden @ weight.T
@@ -123,20 +134,22 @@ def _whole_products(step: Step, tokens: int, device: torch.device) -> Work:
 
 
 def _chunk_products(step: Step, device: torch.device) -> Work:
-    """The three products of a chunk, as the sweep makes them."""
-    tokens = step.chunk
-    hidden, weight = _timed_operands(step, tokens, device)
+    """The three products of a chunk, as the sweep makes them, of random numbers: a GPU multiplies zeros faster."""
+    tokens, draw = step.chunk, torch.Generator(device).manual_seed(0)
+    hidden, weight = _timed_operands(step, tokens, draw)
     wide, entries = statistics_dtype(step.dtype), len(weight)
     buffer = torch.empty(tokens * row_stride(entries, wide, step.device), dtype=wide, device=device)
     logits = lay_out(buffer, tokens, entries, step.device)
-    matrix = lay_out(torch.zeros_like(buffer, dtype=step.operand), tokens, entries, step.device)
+    drawn = torch.empty_like(buffer, dtype=step.operand).normal_(generator=draw)
+    matrix = lay_out(drawn, tokens, entries, step.device)
     d_hidden, d_weight = torch.empty_like(hidden, dtype=wide), torch.zeros_like(weight, dtype=wide)
     multiplied = hidden.to(logit_dtype(step.dtype, device, None))
 
     def work() -> None:
-        raw_products(multiplied, weight, logits)
-        products_with_head(matrix, weight, d_hidden)
-        multiply(matrix.T, hidden.to(matrix.dtype), out=d_weight, add=True)
+        with float16_products(step.dtype, device):
+            raw_products(multiplied, weight, logits)
+            products_with_head(matrix, weight, d_hidden)
+            multiply(matrix.T, hidden.to(matrix.dtype), out=d_weight, add=True)
 
     return 6.0 * weight.numel() * tokens, work
 
