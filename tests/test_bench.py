@@ -205,7 +205,7 @@ def test_a_request_computes_one_loss(loss: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_peaked_data_take_little_beyond_what_is_held(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or making them, not a step, would bound the longest sequence. In blocks they are the same, to the last bit."""
+    """Making them must not bound the longest sequence. In blocks they are the same, to the last bit."""
     problem = Problem(1000, 300, 500, dtype=dtype, data="peaked")
     whole = problem.inputs()
     monkeypatch.setattr(problem_module, "BLOCK", 7 * 300)

@@ -259,7 +259,7 @@ def test_what_is_short_is_timed_many_times_at_once(monkeypatch: pytest.MonkeyPat
         clock[0] += 40e-6 if clock[0] else 1.0  # the first call loads and warms up
 
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-    calls = rates_module._calls(work, torch.device("cpu"))
+    calls = rates_module._calls_of_a_timing(work, torch.device("cpu"))
     assert calls == 128 and rates_module._timed(work, calls, torch.device("cpu")) == pytest.approx(calls * 40e-6)
 
 

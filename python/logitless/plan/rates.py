@@ -73,7 +73,7 @@ def calibrate(step: Step) -> Rates:
         _chunk_passes(step, device),
         _stream(step, device),
     )
-    calls = [_calls(work, device) for _, work in works]
+    calls = [_calls_of_a_timing(work, device) for _, work in works]
     seconds: list[list[float]] = [[] for _ in works]
     for _ in range(REPEATS):
         for (_, work), count, found in zip(works, calls, seconds, strict=True):
@@ -87,7 +87,7 @@ def calibrate(step: Step) -> Rates:
 Work = tuple[float, Callable[[], object]]
 
 
-def _calls(work: Callable[[], object], device: torch.device) -> int:
+def _calls_of_a_timing(work: Callable[[], object], device: torch.device) -> int:
     """Calls that take `TIMED_SECONDS` together. The first loads and warms up."""
     _timed(work, 1, device)
     count = 1
