@@ -269,7 +269,7 @@ def test_float16_on_a_gpu():
 
 
 def test_tf32_of_a_wider_setting_is_not_made_a_setting_of_products():
-    """As transformers sets it. Afterwards the wider setting still decides."""
+    """Transformers sets the wider one, which still decides afterwards."""
     before = torch.backends.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "none"
     try:

@@ -23,7 +23,7 @@ from logitless.bench.problem import Inputs
 from logitless.bench.provider import Provider
 from logitless.bench.providers import floors, own
 from logitless.bench.targets import Json
-from logitless.types import BackendName
+from logitless.types import BackendName, LogitTransform
 
 from .. import internals
 
@@ -33,6 +33,8 @@ METHOD = Method(rounds=7, may_fail=("logitless",))
 CHECKED = 128
 #: Bytes of float32 logits in the chunk of `rows`.
 CHUNK_BYTES = 2**28
+#: Gemma 2's.
+SOFTCAP = 30.0
 #: The backends whose kernels are ours.
 OWN: tuple[BackendName, ...] = ("cuda", "triton")
 #: The forward that is not one kernel of ours.
@@ -174,9 +176,10 @@ class _Exact:
     the logit's size. Four times that, for the largest logit.
     """
 
-    def __init__(self, inputs: Inputs) -> None:
+    def __init__(self, inputs: Inputs, softcap: float | None = None) -> None:
         self._rows = _ends(len(inputs.hidden), inputs.hidden.device)
         logits = inputs.hidden[self._rows].double() @ inputs.weight.double().T
+        LogitTransform(softcap=softcap).apply_(logits, may_be_masked=False)
         self.most = 4 * math.sqrt(inputs.weight.shape[1]) * 2**-24 * _largest(logits)
         self._expected = _statistics(logits, inputs.targets[self._rows])
 
@@ -352,22 +355,26 @@ def _step(
 
 
 def _calls_by_tokens(inputs: Inputs) -> Iterator[Kernel]:
-    """`linear_logprobs` without gradients beside one product, and a step of NLL beside three, by the tokens."""
+    """`linear_logprobs` without gradients beside one product, and a step of NLL beside three, by the tokens.
+
+    At last `linear_logprobs` under a softcap, whose tanh every logit goes through.
+    """
     every = (128, 512, 1024, 2048, 2304, 4096, 8192)
     for count in sorted({min(n, len(inputs.hidden)) for n in every}):
         few = _first(inputs, count)
         yield _logprobs(few, f"linear_logprobs, N {count}")
         yield _step(few, "cuda", f"step, N {count}", inputs.problem.chunk_bytes)
+    yield _logprobs(inputs, f"linear_logprobs, softcap {SOFTCAP:g}", SOFTCAP)
 
 
-def _logprobs(inputs: Inputs, name: str) -> Kernel:
+def _logprobs(inputs: Inputs, name: str, softcap: float | None = None) -> Kernel:
     @torch.no_grad()
     def run() -> TokenStats:
         hidden, weight, targets, _, problem = inputs
-        outputs = ("logprob", "lse")
-        return logitless.linear_logprobs(hidden, weight, targets, outputs=outputs, chunk_bytes=problem.chunk_bytes)
+        outputs, budget = ("logprob", "lse"), problem.chunk_bytes
+        return logitless.linear_logprobs(hidden, weight, targets, softcap=softcap, outputs=outputs, chunk_bytes=budget)
 
-    return Kernel(name, run, _product(inputs), check=partial(_Exact(inputs), run))
+    return Kernel(name, run, _product(inputs), check=partial(_Exact(inputs, softcap), run))
 
 
 def _first(inputs: Inputs, count: int) -> Inputs:

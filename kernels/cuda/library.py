@@ -71,7 +71,7 @@ class Library:
     def device_code(self, device: torch.device) -> int:
         """0 if the library's kernels run on the device, else the code that says why not."""
         with _current(device):  # the library's runtime leaves the device it asks current
-            return self._functions.logitless_check_device(_number(device))
+            return self._functions.logitless_check_device(_index_of(device))
 
     def measure_workspace(self, rows: int, vocabulary: int, dtype: torch.dtype) -> int:
         """Bytes of workspace that `measure` needs."""
@@ -98,7 +98,7 @@ class Library:
         """
         with _current(on):
             stream = torch.cuda.current_stream(on).cuda_stream if on.type == "cuda" else None
-            code = self._call(name, [*map(_argument, arguments), _number(on), stream])
+            code = self._call(name, [*map(_argument, arguments), _index_of(on), stream])
         if code != 0:
             raise RuntimeError(f"logitless_{name}: {self.explain(code)} (code {code})")
 
@@ -106,7 +106,7 @@ class Library:
         return getattr(self._functions, f"logitless_{name}")(*arguments)
 
 
-def _number(device: torch.device) -> int:
+def _index_of(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.current_device() if device.index is None else device.index

@@ -93,7 +93,7 @@ def liger_fused(hidden: Tensor, weight: Tensor, inputs: Inputs, accum_dtype: tor
 
 
 def cce_kernels(hidden: Tensor, weight: Tensor, inputs: Inputs, filter_eps: str | None = "high") -> Tensor:
-    """Its default leaves out blocks of small gradients. Of confident tokens that may be most of a gradient."""
+    """Cut Cross-Entropy leaves out blocks of small gradients, which may be most of a confident token's gradient."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(hidden, weight, inputs.targets, impl="cce", filter_eps=filter_eps)
