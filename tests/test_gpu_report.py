@@ -322,7 +322,7 @@ def test_once_calls_everything_of_ours_or_one_kernel(host, capsys, monkeypatch):
 
 
 def test_a_build_says_what_is_missing(monkeypatch):
-    monkeypatch.setattr(gpu_build.shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(gpu_build, "find", lambda name: None)
     found = gpu_build.build(10)
     assert found["missing"] == ["cmake", "nvcc"] and found["failure"] == "not built: no cmake and no nvcc in PATH"
 

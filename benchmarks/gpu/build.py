@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from logitless.bench.targets import Json
 
 from ..places import ROOT
-from .commands import run
+from .commands import find, run
 
 FOLDER = ROOT / "build" / "gpu"
 NAME = "liblogitless_cuda.so"
@@ -25,8 +24,8 @@ def build(seconds: float, headers: Path | None = None) -> Json:
     """Builds liblogitless_cuda for the GPU here (without one for Hopper), and names it to the library's loader; says
     what is missing. `headers`: CUTLASS's folder `include`; None: that of an installed nvidia-cutlass."""
     start = time.monotonic()
-    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    missing = [name for name, path in (("cmake", shutil.which("cmake")), ("nvcc", nvcc)) if path is None]
+    nvcc = find("nvcc")
+    missing = [name for name, path in (("cmake", find("cmake")), ("nvcc", nvcc)) if path is None]
     result: Json = {"library": None, "missing": missing, "notes": [], "failure": None}
     if missing:
         result["failure"] = f"not built: no {' and no '.join(missing)} in PATH"

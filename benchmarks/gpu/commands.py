@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,11 @@ from ..places import ROOT
 
 #: Seconds from Ctrl-C to the end by force.
 GRACE = 20.0
+
+
+def find(name: str) -> str | None:
+    """The program in PATH or among CUDA's, whose folder is often in no PATH."""
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
 def run(command: list[str], seconds: float, environment: dict[str, str] | None = None) -> tuple[int | str, str]:

@@ -5,14 +5,13 @@ Both look at `once`. Where a tool is missing, or may not read the device, that i
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from pathlib import Path
 
 from logitless.bench.targets import Json, against_floor
 
-from .commands import run
+from .commands import find, run
 from .kernels import BY_CHUNKS, FORWARD, OWN, ROWS
 
 #: Kernels that are profiled, and the parts they are chosen from.
@@ -54,7 +53,7 @@ def profile(parts: Json, folder: Path, end: float, before: Json | None = None) -
 
     `before`: what an incomplete part result, which this one goes on with.
     """
-    ncu, chosen = shutil.which("ncu"), worst(parts)
+    ncu, chosen = find("ncu"), worst(parts)
     if ncu is None:
         return {"kernels": [], "complete": True, "failure": "ncu is not in PATH"}
     if not chosen:
@@ -89,7 +88,7 @@ def _profile_one(ncu: str, part: str, name: str, report: Path, end: float) -> tu
 
 def sanitize(folder: Path, end: float, before: Json | None = None) -> Json:
     """Every tool over every kernel, small and ragged; the text in `sanitizer.txt`. `before` as in `profile`."""
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = find("compute-sanitizer")
     if sanitizer is None:
         return {"tools": [], "complete": True, "failure": "compute-sanitizer is not in PATH"}
     result = list(before["tools"]) if before else []

@@ -5,7 +5,8 @@ computed from recomputed logits and written once in the dtype of its two product
 unit gradient: `exact.sweep` with this backend's row engine. In numbers of `2 N H V` flops: 1, 3, 3 in all, 2 in all.
 
 Memory: five numbers for each token and split of the vocabulary (forward), `GRADIENT_BYTES` (backward), one chunk of
-logits (single pass), and float32 accumulators of the gradients asked for.
+logits (single pass), and float32 accumulators of the gradients asked for. For float16 operands the recomputing backward
+also has float32 copies of the hidden states and of the head.
 
 Tail-corrected: `approximate.blocks`, with `kernels/triton/sparse.py`.
 
