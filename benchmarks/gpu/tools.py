@@ -16,8 +16,8 @@ from .kernels import BY_CHUNKS, FORWARD, OWN, ROWS
 
 #: Kernels that are profiled, and the parts they are chosen from.
 PROFILED, CHOSEN_FROM = 3, (FORWARD, ROWS)
-#: Seconds for one kernel under ncu, and for one of the sanitizer's tools.
-PROFILE_SECONDS, SANITIZER_SECONDS = 110.0, 90.0
+#: Seconds for one kernel under ncu, and for one of the sanitizer's tools: the first waits for Triton's compiler.
+PROFILE_SECONDS, SANITIZER_SECONDS = 110.0, 150.0
 OPTIONS = "--clock-control none --profile-from-start off --target-processes all --force-overwrite"
 SECTIONS = (
     *("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "SchedulerStats", "Occupancy", "LaunchStats"),
