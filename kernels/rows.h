@@ -1,6 +1,6 @@
 // The row mathematics of the losses: the steps from one row of raw products to statistics and gradients.
 //
-//     raw products s_j  --transform-->  z_j  --accumulate, merge-->  Moments of the columns other than the target
+//     raw products s_j  --transform-->  z_j  --all_columns, merge-->  Moments of the columns other than the target
 //     Moments, z_t      --finish-->     logprob, lse, entropy, log sum p^2, mean logit, correct
 //     upstream gradients, z_j  --other_gradient, target_gradient, derivative-->  dL/ds_j
 //
@@ -142,11 +142,6 @@ LOGITLESS_FUNCTION Moments<T> merge(Moments<T> a, Moments<T> b) {
 template <typename T>
 LOGITLESS_FUNCTION T log_sum_exp(Moments<T> moments) {
     return moments.max + std::log(moments.sum);
-}
-
-template <typename T>
-LOGITLESS_FUNCTION Moments<T> accumulate(Moments<T> moments, T z) {
-    return merge(moments, one_column(z));
 }
 
 // Eq. 3 of K columns at once: one exponential each. fmax drops a NaN; the sum keeps it.

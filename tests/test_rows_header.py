@@ -247,7 +247,7 @@ using namespace logitless;
 template <typename T>
 __global__ void row(const T* raw, T* out, std::int64_t vocabulary, Transform<T> options, Upstream<T> g) {
     Moments<T> others = no_columns<T>();
-    for (std::int64_t j = 1; j < vocabulary; ++j) others = accumulate(others, transform(options, raw[j]));
+    for (std::int64_t j = 1; j < vocabulary; ++j) others = merge(others, one_column(transform(options, raw[j])));
     const RowStatistics<T> found = finish(others, transform(options, raw[0]), vocabulary);
     out[0] = target_gradient(g, found, vocabulary) * derivative(options, raw[0]);
     for (std::int64_t j = 1; j < vocabulary; ++j)

@@ -24,7 +24,7 @@ RowStatistics<T> row_statistics(const std::vector<T>& logits, std::int64_t targe
     for (std::size_t j = 0; j < logits.size(); ++j) {
         if (static_cast<std::int64_t>(j) == target) continue;
         Moments<T>& part = moments[static_cast<std::size_t>(part_of[j])];
-        part = accumulate(part, logits[j]);
+        part = merge(part, one_column(logits[j]));
     }
     return finish(merge_tree(std::move(moments)), logits[static_cast<std::size_t>(target)],
                   static_cast<std::int64_t>(logits.size()));

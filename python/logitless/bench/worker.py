@@ -97,11 +97,11 @@ class Worker:
         try:
             self._connection.send((function, arguments))
             while not done:
-                patience = min(most, self.patience * (OF_PEERS if doing in self.peers else 1))
-                left = max(0.0, end - time.monotonic())
-                if not self._connection.poll(min(patience, left)):
+                patience = self.patience * (OF_PEERS if doing in self.peers else 1)
+                patience = max(0.0, min(patience, most, end - time.monotonic()))
+                if not self._connection.poll(patience):
                     self.stop()
-                    return doing, result, f"no answer for {min(patience, left):.0f} s"
+                    return doing, result, f"no answer for {patience:.0f} s"
                 message = self._connection.recv()
                 if isinstance(message, str):
                     self.stop()
